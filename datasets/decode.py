@@ -1,0 +1,270 @@
+"""Video files to frames and back, with PyAV.
+
+A source is a path or the bytes of a file. Whatever is wrong with one is a `ValueError` that begins with its
+name, so that callers can skip it and say why. Nothing is allocated before sizes and counts are bounded.
+"""
+
+import io
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
+from torch import Tensor
+
+Source = str | Path | bytes
+SUFFIXES = frozenset(
+    (".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv")
+    + (".webm", ".wmv")
+)
+# Containers that hold their own pictures. Playlists (HLS, concat, DASH) are not among them: a hostile one
+# would make FFmpeg open other files or addresses.
+FORMATS = "mov,matroska,webm,avi,mpeg,mpegvideo,mpegts,asf,flv,ogg"
+MAX_PIXELS = 1 << 26  # of one picture; 8192 x 8192
+MAX_FRAMES = 1 << 24  # of one file; four days at 50 per second
+MAX_BYTES = 32 << 30  # of one answer of `frames`
+KEYFRAMES = 16  # frames from one key picture to the next in what we write: the most a slice decodes in vain
+
+
+@dataclass(frozen=True)
+class Video:
+    """What a file holds, from its packets: upright size in pixels and the time stamps of all its frames.
+
+    `pts` ascend, in units of `time_base` seconds; `fps` is the average rate.
+    """
+
+    name: str
+    width: int
+    height: int
+    fps: Fraction
+    time_base: Fraction
+    pts: tuple[int, ...]
+
+    @property
+    def seconds(self) -> float:
+        """From the first frame's start to the last one's end, taking the last to last an average frame."""
+        return float((self.pts[-1] - self.pts[0]) * self.time_base + 1 / self.fps)
+
+
+def probe(source: Source, name: str = "") -> Video:
+    """Read the packets of a file (none but the first picture is decoded).
+
+    Raises ValueError, starting with the name, where it is unreadable, truncated, has no video stream or no
+    frame, or is over the size bounds.
+    """
+    name = name or _name(source)
+    with _opened(source, name) as (container, stream):
+        packets = [p.pts for p in container.demux(stream) if p.size and not p.is_discard]
+        if not packets or stream.codec_context.width <= 0:
+            raise ValueError(f"{name}: has no frames")
+        if len(packets) > MAX_FRAMES:
+            raise ValueError(f"{name}: has {len(packets)} frames, at most {MAX_FRAMES} are read")
+        if stream.frames > len(packets) + 1:  # one may be hidden by an edit list
+            raise ValueError(f"{name}: is truncated: {stream.frames} frames promised, {len(packets)} there")
+        fps, time_base = stream.average_rate or stream.guessed_rate, stream.time_base
+        container.seek(0)
+        first = next(container.decode(stream), None)
+        if first is None:
+            raise ValueError(f"{name}: has no frames")
+        if None in packets:  # some AVI and MPEG files carry decoding times only
+            container.seek(0)
+            packets = [frame.pts for frame in container.decode(stream)]
+        if None in packets or time_base is None:
+            raise ValueError(f"{name}: has no time stamps; remux it, e.g. with ffmpeg -i IN -c copy OUT.mkv")
+        width, height = first.width, first.height
+    pts = tuple(sorted(set(packets)))
+    if not fps or fps <= 0:
+        span = (pts[-1] - pts[0]) * time_base
+        fps = Fraction(len(pts) - 1) / span if span else Fraction(1)
+    if _turns(first) % 2:
+        width, height = height, width
+    return Video(name, width, height, Fraction(fps), Fraction(time_base), pts)
+
+
+def timeline(video: Video, fps: float | Fraction | None = None) -> list[int]:
+    """Which frame of `video` shows at each tick of a clock of `fps`: the latest that has begun by then.
+
+    `fps` None: every frame once. Ascending; frames repeat where the clock is faster than the video.
+    """
+    if fps is None:
+        return list(range(len(video.pts)))
+    if not 0 < fps <= 1000:
+        raise ValueError(f"fps is {fps}, it must be above 0 and at most 1000")
+    step = 1 / Fraction(fps).limit_denominator(1001) / video.time_base  # ticks of the file per tick of ours
+    ticks = math.floor((video.pts[-1] - video.pts[0] + 1 / video.fps / video.time_base) / step)
+    if ticks > MAX_FRAMES:
+        raise ValueError(f"{video.name}: has {ticks} frames at {fps} fps, at most {MAX_FRAMES} are read")
+    # Half a file tick of slack: containers round time stamps (29.97 fps in milliseconds).
+    times = np.array([video.pts[0] + math.floor(i * step + Fraction(1, 2)) for i in range(max(1, ticks))])
+    return (np.searchsorted(np.array(video.pts), times, side="right") - 1).tolist()
+
+
+def frames(
+    source: Source,
+    fps: float | Fraction | None = None,
+    start: int = 0,
+    stop: int | None = None,
+    size: tuple[int, int] | None = None,
+    name: str = "",
+    threads: int = 0,
+) -> Tensor:
+    """Frames [start, stop) of the file's timeline at `fps` as uint8 [T, 3, H, W], RGB, upright.
+
+    `size` is (height, width): scaled to cover it and cropped around the centre; None keeps the file's. `fps`
+    None takes the file's own frames. `threads` of the decoder, 0 for one per core. Raises ValueError as
+    `probe` does, and where the slice is not inside the timeline or a frame in it cannot be decoded.
+    """
+    video = probe(source, name)
+    shown = timeline(video, fps)
+    stop = len(shown) if stop is None else stop
+    if not 0 <= start < stop <= len(shown):
+        raise ValueError(f"{video.name}: frames {start} to {stop} asked for, it has {len(shown)}")
+    height, width = size or (video.height, video.width)
+    needed = (stop - start) * 3 * height * width
+    if needed > MAX_BYTES:
+        raise ValueError(f"{video.name}: frames {start} to {stop} take {needed} bytes, at most {MAX_BYTES}")
+    out = torch.empty(stop - start, height, width, 3, dtype=torch.uint8)
+    for i, picture in enumerate(pictures(source, video, shown[start:stop], size, threads)):
+        if picture.shape != (height, width, 3):
+            raise ValueError(f"{video.name}: changes its size to {picture.shape[1]}x{picture.shape[0]}")
+        out[i] = torch.from_numpy(picture)
+    return out.permute(0, 3, 1, 2).contiguous()
+
+
+def pictures(
+    source: Source, video: Video, shown: Sequence[int], size: tuple[int, int] | None, threads: int = 0
+) -> Iterator[np.ndarray]:
+    """The frames with the (ascending) numbers `shown`, one after another, as uint8 [H, W, 3].
+
+    One pass with one frame in memory, begun at the key picture before the first. Repeated numbers give the
+    same array again: do not write into it. Raises ValueError where one of them cannot be decoded.
+    """
+    wanted = [video.pts[i] for i in shown]
+    if not wanted:
+        return
+    for seek in (True, False) if wanted[0] > video.pts[0] else (False,):
+        with _opened(source, video.name) as (container, stream):
+            stream.thread_type = "NONE" if threads == 1 else "AUTO"
+            stream.codec_context.thread_count = threads
+            if seek:
+                container.seek(wanted[0], stream=stream)
+            aspect = stream.sample_aspect_ratio or Fraction(1)
+            scaler = VideoReformatter()  # one for all frames: setting it up costs more than using it
+            position = 0
+            for frame in container.decode(stream):
+                if frame.pts is None or frame.pts < wanted[position]:
+                    continue
+                if frame.pts > wanted[position]:
+                    break  # the one wanted is missing, or the seek went too far
+                if frame.is_corrupt:
+                    raise ValueError(f"{video.name}: is damaged at {_time(video, wanted[position])}")
+                picture = _picture(scaler, frame, size, aspect, video.name)
+                while position < len(wanted) and wanted[position] == frame.pts:
+                    yield picture
+                    position += 1
+                if position == len(wanted):
+                    return
+        if position or not seek:
+            raise ValueError(f"{video.name}: has no readable frame at {_time(video, wanted[position])}")
+
+
+def to_mp4(video: Tensor, fps: float | Fraction, crf: int = 10) -> bytes:
+    """Encode uint8 [T, 3, H, W] as H.264 4:4:4 in mp4; `crf` 10 is near lossless. Equal input, equal bytes.
+
+    One thread and no look-ahead across key pictures (every 16 frames), so that the bytes do not depend on the
+    machine's cores and slices decode cheaply.
+    """
+    if video.dtype != torch.uint8 or video.dim() != 4 or video.shape[1] != 3 or not len(video):
+        raise ValueError(f"expected uint8 [T, 3, H, W], got {video.dtype} {list(video.shape)}")
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.height, stream.width = video.shape[2:]
+        stream.pix_fmt = "yuv444p"
+        stream.codec_context.colorspace = Colorspace.ITU709
+        stream.options = {
+            "crf": str(crf), "preset": "veryfast", "threads": "1",
+            "g": str(KEYFRAMES), "sc_threshold": "0", "bf": "0",
+        }  # fmt: skip
+        scaler = VideoReformatter()
+        for i, rgb in enumerate(video.permute(0, 2, 3, 1).contiguous().numpy()):
+            frame = av.VideoFrame.from_ndarray(rgb, format="rgb24")
+            frame = scaler.reformat(frame, format="yuv444p", dst_colorspace=Colorspace.ITU709)
+            frame.pts = i
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+@contextmanager
+def _opened(source: Source, name: str):
+    """(container, first video stream), closed afterwards; FFmpeg's errors become ValueError with the name."""
+    if isinstance(source, bytes):
+        # From a shard, where only mp4 stands: no other reader is let near the bytes.
+        file, formats = io.BytesIO(source), "mov"
+    else:
+        file, formats = str(Path(source).resolve()), FORMATS
+        if not Path(file).is_file():
+            raise ValueError(f"{name}: is not a file")
+    options = {"format_whitelist": formats, "protocol_whitelist": "file"}
+    try:
+        with av.open(file, options=options) as container:
+            if not container.streams.video:
+                raise ValueError(f"{name}: has no video stream")
+            stream = container.streams.video[0]
+            width, height = stream.codec_context.width, stream.codec_context.height
+            if width * height > MAX_PIXELS:
+                raise ValueError(f"{name}: {width}x{height} pixels are more than {MAX_PIXELS}")
+            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # the pictures may lie otherwise
+            yield container, stream
+    except av.FFmpegError as error:
+        raise ValueError(f"{name}: is not readable as video ({error.strerror})") from None
+
+
+def _picture(
+    scaler: VideoReformatter, frame: av.VideoFrame, size: tuple[int, int] | None, aspect: Fraction, name: str
+) -> np.ndarray:
+    """One frame as uint8 [H, W, 3], upright, scaled to cover `size` and cropped around the centre."""
+    turns = _turns(frame)
+    if size is None:
+        height, width = across, along = frame.height, frame.width
+        scale = 1.0
+    else:
+        height, width = size if turns % 2 == 0 else size[::-1]
+        # Pixels need not be square: `aspect` is their width over their height.
+        scale = max(width / float(frame.width * aspect), height / frame.height)
+        along = max(width, round(frame.width * aspect * scale))
+        across = max(height, round(frame.height * scale))
+    if along * across > MAX_PIXELS:
+        raise ValueError(f"{name}: too narrow, covering {size} takes {along}x{across} pixels")
+    # High-definition files that do not say follow BT.709; FFmpeg would take BT.601 for all.
+    unsaid = frame.colorspace not in set(Colorspace) and frame.height >= 720
+    rgb = scaler.reformat(
+        frame,
+        along,
+        across,
+        "rgb24",
+        src_colorspace=Colorspace.ITU709 if unsaid else None,
+        interpolation=Interpolation.AREA if scale < 1 else Interpolation.BICUBIC,
+    ).to_ndarray()
+    top, left = (across - height) // 2, (along - width) // 2
+    return np.ascontiguousarray(np.rot90(rgb[top : top + height, left : left + width], turns))
+
+
+def _turns(frame: av.VideoFrame) -> int:
+    """Quarter turns counterclockwise that bring the picture upright."""
+    return round(frame.rotation / 90) % 4
+
+
+def _time(video: Video, pts: int) -> str:
+    return f"{float((pts - video.pts[0]) * video.time_base):.2f} s"
+
+
+def _name(source: Source) -> str:
+    return "video" if isinstance(source, bytes) else str(source)

@@ -1,0 +1,78 @@
+"""Files and folders that appear whole or not at all, whatever interrupts their writing."""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a crash at any moment leaves the old one or the new one, never a part."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_replaceable(out: Path, overwrite: bool, proof: str) -> None:
+    """FileExistsError where `out` must not be written: it is a file, or not empty. With `overwrite` it may
+    be full if it holds a file named `proof`, which shows that it is ours to replace.
+    """
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file: choose another folder")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise FileExistsError(f"{out} is not empty: choose another folder, or replace it with --overwrite")
+    if not (out / proof).is_file():
+        raise FileExistsError(f"{out} has no {proof} and is not replaced: choose another folder")
+
+
+@contextmanager
+def partial_folder(out: Path) -> Iterator[Path]:
+    """An empty hidden folder beside `out`, removed on any error; what a killed process left there goes too.
+
+    FileExistsError where another process is writing to the same place.
+    """
+    partial = out.with_name(f".{out.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(f"another process is writing {out}: wait for it to end") from None
+        try:
+            for left in partial.iterdir():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            yield partial
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    finally:
+        os.close(lock)
+
+
+def publish(partial: Path, out: Path) -> None:
+    """Rename `partial` to `out`; an older `out` is moved aside first and removed last."""
+    old = out.with_name(f".{out.name}.old")
+    if out.exists() and any(out.iterdir()):
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(out, old)
+    os.rename(partial, out)
+    sync_folder(out.parent)
+    shutil.rmtree(old, ignore_errors=True)

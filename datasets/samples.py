@@ -1,0 +1,122 @@
+"""Random access to the samples of a split: by number, and of each only the frames asked for."""
+
+import bisect
+import json
+import math
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from msc.datasets.decode import frames as decode_frames
+from msc.datasets.shards import STORES, Index, Sample, find_part, read_part, scan
+
+SCANNED_SHARDS = 64  # tables of contents kept per process; a scan takes about a millisecond
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+
+class Samples:
+    """The samples of `split`, numbered in the order of the index; `frames` are latent frames [start, stop).
+
+    ValueError for an unknown or empty split, and for frames outside of the clips or, where the autoencoder
+    does not cut video evenly along time, for anything but whole clips.
+    """
+
+    def __init__(
+        self, folder: Path, index: Index, split: str, frames: tuple[int, int] | None = None
+    ) -> None:
+        self.folder, self.index, self.split = folder, index, split
+        self._ends = [0]
+        self._scanned: dict[str, list[Sample]] = {}
+        if not index.samples(split):
+            raise ValueError(f"{folder} has no clips in split {split!r}")
+        for shard in index.splits[split]:
+            self._ends.append(self._ends[-1] + shard.samples)
+        self.frames = frames or (0, index.frames)
+        start, stop = self.frames
+        if not 0 <= start < stop <= index.frames:
+            raise ValueError(f"frames {start} to {stop} asked for, clips have {index.frames} latent frames")
+        whole = self.frames == (0, index.frames)
+        factor = index.temporal_factor
+        if not whole and index.store == "video" and index.video_frames != index.frames * factor:
+            raise ValueError(
+                f"{index.video_frames} video frames are not {index.frames} x {factor} ({index.autoencoder}): "
+                "clips cannot be cut along time; store latents"
+            )
+        self.video_frames = (0, index.video_frames) if whole else (start * factor, stop * factor)
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def read(self, number: int) -> tuple[str, Tensor, Tensor | None, int | None]:
+        """(key, media, text [L, E], label) of a sample; ValueError that names it where it is broken.
+
+        media: uint8 video [Tv, 3, H, W], or float32 latents [T, C, h, w], of the frames asked for. Whether a
+        sample is broken never depends on those: ranks that share a clip must agree.
+        """
+        path, sample = self._find(number)
+        try:
+            about = json.loads(read_part(path, sample, "json"))
+            label = int(about["label"]) if self.index.classes else None
+            if self.index.store == "video":
+                media = self._video(path, sample, about)
+            else:
+                media = self._latents(path, sample)
+            text = None
+            if self.index.has_text is not None:
+                text = load(read_part(path, sample, "text.safetensors"))["text"]
+                if text.dim() != 2 or text.shape[1] != self.index.has_text:
+                    raise ValueError(f"text is {list(text.shape)}, expected [L, {self.index.has_text}]")
+        except (ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise ValueError(f"sample {sample.key} of {path}: {error}") from None
+        return sample.key, media, text, label
+
+    def _find(self, number: int) -> tuple[Path, Sample]:
+        place = bisect.bisect_right(self._ends, number) - 1
+        shard = self.index.splits[self.split][place]
+        path = self.folder / shard.name
+        if shard.name not in self._scanned:
+            found = scan(path)
+            if len(found) != shard.samples:
+                raise ValueError(f"shard {path} has {len(found)} samples, its index says {shard.samples}")
+            if len(self._scanned) >= SCANNED_SHARDS:
+                del self._scanned[next(iter(self._scanned))]  # the one scanned longest ago
+            self._scanned[shard.name] = found
+        return path, self._scanned[shard.name][number - self._ends[place]]
+
+    def _video(self, path: Path, sample: Sample, about: dict[str, Any]) -> Tensor:
+        content = read_part(path, sample, "mp4")
+        # All bytes, though only some frames are decoded: a damaged clip is damaged for every rank.
+        if zlib.crc32(content) != about["crc32"]:
+            raise ValueError("checksum of the video differs from the one written")
+        start, stop = self.video_frames
+        video = decode_frames(content, start=start, stop=stop, name=f"{sample.key}.mp4", threads=1)
+        size = (self.index.video_height, self.index.video_width)
+        if tuple(video.shape[2:]) != size:
+            raise ValueError(f"video is {tuple(video.shape[2:])}, the index says {size}")
+        return video
+
+    def _latents(self, path: Path, sample: Sample) -> Tensor:
+        """Only the bytes of the frames asked for are read."""
+        offset, size = find_part(path, sample, STORES["latent"])
+        index, (start, stop) = self.index, self.frames
+        shape = [index.frames, index.channels, index.height, index.width]
+        with open(path, "rb") as file:
+            file.seek(offset)
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(size - 8, 1 << 20):
+                raise ValueError(f"safetensors header claims {length} of {size} bytes")
+            about = json.loads(file.read(length))["latent"]
+            dtype = DTYPES[about["dtype"]]
+            begin, end = about["data_offsets"]
+            each = math.prod(shape[1:]) * dtype.itemsize
+            inside = 0 <= begin <= end <= size - 8 - length
+            if about["shape"] != shape or end - begin != shape[0] * each or not inside:
+                raise ValueError(f"latents are {about['shape']}, the index says {shape}")
+            file.seek(offset + 8 + length + begin + start * each)
+            content = bytearray(file.read((stop - start) * each))
+        return torch.frombuffer(content, dtype=dtype).reshape(stop - start, *shape[1:]).float()

@@ -1,0 +1,96 @@
+"""Made-up videos with known properties, as pure functions of a seed; for tests and first trials."""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from msc.datasets.decode import to_mp4
+from msc.datasets.files import write_atomically
+
+
+def gaussian_fields(
+    seed: int,
+    clips: int,
+    frames: int,
+    height: int,
+    width: int,
+    channels: int = 1,
+    beta: float = 2.0,
+    speed: float = 1.0,
+) -> Tensor:
+    """Translating periodic Gaussian fields, float32 [N, T, C, H, W], mean 0 and variance 1 in expectation.
+
+    The power spectrum falls as 1/f^beta (0: white noise, 2: like natural pictures). Each clip moves at
+    `speed` pixels per frame in a direction of its own; fractions of a pixel are exact (Fourier shift).
+    """
+    source = torch.Generator().manual_seed(seed)
+    fy = torch.fft.fftfreq(height)[:, None]
+    fx = torch.fft.rfftfreq(width)[None, :]
+    amplitude = (fy**2 + fx**2).clamp_min((1 / max(height, width)) ** 2) ** (-beta / 4)
+    amplitude[0, 0] = 0  # no mean
+    full = torch.cat([amplitude, amplitude[:, 1 : (width + 1) // 2]], dim=1)  # the half that rfft leaves out
+    amplitude = amplitude / full.square().mean().sqrt()
+    spectrum = torch.fft.rfft2(torch.randn(clips, 1, channels, height, width, generator=source)) * amplitude
+    angle = 2 * math.pi * torch.rand(clips, generator=source)
+    time = torch.arange(frames).view(1, frames, 1, 1, 1)
+    dy, dx = ((speed * f(angle)).view(clips, 1, 1, 1, 1) * time for f in (torch.sin, torch.cos))
+    shift = torch.exp(-2j * math.pi * (fy * dy + fx * dx))
+    return torch.fft.irfft2(spectrum * shift, s=(height, width))
+
+
+def moving_textures(
+    seed: int, clips: int, frames: int, height: int, width: int, shapes: int = 3
+) -> Tensor:
+    """Textured discs over a 1/f background, uint8 [N, T, 3, H, W].
+
+    Background and discs move each at a speed of their own. The first disc crosses behind an upright bar wide
+    enough to hide it for about a third of the clip: only what was seen long before tells how it comes out.
+    """
+    source = torch.Generator().manual_seed(seed)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(*shape, generator=source)
+
+    background = gaussian_fields(seed + 1, clips, frames, height, width, 3, speed=0.3)
+    texture = gaussian_fields(seed + 2, clips * shapes, 1, height, width, 3, beta=1.5)
+    texture = texture.view(clips, shapes, 3, height, width)
+    colour = uniform(-1.5, 1.5, clips, shapes, 3, 1, 1)
+    side = min(height, width)
+    radius = side * uniform(0.10, 0.16, clips, shapes)
+    y0, x0 = uniform(0.2, 0.8, clips, shapes) * height, uniform(0.0, 1.0, clips, shapes) * width
+    vy, vx = (uniform(-0.5, 0.5, clips, shapes) * side / frames for _ in range(2))
+    # The first disc crosses the picture once, at a constant height, behind the bar.
+    x0[:, 0], vx[:, 0], vy[:, 0] = 0.0, width / max(1, frames - 1), 0.0
+    bar = width / 3 / 2 + radius[:, 0]  # half the width: hidden for a third of the way
+    rows, columns = torch.arange(height).view(-1, 1), torch.arange(width).view(1, -1)
+    video = 0.6 * background
+    for frame in range(frames):
+        for shape in reversed(range(shapes)):  # the first disc is drawn last, then the bar
+            cy = (y0[:, shape] + vy[:, shape] * frame) % height
+            cx = x0[:, shape] + vx[:, shape] * frame
+            cx = cx if shape == 0 else cx % width
+            inside = (rows - cy.view(-1, 1, 1)) ** 2 + (columns - cx.view(-1, 1, 1)) ** 2
+            inside = (inside < radius[:, shape].view(-1, 1, 1) ** 2)[:, None]
+            # The texture moves with its disc.
+            moved = torch.stack([
+                torch.roll(texture[n, shape], (int(cy[n]), int(cx[n])), (-2, -1)) for n in range(clips)
+            ])  # fmt: skip
+            video[:, frame] = torch.where(inside, colour[:, shape] + 0.5 * moved, video[:, frame])
+        hidden = ((columns - width / 2).abs() < bar.view(-1, 1, 1))[:, None]
+        video[:, frame] = torch.where(hidden.expand(-1, 3, height, -1), torch.tensor(-0.8), video[:, frame])
+    return (127.5 + 60 * video).round().clamp(0, 255).to(torch.uint8)
+
+
+def write_videos(
+    folder: str | Path, seed: int, clips: int, frames: int, height: int, width: int, fps: float = 12.0
+) -> list[Path]:
+    """Write `moving_textures` as `synthetic-000.mp4` and so on into `folder`; the paths written."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for i, video in enumerate(moving_textures(seed, clips, frames, height, width)):
+        paths.append(folder / f"synthetic-{i:03d}.mp4")
+        write_atomically(paths[-1], to_mp4(video, fps))
+    return paths

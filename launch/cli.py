@@ -1,0 +1,195 @@
+"""The `msc` command line: its words, and what becomes of errors.
+
+Nothing heavy is imported before a subcommand runs, so that `msc --help` answers at once. A user's mistake
+ends with one line and exit code 2; anything else is a bug and shows its traceback.
+"""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from msc.launch import commands
+
+LEFT_OVER = {"train": "items", "convert": "sources"}  # positionals that may also follow options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one `msc` command line (default: the process's own). Returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    args = parse(arguments)
+    try:
+        code = args.function(args)
+        sys.stdout.flush()
+        return int(code)
+    except KeyboardInterrupt:
+        print("msc: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `msc … | head`: whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if "traceback" not in args and is_users(error):
+            print(f"msc: {message(error)}", file=sys.stderr)
+            code = 2
+        else:
+            traceback.print_exc()
+            code = 1
+    # Outside of the handler nothing holds on to the frames of the error any more, nor they to loader workers.
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # The others learn of a failed rank when it ends; an orderly exit may wait for them instead.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def is_users(error: BaseException) -> bool:
+    """Whether an error speaks to the user: a ValueError of our own code, or the operating system's."""
+    if isinstance(error, OSError):
+        return True
+    if not isinstance(error, ValueError):
+        return False
+    innermost: TracebackType | None = error.__traceback__
+    while innermost is not None and innermost.tb_next is not None:
+        innermost = innermost.tb_next
+    module = innermost.tb_frame.f_globals.get("__name__", "") if innermost is not None else ""
+    return bool(module.startswith("msc."))
+
+
+def message(error: BaseException) -> str:
+    """`FILE: No such file or directory` for the system's errors, our own words for ours."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line, with `function` to call and `argv` as given. A usage error exits by itself."""
+    parser, parsers = build_parser()
+    # argparse takes positionals only in one piece; the pieces after options come back here.
+    args, left = parser.parse_known_args(argv)
+    name = LEFT_OVER.get(args.command)
+    if name and left and not any(word.startswith("-") for word in left):
+        setattr(args, name, [*getattr(args, name), *left])
+    elif left:
+        parsers[args.command].error(f"unrecognized arguments: {' '.join(left)}")
+    args.argv = list(argv)
+    return args
+
+
+def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument(
+        "--traceback", action="store_true", default=argparse.SUPPRESS, help="show where an error came from"
+    )
+    parser = argparse.ArgumentParser(
+        prog="msc",
+        description="Pretrain causal video diffusion transformers with multi-scale causal attention.",
+        epilog="`msc COMMAND --help` tells more about each command.",
+        parents=[shared],
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action=Version, nargs=0, help="print the version and exit")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    parsers: dict[str, argparse.ArgumentParser] = {}
+
+    def command(name: str, function: Any, text: str) -> argparse.ArgumentParser:
+        made = subparsers.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            parents=[shared],
+            allow_abbrev=False,
+        )
+        made.set_defaults(function=function)
+        parsers[name] = made
+        return made
+
+    new = command("convert", commands.convert, "turn videos into shards for training")
+    new.add_argument("sources", nargs="+", metavar="SOURCE", help="video file, or folder to search")
+    new.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the shards")
+    new.add_argument("--frames", type=positive, metavar="N", help="video frames of a clip")
+    new.add_argument("--size", type=size, metavar="HxW", help="height and width of the clips in pixels")
+    new.add_argument("--fps", type=float, metavar="F", help="frames per second of the clips")
+    new.add_argument("--stride", type=positive, metavar="N", help="video frames between two clips' starts")
+    new.add_argument(
+        "--held-out", type=float, metavar="SHARE", help="last share of each video, not for training"
+    )
+    new.add_argument("--autoencoder", metavar="SPEC", help="pixels, haar[:TxHxW] or diffusers:FOLDER")
+    new.add_argument("--store", choices=("auto", "video", "latent"), help="what the shards hold")
+    new.add_argument("--workers", type=positive, metavar="N", help="processes that decode and encode")
+    new.add_argument("--clips-per-shard", type=positive, metavar="N")
+    new.add_argument("--overwrite", action="store_true", help="replace an earlier conversion in DIR")
+
+    new = command("train", commands.train, "train a model, or resume training")
+    new.add_argument(
+        "items",
+        nargs="*",
+        metavar="CONFIG.yaml|section.key=value",
+        help="at most one configuration file, and single settings that go over it",
+    )
+    new.add_argument("--preset", metavar="NAME", help="settings to start from")
+    new.add_argument("--run", type=Path, metavar="DIR", help="run folder (default: runs/ and that name)")
+    new.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
+    new.add_argument("--processes", type=positive, metavar="N", help="ranks to start (default: one per GPU)")
+    new.add_argument("--dry-run", action="store_true", help="print the resolved settings, train nothing")
+
+    new = run_command(
+        command("evaluate", commands.evaluate, "measure the loss on the held-out clips of a run")
+    )
+    new.add_argument("--clips", type=positive, metavar="N", help="at most that many clips")
+
+    new = run_command(command("sample", commands.sample, "continue a video, or make one from nothing"))
+    start = new.add_mutually_exclusive_group()
+    start.add_argument("--video", type=Path, metavar="FILE", help="continue this video")
+    start.add_argument("--clip", type=int, metavar="K", help="continue held-out clip K (default: 0)")
+    start.add_argument("--nothing", action="store_true", help="start without any context")
+    new.add_argument("--units", type=positive, metavar="N", help="units to generate")
+    new.add_argument("--context", type=positive, metavar="N", help="units of context to start from")
+    new.add_argument("--steps", type=positive, metavar="N", help="denoising steps for each unit")
+    new.add_argument("--seed", type=int, metavar="S")
+    new.add_argument("--out", type=Path, metavar="DIR", help="default: samples/ in the run folder")
+
+    new = command(
+        "export", commands.export, "write a run's weights in a form that needs nothing of the run folder"
+    )
+    new.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    new.add_argument("--out", type=Path, metavar="DIR", help="default: export/ in the run folder")
+
+    new = command("doctor", commands.doctor, "say what is wrong with this machine, and how to put it right")
+    new.add_argument("--json", action="store_true", help="the same for programs")
+    return parser, parsers
+
+
+def run_command(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("--weights", choices=("ema", "raw"), help="averaged or last weights (default: ema)")
+    return parser
+
+
+class Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib.metadata import version  # 30 ms that only this option needs
+
+        print(f"msc {version('msc-video')}")
+        parser.exit()
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1. argparse turns the ValueError into its message."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return number
+
+
+def size(text: str) -> tuple[int, int]:
+    """`HxW` as (height, width)."""
+    height, cross, width = text.lower().partition("x")
+    if not (cross and height.isdecimal() and width.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH in pixels, such as 256x448")
+    return positive(height), positive(width)

@@ -1,0 +1,149 @@
+"""What each `msc` subcommand does. Heavy imports are inside: `msc --help` must not wait for torch."""
+
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# What a rank runs. Not `-m msc.launch.cli`: under -m cloudpickle sends classes by value.
+PROGRAM = "import sys; from msc.launch.cli import main; sys.exit(main())"
+
+# What torch.distributed and DeepSpeed read in every rank.
+DISTRIBUTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+CONTACT_CLIPS = 6
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that were given; the function called knows its own defaults."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def convert(args: Namespace) -> int:
+    from msc.datasets.convert import ConvertConfig
+    from msc.datasets.convert import convert as convert_videos
+    from msc.pretrain.autoencoder import open_autoencoder
+
+    height, width = args.size or (None, None)
+    names = ("frames", "fps", "stride", "held_out", "autoencoder", "store", "workers", "clips_per_shard")
+    config = ConvertConfig(
+        sources=tuple(args.sources),
+        out=str(args.out),
+        overwrite=args.overwrite,
+        **given(height=height, width=width, **{name: getattr(args, name) for name in names}),
+    )
+    autoencoder = open_autoencoder(config.autoencoder)
+    autoencoder.check(config.frames, config.height, config.width)
+    report = convert_videos(config, autoencoder.encode, autoencoder.temporal_factor)
+    print(report.text)
+    print(f"a few of the clips: {write_contact_sheet(args.out, autoencoder)}")
+    return 0
+
+
+def write_contact_sheet(folder: Path, autoencoder: Any) -> Path:
+    """A picture of random training clips as they were stored, `contact.png` beside the shards."""
+    from msc.datasets.batches import loader
+    from msc.datasets.shards import read_index
+    from msc.pretrain.autoencoder import to_uint8
+    from msc.pretrain.pictures import contact_sheet
+
+    index = read_index(folder)
+    clips = min(CONTACT_CLIPS, sum(shard.samples for shard in index.splits["train"]))
+    whole = (0, index.frames)
+    batches = loader(
+        folder, index, "train", seed=0, clock=0, clips=clips, frames=whole, workers=0, prefetch=0
+    )
+    batch = next(iter(batches))
+    videos = batch.video if batch.video is not None else to_uint8(autoencoder.decode(batch.latents))
+    path = folder / "contact.png"
+    contact_sheet(list(zip(batch.keys, videos, strict=True)), path)
+    return path
+
+
+def train(args: Namespace) -> int:
+    from msc.launch import local
+
+    file, overrides = split_items(args.items)
+    run = args.run or default_run(args.preset, file)
+    if args.resume and file is None and args.preset is None:
+        file = run / "config.yaml"
+        if not file.is_file():
+            raise FileNotFoundError(f"cannot resume: there is no {file}; name the run folder with --run")
+    started = "RANK" in os.environ  # by torchrun, Slurm or ourselves: this process is one of the ranks
+    if started and (missing := [name for name in DISTRIBUTED if name not in os.environ]):
+        raise ValueError(f"RANK is set but {', '.join(missing)} is not: start all ranks alike, or unset RANK")
+    processes = args.processes or max(1, local.visible_gpus(os.environ))
+    if started:
+        processes = int(os.environ["WORLD_SIZE"])
+
+    from msc.pretrain.config import load
+
+    config = load(args.preset, file, overrides)
+
+    from msc.pretrain import train as training  # a mistake in the settings need not wait for DeepSpeed
+
+    if args.dry_run:
+        print(training.describe(config, processes))
+        return 0
+    if local.LAUNCHED not in os.environ:
+        config = training.check(config, run, args.resume, processes)
+    if not started and processes > 1:
+        return local.run([sys.executable, "-c", PROGRAM, *args.argv], processes, run / "logs")
+    if not started:
+        os.environ.update(local.rank_environment(os.environ, 0, 1, local.free_port()))
+    return training.train(config, run, args.resume)
+
+
+def split_items(items: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """What follows `msc train`: at most one configuration file, and `section.key=value` settings."""
+    overrides = [item for item in items if "=" in item]
+    files = [item for item in items if "=" not in item]
+    if len(files) > 1:
+        raise ValueError(
+            f"{files[0]} and {files[1]}: one configuration file at most, settings are section.key=value"
+        )
+    return (Path(files[0]) if files else None), overrides
+
+
+def default_run(preset: str | None, file: Path | None) -> Path:
+    """Where a run goes that was not told: the same in every rank, so nothing random and no time of day."""
+    name = file.stem if file is not None else preset
+    if name is None:
+        raise ValueError("nothing to train: name a configuration file, --preset NAME, or --resume --run DIR")
+    return Path("runs") / name
+
+
+def evaluate(args: Namespace) -> int:
+    from msc.pretrain.evaluate import evaluate as evaluate_run
+
+    print(evaluate_run(args.run, **given(clips=args.clips, weights=args.weights)))
+    return 0
+
+
+def sample(args: Namespace) -> int:
+    if args.nothing and args.context:
+        raise ValueError(f"--nothing starts without context, but --context is {args.context}")
+
+    from msc.pretrain.sample import sample_run
+
+    something = args.nothing or args.video is not None or args.clip is not None
+    names = ("units", "context", "steps", "seed", "out", "weights")
+    options = given(**{name: getattr(args, name) for name in names})
+    print(sample_run(args.run, video=args.video, clip=args.clip if something else 0, **options))
+    return 0
+
+
+def export(args: Namespace) -> int:
+    from msc.pretrain.export import export as export_run
+
+    print(export_run(args.run, args.out))
+    return 0
+
+
+def doctor(args: Namespace) -> int:
+    from msc.launch import doctor as examination
+
+    checks = examination.examine()
+    print(examination.as_json(checks) if args.json else examination.as_text(checks))
+    return 0 if examination.healthy(checks) else 1

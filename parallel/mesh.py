@@ -1,0 +1,33 @@
+"""The dp × sp mesh: data-parallel rows of ranks, each row sharing one video along time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place: row `dp_rank` of `dp`, and within it `sp_rank` of `sp` along time."""
+
+    dp: int
+    sp: int
+    dp_rank: int
+    sp_rank: int
+    sp_group: dist.ProcessGroup
+
+
+def make_mesh(world: int, sp: int, device_type: str) -> Mesh:
+    """Neighbouring ranks share a video, so that the traffic along time stays inside a node first."""
+    dp = rows(world, sp)
+    mesh = init_device_mesh(device_type, (dp, sp), mesh_dim_names=("dp", "sp"))
+    return Mesh(dp, sp, mesh.get_local_rank("dp"), mesh.get_local_rank("sp"), mesh.get_group("sp"))
+
+
+def rows(world: int, sp: int) -> int:
+    """Data-parallel rows of a world; ValueError if `sp` ranks do not share it out evenly."""
+    if world % sp:
+        raise ValueError(f"{world} processes do not divide into rows of parallel.sp = {sp}")
+    return world // sp

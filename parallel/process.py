@@ -1,0 +1,58 @@
+"""Join the world of processes that RANK, WORLD_SIZE and MASTER_* describe, and leave it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+def join(timeout_s: float) -> World:
+    """Initialise torch.distributed from the environment: NCCL on GPUs, gloo on CPUs.
+
+    A collective that some rank does not join within `timeout_s` fails on the others.
+    """
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} not set; start training with `msc train` or under torchrun")
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    return World(rank, size, device)
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def total(value: float, device: torch.device) -> float:
+    """Sum of a number over all ranks, in float64."""
+    tensor = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
+    return float(tensor)
+
+
+def total_of(values: torch.Tensor) -> torch.Tensor:
+    """Sum of a small tensor over all ranks, in place."""
+    dist.all_reduce(values)
+    return values

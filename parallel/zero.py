@@ -1,0 +1,213 @@
+"""DeepSpeed's ZeRO over the whole world, and a view of its sharded state that no stage is needed to read.
+
+DeepSpeed knows nothing of the sequence axis: every rank is one of `world` equal ranks whose gradients it
+averages. A rank that passes `world × its share of the global loss` to `backward` so gets the gradient of
+the global loss, at any (dp, sp) and any stage. (Its own sequence-parallel settings sum over sp at stages
+0-2 and average at stage 3.)
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Precision = Literal["fp32", "bf16"]
+STATE = ("weight", "exp_avg", "exp_avg_sq", "ema")
+
+
+@dataclass(frozen=True)
+class ZeroConfig:
+    """stage: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters sharded over all ranks.
+    bucket: elements per reduction. overlap: reduce gradients while the backward pass goes on."""
+
+    stage: Literal[0, 1, 2, 3] = 2
+    bucket: int = 50_000_000
+    overlap: bool = True
+
+
+def check_zero(config: ZeroConfig, precision: Precision) -> None:
+    if config.stage == 0 and precision == "bf16":
+        raise ValueError(
+            "parallel.zero.stage 0 with bf16 is silently wrong in DeepSpeed 0.19 (an extra optimizer step with zero "
+            "gradients); use stage 1 or higher, or fp32"
+        )
+
+
+def make_engine(
+    model: nn.Module, optimizer: torch.optim.Optimizer, config: ZeroConfig, precision: Precision, accumulate: int,
+    clip: float,
+) -> Any:  # fmt: skip
+    """Wrap a model and its optimizer; torch.distributed must be initialised."""
+    check_zero(config, precision)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # deprecations of torch names that DeepSpeed still calls, once per rank and step
+    warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed")
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed's loader is not used; only the averaging over ranks is
+        "gradient_accumulation_steps": accumulate,
+        "gradient_clipping": clip or 1e30,  # 0 would also leave the norm unmeasured
+        "bf16": {"enabled": precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_optimization": {
+            "stage": config.stage,
+            "overlap_comm": config.overlap and torch.cuda.is_available(),
+            "contiguous_gradients": True,
+            "reduce_bucket_size": config.bucket,
+            "allgather_bucket_size": config.bucket,
+        },
+        "zero_allow_untested_optimizer": True,  # ours is torch's AdamW with one more state
+        "steps_per_print": 10**12,
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    return engine
+
+
+def base_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """The torch optimizer that DeepSpeed drives."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def step(engine: Any) -> float:
+    """Count a micro-batch and, after the last of a step, update the weights.
+
+    Returns the gradient norm before clipping; NaN before the last micro-batch.
+    """
+    if not engine.is_gradient_accumulation_boundary():
+        engine.step()
+        return math.nan
+    if not hasattr(engine.optimizer, "_global_grad_norm"):  # stage 0 clips, but does not tell the norm
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        engine.step()
+        return norm
+    engine.step()
+    return float(engine.get_global_grad_norm())
+
+
+# Sharded state --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of one parameter that lives on this rank: elements [start, start + numel) of it, flattened.
+
+    state: fp32 weight, Adam's moments and the average, as flat views of the live tensors.
+    """
+
+    name: str
+    start: int
+    shape: tuple[int, ...]
+    state: dict[str, Tensor]
+
+    @property
+    def numel(self) -> int:
+        return self.state["weight"].numel()
+
+
+def pieces(engine: Any, share: tuple[int, int] | None = None) -> list[Piece]:
+    """This rank's parts of all trainable parameters, at any ZeRO stage.
+
+    At stage 0 every rank holds everything; `share = (rank, world)` then takes an even part of it.
+    """
+    optimizer = base_optimizer(engine)
+    found = []
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        for start, flat, at, numel in _parts(engine, parameter, share):
+            if numel:
+                state = {key: value.narrow(0, at, numel) for key, value in _state(optimizer, flat).items()}
+                found.append(Piece(name, start, shape, state))
+    return found
+
+
+def _parts(
+    engine: Any, parameter: nn.Parameter, share: tuple[int, int] | None
+) -> Iterator[tuple[int, Tensor, int, int]]:
+    """(start in the parameter, flat master tensor, start in it, elements) of what this rank holds."""
+    zero = engine.optimizer
+    if hasattr(parameter, "ds_id"):  # stage 3: every parameter is cut evenly, the last part padded
+        group, at, numel = zero.grad_position[zero.get_param_id(parameter)]
+        start = engine.global_rank * numel
+        yield start, zero.fp32_partitioned_groups_flat[group], at, max(0, min(numel, parameter.ds_numel - start))
+    elif hasattr(parameter, "_hp_mapping"):  # stages 1 and 2: the concatenation of all parameters is cut
+        mapping = parameter._hp_mapping
+        if mapping is not None:
+            flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+            address = mapping.hp_fragment_address
+            yield mapping.lp_fragment_address.start, flat, address.start, address.numel
+    else:
+        rank, world = share or (0, 1)
+        start, end = (parameter.numel() * r // world for r in (rank, rank + 1))
+        yield start, parameter, start, end - start
+
+
+def _state(optimizer: torch.optim.Optimizer, master: Tensor) -> dict[str, Tensor]:
+    """Master weights and optimizer state as flat tensors; the state is made if no step has been taken."""
+    state = optimizer.state[master]
+    if "exp_avg" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
+        state["ema"] = master.detach().clone()
+    return {"weight": master.data.view(-1)} | {key: state[key].data.view(-1) for key in STATE[1:]}
+
+
+def steps_taken(engine: Any) -> int:
+    states = base_optimizer(engine).state.values()
+    return int(max((float(state["step"]) for state in states if "step" in state), default=0))
+
+
+def restore_steps(engine: Any, steps: int) -> None:
+    """Set Adam's step count (its bias correction) after the state was written into `pieces`."""
+    for state in base_optimizer(engine).state.values():
+        state["step"] = torch.tensor(float(steps), dtype=torch.float32)
+
+
+def publish_masters(engine: Any) -> None:
+    """Carry changed fp32 masters over to the parameters that the model computes with, on all ranks."""
+    zero = engine.optimizer
+    if hasattr(zero, "fp16_partitioned_groups_flat"):
+        for index in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(index)
+        persistent = [p for p in zero.persistent_parameters if p.requires_grad]
+        if persistent:
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
+    elif hasattr(zero, "update_lp_params"):
+        zero.update_lp_params()
+
+
+@contextmanager
+def averaged_weights(engine: Any) -> Iterator[None]:
+    """Compute with the averaged weights inside the block; training weights return untouched after it."""
+    _swap(engine)
+    try:
+        yield
+    finally:
+        _swap(engine)
+
+
+def _swap(engine: Any) -> None:
+    optimizer = base_optimizer(engine)
+    masters = {id(flat): flat for p in engine.module.parameters() for _, flat, _, _ in _parts(engine, p, None)}
+    for master in masters.values():
+        state = _state(optimizer, master)
+        weight = state["weight"].clone()
+        state["weight"].copy_(state["ema"])
+        state["ema"].copy_(weight)
+    publish_masters(engine)

@@ -1,0 +1,263 @@
+"""Multi-scale causal self-attention: one fused projection, several resolutions, one output projection.
+
+The heads are divided among the scales (scales.py). A group's queries, keys and values are average-pooled
+to its resolution after the projection, attend there to their own unit and to the visible past, and are
+repeated back to full resolution. With the single scale `(all heads, 1, 1, None)` this is dense causal
+attention. What of the past lies elsewhere (another rank, a generation cache) comes through a `Timeline`;
+this module knows neither ranks nor caches. Shape suffixes: B batch, T frames, U units, F frames of a
+unit, H W token grid, n tokens of a unit, R key blocks, h heads, d head width, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .backends import Blocks, attend
+from .gate import log_gate, log_snr, pooled_log_snr
+from .rope import Rope, rope_angles
+from .scales import Scale, spatial_windows
+
+GatePlace = Literal["none", "logits", "values"]
+
+
+class Timeline(Protocol):
+    """Where a run of units lies in its video, and how to get at what comes before it."""
+
+    first: int
+
+    def extend(
+        self, key: Hashable, x_BU: Tensor, before: Callable[[int], int], kept: int | None, every: int = 1
+    ) -> Tensor:
+        """Put earlier items in front of the own ones along dimension 1.
+
+        An item covers `every` units and belongs to whoever holds the last of them; `before(first)`
+        is how many earlier items a run that starts at unit `first` needs; no later run ever needs more
+        than `kept` of them (None: all may be needed). `key` names the tensor across calls.
+        """
+        ...
+
+
+class WholeVideo:
+    """The timeline of a video that lies here from its first frame: nothing comes before it."""
+
+    first = 0
+
+    def extend(
+        self, key: Hashable, x_BU: Tensor, before: Callable[[int], int], kept: int | None, every: int = 1
+    ) -> Tensor:
+        return x_BU
+
+
+@dataclass(frozen=True)
+class View:
+    """What one scale needs to know of the frames of a call; the same for all layers."""
+
+    scale: Scale
+    frames_per_unit: int
+    blocks: Blocks
+    rope_fresh: Rope  # unpooled keys: past units, then own ones; queries use its end
+    rope_groups: Rope | None  # groups pooled in time that own units complete
+    log_snr_fresh: Tensor | None  # [B, frames of rope_fresh]
+    log_snr_groups: Tensor | None  # [B, frames of rope_groups]
+
+
+def view_frames(
+    scale: Scale,
+    index: int,
+    t_BT: Tensor,
+    grid: tuple[int, int],
+    frames_per_unit: int,
+    rotated: int,
+    theta: float,
+    constants: tuple[float, float] | None,
+    timeline: Timeline,
+) -> View:
+    """Positions, noise and visible blocks of a call's frames at one scale.
+
+    t_BT are the noise levels of the own frames; grid is the full token grid (H, W); constants are the
+    gate's b of this scale (gate.gate_constants), None without a gate.
+    """
+    t_BUF = t_BT.unflatten(1, (-1, frames_per_unit))
+    first, units = timeline.first, t_BUF.shape[1]
+    past = scale.fresh_before(first)
+    finished = (first + units) // scale.time - first // scale.time if scale.time > 1 else 0
+    if constants is not None:
+        t_BUF = timeline.extend(("noise", index), t_BUF, scale.fresh_before, scale.fresh_kept)
+    t_fresh = t_BUF.flatten(1)
+
+    def rope(frames: Tensor) -> Rope:
+        rows, columns = (
+            torch.arange(side // scale.space, device=t_BT.device) * scale.space + (scale.space - 1) / 2 for side in grid
+        )
+        dtype = torch.float64 if t_BT.dtype == torch.float64 else torch.float32
+        return rope_angles((frames, rows, columns), rotated, theta, dtype)
+
+    start = (first - past) * frames_per_unit
+    rope_fresh = rope(torch.arange(start, start + (past + units) * frames_per_unit, device=t_BT.device))
+    rope_groups = log_snr_groups = None
+    if finished:
+        pooled = torch.arange(finished * frames_per_unit, device=t_BT.device)
+        rope_groups = rope(start + pooled * scale.time + (scale.time - 1) / 2)
+        if constants is not None:
+            members = t_fresh[:, : finished * scale.time * frames_per_unit]
+            log_snr_groups = pooled_log_snr(members, scale.time) + constants[1]
+    return View(
+        scale,
+        frames_per_unit,
+        scale.key_blocks(first, units, separate_own=constants is not None),
+        rope_fresh,
+        rope_groups,
+        log_snr(t_fresh) + constants[0] if constants is not None else None,
+        log_snr_groups,
+    )
+
+
+class MultiScaleAttention(nn.Module):
+    """Self-attention over frames `[B, T, H, W, D]` on several scales, causal between units.
+
+    gate: where the noise gate g acts on past keys: "logits" adds log g inside the softmax, so that
+    g → 0 falls back to image diffusion; "values" multiplies V by g; "none" leaves it out. The own unit
+    is never gated. `shifted` moves local spatial windows by half.
+    """
+
+    def __init__(self, width: int, scales: Sequence[Scale], gate: GatePlace = "logits", shifted: bool = False):
+        super().__init__()
+        self.scales = tuple(scales)
+        self.gate: GatePlace = gate
+        self.shifted = shifted
+        self.heads = sum(scale.heads for scale in self.scales)
+        if width % self.heads:
+            raise ValueError(f"width {width} does not divide by {self.heads} heads")
+        self.head_width = width // self.heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_width, eps=1e-6)
+        self.k_norm = nn.RMSNorm(self.head_width, eps=1e-6)
+        self.delta = nn.Parameter(torch.zeros(self.heads)) if gate != "none" else None
+
+    def forward(self, x_BTHWD: Tensor, views: Sequence[View], timeline: Timeline, layer: int = 0) -> Tensor:
+        qkv = self.qkv(x_BTHWD).unflatten(-1, (3, self.heads, self.head_width))
+        groups = qkv.split([scale.heads for scale in self.scales], dim=-2)
+        deltas = (
+            [None] * len(groups) if self.delta is None else self.delta.split([scale.heads for scale in self.scales])
+        )
+        outs = [
+            self._one_scale(part, view, delta, timeline, (layer, i))
+            for i, (part, view, delta) in enumerate(zip(groups, views, deltas, strict=True))
+        ]
+        return self.out(torch.cat(outs, dim=-2).flatten(-2))
+
+    def _one_scale(
+        self, qkv_BTHW3hd: Tensor, view: View, delta_h: Tensor | None, timeline: Timeline, key: tuple[int, int]
+    ) -> Tensor:
+        scale, frames = view.scale, view.frames_per_unit
+        x = pool_space(qkv_BTHW3hd, scale.space)
+        q, kv = x[..., 0, :, :], x[..., 1:, :, :]
+        fresh = timeline.extend((*key, "fresh"), kv.unflatten(1, (-1, frames)), scale.fresh_before, scale.fresh_kept)
+        units = q.shape[1] // frames
+
+        q = view.rope_fresh.last(units * frames).rotate(self.q_norm(q)).unflatten(1, (-1, frames))
+        k, v = fresh.unbind(-3)
+        k = view.rope_fresh.rotate(self.k_norm(k).flatten(1, 2)).unflatten(1, (-1, frames))
+
+        # Key blocks, as Scale.key_blocks orders them: [pooled groups | unpooled units | own units again, ungated].
+        k_past, v_past = self._gated(k, v, view.log_snr_fresh, delta_h)
+        k_row, v_row = [k_past], [v_past]
+        if scale.time > 1:
+            pooled = self._pool_time(fresh, view, delta_h)
+            pooled = timeline.extend(
+                (*key, "pooled"), pooled, scale.pooled_before, scale.window, every=scale.time
+            )
+            k_row.insert(0, pooled[..., 0, :, :])
+            v_row.insert(0, pooled[..., 1, :, :])
+        if self.gate != "none":
+            k_row.append(self._ungated(k[:, -units:]))
+            v_row.append(v[:, -units:])
+            q = self._asking(q)
+        out = attend_windows(
+            q, torch.cat(k_row, 1), torch.cat(v_row, 1), view.blocks, scale.patch_window, self.shifted
+        )
+        return repeat_space(out.flatten(1, 2), scale.space)
+
+    def _pool_time(self, fresh: Tensor, view: View, delta_h: Tensor | None) -> Tensor:
+        """Keys and values of the groups that own units complete: `[B, groups, F, H, W, 2, h, d]`."""
+        time, frames = view.scale.time, view.frames_per_unit
+        finished = 0 if view.rope_groups is None else view.rope_groups.frames // frames
+        if view.rope_groups is None:
+            return fresh[:, :0]
+        members = fresh[:, : finished * time].flatten(1, 2)
+        k, v = members.unflatten(1, (-1, time)).mean(2).unbind(-3)
+        k = view.rope_groups.rotate(self.k_norm(k)).unflatten(1, (-1, frames))
+        k, v = self._gated(k, v.unflatten(1, (-1, frames)), view.log_snr_groups, delta_h)
+        return torch.stack((k, v), -3)
+
+    # The gate rides in the last two channels of a head, which carry no position: the query holds 1 in
+    # both, a key holds √d·log g split into a coarse and a fine half so that bf16 keeps it exact to 2^-16.
+    # No kernel needs to know of it, and no head grows wider.
+
+    def _gated(self, k: Tensor, v: Tensor, log_snr_BF: Tensor | None, delta_h: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.gate == "none":
+            return k, v
+        assert log_snr_BF is not None and delta_h is not None
+        log_g = log_gate(log_snr_BF, delta_h.to(log_snr_BF.dtype)).unflatten(1, (k.shape[1], -1))
+        log_g = log_g[:, :, :, None, None, :, None]  # [B, U, F, 1, 1, h, 1]
+        if self.gate == "values":
+            return k, v * log_g.exp().to(v.dtype)
+        bias = log_g * self.head_width**0.5
+        coarse = bias.to(k.dtype)
+        tail = torch.cat((coarse, (bias - coarse).to(k.dtype)), -1)
+        return torch.cat((k[..., :-2], tail.expand(*k.shape[:-1], 2)), -1), v
+
+    def _ungated(self, k: Tensor) -> Tensor:
+        return F.pad(k[..., :-2], (0, 2)) if self.gate == "logits" else k
+
+    def _asking(self, q: Tensor) -> Tensor:
+        return F.pad(q[..., :-2], (0, 2), value=1.0) if self.gate == "logits" else q
+
+
+def pool_space(x_BTHW: Tensor, space: int) -> Tensor:
+    """Mean over `space × space` tokens of a frame: `[B, T, H, W, ...] -> [B, T, H/space, W/space, ...]`."""
+    if space == 1:
+        return x_BTHW
+    return x_BTHW.unflatten(3, (-1, space)).unflatten(2, (-1, space)).mean((3, 5))
+
+
+def repeat_space(x_BTHWhd: Tensor, space: int) -> Tensor:
+    """Repeat every token over the `space × space` it was pooled from."""
+    if space == 1:
+        return x_BTHWhd
+    B, T, H, W, h, d = x_BTHWhd.shape
+    out = x_BTHWhd[:, :, :, None, :, None].expand(B, T, H, space, W, space, h, d)
+    return out.reshape(B, T, H * space, W * space, h, d)
+
+
+def attend_windows(
+    q_BUFHWhd: Tensor, k_BRFHWhd: Tensor, v_BRFHWhd: Tensor, blocks: Blocks, window: int | None, shifted: bool
+) -> Tensor:
+    """Attention inside local spatial windows (None: the whole frame); returns `[B, U, F, H, W, h, d]`."""
+    B, U, frames, H, W, h, d = q_BUFHWhd.shape
+    rows, columns = spatial_windows(H, window, shifted), spatial_windows(W, window, shifted)
+
+    def cut(x: Tensor, row: tuple[int, int, int], column: tuple[int, int, int]) -> Tensor:
+        """One region of equal windows: `[B, R, F, H, W, h, d] -> [B·windows, R, n, h, d]`."""
+        (y, ny, sy), (x0, nx, sx) = row, column
+        x = x[:, :, :, y : y + ny * sy, x0 : x0 + nx * sx]
+        x = x.unflatten(4, (nx, sx)).unflatten(3, (ny, sy))  # B R F ny sy nx sx h d
+        return x.permute(0, 3, 5, 1, 2, 4, 6, 7, 8).flatten(0, 2).flatten(2, 4)
+
+    bands = []
+    for row in rows:
+        band = []
+        for column in columns:
+            out = attend(*(cut(x, row, column) for x in (q_BUFHWhd, k_BRFHWhd, v_BRFHWhd)), blocks)
+            (_, ny, sy), (_, nx, sx) = row, column
+            out = out.reshape(B, ny, nx, U, frames, sy, sx, h, d).permute(0, 3, 4, 1, 5, 2, 6, 7, 8)
+            band.append(out.reshape(B, U, frames, ny * sy, nx * sx, h, d))
+        bands.append(band[0] if len(band) == 1 else torch.cat(band, 4))
+    return bands[0] if len(bands) == 1 else torch.cat(bands, 3)

@@ -1,0 +1,157 @@
+"""The whole configuration of a run: defaults < preset < YAML file < `section.key=value`.
+
+The sections are frozen dataclasses that live beside the code they steer; they check their own values.
+Nothing is ignored silently: an unknown key is an error that names the nearest known one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from msc.datasets.batches import DataConfig
+
+from .checkpoint import CheckpointConfig
+from .diffusion import DiffusionConfig
+from .metrics import MetricsConfig
+from .model import ModelConfig
+from .optimizer import OptimizerConfig
+from .parallelize import ParallelConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """clips: how many clips to train on in all; batch: clips per optimizer step over all ranks; micro: clips
+    per rank and forward pass (the rest is gradient accumulation). seed: of weights, order and noise.
+    report, evaluate: optimizer steps between reports and between held-out evaluations with a preview (0: never);
+    held_out: clips in such an evaluation."""
+
+    clips: int = 100_000
+    batch: int = 8
+    micro: int = 1
+    seed: int = 0
+    report: int = 10
+    evaluate: int = 1000
+    held_out: int = 64
+
+    def __post_init__(self):
+        for name in ("clips", "batch", "micro", "report"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
+
+    @property
+    def steps(self) -> int:
+        return -(-self.clips // self.batch)
+
+    def accumulate(self, dp: int) -> int:
+        """Micro-batches per rank and step; ValueError if the batch cannot be cut so."""
+        if self.batch % (dp * self.micro):
+            raise ValueError(
+                f"train.batch {self.batch} does not divide by {dp} data-parallel rows × train.micro {self.micro}"
+            )
+        return self.batch // (dp * self.micro)
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+
+
+def load(preset: str | None = None, file: Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Resolve a configuration; ValueError names the offending key or value and where it came from."""
+    from .presets import PRESETS
+
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
+    values = dataclasses.asdict(PRESETS[preset]() if preset else Config())
+    if file is not None:
+        try:
+            text = Path(file).read_text()
+            read = yaml.safe_load(text) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"{file} is not valid YAML: {error}") from None
+        _merge(values, read, Config, str(file), "")
+    for override in overrides:
+        name, sign, text = override.partition("=")
+        if not sign or not name:
+            raise ValueError(f"{override!r} is not of the form section.key=value")
+        nested: Any = yaml.safe_load(text)
+        for part in reversed(name.split(".")):
+            nested = {part: nested}
+        _merge(values, nested, Config, "the command line", "")
+    return build(values)
+
+
+def build(values: Mapping[str, Any]) -> Config:
+    """Validate plain values into a Config."""
+    import pydantic
+
+    try:
+        return pydantic.TypeAdapter(Config).validate_python(values)
+    except pydantic.ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            where = ".".join(str(part) for part in problem["loc"])
+            message = problem["msg"].removeprefix("Value error, ")
+            given = "" if problem["type"] == "value_error" else f" (given: {problem['input']!r})"
+            lines.append(message if problem["type"] == "value_error" else f"{where}: {message}{given}")
+        raise ValueError("configuration: " + "; ".join(lines)) from None
+
+
+def dump(config: Config) -> str:
+    """The configuration as YAML that `load` reads back."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """`{"section.key": value}`, for MLflow parameters and comparisons."""
+
+    def walk(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in values.items():
+            found |= walk(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        return found
+
+    return walk(_plain(dataclasses.asdict(config)), "")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _merge(values: dict[str, Any], new: Any, kind: type, source: str, prefix: str) -> None:
+    """Write `new` over `values`, section by section, refusing keys that the dataclass `kind` does not have."""
+    if not isinstance(new, Mapping):
+        raise ValueError(f"{source}: {prefix.rstrip('.') or 'the configuration'} must be a table of keys, not {new!r}")
+    types = typing.get_type_hints(kind)
+    for key, value in new.items():
+        if key not in types:
+            raise ValueError(f"{source}: unknown key {prefix}{key}{_nearest(prefix + str(key))}")
+        if dataclasses.is_dataclass(types[key]):
+            _merge(values[key], value, typing.cast(type, types[key]), source, f"{prefix}{key}.")
+        else:
+            values[key] = value
+
+
+def _nearest(name: str) -> str:
+    known = list(flat(Config())) + [section.name for section in dataclasses.fields(Config)]
+    leaves = {path.rsplit(".", 1)[-1]: path for path in known}
+    near = difflib.get_close_matches(name, known, 1, 0.6)
+    near = near or [leaves[leaf] for leaf in difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves, 1, 0.6)]
+    return f"; did you mean {near[0]}?" if near else ""

@@ -1,0 +1,92 @@
+"""Rectified flow with a noise level per frame: noise, training loss and sampling steps, as pure functions.
+
+`x_t = (1-t) x + t ε`, target velocity `ε - x`. Noise and t of a frame are functions of (seed, sample,
+epoch, frame) alone, so that they do not depend on ranks, workers, accumulation or resumption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_LEVELS, _NOISE, _TEXT = 0, 1, 2  # streams of random numbers
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """How training draws noise levels.
+
+    mean, std: of the logit-normal distribution of t (Esser et al. 2024).
+    shift: t -> shift·t / (1 + (shift-1)·t); null: sqrt(latents of a frame / 4096), as larger frames need
+        more noise for the same loss of information (Esser et al. 2024; 4,096 latents are their 512² pixels).
+    clean: share of units that stay clean context (t = 0, out of the loss).
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+    shift: float | None = None
+    clean: float = 0.25
+
+    def __post_init__(self):
+        if not 0 <= self.clean < 1:
+            raise ValueError(f"diffusion.clean is {self.clean}; it must lie in [0, 1), or nothing is left to learn")
+        if self.std <= 0 or (self.shift is not None and self.shift <= 0):
+            raise ValueError(f"diffusion.std ({self.std}) and diffusion.shift ({self.shift}) must be positive")
+
+
+def frame_shift(config: DiffusionConfig, height: int, width: int) -> float:
+    return config.shift if config.shift is not None else (height * width / 4096) ** 0.5
+
+
+def shift_levels(t: np.ndarray | Tensor, shift: float) -> np.ndarray | Tensor:
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def _generator(seed: int, sample: int, epoch: int, frame: int, stream: int) -> np.random.Generator:
+    # Philox is counter based: the drawing itself only moves the counter's lowest word.
+    return np.random.Generator(np.random.Philox(key=[seed, sample], counter=[0, frame, epoch, stream]))
+
+
+def noise_levels(
+    config: DiffusionConfig, shift: float, seed: int, sample: int, epoch: int, units: int, frames_per_unit: int
+) -> Tensor:
+    """Noise level of every frame of a clip, `[T]` float32: one draw per unit; 0 for clean context."""
+    random = _generator(seed, sample, epoch, 0, _LEVELS)
+    logits = config.mean + config.std * random.standard_normal(units)
+    t = shift_levels(1 / (1 + np.exp(-logits)), shift)
+    clean = random.random(units) < config.clean
+    if clean.all():
+        clean[-1] = False  # a clip without a single noisy unit would teach nothing
+    t = np.where(clean, 0.0, t)
+    return torch.from_numpy(np.repeat(t, frames_per_unit).astype(np.float32))
+
+
+def frame_noise(seed: int, sample: int, epoch: int, frames: range, shape: Sequence[int]) -> Tensor:
+    """Unit normal noise of some frames of a clip, `[len(frames), *shape]` float32."""
+    rows = [_generator(seed, sample, epoch, f, _NOISE).standard_normal(shape, np.float32) for f in frames]
+    return torch.from_numpy(np.stack(rows))
+
+
+def drop_text(text_BLE: Tensor, share: float, seed: int, clips: Sequence[tuple[int, int]]) -> Tensor:
+    """Zero the text of a share of the clips, named (sample, epoch), so that the model also learns without."""
+    kept = [_generator(seed, sample, epoch, 0, _TEXT).random() >= share for sample, epoch in clips]
+    return text_BLE * torch.tensor(kept, dtype=text_BLE.dtype)[:, None, None]
+
+
+def add_noise(x_BTCHW: Tensor, noise_BTCHW: Tensor, t_BT: Tensor) -> Tensor:
+    t = t_BT[:, :, None, None, None]
+    return (1 - t) * x_BTCHW + t * noise_BTCHW
+
+
+def frame_losses(velocity: Tensor, x_BTCHW: Tensor, noise_BTCHW: Tensor) -> Tensor:
+    """Mean squared error of the velocity per frame, `[B, T]` float32."""
+    return (velocity.float() - (noise_BTCHW - x_BTCHW).float()).square().mean((2, 3, 4))
+
+
+def sampling_levels(steps: int, shift: float = 1.0) -> list[float]:
+    """`steps + 1` noise levels from 1 down to 0."""
+    return [float(shift_levels(np.float64(1 - i / steps), shift)) for i in range(steps + 1)]

@@ -1,0 +1,228 @@
+"""How good a model is: held-out loss by noise level, and continuations against the truth."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from msc.datasets.batches import Batch, loader
+from msc.datasets.shards import Index, read_index
+
+from .attention import Timeline
+from .autoencoder import to_uint8
+from .config import Config
+from .diffusion import frame_losses, frame_shift
+from .inputs import Feed, Inputs
+from .metrics import Tracker
+from .model import MSCTransformer, precondition
+from .pictures import contact_sheet, write_mp4
+from .runs import Trained, open_run
+from .sampler import generate
+
+BINS = 5  # equal ranges of the noise level
+HELD_OUT_SEED = 1_000_003  # noise of evaluations: the same in every run and at every step
+
+
+@dataclass
+class Losses:
+    """Squared velocity errors of supervised frames, summed by noise level; `[BINS]` sums and counts."""
+
+    sums: Tensor
+    counts: Tensor
+
+    @staticmethod
+    def zeros(device: torch.device) -> Losses:
+        return Losses(*(torch.zeros(BINS, dtype=torch.float64, device=device) for _ in range(2)))
+
+    def add(self, errors_BT: Tensor, inputs: Inputs) -> None:
+        mask = inputs.supervised
+        bins = (inputs.t[mask] * BINS).long().clamp(max=BINS - 1)
+        self.sums.index_add_(0, bins, errors_BT[mask].double())
+        self.counts.index_add_(0, bins, torch.ones_like(bins, dtype=torch.float64))
+
+    def reduce(self) -> None:
+        """Sum over all ranks."""
+        if torch.distributed.is_initialized():
+            for tensor in (self.sums, self.counts):
+                torch.distributed.all_reduce(tensor)
+
+    @property
+    def mean(self) -> float:
+        return float(self.sums.sum() / self.counts.sum())
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """Mean, and the mean in every range of noise levels that was met."""
+        found = {prefix + "mean": self.mean}
+        for i, (total, count) in enumerate(zip(self.sums.tolist(), self.counts.tolist(), strict=True)):
+            if count:
+                found[f"{prefix}t_{i / BINS:.1f}_{(i + 1) / BINS:.1f}"] = total / count
+        return found
+
+
+def held_out_batches(
+    config: Config, index: Index, clips: int, rows: int, row: int, frames: tuple[int, int] | None
+) -> Iterator[Batch]:
+    """The first held-out clips, in order, shared out over data-parallel rows."""
+    each = rows * config.train.micro
+    wanted = max(each, min(clips, index.samples("held_out")) // each * each)
+    return loader(
+        config.data.shards, index, "held_out", seed=0, clock=0, clips=each, rank=row, ranks=rows, frames=frames,
+        workers=0, shuffle=False, stop=wanted,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def held_out_losses(
+    model: nn.Module, config: Config, index: Index, feed: Feed, rows: int, row: int, timeline: Timeline
+) -> Losses:
+    """Held-out loss of a model that may be sharded over ranks; the same noise at every call."""
+    feed = replace(feed, seed=HELD_OUT_SEED, text_dropout=0.0)
+    per_unit = config.model.frames_per_unit
+    frames = (feed.units.start * per_unit, feed.units.stop * per_unit)
+    losses = Losses.zeros(feed.device)
+    model.eval()
+    for batch in held_out_batches(config, index, config.train.held_out, rows, row, frames):
+        inputs = feed(batch)
+        velocity = model(inputs.noisy, inputs.t, inputs.text, inputs.labels, timeline)
+        losses.add(frame_losses(velocity, inputs.x, inputs.noise), inputs)
+    model.train()
+    losses.reduce()
+    return losses
+
+
+def held_out_clip(trained: Trained, index: Index, clip: int) -> Tensor:
+    """One held-out clip as video uint8 `[T, 3, H, W]`."""
+    batch = next(
+        loader(
+            trained.config.data.shards, index, "held_out", seed=0, clock=clip, clips=1, workers=0, shuffle=False
+        )
+    )
+    if batch.video is not None:
+        return batch.video[0]
+    assert batch.latents is not None
+    return to_uint8(trained.autoencoder.decode(batch.latents[0]))
+
+
+@torch.no_grad()
+def preview(model: nn.Module, config: Config, index: Index, feed: Feed, run: Path, step: int, writing: bool) -> list[Path]:
+    """Continue the first held-out clip from half of it; every rank computes the same, one writes."""
+    batch = next(held_out_batches(config, index, 1, 1, 0, None))
+    assert isinstance(model, MSCTransformer)
+    latents = (feed.autoencoder.encode(batch.video) if batch.latents is None else batch.latents)[:1].to(feed.device).float()
+    x = model.normalise(latents)
+    context = max(1, x.shape[1] // config.model.frames_per_unit // 2) * config.model.frames_per_unit
+    units = (x.shape[1] - context) // config.model.frames_per_unit
+    model.eval()
+    new = list(generate(model, x[:, :context], units, steps=8, shift=feed.shift))
+    model.train()
+    if not writing or not new:
+        return []
+    made = torch.cat([x[:, :context], *new], 1)
+    truth, video = (to_uint8(feed.autoencoder.decode(model.denormalise(y[0]).cpu())) for y in (x, made))
+    name = run / "samples" / f"step-{step:08d}"
+    name.parent.mkdir(exist_ok=True)
+    shown = len(video) * context // x.shape[1]
+    contact_sheet([("truth", truth), ("continued", video)], name.with_suffix(".png"), context=shown)
+    write_mp4(name.with_suffix(".mp4"), video, index.fps)
+    return [name.with_suffix(".png"), name.with_suffix(".mp4")]
+
+
+# msc evaluate ----------------------------------------------------------------------------------------
+
+
+def evaluate(run: Path, clips: int = 64, weights: str = "ema", steps: int = 16) -> str:
+    """Held-out loss and continuation PSNR of a run's newest checkpoint; also written to evaluation.json."""
+    trained = open_run(run, weights)
+    config, model = trained.config, trained.model
+    index = read_index(config.data.shards)
+    all_units = index.frames // config.model.frames_per_unit
+    feed = Feed(
+        model, trained.autoencoder, config.diffusion, frame_shift(config.diffusion, index.height, index.width),
+        HELD_OUT_SEED, range(all_units), all_units, 0.0, trained.device,
+    )  # fmt: skip
+    names = ("model", "untrained", "mean velocity")
+    losses = {name: Losses.zeros(trained.device) for name in names}
+    batches = list(held_out_batches(config, index, clips, 1, 0, None))
+    continued: list[dict[str, Tensor]] = []
+    for batch in tqdm(batches, desc="evaluate", unit="batch", disable=None):
+        inputs = feed(batch)
+        with torch.no_grad():
+            velocity = model(inputs.noisy, inputs.t, inputs.text, inputs.labels)
+        guesses = {
+            "model": velocity,
+            "untrained": precondition(inputs.noisy, inputs.t, torch.zeros_like(inputs.x)),
+            "mean velocity": torch.zeros_like(inputs.x),  # the mean over noise and normalised data
+        }
+        for name, guess in guesses.items():
+            losses[name].add(frame_losses(guess, inputs.x, inputs.noise), inputs)
+        continued.append(continue_clips(trained, inputs, steps))
+
+    psnr = {name: [round(float(v), 2) for v in torch.cat([c[name] for c in continued]).mean(0)] for name in continued[0]}
+    result = {
+        "step": trained.step,
+        "clock": trained.clock,
+        "weights": weights,
+        "clips": sum(len(batch.samples) for batch in batches),
+        "loss": {name: losses[name].mean for name in names},
+        "loss_by_noise": {name: losses[name].metrics("") for name in names},
+        "psnr_by_horizon": psnr,
+        "sampling_steps": steps,
+    }
+    (run / "evaluation.json").write_text(json.dumps(result, indent=1))
+    tracker = Tracker(config.metrics)
+    tracker.start(run, {}, "", run.name, attach=True)
+    tracker.log(losses["model"].metrics("evaluate/loss_"), trained.step)
+    tracker.log({f"evaluate/psnr_1_{name.replace(' ', '_')}": values[0] for name, values in psnr.items()}, trained.step)
+    tracker.artifact(run / "evaluation.json")
+    tracker.finish("FINISHED")
+    return report(result)
+
+
+@torch.no_grad()
+def continue_clips(trained: Trained, inputs: Inputs, steps: int) -> dict[str, Tensor]:
+    """PSNR by horizon `[B, horizon]` (video frames) of continuing the first half of clips, by method."""
+    model, per_unit = trained.model, trained.config.model.frames_per_unit
+    units = inputs.x.shape[1] // per_unit
+    given = max(1, units // 2) * per_unit
+    context, shift = inputs.x[:, :given], frame_shift(trained.config.diffusion, trained.space.height, trained.space.width)
+
+    def pixels(x: Tensor) -> Tensor:
+        return trained.autoencoder.decode(model.denormalise(x).cpu()).clamp(-1, 1)
+
+    def rollout(steps: int) -> Tensor:
+        new = generate(model, context, units - given // per_unit, steps, HELD_OUT_SEED, shift, inputs.text, inputs.labels)
+        return torch.cat([context, *new], 1)
+
+    truth = pixels(inputs.x)
+    shown = truth.shape[1] * given // inputs.x.shape[1]  # video frames of the context
+    repeated = truth[:, shown - 1 : shown].expand_as(truth)
+    videos = {"mean prediction": pixels(rollout(1)), "sample": pixels(rollout(steps)), "copy last": repeated}
+    return {name: psnr(video[:, shown:], truth[:, shown:]) for name, video in videos.items()}
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of videos in [-1, 1]: `[B, T, 3, H, W]` twice -> `[B, T]`."""
+    return 10 * torch.log10(4 / (a - b).square().mean((2, 3, 4)).clamp_min(1e-10))
+
+
+def report(result: dict) -> str:
+    """The evaluation as text."""
+    lines = [f"step {result['step']}, {result['clips']} held-out clips, {result['weights']} weights"]
+    bins = [key for key in result["loss_by_noise"]["model"] if key != "mean"]
+    lines.append(f"{'held-out loss':<18}{'mean':>9}" + "".join(f"{key.replace('_', ' '):>12}" for key in bins))
+    for name, values in result["loss_by_noise"].items():
+        lines.append(f"{name:<18}{values['mean']:>9.4f}" + "".join(f"{values.get(k, math.nan):>12.4f}" for k in bins))
+    horizons = list(range(1, 1 + len(result["psnr_by_horizon"]["copy last"])))
+    lines.append(f"{'PSNR (dB)':<18}" + "".join(f"{f'h={h}':>8}" for h in horizons))
+    for name, values in result["psnr_by_horizon"].items():
+        lines.append(f"{name:<18}" + "".join(f"{value:>8.2f}" for value in values))
+    gained = result["psnr_by_horizon"]["mean prediction"][0] - result["psnr_by_horizon"]["copy last"][0]
+    lines.append(f"the model's mean prediction is {gained:+.2f} dB from repeating the last frame at horizon 1")
+    return "\n".join(lines)

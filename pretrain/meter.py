@@ -1,0 +1,83 @@
+"""The training loop's meter: throughput, waiting for data, memory and the share of the hardware's peak."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+# Dense bf16 FLOP/s of one device (half of the data sheets' figures "with sparsity"); the first match counts.
+# NVIDIA data sheets: H200 (SXM, NVL), H100 (SXM, NVL, PCIe), A100.
+PEAK_FLOPS = (
+    ("H200 NVL", 835e12),
+    ("H200", 989e12),
+    ("H100 NVL", 835e12),
+    ("H100 PCIe", 756e12),
+    ("H100", 989e12),
+    ("A100", 312e12),
+)
+
+
+def mfu(flops_per_second: float, device: str) -> float | None:
+    """Share of a device's peak that the model's own FLOPs make up; None where the device is not in the table.
+
+    flops_per_second: of one device, unmasked and without recomputation. device: torch's name of it.
+    """
+    peak = next((peak for name, peak in PEAK_FLOPS if name in device), None)
+    return flops_per_second / peak if peak else None
+
+
+class Meter:
+    """Throughput since the last `read`: call `step` after every optimizer step.
+
+    tokens, clips: of one step, over all ranks. flops: of one step on one device. device: a torch.device.
+    """
+
+    def __init__(self, tokens: float, clips: float, flops: float, device: Any):
+        self.tokens, self.clips, self.flops, self.device = tokens, clips, flops, device
+        self._begin()
+
+    def _begin(self) -> None:
+        self.steps, self.waited, self.began = 0, 0.0, time.perf_counter()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time spent inside counts as waiting for data."""
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
+
+    def step(self) -> None:
+        self.steps += 1
+
+    def read(self) -> dict[str, float]:
+        """tokens_per_s, clips_per_s, step_s, data_wait (share), memory_gib, mfu where known; starts anew."""
+        seconds = max(time.perf_counter() - self.began, 1e-9)
+        rate = self.steps / seconds
+        values = {
+            "tokens_per_s": self.tokens * rate,
+            "clips_per_s": self.clips * rate,
+            "step_s": seconds / max(self.steps, 1),
+            "data_wait": self.waited / seconds,
+            **memory(self.device),
+        }
+        if self.device.type == "cuda":
+            import torch
+
+            share = mfu(self.flops * rate, torch.cuda.get_device_name(self.device))
+            values |= {} if share is None else {"mfu": share}
+        self._begin()
+        return values
+
+
+def memory(device: Any) -> dict[str, float]:
+    """GiB: the peak allocated on a GPU and what torch reserved there, or this process's resident memory."""
+    if device.type == "cuda":
+        import torch
+
+        peak, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.memory_reserved(device)
+        return {"memory_gib": peak / 2**30, "memory_reserved_gib": reserved / 2**30}
+    import psutil
+
+    return {"memory_gib": psutil.Process().memory_info().rss / 2**30}

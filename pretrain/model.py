@@ -1,0 +1,261 @@
+"""The causal video diffusion transformer: noisy latents and their noise levels in, velocity out.
+
+One forward pass denoises every frame of a video at once, each at its own noise level, each seeing only
+its own unit and earlier ones; the same weights generate frame by frame (sampler.py). Needs torch, and
+safetensors to load an exported folder; nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .attention import GatePlace, Timeline, View, WholeVideo, view_frames
+from .layers import Block, NoiseEmbedding
+from .scales import Scale, check_scales
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that fixes the weights' shapes and the function they compute.
+
+    width: D, divisible by the number of heads; the heads are those of `scales`, in order.
+    patch: side in latents of one token. frames_per_unit: frames of one autoregressive step.
+    gate: where the noise gate acts ("logits", "values", "none"); see attention.py.
+    classes: number of class labels (0: none). text_width: width of text embeddings (0: none).
+    The last four are taken from the shards when training starts and travel with the weights: latent
+    channels, their mean and standard deviation, and the gate's constants b per scale.
+    """
+
+    width: int = 128
+    depth: int = 6
+    scales: tuple[Scale, ...] = (Scale(2, 1, 1, 2, 16), Scale(1, 2, 1, 8), Scale(1, 4, 4, None))
+    patch: int = 2
+    frames_per_unit: int = 1
+    mlp_ratio: float = 4.0
+    gate: GatePlace = "logits"
+    rope_theta: float = 10_000.0
+    classes: int = 0
+    text_width: int = 0
+    channels: int = 0
+    latent_mean: tuple[float, ...] = ()
+    latent_std: tuple[float, ...] = ()
+    gate_constants: tuple[tuple[float, float], ...] = ()
+
+    def __post_init__(self):
+        if not self.scales:
+            raise ValueError("model.scales is empty; at least one scale is needed")
+        if self.width % self.heads:
+            raise ValueError(f"model.width {self.width} does not divide by the scales' {self.heads} heads")
+        if self.head_width < 8 or self.head_width % 2:
+            raise ValueError(
+                f"model.width {self.width} over {self.heads} heads gives a head width of {self.head_width}; "
+                "it must be even and at least 8"
+            )
+        for name in ("depth", "patch", "frames_per_unit"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+
+    @property
+    def heads(self) -> int:
+        return sum(scale.heads for scale in self.scales)
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def hidden(self) -> int:
+        return int(self.width * self.mlp_ratio)
+
+    @staticmethod
+    def from_dict(values: dict) -> ModelConfig:
+        """From plain JSON values; unknown keys raise TypeError naming them."""
+        values = dict(values)
+        values["scales"] = tuple(Scale(**scale) for scale in values["scales"])
+        for name in ("latent_mean", "latent_std"):
+            values[name] = tuple(values[name])
+        values["gate_constants"] = tuple(tuple(pair) for pair in values["gate_constants"])
+        return ModelConfig(**values)
+
+
+def check_clip(config: ModelConfig, frames: int, height: int, width: int) -> None:
+    """Raise ValueError if a clip of `frames × height × width` latents does not fit the model's scales and patches."""
+    for name, side in (("height", height), ("width", width)):
+        if side % config.patch:
+            raise ValueError(f"the latent {name} of {side} does not divide by model.patch {config.patch}")
+    check_scales(config.scales, config.heads, (height // config.patch, width // config.patch))
+    if frames % config.frames_per_unit:
+        raise ValueError(f"{frames} latent frames do not divide into units of {config.frames_per_unit} frames")
+
+
+class MSCTransformer(nn.Module):
+    """Multi-scale causal video diffusion transformer."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        if config.channels < 1:
+            raise ValueError("model.channels is 0; it is taken from the shards' index when training starts")
+        self.config = config
+        self.recompute = False  # activation checkpointing, set by parallelize
+        width, tokens = config.width, config.channels * config.patch**2
+        self.embed = nn.Linear(tokens, width)
+        self.noise = NoiseEmbedding(width)
+        self.modulate = nn.Linear(width, 6 * width)
+        self.label = nn.Embedding(config.classes + 1, width) if config.classes else None
+        self.text = nn.Linear(config.text_width, width) if config.text_width else None
+        self.blocks = nn.ModuleList(
+            Block(width, config.hidden, config.scales, config.gate, bool(layer % 2), config.text_width > 0)
+            for layer in range(config.depth)
+        )
+        self.final_norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.final_modulate = nn.Linear(width, 2 * width)
+        self.final = nn.Linear(width, tokens)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Normal weights of variance 1/fan-in, residual branches scaled by depth, zero output (Peebles & Xie 2022)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        branches = 2 * len(self.blocks)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            for layer in (block.attention.out, block.feed_forward.down):
+                nn.init.normal_(layer.weight, std=(layer.in_features * branches) ** -0.5)
+            if block.cross_attention is not None:
+                nn.init.zeros_(block.cross_attention.out.weight)
+            with torch.no_grad():
+                block.modulation[2].fill_(1.0)
+                block.modulation[5].fill_(1.0)
+        for layer in (self.modulate, self.final_modulate, self.final):
+            nn.init.zeros_(layer.weight)
+
+    def forward(
+        self,
+        x_BTCHW: Tensor,
+        t_BT: Tensor,
+        text_BLE: Tensor | None = None,
+        labels_B: Tensor | None = None,
+        timeline: Timeline | None = None,
+    ) -> Tensor:
+        """Velocity `ε - x` of every frame, `[B, T, C, H, W]` in the type of x.
+
+        x: noisy normalised latents of the own frames; t: their noise levels in [0, 1]; text: embeddings
+        (zeros where dropped); labels: class numbers, `classes` meaning none; timeline: where the frames
+        lie in their video and where to get the past from (default: the whole video is here).
+        """
+        config, timeline = self.config, timeline or WholeVideo()
+        kind = self.embed.weight.dtype
+        tokens = self.embed(patchify(x_BTCHW, config.patch).to(kind))
+        views = self.view(t_BT, (tokens.shape[2], tokens.shape[3]), timeline)
+        embedding = self.noise(t_BT)
+        if self.label is not None:
+            none = torch.full((x_BTCHW.shape[0],), config.classes, device=x_BTCHW.device)
+            embedding = embedding + self.label(none if labels_B is None else labels_B)[:, None]
+        text = None
+        if self.text is not None:
+            if text_BLE is None:
+                text_BLE = x_BTCHW.new_zeros(x_BTCHW.shape[0], 1, config.text_width)
+            text = self.text(text_BLE.to(kind))
+        modulation = self.modulate(torch.nn.functional.silu(embedding)).unflatten(-1, (6, -1))
+        for layer, block in enumerate(self.blocks):
+            arguments = (tokens, modulation, text, views, timeline, layer)
+            if self.recompute and torch.is_grad_enabled():
+                tokens = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                tokens = block(*arguments)
+        shift, scale = self.final_modulate(embedding)[:, :, None, None].chunk(2, -1)
+        residual = self.final(self.final_norm(tokens) * (1 + scale) + shift)
+        return precondition(x_BTCHW, t_BT, unpatchify(residual, config.patch, config.channels))
+
+    def view(self, t_BT: Tensor, grid: tuple[int, int], timeline: Timeline) -> list[View]:
+        """What each scale needs to know of these frames; computed once for all layers."""
+        config = self.config
+        constants = config.gate_constants or ((0.0, 0.0),) * len(config.scales)
+        return [
+            view_frames(
+                scale,
+                index,
+                t_BT,
+                grid,
+                config.frames_per_unit,
+                config.head_width - 2,
+                config.rope_theta,
+                None if config.gate == "none" else constants[index],
+                timeline,
+            )
+            for index, scale in enumerate(config.scales)
+        ]
+
+    # Latents as the autoencoder gives them <-> zero mean, unit variance per channel ---------------------
+
+    def normalise(self, latents_TCHW: Tensor) -> Tensor:
+        mean, std = self._moments(latents_TCHW)
+        return (latents_TCHW - mean) / std
+
+    def denormalise(self, x_TCHW: Tensor) -> Tensor:
+        mean, std = self._moments(x_TCHW)
+        return x_TCHW * std + mean
+
+    def _moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        channels = self.config.channels
+        mean = self.config.latent_mean or (0.0,) * channels
+        std = self.config.latent_std or (1.0,) * channels
+        return like.new_tensor(mean)[:, None, None], like.new_tensor(std)[:, None, None]
+
+    # Exported weights ------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, weights: str = "ema") -> MSCTransformer:
+        """Load a folder written by `msc export`: its `config.json` and `ema.safetensors` or `raw.safetensors`."""
+        from safetensors.torch import load_file
+
+        folder = Path(folder)
+        path = folder / f"{weights}.safetensors"
+        if not (folder / "config.json").is_file() or not path.is_file():
+            raise FileNotFoundError(f"{folder} holds no exported model: config.json and {path.name} are needed")
+        config = ModelConfig.from_dict(json.loads((folder / "config.json").read_text())["model"])
+        tensors = load_file(path)
+        with torch.device("meta"):
+            model = cls(config)
+        model = model.to_empty(device="cpu").to(next(iter(tensors.values())).dtype)
+        model.load_state_dict(tensors)
+        return model.eval()
+
+    def config_dict(self) -> dict:
+        return dataclasses.asdict(self.config)
+
+
+def patchify(x_BTCHW: Tensor, patch: int) -> Tensor:
+    """`[B, T, C, H·p, W·p] -> [B, T, H, W, C·p·p]`."""
+    x = x_BTCHW.unflatten(4, (-1, patch)).unflatten(3, (-1, patch))
+    return x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4)
+
+
+def unpatchify(x_BTHWD: Tensor, patch: int, channels: int) -> Tensor:
+    """Inverse of `patchify`."""
+    x = x_BTHWD.unflatten(4, (channels, patch, patch)).permute(0, 1, 4, 2, 5, 3, 6)
+    return x.flatten(5, 6).flatten(3, 4)
+
+
+def precondition(x_BTCHW: Tensor, t_BT: Tensor, residual_BTCHW: Tensor) -> Tensor:
+    """Velocity from the network's output: the best linear guess from x_t alone, plus a unit-variance rest.
+
+    The idea of Karras et al. 2022 (EDM) worked out for rectified flow on unit-variance data: with
+    `n² = t² + (1-t)²`, `E[v x_t] / E[x_t²] = (2t-1) / n²`, and what remains of v has variance `1 / n²`.
+    """
+    t = t_BT[:, :, None, None, None]
+    variance = t.square() + (1 - t).square()
+    velocity = (2 * t - 1) / variance * x_BTCHW + residual_BTCHW.to(t.dtype) * variance.rsqrt()
+    return velocity.to(x_BTCHW.dtype)

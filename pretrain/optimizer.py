@@ -1,0 +1,101 @@
+"""AdamW that carries an exponential moving average of the weights in its own state.
+
+The average lives beside Adam's moments on the fp32 master weights, so whatever shards, offloads or saves
+the optimizer does the same to it. Schedules are functions of the sample clock (clips seen).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """lr: peak learning rate; warmup: clips until it is reached; decay: its shape to the end of the run,
+    where `final` times the peak is left. weight_decay applies to matrices only. clip: largest gradient norm
+    (0: no clipping). ema_halflife: clips until a weight's share in the average has halved (0: no average)."""
+
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    warmup: int = 10_000
+    decay: Literal["constant", "cosine", "linear"] = "cosine"
+    final: float = 0.1
+    clip: float = 1.0
+    ema_halflife: int = 100_000
+
+    def __post_init__(self):
+        if self.lr <= 0:
+            raise ValueError(f"optimizer.lr is {self.lr}; it must be positive")
+        if self.warmup < 0 or self.ema_halflife < 0 or self.clip < 0:
+            raise ValueError(
+                f"optimizer.warmup ({self.warmup}), ema_halflife ({self.ema_halflife}) and clip ({self.clip}) "
+                "must not be negative"
+            )
+
+
+def learning_rate(config: OptimizerConfig, clock: int, clips: int) -> float:
+    """Learning rate when `clock` of `clips` clips have been seen."""
+    if clock < config.warmup:
+        return config.lr * (clock + 1) / (config.warmup + 1)
+    done = min(1.0, (clock - config.warmup) / max(1, clips - config.warmup))
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[config.decay]
+    return config.lr * (config.final + (1 - config.final) * shape)
+
+
+def ema_decay(config: OptimizerConfig, clock: int, batch: int) -> float:
+    """Factor of the old average in a step of `batch` clips; early on it averages over the last tenth only."""
+    if not config.ema_halflife:
+        return 0.0
+    halflife = min(config.ema_halflife, max(clock, 1) / 10)
+    return 0.5 ** (batch / halflife)
+
+
+class AdamWEMA(torch.optim.AdamW):
+    """AdamW whose state also holds `ema`, updated with the group's `ema_decay` after every step."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
+        loss = super().step(closure)
+        for group in self.param_groups:
+            updated = [p for p in group["params"] if p.grad is not None]
+            averages = []
+            for p in updated:
+                if "ema" not in self.state[p]:
+                    self.state[p]["ema"] = p.detach().clone()
+                averages.append(self.state[p]["ema"])
+            if averages:
+                torch._foreach_lerp_(averages, [p.detach() for p in updated], 1 - group["ema_decay"])
+        return loss
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamWEMA:
+    """Matrices with weight decay, everything else without."""
+    matrices = [p for p in model.parameters() if p.requires_grad and _dimensions(p) >= 2]
+    rest = [p for p in model.parameters() if p.requires_grad and _dimensions(p) < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return AdamWEMA(
+        [{**group, "ema_decay": 0.0} for group in groups if group["params"]],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+    )
+
+
+def _dimensions(parameter: nn.Parameter) -> int:
+    return len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty tensor behind
+
+
+def set_schedule(groups: list[dict], config: OptimizerConfig, clock: int, clips: int, batch: int) -> float:
+    """Write learning rate and average's decay for the step that starts at `clock`; returns the rate."""
+    rate, decay = learning_rate(config, clock, clips), ema_decay(config, clock + batch, batch)
+    for group in groups:
+        group["lr"], group["ema_decay"] = rate, decay
+    return rate

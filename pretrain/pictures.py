@@ -1,0 +1,132 @@
+"""Contact sheets and video files of what the model makes. Every file is written aside and renamed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from torch import Tensor
+
+CONTEXT_COLOUR = (46, 160, 67)  # green: given to the model
+MADE_COLOUR = (214, 106, 18)  # orange: made by it
+MOST_COLUMNS = 16
+BORDER, GAP, HEAD, DPI = 2, 4, 20, 100
+
+
+def contact_sheet(
+    rows: Sequence[tuple[str, Tensor]],
+    path: Path,
+    *,
+    every: int | None = None,
+    context: int | None = None,
+    scale: int | None = None,
+) -> None:
+    """Write a PNG with one row of frames for each `(label, video)`; frame numbers stand above the columns.
+
+    rows: labels (may have several lines) and videos uint8 `[T, 3, H, W]`; T, H and W may differ.
+    every: show each `every`-th frame; by default as many as fit into 16 columns.
+    context: the first `context` frames were given and get a green border, the generated ones an orange
+        one; None draws no borders.
+    scale: whole factor by which frames are enlarged; by default small ones grow to about 96 pixels.
+    """
+    if not rows:
+        raise ValueError("a contact sheet needs at least one row")
+    labels, videos = [label for label, _ in rows], [_frames_last(video) for _, video in rows]
+    every = -(-max(len(video) for video in videos) // MOST_COLUMNS) if every is None else every
+    scale = max(1, 96 // max(max(video.shape[1:3]) for video in videos)) if scale is None else scale
+    if every < 1 or scale < 1:
+        raise ValueError(f"every is {every} and scale is {scale}; both must be at least 1")
+
+    border = 0 if context is None else BORDER
+    column = max(video.shape[2] for video in videos) * scale + 2 * border + GAP
+    columns = -(-max(len(video) for video in videos) // every)
+    heights = [video.shape[1] * scale + 2 * border + GAP for video in videos]
+    left = 12 + 7 * max(len(line) for label in labels for line in [*label.splitlines(), ""])
+    sheet = np.full((HEAD + sum(heights), left + columns * column, 3), 255, np.uint8)
+    tops = [HEAD + sum(heights[:i]) for i in range(len(heights))]
+    for video, top in zip(videos, tops, strict=True):
+        for i, frame in enumerate(video[::every]):
+            tile = frame.repeat(scale, axis=0).repeat(scale, axis=1)
+            if context is not None:
+                colour = CONTEXT_COLOUR if i * every < context else MADE_COLOUR
+                tile = np.stack(
+                    [np.pad(tile[..., c], border, constant_values=colour[c]) for c in range(3)], -1
+                )
+            x = left + i * column
+            sheet[top : top + tile.shape[0], x : x + tile.shape[1]] = tile
+
+    # Without pyplot, which would keep every figure alive and choose a backend for the whole process.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    height, width = sheet.shape[:2]
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+    FigureCanvasAgg(figure)
+    figure.figimage(sheet, origin="upper")  # pixel for pixel, no resampling
+
+    def write(x: float, y: float, text: str, colour: str) -> None:
+        size, place = 11 * 72 / DPI, (x / width, 1 - y / height)
+        figure.text(
+            *place, text, color=colour, fontsize=size, family="monospace", va="center", parse_math=False
+        )
+
+    for i in range(columns):
+        write(left + i * column, HEAD / 2, str(i * every), "dimgrey")
+    for label, top, row in zip(labels, tops, heights, strict=True):
+        write(6, top + (row - GAP) / 2, label, "black")
+    with _aside(path) as partial:
+        figure.savefig(partial, format="png", dpi=DPI, metadata={"Software": None})
+
+
+def write_mp4(path: Path, video: Tensor, fps: float) -> None:
+    """Write uint8 `[T, 3, H, W]` as H.264 (crf 18, 4:2:0, plays everywhere) at `fps` frames a second.
+
+    4:2:0 needs even sides: an odd one repeats its last row or column, so the file is one pixel larger.
+    """
+    if not 0 < fps <= 1000:
+        raise ValueError(f"fps is {fps}; it must be above 0 and at most 1000")
+    frames = _frames_last(video)
+    height, width = frames.shape[1:3]
+    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    options = {"movflags": "+faststart"}  # the index first: browsers can start before the whole file is there
+    with _aside(path) as partial, av.open(str(partial), "w", format="mp4", options=options) as container:
+        # With libx264's lookahead the same frames give other bytes on every run (seen with PyAV 18.1).
+        codec = {"crf": "18", "preset": "medium", "rc-lookahead": "0"}
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=codec)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.thread_count = 1  # no idle threads beside training
+        for frame in frames:
+            container.mux(
+                stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"))
+            )
+        container.mux(stream.encode(None))
+
+
+def _frames_last(video: Tensor) -> np.ndarray:
+    """uint8 `[T, 3, H, W]` on any device to a numpy array `[T, H, W, 3]`; ValueError for anything else."""
+    if video.ndim != 4 or video.shape[1] != 3 or 0 in video.shape or str(video.dtype) != "torch.uint8":
+        raise ValueError(
+            f"a video is uint8 [frames, 3, height, width]; got {video.dtype} {list(video.shape)}"
+        )
+    return video.detach().cpu().permute(0, 2, 3, 1).numpy()
+
+
+@contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to; synced and renamed to `path` at the end, removed after an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,62 @@
+"""Named starting points. Sizes differ in width, depth, heads and patch; everything else says why it differs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .config import Config, TrainConfig
+from .diffusion import DiffusionConfig
+from .model import ModelConfig
+from .optimizer import OptimizerConfig
+from .parallelize import ParallelConfig, ZeroConfig
+from .scales import default_scales
+
+# fmt: off
+#                     width depth heads patch      lr  stage recompute
+_SIZES = {
+    "pilot":         (  768,   12,   12,    2,   3e-4,     1, False),  # about 100 M parameters
+    "base":          ( 1024,   32,   16,    2,   2e-4,     1, True),   # about 400 M
+    "2b":            ( 2048,   40,   16,    2,   1e-4,     2, True),
+    "14b":           ( 5120,   44,   40,    2,   5e-5,     3, True),
+}
+# fmt: on
+
+
+def demo() -> Config:
+    """Learns something visible from a minute of small video on two CPU cores."""
+    return Config(
+        model=ModelConfig(width=128, depth=6, scales=default_scales(4, patch_window=None), patch=4),
+        diffusion=DiffusionConfig(mean=0.0, std=1.2, shift=1.0, clean=0.5),
+        optimizer=OptimizerConfig(lr=2e-3, warmup=80, final=0.02, ema_halflife=200),
+        parallel=ParallelConfig(precision="fp32", recompute=False, zero=ZeroConfig(stage=2)),
+        train=TrainConfig(clips=1600, batch=4, report=10, evaluate=100, held_out=8),
+    )
+
+
+def _size(name: str) -> Config:
+    width, depth, heads, patch, lr, stage, recompute = _SIZES[name]
+    return Config(
+        model=ModelConfig(width=width, depth=depth, scales=default_scales(heads), patch=patch),
+        optimizer=OptimizerConfig(lr=lr),
+        parallel=ParallelConfig(recompute=recompute, zero=ZeroConfig(stage=stage)),
+        train=replace(TrainConfig(), clips=10_000_000, batch=256),
+    )
+
+
+def pilot() -> Config:
+    return _size("pilot")
+
+
+def base() -> Config:
+    return _size("base")
+
+
+def two_b() -> Config:
+    return _size("2b")
+
+
+def fourteen_b() -> Config:
+    return _size("14b")
+
+
+PRESETS = {"demo": demo, "pilot": pilot, "base": base, "2b": two_b, "14b": fourteen_b}

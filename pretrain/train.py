@@ -1,0 +1,283 @@
+"""Training, from the first process to the last checkpoint. `train` reads from top to bottom.
+
+`check` and `describe` look at a configuration and its shards without touching a device.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from msc.datasets.batches import loader
+from msc.datasets.shards import Index, read_index
+from msc.parallel import process, zero
+
+from . import checkpoint, cost
+from .autoencoder import open_autoencoder
+from .config import Config, dump, flat
+from .diffusion import frame_losses, frame_shift
+from .evaluate import Losses, held_out_losses, preview
+from .gate import gate_constants
+from .inputs import Feed
+from .meter import Meter
+from .metrics import Tracker
+from .model import MSCTransformer, check_clip
+from .optimizer import set_schedule
+from .parallelize import check_parallel, make_mesh, own_timeline, parallelize
+from .runs import LatentSpace, write_space
+
+REQUEUE = 75  # exit code of a run that was stopped, has saved, and wants to go on (EX_TEMPFAIL)
+
+
+def train(config: Config, run: Path, resume: bool) -> int:
+    """Train in this process, one of the world that RANK and WORLD_SIZE describe; returns the exit code."""
+    # The world: who we are, and which part of every clip is ours ------------------------------------
+    world = process.join(config.parallel.timeout)
+    index = read_index(config.data.shards)
+    config = resolve(config, index)
+    mesh = make_mesh(world.size, config.parallel.sp, world.device.type)
+    per_unit = config.model.frames_per_unit
+    timeline, units = own_timeline(mesh, index.frames // per_unit)
+    batch, micro, accumulate = config.train.batch, config.train.micro, config.train.accumulate(mesh.dp)
+
+    # The model, the same on every rank until DeepSpeed shards it -------------------------------------
+    torch.manual_seed(config.train.seed)
+    model = MSCTransformer(config.model)
+    engine = parallelize(model, config.parallel, config.optimizer, accumulate, world.device)
+
+    # Where we are: the sample clock counts clips over all ranks and is all that order and schedules need
+    clock, step, previous = 0, 0, checkpoint.latest(run) if resume else None
+    if previous is not None:
+        facts = checkpoint.load(previous, engine)
+        clock, step = facts["clock"], facts["step"]
+    if world.first:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.yaml").write_text(dump(config))
+        write_space(run, LatentSpace.of(index))
+
+    # The data: this rank's rows and frames, from this clock on ---------------------------------------
+    frames = (units.start * per_unit, units.stop * per_unit)
+    clips = loader(
+        config.data.shards, index, "train", seed=config.train.seed, clock=clock, clips=batch, rank=mesh.dp_rank,
+        ranks=mesh.dp, frames=frames, workers=config.data.workers, prefetch=config.data.prefetch,
+    )  # fmt: skip
+    feed = Feed(
+        model=model,
+        autoencoder=open_autoencoder(index.autoencoder),
+        diffusion=config.diffusion,
+        shift=frame_shift(config.diffusion, index.height, index.width),
+        seed=config.train.seed,
+        units=units,
+        all_units=index.frames // per_unit,
+        text_dropout=config.data.text_dropout,
+        device=world.device,
+    )
+
+    # What is told, and to whom -----------------------------------------------------------------------
+    tracker = Tracker(config.metrics)
+    tracker.start(run, flat(config), dump(config), run.name, enabled=world.first)
+    log = (run / "log.jsonl").open("a") if world.first else None
+    meter = Meter(
+        tokens=batch * index.frames * cost.tokens_per_frame(config.model, index.height, index.width),
+        clips=batch,
+        flops=batch * cost.step_flops(config.model, index.frames, index.height, index.width) / world.size,
+        device=world.device,
+    )
+    bar = tqdm(
+        total=config.train.steps, initial=step, desc=run.name, unit="step", disable=not (world.first and sys.stderr.isatty())
+    )
+    state = "FAILED"
+
+    def save() -> None:
+        if previous is not None and previous.name == f"step-{step:08d}":
+            return  # resumed and nothing done since
+        checkpoint.save(run, engine, step, {"clock": clock, "config": flat(config)}, config.checkpoint.keep)
+
+    def look(final: bool = False) -> None:
+        """Held-out loss and a preview from the averaged weights; training does not notice."""
+        with zero.averaged_weights(engine):
+            losses = held_out_losses(engine.module, config, index, feed, mesh.dp, mesh.dp_rank, timeline)
+            pictures = preview(engine.module, config, index, feed, run, step, world.first) if final or step else []
+        tracker.log(losses.metrics("held_out/"), step)
+        for picture in pictures if world.first else []:
+            tracker.artifact(picture, "samples")
+        if world.first:
+            bar.write(f"step {step}: held-out loss {losses.mean:.4f} (averaged weights)", file=sys.stderr)
+
+    try:
+        with stop_signals() as stopping:
+            if step == 0 and config.train.evaluate:
+                look()
+            losses = Losses.zeros(world.device)
+            while step < config.train.steps:
+                # One step: all its clips, their noise, and how many frames count over all ranks
+                with meter.waiting():
+                    clips_of_step = next(clips)
+                inputs = feed(clips_of_step)
+                counted, stop = process.total_of(
+                    torch.tensor([float(inputs.supervised.sum()), float(bool(stopping))], device=world.device)
+                ).tolist()
+                if stop:
+                    break
+                rate = set_schedule(
+                    engine.optimizer.param_groups, config.optimizer, clock, config.train.clips, batch
+                )
+
+                # Forward and backward; a rank's share of the global loss, times the world DeepSpeed averages over
+                norm = math.nan
+                for part in inputs.rows(micro):
+                    velocity = engine(part.noisy, part.t, part.text, part.labels, timeline)
+                    errors = frame_losses(velocity, part.x, part.noise)
+                    losses.add(errors.detach(), part)
+                    share = (errors * part.supervised).sum() / counted
+                    engine.backward(share * world.size, scale_wrt_gas=False)
+                    norm = zero.step(engine)
+                step, clock = step + 1, clock + batch
+                meter.step()
+                bar.update()
+
+                # Reports, checkpoints, held-out loss
+                if step % config.train.report == 0 or step == config.train.steps:
+                    losses.reduce()
+                    values = {"loss": losses.mean, "grad_norm": norm, "lr": rate, "clock": clock, **meter.read()}
+                    tracker.log({**values, **losses.metrics("loss/")}, step)
+                    if log is not None:
+                        log.write(json.dumps({"step": step, **values}) + "\n")
+                        log.flush()
+                        bar.set_postfix(loss=f"{losses.mean:.4f}")
+                        if bar.disable:
+                            print(progress(step, config.train.steps, values), file=sys.stderr, flush=True)
+                    losses = Losses.zeros(world.device)
+                if step % config.checkpoint.every == 0 and step < config.train.steps:
+                    save()
+                if config.train.evaluate and step % config.train.evaluate == 0 and step < config.train.steps:
+                    look()
+            save()
+            if step == config.train.steps and config.train.evaluate:
+                look(final=True)
+        state = "FINISHED" if step == config.train.steps else "KILLED"
+        if world.first and state == "KILLED":
+            print(f"stopped at step {step}, saved; go on with: msc train --resume --run {run}", file=sys.stderr)
+        return 0 if state == "FINISHED" else REQUEUE
+    except KeyboardInterrupt:
+        state = "KILLED"
+        raise
+    finally:
+        bar.close()
+        clips.close()
+        if log is not None:
+            log.close()
+        tracker.finish(state)
+        if state != "FAILED":  # after a failure the others may hang in a collective: do not wait for them
+            process.leave()
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGTERM, SIGUSR1 and Ctrl-C; the second one of any kind interrupts at once."""
+    received: list[int] = []
+
+    def handler(number: int, _: Any) -> None:
+        received.append(number)
+        if len(received) > 1:
+            raise KeyboardInterrupt
+
+    watched = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = {number: signal.signal(number, handler) for number in watched}
+    try:
+        yield received
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def progress(step: int, steps: int, values: dict[str, float]) -> str:
+    return (
+        f"step {step}/{steps}  loss {values['loss']:.4f}  norm {values['grad_norm']:.3f}  lr {values['lr']:.2e}  "
+        f"{values['tokens_per_s']:,.0f} tokens/s  {values['clips_per_s']:.2f} clips/s  wait {values['data_wait']:.1%}"
+    )
+
+
+# Before anything starts ------------------------------------------------------------------------------
+
+
+def resolve(config: Config, index: Index) -> Config:
+    """Fill in what the shards know: channels, their moments, the gate's constants, labels and text."""
+    model = replace(
+        config.model,
+        channels=index.channels,
+        latent_mean=tuple(index.statistics.mean),
+        latent_std=tuple(index.statistics.std),
+        gate_constants=gate_constants(config.model.scales, config.model.patch, index.statistics),
+        classes=index.classes,
+        text_width=index.has_text or 0,
+    )
+    return replace(config, model=model)
+
+
+def check(config: Config, run: Path, resume: bool, processes: int) -> Config:
+    """Every rule that can be checked before a process starts; ValueError or OSError says what is wrong."""
+    if not config.data.shards:
+        raise ValueError("data.shards is empty; name the folder that `msc convert` wrote: data.shards=FOLDER")
+    index = read_index(config.data.shards)
+    config = resolve(config, index)
+    check_clip(config.model, index.frames, index.height, index.width)
+    dp = check_parallel(config.parallel, processes, index.frames // config.model.frames_per_unit)
+    config.train.accumulate(dp)
+    if not index.samples("train"):
+        raise ValueError(f"{config.data.shards} holds no clip to train on")
+    if config.train.evaluate and not index.samples("held_out"):
+        raise ValueError(f"{config.data.shards} holds no held-out clip; convert with --held-out, or set train.evaluate=0")
+    if run.exists() and any(run.iterdir()) and not resume:
+        raise FileExistsError(f"{run} is not empty; continue it with --resume, or choose another --run")
+    if resume and not (run / "config.yaml").is_file():
+        raise FileNotFoundError(f"{run} has nothing to resume: no config.yaml in it")
+    needed = 16 * cost.parameters(config.model)
+    there = next(parent for parent in (run.absolute(), *run.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    if free < 2 * needed:
+        raise OSError(f"{there} has {free / 1e9:.1f} GB free; a checkpoint takes {needed / 1e9:.1f} GB and two must fit")
+    return config
+
+
+def describe(config: Config, processes: int = 1) -> str:
+    """The resolved configuration and what it costs, for `--dry-run`."""
+    index = read_index(config.data.shards) if config.data.shards else None
+    if index is None:
+        return f"{dump(config)}\nNo data.shards given: tokens, parameters and memory depend on them.\n"
+    config = resolve(config, index)
+    check_clip(config.model, index.frames, index.height, index.width)
+    dp = check_parallel(config.parallel, processes, index.frames // config.model.frames_per_unit)
+    accumulate = config.train.accumulate(dp)
+    bf16 = config.parallel.precision == "bf16"
+    count = cost.parameters(config.model)
+    tokens = index.frames * cost.tokens_per_frame(config.model, index.height, index.width)
+    state = cost.state_bytes(count, config.parallel.zero.stage, processes, bf16)
+    activations = cost.activation_bytes(
+        config.model, config.train.micro * math.ceil(tokens / config.parallel.sp), bf16, config.parallel.recompute
+    )
+    flops = cost.step_flops(config.model, index.frames, index.height, index.width)
+    attention = 3 * cost.attention_flops(config.model, index.frames, index.height, index.width)
+    facts = [
+        ("parameters", f"{count:,}"),
+        ("tokens per clip", f"{tokens:,} ({index.frames} frames of {tokens // index.frames:,})"),
+        ("clips", f"{index.samples('train'):,} to train on, {index.samples('held_out'):,} held out"),
+        ("steps", f"{config.train.steps:,} of {config.train.batch} clips"),
+        ("processes", f"{processes} = dp {dp} × sp {config.parallel.sp}, {accumulate} micro-batches each"),
+        ("training FLOPs per clip", f"{flops:.3e} ({attention / flops:.0%} attention)"),
+        ("memory per process", f"about {(state + activations) / 1e9:.2f} GB: state {state / 1e9:.2f}, "
+                               f"activations {activations / 1e9:.2f} (estimate)"),
+    ]  # fmt: skip
+    return dump(config) + "\n" + "\n".join(f"{name:<24} {value}" for name, value in facts)

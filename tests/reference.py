@@ -1,0 +1,130 @@
+"""Multi-scale causal attention as its definition reads: explicit masks, one softmax, float64, slow.
+
+Written from docs/attention.md without looking at the fast path's blocks, windows or gate channels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def reference_attention(
+    module, x_BTHWD: Tensor, t_BT: Tensor, frames_per_unit: int, constants, theta: float
+) -> Tensor:
+    """What MultiScaleAttention must return for a whole video."""
+    heads, width = module.heads, module.head_width
+    qkv = (x_BTHWD @ module.qkv.weight.T).unflatten(-1, (3, heads, width))
+    outs, at = [], 0
+    for index, scale in enumerate(module.scales):
+        mine = slice(at, at + scale.heads)
+        delta = None if module.delta is None else module.delta[mine]
+        outs.append(
+            one_scale(module, qkv[..., mine, :], t_BT, frames_per_unit, scale, constants[index], delta, theta)
+        )
+        at += scale.heads
+    return torch.cat(outs, -2).flatten(-2) @ module.out.weight.T
+
+
+def window_of(position: int, side: int, window: int | None, shifted: bool) -> int:
+    if window is None or window >= side:
+        return 0
+    start = window // 2 if shifted else 0
+    return -1 if position < start else (position - start) // window
+
+
+def one_scale(module, qkv, t_BT, F, scale, constants, delta, theta):
+    B, T, H, W, _, h, d = qkv.shape
+    s, m = scale.space, scale.time
+    U = T // F
+    rows, columns = H // s, W // s
+    pooled = torch.stack(
+        [
+            torch.stack([qkv[:, :, i * s : (i + 1) * s, j * s : (j + 1) * s].mean((2, 3)) for j in range(columns)], 2)
+            for i in range(rows)
+        ],
+        2,
+    )  # B T rows columns 3 h d
+    where = [(i * s + (s - 1) / 2, j * s + (s - 1) / 2) for i in range(rows) for j in range(columns)]
+    cell = [(i, j) for i in range(rows) for j in range(columns)]
+
+    # keys: (kind, unit or group, position, cell, k, v, log gate)
+    keys = []
+    for frame in range(T):
+        for n, (y, x) in enumerate(where):
+            token = pooled[:, frame, cell[n][0], cell[n][1]]
+            lam = 2 * (torch.log1p(-t_BT[:, frame]) - torch.log(t_BT[:, frame])) + constants[0]
+            keys.append(("unit", frame // F, (frame, y, x), cell[n], token[:, 1], token[:, 2], lam))
+    if m > 1:
+        for group in range(U // m):
+            for f in range(F):
+                frames = [group * m * F + f * m + i for i in range(m)]
+                for n, (y, x) in enumerate(where):
+                    token = pooled[:, frames, cell[n][0], cell[n][1]].mean(1)
+                    signal, noise = (1 - t_BT[:, frames]).mean(1) ** 2, (t_BT[:, frames] ** 2).mean(1) / m
+                    lam = torch.log(signal) - torch.log(noise) + constants[1]
+                    centre = sum(frames) / m
+                    keys.append(("group", group, (centre, y, x), cell[n], token[:, 1], token[:, 2], lam))
+
+    k = torch.stack([rotate(norm(key[4], module.k_norm.weight), key[2], theta) for key in keys], 1)  # B K h d
+    v = torch.stack([key[5] for key in keys], 1)
+    out = torch.zeros(B, T, rows, columns, h, d, dtype=qkv.dtype)
+    for frame in range(T):
+        for n, (y, x) in enumerate(where):
+            q = rotate(norm(pooled[:, frame, cell[n][0], cell[n][1], 0], module.q_norm.weight), (frame, y, x), theta)
+            seen, log_gates = [], []
+            for i, (kind, number, _, key_cell, _, _, lam) in enumerate(keys):
+                if not same_window(cell[n], key_cell, rows, columns, scale, module.shifted):
+                    continue
+                if not visible(kind, number, frame // F, scale):
+                    continue
+                seen.append(i)
+                own = kind == "unit" and number == frame // F
+                gate = torch.zeros(B, h, dtype=qkv.dtype)
+                if delta is not None and not own:
+                    gate = torch.nn.functional.logsigmoid(lam[:, None] + delta)
+                log_gates.append(gate)
+            kept = d - 2 if module.gate == "logits" else d  # the gate takes the place of two channels
+            logits = torch.einsum("bhd,bkhd->bkh", q[..., :kept], k[:, seen][..., :kept]) / math.sqrt(d)
+            gates = torch.stack(log_gates, 1)
+            values = v[:, seen]
+            if module.gate == "logits":
+                logits = logits + gates
+            elif module.gate == "values":
+                values = values * gates.exp()[..., None]
+            out[:, frame, cell[n][0], cell[n][1]] = torch.einsum("bkh,bkhd->bhd", logits.softmax(1), values)
+    return out.repeat_interleave(s, 2).repeat_interleave(s, 3)
+
+
+def visible(kind: str, number: int, unit: int, scale) -> bool:
+    m = scale.time
+    complete = unit // m
+    if kind == "unit" and number == unit:
+        return True
+    if m == 1:
+        return kind == "unit" and number < unit and (scale.window is None or unit - number <= scale.window)
+    if kind == "unit":
+        return complete * m <= number < unit
+    return number < complete and (scale.window is None or complete - number <= scale.window)
+
+
+def same_window(a, b, rows, columns, scale, shifted) -> bool:
+    return all(
+        window_of(p, side, scale.patch_window, shifted) == window_of(q, side, scale.patch_window, shifted)
+        for p, q, side in zip(a, b, (rows, columns), strict=True)
+    )
+
+
+def norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+
+def rotate(x: Tensor, position, theta: float) -> Tensor:
+    pairs = (x.shape[-1] - 2) // 2
+    shares = [pairs // 3 + (axis < pairs % 3) for axis in range(3)]
+    angles = [p * theta ** (-i / max(n, 1)) for p, n in zip(position, shares, strict=True) for i in range(n)]
+    cos, sin = x.new_tensor([math.cos(a) for a in angles]), x.new_tensor([math.sin(a) for a in angles])
+    a, b, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1)

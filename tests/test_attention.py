@@ -1,0 +1,134 @@
+"""The invariants of multi-scale causal attention, over random configurations, in float64."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import reference_attention
+from torch.nn import functional as F
+
+from msc.pretrain.attention import MultiScaleAttention, WholeVideo, view_frames
+from msc.pretrain.scales import Scale, spatial_windows
+
+THETA = 100.0
+few = settings(max_examples=25, deadline=None)
+
+
+@st.composite
+def videos(draw):
+    """(scales, gate, shifted, frames per unit, units, grid, head width)."""
+    scales = tuple(
+        Scale(
+            draw(st.integers(1, 2)),
+            space=draw(st.sampled_from([1, 2])),
+            time=draw(st.sampled_from([1, 1, 2, 3])),
+            window=draw(st.sampled_from([None, 0, 1, 2, 9])),
+            patch_window=draw(st.sampled_from([None, 2, 3])),
+        )
+        for _ in range(draw(st.integers(1, 3)))
+    )
+    grid = draw(st.sampled_from([(2, 2), (4, 2), (2, 4)]))
+    gate = draw(st.sampled_from(["none", "logits", "values"]))
+    return scales, gate, draw(st.booleans()), draw(st.integers(1, 2)), draw(st.integers(1, 5)), grid, 8
+
+
+def build(case, seed=0):
+    scales, gate, shifted, frames_per_unit, units, (H, W), d = case
+    torch.manual_seed(seed)
+    width = d * sum(scale.heads for scale in scales)
+    module = MultiScaleAttention(width, scales, gate, shifted).double()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    T = units * frames_per_unit
+    x = torch.randn(2, T, H, W, width, dtype=torch.float64)
+    t = torch.rand(2, units, dtype=torch.float64).clamp(0.05, 0.95).repeat_interleave(frames_per_unit, 1)
+    constants = [(0.3 * i, -0.2 * i) for i in range(len(scales))]
+    return module, x, t, constants
+
+
+def run(module, x, t, constants, frames_per_unit, timeline=None):
+    timeline = timeline or WholeVideo()
+    views = [
+        view_frames(
+            scale, i, t, x.shape[2:4], frames_per_unit, module.head_width - 2, THETA,
+            None if module.gate == "none" else constants[i], timeline,
+        )
+        for i, scale in enumerate(module.scales)
+    ]  # fmt: skip
+    return module(x, views, timeline)
+
+
+@few
+@given(videos())
+def test_equals_the_reference_forward_and_gradients(case):
+    module, x, t, constants = build(case)
+    x.requires_grad_()
+    inputs = [x, *module.parameters()]
+    fast = run(module, x, t, constants, case[3])
+    slow = reference_attention(module, x, t, case[3], constants, THETA)
+    torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-10)
+    direction = torch.randn_like(fast)
+    for a, b in zip(
+        torch.autograd.grad((fast * direction).sum(), inputs, allow_unused=True, materialize_grads=True),
+        torch.autograd.grad((slow * direction).sum(), inputs, allow_unused=True, materialize_grads=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@few
+@given(videos(), st.integers(0, 4))
+def test_later_units_leave_earlier_outputs_bit_identical(case, unit):
+    module, x, t, constants = build(case)
+    frames_per_unit, units = case[3], case[4]
+    cut = min(unit, units) * frames_per_unit
+    changed, noisier = x.clone(), t.clone()
+    changed[:, cut:] += torch.randn_like(changed[:, cut:])
+    noisier[:, cut:] = 1 - noisier[:, cut:]
+    before = run(module, x, t, constants, frames_per_unit)
+    after = run(module, changed, noisier, constants, frames_per_unit)
+    assert torch.equal(before[:, :cut], after[:, :cut])
+
+
+def test_one_plain_scale_is_dense_causal_attention():
+    scale = Scale(4)
+    module, x, t, constants = build(((scale,), "none", False, 1, 4, (2, 3), 16))
+    q, k, v = module.qkv(x).unflatten(-1, (3, 4, 16)).unbind(-3)
+    view = view_frames(scale, 0, t, (2, 3), 1, 14, THETA, None, WholeVideo())
+    q, k = (view.rope_fresh.rotate(norm(y)) for norm, y in ((module.q_norm, q), (module.k_norm, k)))
+    q, k, v = (y.flatten(1, 3).transpose(1, 2) for y in (q, k, v))
+    frame = torch.arange(4).repeat_interleave(6)
+    dense = F.scaled_dot_product_attention(q, k, v, attn_mask=frame[:, None] >= frame)
+    dense = module.out(dense.transpose(1, 2).flatten(-2)).reshape(x.shape)
+    torch.testing.assert_close(run(module, x, t, constants, 1), dense, rtol=1e-12, atol=1e-12)
+
+
+def test_pure_noise_in_the_past_has_no_influence_at_any_scale():
+    """The limit g -> 0 in the logits: what is left is attention inside the own unit, image diffusion."""
+    scales = (Scale(1, 1, 1, 2, 2), Scale(1, 2, 1, None), Scale(1, 2, 2, None))
+    module, x, t, constants = build((scales, "logits", False, 1, 5, (4, 4), 8))
+    t[:, :4] = 1.0
+    # positions are relative, so a frame alone at time 0 equals the same frame at time 4
+    alone = run(module, x[:, 4:], t[:, 4:], constants, 1)
+    torch.testing.assert_close(run(module, x, t, constants, 1)[:, 4:], alone, rtol=1e-10, atol=1e-10)
+
+
+def test_a_clean_past_is_seen_whole():
+    """The limit g -> 1: equal to no gate (in the logits, to a gate so weak that its logit is 0)."""
+    scales = (Scale(1, 1, 1, 2, 2), Scale(1, 2, 1, None), Scale(1, 2, 2, None))
+    module, x, t, constants = build((scales, "logits", False, 1, 5, (4, 4), 8))
+    clean = run(module, x, torch.zeros_like(t), constants, 1)
+    weak = run(module, x, t, [(1e4, 1e4)] * 3, 1)
+    torch.testing.assert_close(clean, weak, rtol=1e-12, atol=1e-12)
+    module, x, t, constants = build((scales, "values", False, 1, 5, (4, 4), 8))
+    clean = run(module, x, torch.zeros_like(t), constants, 1)
+    module.gate = "none"
+    torch.testing.assert_close(clean, run(module, x, t, constants, 1), rtol=1e-12, atol=1e-12)
+
+
+@given(st.integers(1, 40), st.one_of(st.none(), st.integers(2, 16)), st.booleans())
+def test_spatial_windows_tile_the_side(side, window, shifted):
+    covered = [start + i for start, count, size in spatial_windows(side, window, shifted) for i in range(count * size)]
+    assert covered == list(range(side))

@@ -1,0 +1,364 @@
+"""launch/cli.py and launch/commands.py: words in, calls and exit codes out."""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import msc.pretrain
+from msc.launch import cli, commands, local
+
+MSC = Path(sys.executable).with_name("msc")
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "COLUMNS": "100", **environment}
+    return subprocess.run([MSC, *arguments], capture_output=True, text=True, timeout=120, env=env)
+
+
+# -- help and usage
+
+
+@pytest.mark.parametrize("command", ["", "convert", "train", "evaluate", "sample", "export", "doctor"])
+def test_help_names_everything(command: str, capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main([*command.split(), "--help"])
+    assert end.value.code == 0
+    said = capsys.readouterr().out
+    assert f"usage: msc {command}".strip() in said
+    assert "--traceback" in said
+
+
+def test_help_is_fast_and_imports_nothing_heavy() -> None:
+    seconds = []
+    for _ in range(3):
+        began = time.monotonic()
+        assert run("--help").returncode == 0
+        seconds.append(time.monotonic() - began)
+    assert min(seconds) < 0.5
+    program = "import sys, msc.launch.cli as cli; cli.build_parser(); print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not {"torch", "numpy", "deepspeed", "mlflow", "av", "msc.pretrain.config"} & set(loaded)
+
+
+def test_version() -> None:
+    assert run("--version").stdout.startswith("msc 0.")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "--presett", "demo"], "unrecognized arguments: --presett"),
+        (
+            ["train", "--pre", "demo"],
+            "unrecognized arguments",
+        ),  # abbreviations stop working when options are added
+        (["train", "--processes", "0"], "at least 1"),
+        (["train", "--processes", "two"], "invalid"),
+        (["convert", "a.mp4"], "--out"),
+        (["convert", "a.mp4", "--out", "x", "--size", "64"], "HEIGHTxWIDTH"),
+        (["convert", "a.mp4", "--out", "x", "--size", "0x64"], "at least 1"),
+        (["sample", "run", "--video", "a.mp4", "--clip", "1"], "not allowed with"),
+        (["evaluate", "run", "--weights", "best"], "ema"),
+        (["evaluate", "run", "other"], "unrecognized arguments: other"),
+        (["nothing"], "invalid choice"),
+        ([], "COMMAND"),
+    ],
+)
+def test_usage_errors_end_with_code_2_and_say_what(words: list[str], said: str, capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(words)
+    assert end.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_settings_and_sources_may_stand_anywhere() -> None:
+    args = cli.parse(["train", "a.b=1", "--preset", "demo", "c.yaml", "--resume", "d.e=-2"])
+    assert args.items == ["a.b=1", "c.yaml", "d.e=-2"]
+    args = cli.parse(["convert", "a.mp4", "--out", "x", "b.mp4", "c"])
+    assert args.sources == ["a.mp4", "b.mp4", "c"]
+    assert cli.parse(["convert", "a", "--out", "x", "--size", "64x96"]).size == (64, 96)
+
+
+# -- errors
+
+
+def raising(module: str, error: str) -> Any:
+    """A function that raises `error`, as if it stood in `module`."""
+    space: dict[str, Any] = {"__name__": module}
+    exec(f"def fail(*_):\n    raise {error}", space)
+    return space["fail"]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ("ValueError('batch 3 does not divide by 2')", "msc: batch 3 does not divide by 2\n"),
+        ("FileNotFoundError('no index.json in x: run `msc convert` first')", "msc: no index.json in x: run"),
+        ("FileExistsError(17, 'File exists', 'runs/a')", "msc: runs/a: File exists\n"),
+    ],
+)
+def test_a_users_mistake_is_one_line(error: str, said: str, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(commands, "doctor", raising("msc.pretrain.somewhere", error))
+    assert cli.main(["doctor"]) == 2
+    got = capsys.readouterr()
+    assert got.err.startswith(said)
+    assert got.err.count("\n") == 1
+    assert got.out == ""
+    for words in (["doctor", "--traceback"], ["--traceback", "doctor"]):
+        assert cli.main(words) == 1
+        assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_the_systems_errors_are_one_line_wherever_they_come_from(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(commands, "doctor", lambda args: Path("/no/such/file").read_text() and 0)
+    assert cli.main(["doctor"]) == 2
+    assert capsys.readouterr().err == "msc: /no/such/file: No such file or directory\n"
+
+
+@pytest.mark.parametrize(
+    ("module", "error"),
+    [
+        ("numpy.linalg", "ValueError('shapes')"),
+        ("msc.pretrain.model", "KeyError('x')"),
+        ("msc.x", "AssertionError()"),
+    ],
+)
+def test_a_bug_shows_its_traceback(module: str, error: str, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(commands, "doctor", raising(module, error))
+    assert cli.main(["doctor"]) == 1
+    said = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in said
+    assert error.partition("(")[0] in said
+
+
+def test_a_rank_that_fails_ends_even_if_something_waits_at_exit(tmp_path: Path) -> None:
+    program = """
+import atexit, os, time
+from msc.launch import cli, commands
+def fail(args):
+    raise KeyError("what went wrong")
+commands.doctor = fail
+atexit.register(time.sleep, 300)
+cli.main(["doctor"])
+"""
+    began = time.monotonic()
+    environment = {**os.environ, "RANK": "1", "WORLD_SIZE": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=60
+    )
+    assert done.returncode == 1
+    assert "what went wrong" in done.stderr
+    assert time.monotonic() - began < 30
+
+
+def test_ctrl_c_and_a_closed_pipe_are_no_bugs(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(commands, "doctor", raising("torch", "KeyboardInterrupt()"))
+    assert cli.main(["doctor"]) == 130
+    assert capsys.readouterr().err == "msc: interrupted\n"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; '{MSC}' doctor --json | true"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+def test_a_real_mistake_on_a_real_command_line(tmp_path: Path) -> None:
+    done = run("train", "--preset", "nosuch", "--run", str(tmp_path / "run"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("msc: unknown preset 'nosuch'")
+    assert "Traceback" in run("train", "--preset", "nosuch", "--traceback").stderr
+    assert not (tmp_path / "run").exists()
+
+
+# -- msc train
+
+
+@dataclass
+class Calls:
+    """What `msc train` did to the modules under it."""
+
+    load: list[tuple] = field(default_factory=list)
+    check: list[tuple] = field(default_factory=list)
+    train: list[tuple] = field(default_factory=list)
+    local: list[tuple] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@pytest.fixture
+def calls(monkeypatch, tmp_path: Path) -> Calls:
+    """`msc train` over stand-ins, in an empty folder, in an environment that no launcher has touched."""
+    made = Calls()
+    monkeypatch.chdir(tmp_path)
+    for name in [*os.environ]:
+        if (
+            name in (*local.rank_environment({}, 0, 1, 1), "CUDA_VISIBLE_DEVICES", local.LAUNCHED)
+            and name != "PATH"
+        ):
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # train sets variables of its process
+
+    def stand_in(name: str, **functions: Any) -> None:
+        module = ModuleType(f"msc.pretrain.{name}")
+        vars(module).update(functions)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setattr(msc.pretrain, name, module, raising=False)
+
+    def train(*arguments: Any) -> int:
+        made.train.append(arguments)
+        made.environment.update(os.environ)
+        return 5
+
+    stand_in("config", load=lambda *arguments: made.load.append(arguments) or "config")
+    stand_in(
+        "train",
+        describe=lambda config, processes: f"plan of {config} on {processes}",
+        check=lambda *arguments: made.check.append(arguments) or "checked",
+        train=train,
+    )
+    monkeypatch.setattr(local, "run", lambda *arguments: made.local.append(arguments) or 7)
+    monkeypatch.setattr(local, "visible_gpus", lambda environment: 0)
+    return made
+
+
+def test_train_in_this_process(calls: Calls) -> None:
+    assert cli.main(["train", "c.yaml", "--preset", "demo", "a.b=1"]) == 5
+    assert calls.load == [("demo", Path("c.yaml"), ["a.b=1"])]
+    assert calls.check == [("config", Path("runs/c"), False, 1)]
+    assert calls.train == [("checked", Path("runs/c"), False)]
+    assert calls.environment["RANK"] == calls.environment["LOCAL_RANK"] == "0"
+    assert calls.environment["WORLD_SIZE"] == "1"
+    assert int(calls.environment["MASTER_PORT"]) > 0
+    assert not calls.local
+
+
+def test_train_starts_ranks_that_get_the_same_words(calls: Calls) -> None:
+    words = ["train", "--preset", "demo", "--run", "x", "--processes", "2", "a.b=1"]
+    assert cli.main(words) == 7
+    assert calls.check == [("config", Path("x"), False, 2)]
+    [(command, ranks, logs)] = calls.local
+    assert command == [sys.executable, "-c", commands.PROGRAM, *words]
+    assert (ranks, logs) == (2, Path("x/logs"))
+    assert not calls.train
+
+
+def test_every_visible_gpu_gets_a_rank(calls: Calls, monkeypatch) -> None:
+    monkeypatch.setattr(local, "visible_gpus", lambda environment: 4)
+    assert cli.main(["train", "--preset", "demo"]) == 7
+    assert calls.local[0][1:] == (4, Path("runs/demo/logs"))
+
+
+def test_a_rank_trains_and_starts_nothing(calls: Calls) -> None:
+    os.environ.update(local.rank_environment({}, 1, 2, 4321), **{local.LAUNCHED: "1"})
+    assert cli.main(["train", "--preset", "demo", "--processes", "2"]) == 5
+    assert calls.train == [("config", Path("runs/demo"), False)]
+    assert not calls.check, "the launcher has checked before it made the run folder"
+    assert not calls.local
+    assert calls.environment["MASTER_PORT"] == "4321"
+
+
+def test_a_rank_of_another_launcher_checks_for_itself(calls: Calls) -> None:
+    os.environ.update(local.rank_environment({}, 1, 8, 4321))
+    assert cli.main(["train", "--preset", "demo"]) == 5
+    assert calls.check == [("config", Path("runs/demo"), False, 8)]
+    assert calls.train == [("checked", Path("runs/demo"), False)]
+
+
+def test_half_an_environment_of_a_rank_is_refused(calls: Calls, capsys) -> None:
+    os.environ["RANK"] = "0"
+    assert cli.main(["train", "--preset", "demo"]) == 2
+    said = capsys.readouterr().err
+    assert "WORLD_SIZE" in said
+    assert "MASTER_ADDR" in said
+    assert not calls.train
+
+
+def test_dry_run_prints_the_plan_and_starts_nothing(calls: Calls, capsys) -> None:
+    assert cli.main(["train", "--preset", "demo", "--dry-run", "--processes", "4"]) == 0
+    assert capsys.readouterr().out == "plan of config on 4\n"
+    assert not (calls.check or calls.train or calls.local)
+
+
+def test_resume_reads_the_runs_own_configuration(calls: Calls, capsys) -> None:
+    assert cli.main(["train", "--resume", "--run", "x"]) == 2
+    assert "x/config.yaml" in capsys.readouterr().err
+    Path("x").mkdir()
+    Path("x/config.yaml").touch()
+    assert cli.main(["train", "--resume", "--run", "x", "a.b=1"]) == 5
+    assert calls.load == [(None, Path("x/config.yaml"), ["a.b=1"])]
+    assert calls.train == [("checked", Path("x"), True)]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train"], "--preset"),
+        (["train", "--resume"], "--run"),
+        (["train", "a.yaml", "b.yaml"], "a.yaml and b.yaml"),
+    ],
+)
+def test_train_says_what_is_missing(words: list[str], said: str, calls: Calls, capsys) -> None:
+    assert cli.main(words) == 2
+    assert said in capsys.readouterr().err
+    assert not calls.load
+
+
+# -- the commands that work on a run
+
+
+@pytest.mark.parametrize(
+    ("words", "module", "function", "expected"),
+    [
+        ("evaluate x", "evaluate", "evaluate", ((Path("x"),), {})),
+        (
+            "evaluate x --clips 3 --weights raw",
+            "evaluate",
+            "evaluate",
+            ((Path("x"),), {"clips": 3, "weights": "raw"}),
+        ),
+        ("sample x", "sample", "sample_run", ((Path("x"),), {"video": None, "clip": 0})),
+        (
+            "sample x --video a.mp4 --units 8 --seed 0 --out o",
+            "sample",
+            "sample_run",
+            ((Path("x"),), {"video": Path("a.mp4"), "clip": None, "units": 8, "seed": 0, "out": Path("o")}),
+        ),
+        (
+            "sample x --nothing --steps 4 --weights ema",
+            "sample",
+            "sample_run",
+            ((Path("x"),), {"video": None, "clip": None, "steps": 4, "weights": "ema"}),
+        ),
+        ("export x", "export", "export", ((Path("x"), None), {})),
+        ("export x --out y", "export", "export", ((Path("x"), Path("y")), {})),
+    ],
+)
+def test_commands_on_a_run(words: str, module: str, function: str, expected, monkeypatch, capsys) -> None:
+    got = []
+
+    def stand_in(*arguments: Any, **options: Any) -> str:
+        got.append((arguments, options))
+        return "what happened"
+
+    made = ModuleType(f"msc.pretrain.{module}")
+    setattr(made, function, stand_in)
+    monkeypatch.setitem(sys.modules, made.__name__, made)
+    assert cli.main(words.split()) == 0
+    assert got == [expected]
+    assert capsys.readouterr().out == "what happened\n"
+
+
+def test_nothing_has_no_context(capsys) -> None:
+    assert cli.main(["sample", "x", "--nothing", "--context", "2"]) == 2
+    assert "--context is 2" in capsys.readouterr().err

