@@ -169,7 +169,7 @@ def loader(
     shuffle: bool = True,
     stop: int | None = None,
     max_bad: float = 0.05,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """This rank's rows of the batches from sample clock `clock` on: the n-th holds the positions
     [clock + n clips, clock + (n + 1) clips), of which rank r of `ranks` reads the r-th equal part.
 

@@ -7,7 +7,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +136,8 @@ def cut_all(tasks: list[Task], workers: int) -> Iterator[Cut]:
     # spawn: forked children of a process that has run OpenMP or CUDA may hang
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=_start_worker)
-    ahead, waiting = deque(tasks), deque()
+    ahead = deque(tasks)
+    waiting: deque[tuple[str, Future[Cut]]] = deque()
     try:
         while ahead or waiting:
             while ahead and len(waiting) < 2 * workers:

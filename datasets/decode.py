@@ -15,7 +15,9 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from av.container import InputContainer
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
+from av.video.stream import VideoStream
 from torch import Tensor
 
 Source = str | Path | bytes
@@ -75,16 +77,16 @@ def probe(source: Source, name: str = "") -> Video:
         if None in packets:  # some AVI and MPEG files carry decoding times only
             container.seek(0)
             packets = [frame.pts for frame in container.decode(stream)]
-        if None in packets or time_base is None:
+        stamps = sorted({pts for pts in packets if pts is not None})
+        if None in packets or not stamps or time_base is None:
             raise ValueError(f"{name}: has no time stamps; remux it, e.g. with ffmpeg -i IN -c copy OUT.mkv")
         width, height = first.width, first.height
-    pts = tuple(sorted(set(packets)))
     if not fps or fps <= 0:
-        span = (pts[-1] - pts[0]) * time_base
-        fps = Fraction(len(pts) - 1) / span if span else Fraction(1)
+        span = (stamps[-1] - stamps[0]) * time_base
+        fps = Fraction(len(stamps) - 1) / span if span else Fraction(1)
     if _turns(first) % 2:
         width, height = height, width
-    return Video(name, width, height, Fraction(fps), Fraction(time_base), pts)
+    return Video(name, width, height, Fraction(fps), Fraction(time_base), tuple(stamps))
 
 
 def timeline(video: Video, fps: float | Fraction | None = None) -> list[int]:
@@ -191,6 +193,7 @@ def to_mp4(video: Tensor, fps: float | Fraction, crf: int = 10) -> bytes:
         stream.options = {
             "crf": str(crf), "preset": "veryfast", "threads": "1",
             "g": str(KEYFRAMES), "sc_threshold": "0", "bf": "0",
+            "x264-params": "mbtree=0:weightp=0:rc-lookahead=0",  # looking ahead differs at random below 32 pixels
         }  # fmt: skip
         scaler = VideoReformatter()
         for i, rgb in enumerate(video.permute(0, 2, 3, 1).contiguous().numpy()):
@@ -203,18 +206,19 @@ def to_mp4(video: Tensor, fps: float | Fraction, crf: int = 10) -> bytes:
 
 
 @contextmanager
-def _opened(source: Source, name: str):
+def _opened(source: Source, name: str) -> Iterator[tuple[InputContainer, VideoStream]]:
     """(container, first video stream), closed afterwards; FFmpeg's errors become ValueError with the name."""
     if isinstance(source, bytes):
         # From a shard, where only mp4 stands: no other reader is let near the bytes.
-        file, formats = io.BytesIO(source), "mov"
+        file: io.BytesIO | str = io.BytesIO(source)
+        formats = "mov"
     else:
         file, formats = str(Path(source).resolve()), FORMATS
-        if not Path(file).is_file():
+        if not Path(source).is_file():
             raise ValueError(f"{name}: is not a file")
     options = {"format_whitelist": formats, "protocol_whitelist": "file"}
     try:
-        with av.open(file, options=options) as container:
+        with av.open(file, "r", options=options) as container:
             if not container.streams.video:
                 raise ValueError(f"{name}: has no video stream")
             stream = container.streams.video[0]

@@ -61,7 +61,12 @@ class ShardedTimeline:
 class _Extend(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, messages: list[tuple[int, int, int, int]], start: int, rank: int, group: dist.ProcessGroup
+        ctx: Any,
+        x: Tensor,
+        messages: list[tuple[int, int, int, int]],
+        start: int,
+        rank: int,
+        group: dist.ProcessGroup,
     ) -> Tensor:
         ctx.arguments = messages, start, rank, group
         sends = [(target, x[:, a - start : b - start]) for source, target, a, b in messages if source == rank]
@@ -91,9 +96,7 @@ class _Extend(torch.autograd.Function):
         return own, None, None, None, None
 
 
-def _exchange(
-    sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]], group: dist.ProcessGroup
-) -> None:
+def _exchange(sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]], group: dist.ProcessGroup) -> None:
     """Send and receive between ranks of the group, all at once."""
     operations = [
         dist.P2POp(dist.isend, tensor.contiguous(), dist.get_global_rank(group, peer), group) for peer, tensor in sends

@@ -128,12 +128,17 @@ def pieces(engine: Any, share: tuple[int, int] | None = None) -> list[Piece]:
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
             continue
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        shape = tuple(_shape(parameter))
         for start, flat, at, numel in _parts(engine, parameter, share):
             if numel:
                 state = {key: value.narrow(0, at, numel) for key, value in _state(optimizer, flat).items()}
                 found.append(Piece(name, start, shape, state))
     return found
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    """Of the whole parameter, also where ZeRO-3 left an empty tensor behind."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def _parts(
@@ -144,7 +149,12 @@ def _parts(
     if hasattr(parameter, "ds_id"):  # stage 3: every parameter is cut evenly, the last part padded
         group, at, numel = zero.grad_position[zero.get_param_id(parameter)]
         start = engine.global_rank * numel
-        yield start, zero.fp32_partitioned_groups_flat[group], at, max(0, min(numel, parameter.ds_numel - start))
+        yield (
+            start,
+            zero.fp32_partitioned_groups_flat[group],
+            at,
+            max(0, min(numel, _shape(parameter).numel() - start)),
+        )
     elif hasattr(parameter, "_hp_mapping"):  # stages 1 and 2: the concatenation of all parameters is cut
         mapping = parameter._hp_mapping
         if mapping is not None:

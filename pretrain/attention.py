@@ -154,7 +154,12 @@ class MultiScaleAttention(nn.Module):
         return self.out(torch.cat(outs, dim=-2).flatten(-2))
 
     def _one_scale(
-        self, qkv_BTHW3hd: Tensor, view: View, delta_h: Tensor | None, timeline: Timeline, key: tuple[int, int]
+        self,
+        qkv_BTHW3hd: Tensor,
+        view: View,
+        delta_h: Tensor | None,
+        timeline: Timeline,
+        key: tuple[int, int],
     ) -> Tensor:
         scale, frames = view.scale, view.frames_per_unit
         x = pool_space(qkv_BTHW3hd, scale.space)
@@ -171,18 +176,14 @@ class MultiScaleAttention(nn.Module):
         k_row, v_row = [k_past], [v_past]
         if scale.time > 1:
             pooled = self._pool_time(fresh, view, delta_h)
-            pooled = timeline.extend(
-                (*key, "pooled"), pooled, scale.pooled_before, scale.window, every=scale.time
-            )
+            pooled = timeline.extend((*key, "pooled"), pooled, scale.pooled_before, scale.window, every=scale.time)
             k_row.insert(0, pooled[..., 0, :, :])
             v_row.insert(0, pooled[..., 1, :, :])
         if self.gate != "none":
             k_row.append(self._ungated(k[:, -units:]))
             v_row.append(v[:, -units:])
             q = self._asking(q)
-        out = attend_windows(
-            q, torch.cat(k_row, 1), torch.cat(v_row, 1), view.blocks, scale.patch_window, self.shifted
-        )
+        out = attend_windows(q, torch.cat(k_row, 1), torch.cat(v_row, 1), view.blocks, scale.patch_window, self.shifted)
         return repeat_space(out.flatten(1, 2), scale.space)
 
     def _pool_time(self, fresh: Tensor, view: View, delta_h: Tensor | None) -> Tensor:
@@ -255,7 +256,8 @@ def attend_windows(
     for row in rows:
         band = []
         for column in columns:
-            out = attend(*(cut(x, row, column) for x in (q_BUFHWhd, k_BRFHWhd, v_BRFHWhd)), blocks)
+            q, k, v = (cut(x, row, column) for x in (q_BUFHWhd, k_BRFHWhd, v_BRFHWhd))
+            out = attend(q, k, v, blocks)
             (_, ny, sy), (_, nx, sx) = row, column
             out = out.reshape(B, ny, nx, U, frames, sy, sx, h, d).permute(0, 3, 4, 1, 5, 2, 6, 7, 8)
             band.append(out.reshape(B, U, frames, ny * sy, nx * sx, h, d))

@@ -49,9 +49,7 @@ class Autoencoder:
         self.latent_frames(video_frames)
         for name, side in (("height", height), ("width", width)):
             if side < 1 or side % self.spatial_factor:
-                raise ValueError(
-                    f"{name} of {side} pixels: {self.spec} needs a multiple of {self.spatial_factor}"
-                )
+                raise ValueError(f"{name} of {side} pixels: {self.spec} needs a multiple of {self.spatial_factor}")
 
     def encode(self, video: Tensor) -> Tensor:
         """Video `[..., T, 3, H, W]`, uint8 or float in [-1, 1], to latents `[..., T', C, h, w]`."""
@@ -64,8 +62,7 @@ class Autoencoder:
         """Latents `[..., T', C, h, w]` to pixels `[..., T, 3, H, W]`, float in [-1, 1] but not clamped."""
         if latents.ndim < 4 or latents.shape[-3] != self.channels:
             raise ValueError(
-                f"latents of {self.spec} are [..., frames, {self.channels}, height, width]; "
-                f"got {list(latents.shape)}"
+                f"latents of {self.spec} are [..., frames, {self.channels}, height, width]; got {list(latents.shape)}"
             )
         return self._decode(latents if latents.dtype == torch.float64 else latents.float())
 
@@ -119,9 +116,7 @@ class Haar(Autoencoder):
         return x.flatten(-7, -6).flatten(-4, -3).flatten(-2, -1).contiguous()
 
 
-def open_autoencoder(
-    spec: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> Autoencoder:
+def open_autoencoder(spec: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Autoencoder:
     """The autoencoder named by `spec`.
 
     spec: "pixels"; "haar", the same as "haar:2x2x2" (time × height × width, powers of two); or
@@ -140,17 +135,14 @@ def open_autoencoder(
             if factor < 1 or factor & (factor - 1) or factor > 64:
                 raise ValueError(f"autoencoder {spec}: {factor} is not a power of two from 1 to 64")
         if height != width:
-            raise ValueError(
-                f"autoencoder {spec}: the factors of height, {height}, and width, {width}, must be equal"
-            )
+            raise ValueError(f"autoencoder {spec}: the factors of height, {height}, and width, {width}, must be equal")
         return Haar(time, height)
     if spec.startswith(DIFFUSERS) and spec != DIFFUSERS:
         from .pretrained import Diffusers  # which builds on this module
 
         return Diffusers(spec, Path(spec.removeprefix(DIFFUSERS)).expanduser(), device, dtype)
     raise ValueError(
-        f'autoencoder "{spec}" is unknown; choose pixels, haar, haar:TxHxW (for example haar:2x4x4) or '
-        "diffusers:FOLDER"
+        f'autoencoder "{spec}" is unknown; choose pixels, haar, haar:TxHxW (for example haar:2x4x4) or diffusers:FOLDER'
     )
 
 

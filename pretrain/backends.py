@@ -60,7 +60,12 @@ class _Rectangles(torch.autograd.Function):
         batch, tokens = q.shape[0], q.shape[2]
         for (units, seen), log_sum in zip(_calls(ctx.blocks), statistics, strict=True):
             dq, dk, dv = _backward(
-                _fold(grad_out, units), _fold(q, units), _gather(k, seen), _gather(v, seen), _fold(out, units), log_sum
+                _fold(grad_out, units),
+                _fold(q, units),
+                _gather(k, seen),
+                _gather(v, seen),
+                _fold(out, units),
+                log_sum,
             )
             grad_q[:, units] = _unfold(dq, batch, tokens)
             _scatter_add(grad_k, dk, seen)
@@ -142,4 +147,4 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_su
         return op(grad, q, k, v, out, log_sum, 0.0, False)
     with torch.enable_grad():  # elsewhere the kernel's statistics are private: run it again
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-        return torch.autograd.grad(F.scaled_dot_product_attention(*inputs), inputs, grad)
+        return torch.autograd.grad(F.scaled_dot_product_attention(inputs[0], inputs[1], inputs[2]), inputs, grad)

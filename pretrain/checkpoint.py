@@ -76,7 +76,7 @@ def save(run: Path, engine: Any, step: int, facts: dict[str, Any], keep: int) ->
         path = aside / report["file"]
         save_file(tensors, path)
         report |= {"sha256": _sync_and_hash(path), "shapes": {p.name: p.shape for p in parts}}
-    except Exception as error:  # noqa: BLE001 - any failure on one rank must be told to all, whatever it is
+    except Exception as error:  # any failure on one rank must be told to all, whatever it is
         report["error"] = f"rank {rank}: {error}"
     reports: list[dict[str, Any]] = [{} for _ in range(world)]
     dist.all_gather_object(reports, report)
@@ -142,11 +142,13 @@ def load(path: Path, engine: Any) -> dict[str, Any]:
 def _verify(path: Path, meta: dict[str, Any]) -> None:
     """Check the files' checksums, shared out over the ranks; all ranks raise if one file is bad."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    bad = [file for i, (file, sha) in enumerate(meta["files"].items()) if i % world == rank and _hash(path / file) != sha]
+    bad = [
+        file for i, (file, sha) in enumerate(meta["files"].items()) if i % world == rank and _hash(path / file) != sha
+    ]
     found: list[list[str]] = [[] for _ in range(world)]
     dist.all_gather_object(found, bad)
-    if any(found):
-        raise ValueError(f"{path}: {sum(found, [])[0]} is missing or does not match its checksum")
+    for file in (file for files in found for file in files):
+        raise ValueError(f"{path}: {file} is missing or does not match its checksum")
 
 
 class Slices:

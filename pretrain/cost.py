@@ -60,7 +60,11 @@ def step_flops(config: ModelConfig, frames: int, height: int, width: int) -> int
 def state_bytes(count: int, stage: int, ranks: int, bf16: bool) -> int:
     """Weights, gradients, fp32 masters, two moments and the average on one rank under ZeRO `stage`."""
     weight = 2 if bf16 else 4
-    parts = [(weight, 3), (4, 2), (4 * 3 + (4 if bf16 else 0), 1)]  # (bytes per parameter, sharded from this stage on)
+    parts = [
+        (weight, 3),
+        (4, 2),
+        (4 * 3 + (4 if bf16 else 0), 1),
+    ]  # (bytes per parameter, sharded from this stage on)
     return sum(size * count // (ranks if stage >= sharded else 1) for size, sharded in parts)
 
 

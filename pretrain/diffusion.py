@@ -42,7 +42,8 @@ def frame_shift(config: DiffusionConfig, height: int, width: int) -> float:
     return config.shift if config.shift is not None else (height * width / 4096) ** 0.5
 
 
-def shift_levels(t: np.ndarray | Tensor, shift: float) -> np.ndarray | Tensor:
+def shift_levels(t: np.ndarray, shift: float) -> np.ndarray:
+    """Move noise levels towards 1 (shift > 1) or 0 (shift < 1), keeping both ends."""
     return shift * t / (1 + (shift - 1) * t)
 
 
@@ -52,7 +53,13 @@ def _generator(seed: int, sample: int, epoch: int, frame: int, stream: int) -> n
 
 
 def noise_levels(
-    config: DiffusionConfig, shift: float, seed: int, sample: int, epoch: int, units: int, frames_per_unit: int
+    config: DiffusionConfig,
+    shift: float,
+    seed: int,
+    sample: int,
+    epoch: int,
+    units: int,
+    frames_per_unit: int,
 ) -> Tensor:
     """Noise level of every frame of a clip, `[T]` float32: one draw per unit; 0 for clean context."""
     random = _generator(seed, sample, epoch, 0, _LEVELS)
@@ -89,4 +96,4 @@ def frame_losses(velocity: Tensor, x_BTCHW: Tensor, noise_BTCHW: Tensor) -> Tens
 
 def sampling_levels(steps: int, shift: float = 1.0) -> list[float]:
     """`steps + 1` noise levels from 1 down to 0."""
-    return [float(shift_levels(np.float64(1 - i / steps), shift)) for i in range(steps + 1)]
+    return shift_levels(1 - np.arange(steps + 1) / steps, shift).tolist()

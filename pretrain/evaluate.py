@@ -19,7 +19,7 @@ from .attention import Timeline
 from .autoencoder import to_uint8
 from .config import Config
 from .diffusion import frame_losses, frame_shift
-from .inputs import Feed, Inputs
+from .inputs import Feed, Inputs, latents_of
 from .metrics import Tracker
 from .model import MSCTransformer, precondition
 from .pictures import contact_sheet, write_mp4
@@ -101,7 +101,14 @@ def held_out_clip(trained: Trained, index: Index, clip: int) -> Tensor:
     """One held-out clip as video uint8 `[T, 3, H, W]`."""
     batch = next(
         loader(
-            trained.config.data.shards, index, "held_out", seed=0, clock=clip, clips=1, workers=0, shuffle=False
+            trained.config.data.shards,
+            index,
+            "held_out",
+            seed=0,
+            clock=clip,
+            clips=1,
+            workers=0,
+            shuffle=False,
         )
     )
     if batch.video is not None:
@@ -111,12 +118,13 @@ def held_out_clip(trained: Trained, index: Index, clip: int) -> Tensor:
 
 
 @torch.no_grad()
-def preview(model: nn.Module, config: Config, index: Index, feed: Feed, run: Path, step: int, writing: bool) -> list[Path]:
+def preview(
+    model: nn.Module, config: Config, index: Index, feed: Feed, run: Path, step: int, writing: bool
+) -> list[Path]:
     """Continue the first held-out clip from half of it; every rank computes the same, one writes."""
     batch = next(held_out_batches(config, index, 1, 1, 0, None))
     assert isinstance(model, MSCTransformer)
-    latents = (feed.autoencoder.encode(batch.video) if batch.latents is None else batch.latents)[:1].to(feed.device).float()
-    x = model.normalise(latents)
+    x = model.normalise(latents_of(batch, feed.autoencoder)[:1].to(feed.device, torch.float32))
     context = max(1, x.shape[1] // config.model.frames_per_unit // 2) * config.model.frames_per_unit
     units = (x.shape[1] - context) // config.model.frames_per_unit
     model.eval()
@@ -164,7 +172,9 @@ def evaluate(run: Path, clips: int = 64, weights: str = "ema", steps: int = 16) 
             losses[name].add(frame_losses(guess, inputs.x, inputs.noise), inputs)
         continued.append(continue_clips(trained, inputs, steps))
 
-    psnr = {name: [round(float(v), 2) for v in torch.cat([c[name] for c in continued]).mean(0)] for name in continued[0]}
+    psnr = {
+        name: [round(float(v), 2) for v in torch.cat([c[name] for c in continued]).mean(0)] for name in continued[0]
+    }
     result = {
         "step": trained.step,
         "clock": trained.clock,
@@ -179,7 +189,10 @@ def evaluate(run: Path, clips: int = 64, weights: str = "ema", steps: int = 16) 
     tracker = Tracker(config.metrics)
     tracker.start(run, {}, "", run.name, attach=True)
     tracker.log(losses["model"].metrics("evaluate/loss_"), trained.step)
-    tracker.log({f"evaluate/psnr_1_{name.replace(' ', '_')}": values[0] for name, values in psnr.items()}, trained.step)
+    tracker.log(
+        {f"evaluate/psnr_1_{name.replace(' ', '_')}": values[0] for name, values in psnr.items()},
+        trained.step,
+    )
     tracker.artifact(run / "evaluation.json")
     tracker.finish("FINISHED")
     return report(result)
@@ -191,13 +204,18 @@ def continue_clips(trained: Trained, inputs: Inputs, steps: int) -> dict[str, Te
     model, per_unit = trained.model, trained.config.model.frames_per_unit
     units = inputs.x.shape[1] // per_unit
     given = max(1, units // 2) * per_unit
-    context, shift = inputs.x[:, :given], frame_shift(trained.config.diffusion, trained.space.height, trained.space.width)
+    context, shift = (
+        inputs.x[:, :given],
+        frame_shift(trained.config.diffusion, trained.space.height, trained.space.width),
+    )
 
     def pixels(x: Tensor) -> Tensor:
         return trained.autoencoder.decode(model.denormalise(x).cpu()).clamp(-1, 1)
 
     def rollout(steps: int) -> Tensor:
-        new = generate(model, context, units - given // per_unit, steps, HELD_OUT_SEED, shift, inputs.text, inputs.labels)
+        new = generate(
+            model, context, units - given // per_unit, steps, HELD_OUT_SEED, shift, inputs.text, inputs.labels
+        )
         return torch.cat([context, *new], 1)
 
     truth = pixels(inputs.x)

@@ -35,7 +35,10 @@ def export(run: Path, out: Path | None = None) -> str:
     }
     (aside / "config.json").write_text(json.dumps(facts, indent=1))
     for which, loaded in trained.items():
-        save_file({name: value.contiguous() for name, value in loaded.model.state_dict().items()}, aside / f"{which}.safetensors")
+        save_file(
+            {name: value.contiguous() for name, value in loaded.model.state_dict().items()},
+            aside / f"{which}.safetensors",
+        )
     sizes = {}
     for which, loaded in trained.items():
         check_same(loaded.model.cpu(), MSCTransformer.from_pretrained(aside, which), which)

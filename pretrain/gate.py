@@ -16,7 +16,6 @@ import math
 from collections.abc import Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -35,13 +35,19 @@ class Inputs:
     def rows(self, size: int) -> list[Inputs]:
         """Cut into micro-batches of `size` clips."""
 
-        def cut(value: Tensor | None, i: int) -> Tensor | None:
-            return None if value is None else value[i : i + size]
+        def cut(value: Tensor | None, some: slice) -> Tensor | None:
+            return None if value is None else value[some]
 
-        return [
-            Inputs(self.x[i : i + size], self.noise[i : i + size], self.t[i : i + size], cut(self.text, i), cut(self.labels, i))
-            for i in range(0, len(self.x), size)
-        ]  # fmt: skip
+        slices = [slice(i, i + size) for i in range(0, len(self.x), size)]
+        return [Inputs(self.x[r], self.noise[r], self.t[r], cut(self.text, r), cut(self.labels, r)) for r in slices]
+
+
+def latents_of(batch: Batch, autoencoder: Autoencoder) -> Tensor:
+    """Latents `[B, T, C, h, w]` of a batch, not normalised, encoded here where the shards hold video."""
+    if batch.latents is not None:
+        return batch.latents
+    assert batch.video is not None
+    return autoencoder.encode(batch.video)
 
 
 @dataclass(frozen=True)
@@ -61,8 +67,8 @@ class Feed:
     def __call__(self, batch: Batch) -> Inputs:
         per_unit = self.model.config.frames_per_unit
         frames = range(self.units.start * per_unit, self.units.stop * per_unit)
-        latents = self.autoencoder.encode(batch.video) if batch.latents is None else batch.latents
-        assert latents is not None and latents.shape[1] == len(frames)
+        latents = latents_of(batch, self.autoencoder)
+        assert latents.shape[1] == len(frames)
         clips = list(zip(batch.samples, batch.epochs, strict=True))
         t = torch.stack(
             [

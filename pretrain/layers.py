@@ -72,9 +72,7 @@ class CrossAttention(nn.Module):
 class Block(nn.Module):
     """Self-attention, optional cross-attention, feed-forward; modulated per frame by its noise level."""
 
-    def __init__(
-        self, width: int, hidden: int, scales: Sequence[Scale], gate: GatePlace, shifted: bool, text: bool
-    ):
+    def __init__(self, width: int, hidden: int, scales: Sequence[Scale], gate: GatePlace, shifted: bool, text: bool):
         super().__init__()
         self.attention_norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attention = MultiScaleAttention(width, scales, gate, shifted)

@@ -32,24 +32,23 @@ State = Literal["FINISHED", "FAILED", "KILLED"]
 @dataclass(frozen=True)
 class MetricsConfig:
     """tracking_uri: of MLflow, http://… or sqlite:///…; empty: MLFLOW_TRACKING_URI, else mlflow.db beside the
-    run folder. experiment: its name there. system: also record CPU, memory, disk, network and GPU use.
-    every: optimizer steps between reports."""
+    run folder; "none": no tracking. experiment: its name there. system: also record CPU, memory, disk, network
+    and GPU use."""
 
     tracking_uri: str = ""
     experiment: str = "msc"
     system: bool = True
-    every: int = 10
 
     def __post_init__(self):
-        if self.every < 1:
-            raise ValueError(f"metrics.every is {self.every}; it must be at least 1")
         if not self.experiment.strip():
             raise ValueError("metrics.experiment is empty; give the experiment a name")
         uri = self.tracking_uri
-        if uri and (uri.startswith("file:") or ("://" not in uri and not uri.startswith("databricks"))):
+        if uri not in ("", "none") and (
+            uri.startswith("file:") or ("://" not in uri and not uri.startswith("databricks"))
+        ):
             raise ValueError(
                 f'metrics.tracking_uri "{uri}" is not one that MLflow can write to; '
-                "use http://HOST:PORT or sqlite:///FILE"
+                "use http://HOST:PORT, sqlite:///FILE or none"
             )
 
     def resolve(self, run: Path) -> str:
@@ -101,7 +100,7 @@ class Tracker:
         enabled: False makes every call do nothing (all ranks but one).
         attach: only add to the run that training owns: its state, parameters and system metrics stay alone.
         """
-        if not enabled:
+        if not enabled or self.config.tracking_uri == "none":
             return
         assert self._store is None, "a tracker is started once"
         # Fail soon and retry here, rather than hang in a library; and a training job phones nobody.
@@ -112,16 +111,12 @@ class Tracker:
         self._run, self._text = Path(run), text
         uri = self.config.resolve(self._run)
         self._store = Store(uri, self.config.experiment, self._run, params, name, resume, attach)
-        self._thread = threading.Thread(
-            target=self._work, args=(self._store,), name="msc-metrics", daemon=True
-        )
+        self._thread = threading.Thread(target=self._work, args=(self._store,), name="msc-metrics", daemon=True)
         self._thread.start()
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Record metrics at `step`; NaN and infinities are kept as such."""
-        self._put(
-            Point({name: float(value) for name, value in values.items()}, step, int(time.time() * 1000))
-        )
+        self._put(Point({name: float(value) for name, value in values.items()}, step, int(time.time() * 1000)))
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Set tags of the run."""
@@ -155,9 +150,7 @@ class Tracker:
         with self._wake:
             self._keep(self._store)
         if self._dropped:
-            logger.warning(
-                "mlflow: %d oldest entries were dropped, more than %d waited", self._dropped, self.bound
-            )
+            logger.warning("mlflow: %d oldest entries were dropped, more than %d waited", self._dropped, self.bound)
 
     # The queue, and the thread that empties it ----------------------------------------------------------
 
@@ -200,9 +193,7 @@ class Tracker:
                 now, later = time.monotonic(), [float(SYSTEM_SECONDS)]
                 later += [self._system_at - now] if self._samples(store) else []
                 later += [self._files_at - now] if self._files else []
-                self._wake.wait_for(
-                    lambda: self._points or self._closing or self._files_due(), max(0.0, min(later))
-                )
+                self._wake.wait_for(lambda: self._points or self._closing or self._files_due(), max(0.0, min(later)))
 
     def _turn(self, store: Store) -> None:
         """Send everything that waits. Raises where the store cannot be reached."""
@@ -231,9 +222,7 @@ class Tracker:
                 self._warn(store, f"refused {len(self._busy)} entries, which are dropped", error)
             with self._wake:
                 self._busy = []
-        if (
-            self._closing and store.owns and not self._ended
-        ):  # before the artifacts: there may be only seconds
+        if self._closing and store.owns and not self._ended:  # before the artifacts: there may be only seconds
             store.end(str((store.attach and self._left_state) or self._state))
             self._ended = True
         while self._files_due():
@@ -281,9 +270,7 @@ class Tracker:
             try:
                 path.with_suffix(".partial").write_text(json.dumps(left))
                 os.replace(path.with_suffix(".partial"), path)
-                logger.warning(
-                    "mlflow: %d entries wait in %s for the next start of this run", len(points), path
-                )
+                logger.warning("mlflow: %d entries wait in %s for the next start of this run", len(points), path)
             except OSError as error:
                 logger.warning("mlflow: %d entries are lost: %s", len(points), error)
                 return

@@ -62,7 +62,7 @@ class AdamWEMA(torch.optim.AdamW):
     """AdamW whose state also holds `ema`, updated with the group's `ema_decay` after every step."""
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
         loss = super().step(closure)
         for group in self.param_groups:
             updated = [p for p in group["params"] if p.grad is not None]
@@ -80,7 +80,10 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamWEMA:
     """Matrices with weight decay, everything else without."""
     matrices = [p for p in model.parameters() if p.requires_grad and _dimensions(p) >= 2]
     rest = [p for p in model.parameters() if p.requires_grad and _dimensions(p) < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
     return AdamWEMA(
         [{**group, "ema_decay": 0.0} for group in groups if group["params"]],
         lr=config.lr,

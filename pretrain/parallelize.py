@@ -15,7 +15,15 @@ from .attention import Timeline, WholeVideo
 from .model import MSCTransformer
 from .optimizer import OptimizerConfig, make_optimizer
 
-__all__ = ["Mesh", "ParallelConfig", "ZeroConfig", "check_parallel", "make_mesh", "parallelize", "own_timeline"]
+__all__ = [
+    "Mesh",
+    "ParallelConfig",
+    "ZeroConfig",
+    "check_parallel",
+    "make_mesh",
+    "parallelize",
+    "own_timeline",
+]
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,11 @@ def own_timeline(mesh: Mesh, units: int) -> tuple[Timeline, range]:
 
 
 def parallelize(
-    model: MSCTransformer, config: ParallelConfig, optimizer: OptimizerConfig, accumulate: int, device: torch.device
+    model: MSCTransformer,
+    config: ParallelConfig,
+    optimizer: OptimizerConfig,
+    accumulate: int,
+    device: torch.device,
 ) -> Any:
     """The DeepSpeed engine that trains `model`; every rank must hold the same weights."""
     model.to(device)

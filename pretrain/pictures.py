@@ -54,9 +54,7 @@ def contact_sheet(
             tile = frame.repeat(scale, axis=0).repeat(scale, axis=1)
             if context is not None:
                 colour = CONTEXT_COLOUR if i * every < context else MADE_COLOUR
-                tile = np.stack(
-                    [np.pad(tile[..., c], border, constant_values=colour[c]) for c in range(3)], -1
-                )
+                tile = np.stack([np.pad(tile[..., c], border, constant_values=colour[c]) for c in range(3)], -1)
             x = left + i * column
             sheet[top : top + tile.shape[0], x : x + tile.shape[1]] = tile
 
@@ -71,9 +69,7 @@ def contact_sheet(
 
     def write(x: float, y: float, text: str, colour: str) -> None:
         size, place = 11 * 72 / DPI, (x / width, 1 - y / height)
-        figure.text(
-            *place, text, color=colour, fontsize=size, family="monospace", va="center", parse_math=False
-        )
+        figure.text(*place, text, color=colour, fontsize=size, family="monospace", va="center", parse_math=False)
 
     for i in range(columns):
         write(left + i * column, HEAD / 2, str(i * every), "dimgrey")
@@ -102,18 +98,14 @@ def write_mp4(path: Path, video: Tensor, fps: float) -> None:
         stream.pix_fmt = "yuv420p"
         stream.thread_count = 1  # no idle threads beside training
         for frame in frames:
-            container.mux(
-                stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"))
-            )
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode(None))
 
 
 def _frames_last(video: Tensor) -> np.ndarray:
     """uint8 `[T, 3, H, W]` on any device to a numpy array `[T, H, W, 3]`; ValueError for anything else."""
     if video.ndim != 4 or video.shape[1] != 3 or 0 in video.shape or str(video.dtype) != "torch.uint8":
-        raise ValueError(
-            f"a video is uint8 [frames, 3, height, width]; got {video.dtype} {list(video.shape)}"
-        )
+        raise ValueError(f"a video is uint8 [frames, 3, height, width]; got {video.dtype} {list(video.shape)}")
     return video.detach().cpu().permute(0, 2, 3, 1).numpy()
 
 

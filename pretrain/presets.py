@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal, cast
 
 from .config import Config, TrainConfig
 from .diffusion import DiffusionConfig
@@ -38,7 +39,7 @@ def _size(name: str) -> Config:
     return Config(
         model=ModelConfig(width=width, depth=depth, scales=default_scales(heads), patch=patch),
         optimizer=OptimizerConfig(lr=lr),
-        parallel=ParallelConfig(recompute=recompute, zero=ZeroConfig(stage=stage)),
+        parallel=ParallelConfig(recompute=recompute, zero=ZeroConfig(stage=cast(Literal[1, 2, 3], stage))),
         train=replace(TrainConfig(), clips=10_000_000, batch=256),
     )
 

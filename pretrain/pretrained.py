@@ -61,9 +61,7 @@ class Diffusers(Autoencoder):
     def _decode(self, latents: Tensor) -> Tensor:
         z_BTChw = latents.reshape(-1, *latents.shape[-4:]).to(self.device, torch.float32)
         z_BTChw = z_BTChw / self.scale * self.std + self.mean
-        x_BTCHW = torch.stack(
-            [self._clip(lambda x: self.model.decode(x).sample, z_TChw) for z_TChw in z_BTChw]
-        )
+        x_BTCHW = torch.stack([self._clip(lambda x: self.model.decode(x).sample, z_TChw) for z_TChw in z_BTChw])
         return x_BTCHW.reshape(*latents.shape[:-4], *x_BTCHW.shape[1:]).to(latents.device)
 
     @torch.no_grad()
@@ -88,9 +86,7 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
     if not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
         folder = folder / "vae"  # a whole pipeline was given
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"no folder {folder}: save an autoencoder there with diffusers' save_pretrained"
-        )
+        raise FileNotFoundError(f"no folder {folder}: save an autoencoder there with diffusers' save_pretrained")
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no config.json: it is not an autoencoder saved by diffusers")
     try:
@@ -117,9 +113,7 @@ def _temporal_factor(model: Any, folder: Path) -> int:
         factor = model.config.get(name) or getattr(model, name, None)
         if factor:
             return int(factor)
-    raise ValueError(
-        f"{folder}: {type(model).__name__} does not say how many frames it makes one of; not supported"
-    )
+    raise ValueError(f"{folder}: {type(model).__name__} does not say how many frames it makes one of; not supported")
 
 
 def _normalisation(model: Any, channels: int, folder: Path) -> tuple[Tensor, Tensor, float]:

@@ -1,8 +1,8 @@
 """A run folder: what is in it, and how to get a trained model back out.
 
-    config.yaml   the resolved configuration      data.json        what the latents are
-    log.jsonl     one line per report             checkpoints/     see checkpoint.py
-    mlflow.json   the MLflow run                  samples/ evaluation.json export/
+config.yaml   the resolved configuration      data.json        what the latents are
+log.jsonl     one line per report             checkpoints/     see checkpoint.py
+mlflow.json   the MLflow run                  samples/ evaluation.json export/
 """
 
 from __future__ import annotations
@@ -36,7 +36,13 @@ class LatentSpace:
     @staticmethod
     def of(index: Index) -> LatentSpace:
         return LatentSpace(
-            index.autoencoder, index.frames, index.height, index.width, index.video_height, index.video_width, index.fps
+            index.autoencoder,
+            index.frames,
+            index.height,
+            index.width,
+            index.video_height,
+            index.video_width,
+            index.fps,
         )
 
 
@@ -75,6 +81,4 @@ def open_run(run: Path, weights: str = "ema") -> Trained:
         model = MSCTransformer(config.model)
     model.load_state_dict(dict(checkpoint.weights(path, weights)), assign=True)
     model.to(device).eval()
-    return Trained(
-        model, config, space, open_autoencoder(space.autoencoder), meta["step"], meta["clock"], device
-    )
+    return Trained(model, config, space, open_autoencoder(space.autoencoder), meta["step"], meta["clock"], device)

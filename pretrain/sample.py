@@ -68,7 +68,8 @@ def sample_run(
     tracker.finish("FINISHED")
     return (
         f"{shown} frames of context and {len(result) - shown} generated at {space.fps:g} frames/s "
-        f"(step {trained.step}, {steps} sampling steps)\nvideo          {path}\ncontact sheet  {path.with_suffix('.png')}"
+        f"(step {trained.step}, {steps} sampling steps)\n"
+        f"video          {path}\ncontact sheet  {path.with_suffix('.png')}"
     )
 
 

@@ -43,7 +43,11 @@ class Cache:
 
 @torch.no_grad()
 def remember(
-    model: MSCTransformer, cache: Cache, x_BTCHW: Tensor, text: Tensor | None = None, labels: Tensor | None = None
+    model: MSCTransformer,
+    cache: Cache,
+    x_BTCHW: Tensor,
+    text: Tensor | None = None,
+    labels: Tensor | None = None,
 ) -> None:
     """Let finished, clean frames (whole units) join the cache's past."""
     cache.writing = True

@@ -82,9 +82,7 @@ class Store:
         with _first_use(self.uri):
             client = MlflowClient(tracking_uri=self.uri)
             experiment = client.get_experiment_by_name(self.experiment)
-            experiment_id = (
-                self._create_experiment(client) if experiment is None else experiment.experiment_id
-            )
+            experiment_id = self._create_experiment(client) if experiment is None else experiment.experiment_id
         if experiment is not None and experiment.lifecycle_stage == "deleted":
             raise ConnectionError(f"the experiment {self.experiment} was deleted; restore it there")
         found = self._find(client, experiment_id)
@@ -121,9 +119,7 @@ class Store:
             if point.step is not None
             for name, value in point.values.items()
         ]
-        tags = {
-            k: str(v)[:TAG_LENGTH] for point in points if point.step is None for k, v in point.values.items()
-        }
+        tags = {k: str(v)[:TAG_LENGTH] for point in points if point.step is None for k, v in point.values.items()}
         for start in range(0, len(metrics), 1000):
             self.client.log_batch(run_id, metrics=metrics[start : start + 1000], synchronous=True)
         entries = [RunTag(_key(name), value) for name, value in tags.items()]
@@ -195,9 +191,7 @@ class Store:
         from mlflow.entities import Param
 
         known, tags = found.data.params, code_version()
-        cut = {
-            k: v if len(v) <= PARAM_LENGTH else v[: PARAM_LENGTH - 1] + "…" for k, v in self.params.items()
-        }
+        cut = {k: v if len(v) <= PARAM_LENGTH else v[: PARAM_LENGTH - 1] + "…" for k, v in self.params.items()}
         new = [Param(k, v) for k, v in cut.items() if k not in known]
         for start in range(0, len(new), 100):
             self.client.log_batch(found.info.run_id, params=new[start : start + 100], synchronous=True)
@@ -251,13 +245,9 @@ def code_version() -> dict[str, str]:
     if (root / ".git").exists():  # not just any repository above an installed package
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             git = ["git", "-C", str(root)]
-            commit = subprocess.run(
-                [*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
-            )
+            commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
             tags["mlflow.source.git.commit"] = commit.stdout.strip()
-            state = subprocess.run(
-                [*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10
-            )
+            state = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10)
             tags["msc.modified"] = str(bool(state.stdout.strip()))
     return tags
 

@@ -10,7 +10,6 @@ import math
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from msc.datasets.batches import loader
 from msc.datasets.shards import Index, read_index
+from msc.datasets.statistics import Statistics
 from msc.parallel import process, zero
 
 from . import checkpoint, cost
@@ -32,7 +32,7 @@ from .evaluate import Losses, held_out_losses, preview
 from .gate import gate_constants
 from .inputs import Feed
 from .meter import Meter
-from .metrics import Tracker
+from .metrics import State, Tracker
 from .model import MSCTransformer, check_clip
 from .optimizer import set_schedule
 from .parallelize import check_parallel, make_mesh, own_timeline, parallelize
@@ -96,9 +96,13 @@ def train(config: Config, run: Path, resume: bool) -> int:
         device=world.device,
     )
     bar = tqdm(
-        total=config.train.steps, initial=step, desc=run.name, unit="step", disable=not (world.first and sys.stderr.isatty())
+        total=config.train.steps,
+        initial=step,
+        desc=run.name,
+        unit="step",
+        disable=not (world.first and sys.stderr.isatty()),
     )
-    state = "FAILED"
+    state: State = "FAILED"
 
     def save() -> None:
         if previous is not None and previous.name == f"step-{step:08d}":
@@ -131,9 +135,7 @@ def train(config: Config, run: Path, resume: bool) -> int:
                 ).tolist()
                 if stop:
                     break
-                rate = set_schedule(
-                    engine.optimizer.param_groups, config.optimizer, clock, config.train.clips, batch
-                )
+                rate = set_schedule(engine.optimizer.param_groups, config.optimizer, clock, config.train.clips, batch)
 
                 # Forward and backward; a rank's share of the global loss, times the world DeepSpeed averages over
                 norm = math.nan
@@ -151,7 +153,13 @@ def train(config: Config, run: Path, resume: bool) -> int:
                 # Reports, checkpoints, held-out loss
                 if step % config.train.report == 0 or step == config.train.steps:
                     losses.reduce()
-                    values = {"loss": losses.mean, "grad_norm": norm, "lr": rate, "clock": clock, **meter.read()}
+                    values = {
+                        "loss": losses.mean,
+                        "grad_norm": norm,
+                        "lr": rate,
+                        "clock": clock,
+                        **meter.read(),
+                    }
                     tracker.log({**values, **losses.metrics("loss/")}, step)
                     if log is not None:
                         log.write(json.dumps({"step": step, **values}) + "\n")
@@ -186,12 +194,12 @@ def train(config: Config, run: Path, resume: bool) -> int:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM, SIGUSR1 and Ctrl-C; the second one of any kind interrupts at once."""
+    """Collect SIGTERM, SIGUSR1 and Ctrl-C; a second one of the same kind interrupts at once."""
     received: list[int] = []
 
     def handler(number: int, _: Any) -> None:
         received.append(number)
-        if len(received) > 1:
+        if received.count(number) > 1:
             raise KeyboardInterrupt
 
     watched = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -239,8 +247,11 @@ def check(config: Config, run: Path, resume: bool, processes: int) -> Config:
     if not index.samples("train"):
         raise ValueError(f"{config.data.shards} holds no clip to train on")
     if config.train.evaluate and not index.samples("held_out"):
-        raise ValueError(f"{config.data.shards} holds no held-out clip; convert with --held-out, or set train.evaluate=0")
-    if run.exists() and any(run.iterdir()) and not resume:
+        raise ValueError(
+            f"{config.data.shards} holds no held-out clip; convert with --held-out, or set train.evaluate=0"
+        )
+    # a run that failed before its first step leaves nothing but the logs of its ranks
+    if run.exists() and any(path.name != "logs" for path in run.iterdir()) and not resume:
         raise FileExistsError(f"{run} is not empty; continue it with --resume, or choose another --run")
     if resume and not (run / "config.yaml").is_file():
         raise FileNotFoundError(f"{run} has nothing to resume: no config.yaml in it")
@@ -248,15 +259,23 @@ def check(config: Config, run: Path, resume: bool, processes: int) -> Config:
     there = next(parent for parent in (run.absolute(), *run.absolute().parents) if parent.exists())
     free = shutil.disk_usage(there).free
     if free < 2 * needed:
-        raise OSError(f"{there} has {free / 1e9:.1f} GB free; a checkpoint takes {needed / 1e9:.1f} GB and two must fit")
+        raise OSError(
+            f"{there} has {free / 1e9:.1f} GB free; a checkpoint takes {needed / 1e9:.1f} GB and two must fit"
+        )
     return config
+
+
+# What a dry run without shards assumes: 5 s of 512 × 512 video at 16 frames/s in a common autoencoder's latents.
+ASSUMED = Index(
+    store="latent", autoencoder="assumed", temporal_factor=4, channels=16, frames=20, height=64, width=64,
+    video_frames=77, video_height=512, video_width=512, fps=16.0, splits={"train": [], "held_out": []},
+    statistics=Statistics.default(16), settings={},
+)  # fmt: skip
 
 
 def describe(config: Config, processes: int = 1) -> str:
     """The resolved configuration and what it costs, for `--dry-run`."""
-    index = read_index(config.data.shards) if config.data.shards else None
-    if index is None:
-        return f"{dump(config)}\nNo data.shards given: tokens, parameters and memory depend on them.\n"
+    index = read_index(config.data.shards) if config.data.shards else ASSUMED
     config = resolve(config, index)
     check_clip(config.model, index.frames, index.height, index.width)
     dp = check_parallel(config.parallel, processes, index.frames // config.model.frames_per_unit)
@@ -266,11 +285,15 @@ def describe(config: Config, processes: int = 1) -> str:
     tokens = index.frames * cost.tokens_per_frame(config.model, index.height, index.width)
     state = cost.state_bytes(count, config.parallel.zero.stage, processes, bf16)
     activations = cost.activation_bytes(
-        config.model, config.train.micro * math.ceil(tokens / config.parallel.sp), bf16, config.parallel.recompute
+        config.model,
+        config.train.micro * math.ceil(tokens / config.parallel.sp),
+        bf16,
+        config.parallel.recompute,
     )
     flops = cost.step_flops(config.model, index.frames, index.height, index.width)
     attention = 3 * cost.attention_flops(config.model, index.frames, index.height, index.width)
     facts = [
+        ("clip", "as in data.shards" if config.data.shards else "ASSUMED, as data.shards is empty"),
         ("parameters", f"{count:,}"),
         ("tokens per clip", f"{tokens:,} ({index.frames} frames of {tokens // index.frames:,})"),
         ("clips", f"{index.samples('train'):,} to train on, {index.samples('held_out'):,} held out"),

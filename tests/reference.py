@@ -42,7 +42,9 @@ def one_scale(module, qkv, t_BT, F, scale, constants, delta, theta):
     rows, columns = H // s, W // s
     pooled = torch.stack(
         [
-            torch.stack([qkv[:, :, i * s : (i + 1) * s, j * s : (j + 1) * s].mean((2, 3)) for j in range(columns)], 2)
+            torch.stack(
+                [qkv[:, :, i * s : (i + 1) * s, j * s : (j + 1) * s].mean((2, 3)) for j in range(columns)], 2
+            )
             for i in range(rows)
         ],
         2,
@@ -73,7 +75,9 @@ def one_scale(module, qkv, t_BT, F, scale, constants, delta, theta):
     out = torch.zeros(B, T, rows, columns, h, d, dtype=qkv.dtype)
     for frame in range(T):
         for n, (y, x) in enumerate(where):
-            q = rotate(norm(pooled[:, frame, cell[n][0], cell[n][1], 0], module.q_norm.weight), (frame, y, x), theta)
+            q = rotate(
+                norm(pooled[:, frame, cell[n][0], cell[n][1], 0], module.q_norm.weight), (frame, y, x), theta
+            )
             seen, log_gates = [], []
             for i, (kind, number, _, key_cell, _, _, lam) in enumerate(keys):
                 if not same_window(cell[n], key_cell, rows, columns, scale, module.shifted):

@@ -140,6 +140,16 @@ def test_what_is_written_is_read_back():
             to_mp4(torch.zeros(shape, dtype=torch.uint8), 12)
 
 
+@pytest.mark.parametrize("size", [(16, 24), (8, 8), (40, 72)])
+def test_equal_frames_give_equal_bytes(size):
+    video = frames(BIKES, fps=12, size=size, stop=16)
+    want = to_mp4(video, 12)
+    for i in range(60):
+        clutter = [bytes([i]) * (997 * j) for j in range(50)]  # other memory around each time
+        assert to_mp4(video, 12) == want
+        del clutter
+
+
 def test_scaling_covers_and_crops_the_centre(tmp_path):
     picture = np.zeros((64, 128, 3), np.uint8)
     picture[:, 32:96] = 200  # the middle square

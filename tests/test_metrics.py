@@ -359,7 +359,6 @@ def test_import_needs_neither_mlflow_nor_torch():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"every": 0}, "every is 0"),
         ({"experiment": " "}, "experiment is empty"),
         ({"tracking_uri": "localhost:5000"}, "localhost:5000"),
         ({"tracking_uri": "file:///tmp/mlruns"}, "sqlite:///FILE"),

@@ -1,0 +1,185 @@
+"""The whole training command in real processes: the same curve at any (dp, sp, ZeRO stage), resume, endings."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from msc.datasets.convert import ConvertConfig, convert
+from msc.datasets.synthetic import write_videos
+from msc.pretrain.autoencoder import open_autoencoder
+from msc.pretrain.checkpoint import latest, read_meta, weights
+
+MSC = Path(sys.executable).with_name("msc")
+SMALL = [
+    "model.width=32", "model.depth=2", "model.patch=4", "parallel.precision=fp32", "train.batch=4", "train.report=1",
+    "train.evaluate=0", "metrics.tracking_uri=none", "data.workers=0", "optimizer.warmup=8", "optimizer.lr=1e-3",
+    "model.scales=[{heads: 2, window: 1, patch_window: 3}, {heads: 1, space: 2, window: 3}, "
+    "{heads: 1, space: 2, time: 2}]",
+    "diffusion.shift=1.0",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    videos = write_videos(folder / "videos", seed=0, clips=4, frames=20, height=16, width=24)
+    config = ConvertConfig(
+        sources=tuple(map(str, videos)), out=str(folder / "shards"), frames=5, height=16, width=24, fps=12.0,
+        stride=2, held_out=0.3, autoencoder="pixels",
+    )  # fmt: skip
+    autoencoder = open_autoencoder("pixels")
+    convert(config, autoencoder.encode, 1)
+    return folder / "shards"
+
+
+def msc_train(shards, run, *settings, processes=1, sp=1, stage=2, steps=6, resume=False, check=True):
+    command = [
+        MSC, "train", "--run", run, "--processes", str(processes), f"data.shards={shards}", *SMALL,
+        f"parallel.sp={sp}", f"parallel.zero.stage={stage}", f"train.clips={4 * steps}", *settings,
+        *(["--resume"] if resume else ["--preset", "demo"]),
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=280, env=environment)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def curve(run):
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return torch.tensor([[line["loss"], line["grad_norm"]] for line in lines], dtype=torch.float64)
+
+
+def same_curve(run, expected):
+    """Loss and gradient norm of every step, to rounding."""
+    torch.testing.assert_close(curve(run), expected, rtol=1e-5, atol=0, msg=lambda m: f"{run.name}: {m}")
+
+
+def final_weights(run):
+    return dict(weights(latest(run), "raw"))
+
+
+@pytest.mark.gloo
+def test_the_same_curve_at_any_mesh(shards, tmp_path):
+    """Same global batch: loss and gradient norm agree to rounding over 20 steps; twice the same is identical."""
+    runs = {"1x1": (1, 1), "1x1 again": (1, 1), "1x2": (2, 2), "2x1": (2, 1)}
+    for name, (processes, sp) in runs.items():
+        msc_train(shards, tmp_path / name, processes=processes, sp=sp, steps=20)
+    expected = curve(tmp_path / "1x1")
+    assert len(expected) == 20 and expected[-1, 0] < expected[0, 0]
+    assert torch.equal(curve(tmp_path / "1x1 again"), expected)
+    for name in ("1x2", "2x1"):
+        same_curve(tmp_path / name, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.gloo
+def test_the_same_curve_at_any_stage_and_mesh(shards, tmp_path):
+    """100 optimizer steps in fp32, gradient accumulation and recomputation included."""
+    msc_train(shards, tmp_path / "one", stage=1, steps=100)
+    expected = curve(tmp_path / "one")
+    for dp, sp in [(1, 2), (2, 1), (2, 2), (1, 4)]:
+        for stage in (0, 1, 2, 3):
+            run = tmp_path / f"{dp}x{sp}-{stage}"
+            settings = ["parallel.recompute=true"] if stage == 1 else []
+            msc_train(shards, run, *settings, processes=dp * sp, sp=sp, stage=stage, steps=100)
+            same_curve(run, expected)
+
+
+@pytest.mark.gloo
+def test_resume_continues_exactly_and_on_another_mesh(shards, tmp_path):
+    msc_train(shards, tmp_path / "whole", processes=2, sp=2, steps=8)
+    run = tmp_path / "parts"
+    # as if the run had ended right after the checkpoint of step 4
+    msc_train(shards, run, "checkpoint.every=4", processes=2, sp=2, steps=8)
+    newest = latest(run)
+    assert newest.name == "step-00000008"
+    (newest.parent / "latest").write_text("step-00000004")
+    lines = (run / "log.jsonl").read_text().splitlines()
+    (run / "log.jsonl").write_text("\n".join(lines[:4]) + "\n")
+    msc_train(shards, run, processes=2, sp=2, steps=8, resume=True)
+    assert torch.equal(curve(run), curve(tmp_path / "whole"))
+    for name, value in final_weights(tmp_path / "whole").items():
+        assert torch.equal(final_weights(run)[name], value), name
+
+    # the same from the same checkpoint in one process at ZeRO stage 0, and in two rows at stage 3
+    for processes, stage in ((1, 0), (2, 3)):
+        (newest.parent / "latest").write_text("step-00000004")
+        (run / "log.jsonl").write_text("\n".join(lines[:4]) + "\n")
+        msc_train(shards, run, processes=processes, sp=1, stage=stage, steps=8, resume=True)
+        same_curve(run, curve(tmp_path / "whole"))
+
+
+@pytest.mark.gloo
+def test_a_signal_saves_and_asks_for_more(shards, tmp_path):
+    run = tmp_path / "run"
+    command = [MSC, "train", "--preset", "demo", "--run", run, "--processes", "2", f"data.shards={shards}", *SMALL,
+               "parallel.sp=2", "train.clips=40000"]  # fmt: skip
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(lambda: (run / "log.jsonl").exists() and len((run / "log.jsonl").read_text().splitlines()) > 3)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 75, said
+    assert "--resume" in said
+    steps = len((run / "log.jsonl").read_text().splitlines())
+    assert read_meta(latest(run))["step"] == steps
+
+
+def wait_for(condition, seconds=90):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.2)
+
+
+BAD = {
+    "more ranks along time than units": (["parallel.sp=6"], 6, "5 units.*parallel.sp = 6"),
+    "unknown key": (
+        ["optimizer.lerning_rate=1"],
+        1,
+        "unknown key optimizer.lerning_rate.*did you mean optimizer",
+    ),
+    "latents that the scales do not divide": (["model.patch=8"], 1, "3 tokens does not divide.*space 2"),
+    "a batch that does not divide": (["train.batch=3"], 2, "train.batch 3 does not divide by 2"),
+    "no shards": (["data.shards=/nowhere"], 1, "/nowhere"),
+    "a value of the wrong type": (["train.seed=many"], 1, "train.seed.*many"),
+    "a preset that does not exist": (["--preset=huge"], 1, "unknown preset 'huge'.*demo"),
+    "bf16 without sharding": (["parallel.precision=bf16", "parallel.zero.stage=0"], 1, "stage 0 with bf16"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_one_clear_line_and_leaves_nothing(what, shards, tmp_path):
+    settings, processes, message = BAD[what]
+    done = msc_train(shards, tmp_path / "run", *settings, processes=processes, sp=1, check=False)
+    assert done.returncode == 2
+    assert re.search(message, done.stderr), done.stderr
+    assert done.stderr.startswith("msc: ") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_used_run_folder_is_refused(shards, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    done = msc_train(shards, tmp_path / "run", check=False)
+    assert done.returncode == 2 and "--resume" in done.stderr
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+def test_dry_run_prints_the_plan(shards, tmp_path):
+    done = msc_train(shards, tmp_path / "run", "--dry-run")
+    for word in ("parameters", "tokens per clip", "memory per process", "optimizer:"):
+        assert word in done.stdout
+    assert not (tmp_path / "run").exists()
