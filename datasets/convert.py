@@ -147,9 +147,7 @@ def _write_shards(
     def flush(name: str) -> None:
         full = config.clips_per_shard
         batch, pending[name] = pending[name][:full], pending[name][full:]
-        samples = (
-            (f"{name}-{written[name] + i:09d}", _parts(config, encode, *clip)) for i, clip in enumerate(batch)
-        )
+        samples = ((f"{name}-{written[name] + i:09d}", _parts(config, encode, *clip)) for i, clip in enumerate(batch))
         shards[name].append(write_shard(partial / f"{name}-{len(shards[name]):06d}.tar", samples))
         written[name] += len(batch)
         for _, _, file in batch:

@@ -26,9 +26,7 @@ class Samples:
     does not cut video evenly along time, for anything but whole clips.
     """
 
-    def __init__(
-        self, folder: Path, index: Index, split: str, frames: tuple[int, int] | None = None
-    ) -> None:
+    def __init__(self, folder: Path, index: Index, split: str, frames: tuple[int, int] | None = None) -> None:
         self.folder, self.index, self.split = folder, index, split
         self._ends = [0]
         self._scanned: dict[str, list[Sample]] = {}

@@ -216,8 +216,10 @@ def _interpolate(
     """Bilinear in the logarithms of row, column and value; clamped at the ends of the table."""
     i, u = _place(rows, row)
     j, v = _place(columns, column)
-    logs = [[math.log(max(FLOOR, table[a][b])) for b in (j, min(j + 1, len(columns) - 1))]
-            for a in (i, min(i + 1, len(rows) - 1))]
+    logs = [
+        [math.log(max(FLOOR, table[a][b])) for b in (j, min(j + 1, len(columns) - 1))]
+        for a in (i, min(i + 1, len(rows) - 1))
+    ]
     value = (1 - u) * ((1 - v) * logs[0][0] + v * logs[0][1]) + u * ((1 - v) * logs[1][0] + v * logs[1][1])
     return math.exp(value)
 

@@ -40,9 +40,7 @@ def gaussian_fields(
     return torch.fft.irfft2(spectrum * shift, s=(height, width))
 
 
-def moving_textures(
-    seed: int, clips: int, frames: int, height: int, width: int, shapes: int = 3
-) -> Tensor:
+def moving_textures(seed: int, clips: int, frames: int, height: int, width: int, shapes: int = 3) -> Tensor:
     """Textured discs over a 1/f background, uint8 [N, T, 3, H, W].
 
     Background and discs move each at a speed of their own. The first disc crosses behind an upright bar wide

@@ -117,9 +117,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     new.add_argument("--size", type=size, metavar="HxW", help="height and width of the clips in pixels")
     new.add_argument("--fps", type=float, metavar="F", help="frames per second of the clips")
     new.add_argument("--stride", type=positive, metavar="N", help="video frames between two clips' starts")
-    new.add_argument(
-        "--held-out", type=float, metavar="SHARE", help="last share of each video, not for training"
-    )
+    new.add_argument("--held-out", type=float, metavar="SHARE", help="last share of each video, not for training")
     new.add_argument("--autoencoder", metavar="SPEC", help="pixels, haar[:TxHxW] or diffusers:FOLDER")
     new.add_argument("--store", choices=("auto", "video", "latent"), help="what the shards hold")
     new.add_argument("--workers", type=positive, metavar="N", help="processes that decode and encode")
@@ -139,9 +137,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     new.add_argument("--processes", type=positive, metavar="N", help="ranks to start (default: one per GPU)")
     new.add_argument("--dry-run", action="store_true", help="print the resolved settings, train nothing")
 
-    new = run_command(
-        command("evaluate", commands.evaluate, "measure the loss on the held-out clips of a run")
-    )
+    new = run_command(command("evaluate", commands.evaluate, "measure the loss on the held-out clips of a run"))
     new.add_argument("--clips", type=positive, metavar="N", help="at most that many clips")
 
     new = run_command(command("sample", commands.sample, "continue a video, or make one from nothing"))
@@ -155,9 +151,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     new.add_argument("--seed", type=int, metavar="S")
     new.add_argument("--out", type=Path, metavar="DIR", help="default: samples/ in the run folder")
 
-    new = command(
-        "export", commands.export, "write a run's weights in a form that needs nothing of the run folder"
-    )
+    new = command("export", commands.export, "write a run's weights in a form that needs nothing of the run folder")
     new.add_argument("run", type=Path, metavar="RUN", help="run folder")
     new.add_argument("--out", type=Path, metavar="DIR", help="default: export/ in the run folder")
 

@@ -51,9 +51,7 @@ def write_contact_sheet(folder: Path, autoencoder: Any) -> Path:
     index = read_index(folder)
     clips = min(CONTACT_CLIPS, sum(shard.samples for shard in index.splits["train"]))
     whole = (0, index.frames)
-    batches = loader(
-        folder, index, "train", seed=0, clock=0, clips=clips, frames=whole, workers=0, prefetch=0
-    )
+    batches = loader(folder, index, "train", seed=0, clock=0, clips=clips, frames=whole, workers=0, prefetch=0)
     batch = next(iter(batches))
     videos = batch.video if batch.video is not None else to_uint8(autoencoder.decode(batch.latents))
     path = folder / "contact.png"
@@ -100,9 +98,7 @@ def split_items(items: Sequence[str]) -> tuple[Path | None, list[str]]:
     overrides = [item for item in items if "=" in item]
     files = [item for item in items if "=" not in item]
     if len(files) > 1:
-        raise ValueError(
-            f"{files[0]} and {files[1]}: one configuration file at most, settings are section.key=value"
-        )
+        raise ValueError(f"{files[0]} and {files[1]}: one configuration file at most, settings are section.key=value")
     return (Path(files[0]) if files else None), overrides
 
 

@@ -120,9 +120,7 @@ def python_checks() -> list[Check]:
     if sys.platform.startswith("linux"):
         system = Check("system", "ok", machine)
     else:
-        system = Check(
-            "system", "problem", machine, "train on Linux: signals and process care are Linux's here"
-        )
+        system = Check("system", "problem", machine, "train on Linux: signals and process care are Linux's here")
     return [
         Check("python", "ok", f"{version} at {sys.executable}")
         if fits
@@ -175,9 +173,7 @@ def device_checks() -> list[Check]:
             )
         return checks
     if present and torch.version.cuda is None:
-        return [
-            Check("gpu", "problem", f"{present} present, but this torch has no CUDA", "install a CUDA torch")
-        ]
+        return [Check("gpu", "problem", f"{present} present, but this torch has no CUDA", "install a CUDA torch")]
     if present and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
         found = f"{present} present, but torch (CUDA {torch.version.cuda}) cannot use them"
         fix = "see whether `nvidia-smi` works, and whether the driver is new enough for that CUDA"
@@ -199,17 +195,13 @@ def compiler_checks() -> list[Check]:
     return [
         Check("compiler", "ok", found)
         if (found := shutil.which(compiler))
-        else Check(
-            "compiler", needed, f"no {compiler}", "install a C++ compiler (Debian: apt-get install g++)"
-        ),
+        else Check("compiler", needed, f"no {compiler}", "install a C++ compiler (Debian: apt-get install g++)"),
         Check("ninja", "ok", ninja)
         if ninja
         else Check("ninja", needed, "not on PATH", "pip install -c constraints.txt ninja"),
         Check("python headers", "ok", str(header))
         if header.exists()
-        else Check(
-            "python headers", needed, f"no {header}", "install them (Debian: apt-get install python3-dev)"
-        ),
+        else Check("python headers", needed, f"no {header}", "install them (Debian: apt-get install python3-dev)"),
     ]
 
 
@@ -260,26 +252,20 @@ def attention_check() -> Check:
             device = "cuda" if torch.cuda.is_available() else "cpu"
             return Check("attention", "ok", f"{choose_backend(device)} on {device}")
     except Exception as error:  # whatever it is, training would meet it too
-        return Check(
-            "attention", "broken", f"{type(error).__name__}: {error}", "report this with the text above"
-        )
+        return Check("attention", "broken", f"{type(error).__name__}: {error}", "report this with the text above")
 
 
 def space_checks(folder: Path) -> list[Check]:
     import psutil
 
     checks = [
-        free_space(
-            "disk", folder, 20, "checkpoints need about 16 bytes a parameter: free some, or --run elsewhere"
-        )
+        free_space("disk", folder, 20, "checkpoints need about 16 bytes a parameter: free some, or --run elsewhere")
     ]
     shared = Path("/dev/shm")
     if shared.is_dir():
         # Loader workers hand their batches over in it; containers often have 64 MiB.
         checks.append(
-            free_space(
-                "shared memory", shared, 1, "start the container with --shm-size=8g, or data.workers=0"
-            )
+            free_space("shared memory", shared, 1, "start the container with --shm-size=8g, or data.workers=0")
         )
     memory = psutil.virtual_memory()
     found = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .backends import Blocks, attend
+from .backends import Backend, Blocks, attend
 from .gate import log_gate, log_snr, pooled_log_snr
 from .rope import Rope, rope_angles
 from .scales import Scale, spatial_windows
@@ -131,6 +131,7 @@ class MultiScaleAttention(nn.Module):
         self.scales = tuple(scales)
         self.gate: GatePlace = gate
         self.shifted = shifted
+        self.backend: Backend = "auto"  # set by parallelize
         self.heads = sum(scale.heads for scale in self.scales)
         if width % self.heads:
             raise ValueError(f"width {width} does not divide by {self.heads} heads")
@@ -183,7 +184,9 @@ class MultiScaleAttention(nn.Module):
             k_row.append(self._ungated(k[:, -units:]))
             v_row.append(v[:, -units:])
             q = self._asking(q)
-        out = attend_windows(q, torch.cat(k_row, 1), torch.cat(v_row, 1), view.blocks, scale.patch_window, self.shifted)
+        out = attend_windows(
+            q, torch.cat(k_row, 1), torch.cat(v_row, 1), view.blocks, scale.patch_window, self.shifted, self.backend
+        )
         return repeat_space(out.flatten(1, 2), scale.space)
 
     def _pool_time(self, fresh: Tensor, view: View, delta_h: Tensor | None) -> Tensor:
@@ -239,7 +242,13 @@ def repeat_space(x_BTHWhd: Tensor, space: int) -> Tensor:
 
 
 def attend_windows(
-    q_BUFHWhd: Tensor, k_BRFHWhd: Tensor, v_BRFHWhd: Tensor, blocks: Blocks, window: int | None, shifted: bool
+    q_BUFHWhd: Tensor,
+    k_BRFHWhd: Tensor,
+    v_BRFHWhd: Tensor,
+    blocks: Blocks,
+    window: int | None,
+    shifted: bool,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Attention inside local spatial windows (None: the whole frame); returns `[B, U, F, H, W, h, d]`."""
     B, U, frames, H, W, h, d = q_BUFHWhd.shape
@@ -257,7 +266,7 @@ def attend_windows(
         band = []
         for column in columns:
             q, k, v = (cut(x, row, column) for x in (q_BUFHWhd, k_BRFHWhd, v_BRFHWhd))
-            out = attend(q, k, v, blocks)
+            out = attend(q, k, v, blocks, backend)
             (_, ny, sy), (_, nx, sx) = row, column
             out = out.reshape(B, ny, nx, U, frames, sy, sx, h, d).permute(0, 3, 4, 1, 5, 2, 6, 7, 8)
             band.append(out.reshape(B, U, frames, ny * sy, nx * sx, h, d))

@@ -7,16 +7,17 @@ list is all a kernel needs to know of causality, windows and pooling, so no N×N
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 Blocks = tuple[tuple[int, ...], ...]
+Backend = Literal["auto", "sdpa", "flex"]
 
 
-def attend(q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, blocks: Blocks) -> Tensor:
+def attend(q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, blocks: Blocks, backend: Backend = "auto") -> Tensor:
     """Softmax attention of each query unit to its own list of key blocks.
 
     q `[B, U, n, h, d]` holds U units of n tokens; k and v `[B, R, n, h, d]` hold R blocks of n keys;
@@ -24,11 +25,17 @@ def attend(q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, blocks: Blocks) ->
     `[B, U, n, h, d]`.
     """
     assert len(blocks) == q_BUnhd.shape[1] and all(blocks), "every query unit needs at least its own keys"
+    if backend == "auto":
+        backend = choose_backend(q_BUnhd.device.type)
+    if backend == "flex":
+        from . import flex  # its import costs seconds that the other kernels need not pay
+
+        return flex.attend(q_BUnhd, k_BRnhd, v_BRnhd, blocks)
     return _Rectangles.apply(q_BUnhd, k_BRnhd, v_BRnhd, blocks)
 
 
-def choose_backend(device_type: str) -> str:
-    """Name of the kernel that `attend` uses on a device ("cpu", "cuda")."""
+def choose_backend(device_type: str) -> Backend:
+    """The kernel that "auto" means on a device ("cpu", "cuda"): FlexAttention has no backward pass on a CPU."""
     return "sdpa"
 
 

@@ -12,6 +12,8 @@ from msc.parallel.temporal import ShardedTimeline, bounds
 from msc.parallel.zero import Precision, ZeroConfig, check_zero, make_engine
 
 from .attention import Timeline, WholeVideo
+from .backends import Backend
+from .layers import Block
 from .model import MSCTransformer
 from .optimizer import OptimizerConfig, make_optimizer
 
@@ -30,10 +32,11 @@ __all__ = [
 class ParallelConfig:
     """sp: ranks that share one video along time; the rest of the world is data parallel. recompute: activation
     checkpointing per block. compile: torch.compile per block. timeout: seconds until a collective that some rank
-    did not join fails."""
+    did not join fails. attention: the kernel ("auto", "sdpa", "flex"; see backends.py)."""
 
     sp: int = 1
     precision: Precision = "bf16"
+    attention: Backend = "auto"
     recompute: bool = False
     compile: bool = False
     timeout: float = 600.0
@@ -69,8 +72,10 @@ def parallelize(
     """The DeepSpeed engine that trains `model`; every rank must hold the same weights."""
     model.to(device)
     model.recompute = config.recompute
-    if config.compile:
-        for block in model.blocks:
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        block.attention.backend = config.attention
+        if config.compile:
             block.compile()
     return make_engine(
         model, make_optimizer(model, optimizer), config.zero, config.precision, accumulate, optimizer.clip

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 
-def reference_attention(
-    module, x_BTHWD: Tensor, t_BT: Tensor, frames_per_unit: int, constants, theta: float
-) -> Tensor:
+def reference_attention(module, x_BTHWD: Tensor, t_BT: Tensor, frames_per_unit: int, constants, theta: float) -> Tensor:
     """What MultiScaleAttention must return for a whole video."""
     heads, width = module.heads, module.head_width
     qkv = (x_BTHWD @ module.qkv.weight.T).unflatten(-1, (3, heads, width))
@@ -21,9 +19,7 @@ def reference_attention(
     for index, scale in enumerate(module.scales):
         mine = slice(at, at + scale.heads)
         delta = None if module.delta is None else module.delta[mine]
-        outs.append(
-            one_scale(module, qkv[..., mine, :], t_BT, frames_per_unit, scale, constants[index], delta, theta)
-        )
+        outs.append(one_scale(module, qkv[..., mine, :], t_BT, frames_per_unit, scale, constants[index], delta, theta))
         at += scale.heads
     return torch.cat(outs, -2).flatten(-2) @ module.out.weight.T
 
@@ -42,9 +38,7 @@ def one_scale(module, qkv, t_BT, F, scale, constants, delta, theta):
     rows, columns = H // s, W // s
     pooled = torch.stack(
         [
-            torch.stack(
-                [qkv[:, :, i * s : (i + 1) * s, j * s : (j + 1) * s].mean((2, 3)) for j in range(columns)], 2
-            )
+            torch.stack([qkv[:, :, i * s : (i + 1) * s, j * s : (j + 1) * s].mean((2, 3)) for j in range(columns)], 2)
             for i in range(rows)
         ],
         2,
@@ -75,9 +69,7 @@ def one_scale(module, qkv, t_BT, F, scale, constants, delta, theta):
     out = torch.zeros(B, T, rows, columns, h, d, dtype=qkv.dtype)
     for frame in range(T):
         for n, (y, x) in enumerate(where):
-            q = rotate(
-                norm(pooled[:, frame, cell[n][0], cell[n][1], 0], module.q_norm.weight), (frame, y, x), theta
-            )
+            q = rotate(norm(pooled[:, frame, cell[n][0], cell[n][1], 0], module.q_norm.weight), (frame, y, x), theta)
             seen, log_gates = [], []
             for i, (kind, number, _, key_cell, _, _, lam) in enumerate(keys):
                 if not same_window(cell[n], key_cell, rows, columns, scale, module.shifted):

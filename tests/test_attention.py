@@ -130,9 +130,5 @@ def test_a_clean_past_is_seen_whole():
 
 @given(st.integers(1, 40), st.one_of(st.none(), st.integers(2, 16)), st.booleans())
 def test_spatial_windows_tile_the_side(side, window, shifted):
-    covered = [
-        start + i
-        for start, count, size in spatial_windows(side, window, shifted)
-        for i in range(count * size)
-    ]
+    covered = [start + i for start, count, size in spatial_windows(side, window, shifted) for i in range(count * size)]
     assert covered == list(range(side))

@@ -66,9 +66,7 @@ def test_slices_of_time_are_independent(spec):
     assert autoencoder.slices
     for start, stop in ((0, 1), (1, 3), (2, 12 // ft)):
         assert torch.equal(autoencoder.encode(video[start * ft : stop * ft]), whole[start:stop])
-        assert torch.equal(
-            autoencoder.decode(whole[start:stop]), autoencoder.decode(whole)[start * ft : stop * ft]
-        )
+        assert torch.equal(autoencoder.decode(whole[start:stop]), autoencoder.decode(whole)[start * ft : stop * ft])
 
 
 def test_bytes_and_floats():
@@ -149,9 +147,7 @@ def test_diffusers_video(wan):
 
     with torch.no_grad():
         mode = model.encode(to_float(video[0]).transpose(0, 1)[None]).latent_dist.mode()
-    mean, std = (
-        torch.tensor(model.config[name])[:, None, None, None] for name in ("latents_mean", "latents_std")
-    )
+    mean, std = (torch.tensor(model.config[name])[:, None, None, None] for name in ("latents_mean", "latents_std"))
     assert torch.allclose(latents[0].transpose(0, 1), (mode[0] - mean) / std, atol=1e-5)
 
     pixels = autoencoder.decode(latents)

@@ -43,9 +43,7 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
         seconds.append(time.monotonic() - began)
     assert min(seconds) < 0.5
     program = "import sys, msc.launch.cli as cli; cli.build_parser(); print(*sys.modules)"
-    loaded = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    ).stdout.split()
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "numpy", "deepspeed", "mlflow", "av", "msc.pretrain.config"} & set(loaded)
 
 
@@ -152,9 +150,7 @@ cli.main(["doctor"])
 """
     began = time.monotonic()
     environment = {**os.environ, "RANK": "1", "WORLD_SIZE": "2"}
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=60
-    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=60)
     assert done.returncode == 1
     assert "what went wrong" in done.stderr
     assert time.monotonic() - began < 30
@@ -202,10 +198,7 @@ def calls(monkeypatch, tmp_path: Path) -> Calls:
     made = Calls()
     monkeypatch.chdir(tmp_path)
     for name in [*os.environ]:
-        if (
-            name in (*local.rank_environment({}, 0, 1, 1), "CUDA_VISIBLE_DEVICES", local.LAUNCHED)
-            and name != "PATH"
-        ):
+        if name in (*local.rank_environment({}, 0, 1, 1), "CUDA_VISIBLE_DEVICES", local.LAUNCHED) and name != "PATH":
             monkeypatch.delenv(name)
     monkeypatch.setattr(os, "environ", os.environ.copy())  # train sets variables of its process
 

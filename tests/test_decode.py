@@ -115,9 +115,7 @@ def test_slices_equal_slices_of_the_whole(fps):
     whole = frames(PHONE, fps=fps, size=(48, 48))
     for start, stop in ((0, 1), (0, 7), (5, 20), (31, 33), (len(whole) - 3, len(whole))):
         assert torch.equal(frames(PHONE, fps=fps, start=start, stop=stop, size=(48, 48)), whole[start:stop])
-        assert torch.equal(
-            frames(PHONE, fps=fps, start=start, stop=stop, size=(48, 48), threads=1), whole[start:stop]
-        )
+        assert torch.equal(frames(PHONE, fps=fps, start=start, stop=stop, size=(48, 48), threads=1), whole[start:stop])
 
 
 def test_what_is_written_is_read_back():

@@ -68,9 +68,7 @@ def test_a_package_that_is_missing_broken_or_too_old(monkeypatch, tmp_path: Path
 
 def test_imports_stay_quiet(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "talks_on_import.py").write_text(
-        "import sys; print('hello'); print('there', file=sys.stderr)"
-    )
+    (tmp_path / "talks_on_import.py").write_text("import sys; print('hello'); print('there', file=sys.stderr)")
     assert doctor.attempt("talks_on_import") == ""
     assert capsys.readouterr() == ("", "")
 

@@ -76,9 +76,7 @@ def alive(pid: int) -> bool:
     return status.rsplit(")", 1)[1].split()[0] != "Z"
 
 
-def launcher(
-    folder: Path, ranks: int, program: str, *arguments: object, grace: float = 5.0
-) -> subprocess.Popen[str]:
+def launcher(folder: Path, ranks: int, program: str, *arguments: object, grace: float = 5.0) -> subprocess.Popen[str]:
     """Started with default signal handling, whatever the test runner itself ignores."""
     return subprocess.Popen(
         python(LAUNCHER, folder, ranks, grace, program, *arguments),

@@ -74,9 +74,7 @@ def history(run: Path, name: str, uri: str | None = None) -> list[tuple[int, flo
     return sorted((point.step, point.value) for point in points)
 
 
-def start(
-    run: Path, settings: MetricsConfig | None = None, params=PARAMS, bound=20_000, **changes
-) -> Tracker:
+def start(run: Path, settings: MetricsConfig | None = None, params=PARAMS, bound=20_000, **changes) -> Tracker:
     tracker = Tracker(settings or config(run), bound=bound)
     began = time.perf_counter()
     tracker.start(run, params, "seed: 0\n", "first", **changes)
@@ -115,11 +113,7 @@ def test_a_run_from_start_to_end(run):
     assert found.data.params["model.width"] == "64"
     assert found.data.tags["msc.version"]
     assert len(found.data.tags["note"]) == 5000
-    names = [
-        a.path
-        for folder in ("", "samples", "all")
-        for a in client_of(run).list_artifacts(tracker.run_id, folder)
-    ]
+    names = [a.path for folder in ("", "samples", "all") for a in client_of(run).list_artifacts(tracker.run_id, folder)]
     assert {"config.yaml", "samples/sheet.png", "all/a.txt"} <= set(names)
     assert (run.parent / "mlartifacts").is_dir()
     assert client_of(run).get_experiment_by_name("tests")

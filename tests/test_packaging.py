@@ -34,9 +34,7 @@ def names(folder: Path, source: Path = ROOT) -> Path:
 
 def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
     command = [LINT, "--config", ROOT / "setup.cfg", "--no-cache", "--no-logo"]
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=folder, env={"PYTHONPATH": str(folder)}
-    )
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env={"PYTHONPATH": str(folder)})
 
 
 def test_imports_go_one_way(tmp_path: Path) -> None:
@@ -68,13 +66,9 @@ def test_there_is_no_init_and_no_module_named_like_another() -> None:
     for package in PACKAGES:
         modules = sorted((ROOT / package).rglob("*.py"))
         assert modules, f"{package} is empty"
-        assert not [path for path in modules if path.name == "__init__.py"], (
-            "would shadow Hugging Face's datasets"
-        )
+        assert not [path for path in modules if path.name == "__init__.py"], "would shadow Hugging Face's datasets"
         # A folder run by path puts itself first on sys.path: no file in it may be named like a library.
-        clashing = {path.stem for path in modules} & (
-            sys.stdlib_module_names | {"torch", "numpy", "av", "mlflow"}
-        )
+        clashing = {path.stem for path in modules} & (sys.stdlib_module_names | {"torch", "numpy", "av", "mlflow"})
         assert not clashing - ALLOWED_NAMES
 
 
@@ -84,9 +78,7 @@ ALLOWED_NAMES = {"statistics"}
 
 def test_the_name_datasets_is_left_to_others() -> None:
     program = "import importlib.util, msc.datasets.clips; print(importlib.util.find_spec('datasets'))"
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", program], capture_output=True, text=True, cwd=ROOT, check=True
-    )
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
     assert str(ROOT / "datasets") not in done.stdout
 
 
@@ -106,9 +98,7 @@ def test_importing_a_module_starts_nothing() -> None:
         for path in (ROOT / package).glob("*.py"):
             for node in ast.parse(path.read_text()).body:
                 documented = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-                assert documented or isinstance(node, harmless), (
-                    f"{path.name}:{node.lineno} runs when imported"
-                )
+                assert documented or isinstance(node, harmless), f"{path.name}:{node.lineno} runs when imported"
 
 
 def test_every_import_is_declared() -> None:
@@ -119,14 +109,10 @@ def test_every_import_is_declared() -> None:
     optional = {"flash_attn", "flash_attn_interface", "transformer_engine"}
     for package in PACKAGES:
         for path in (ROOT / package).glob("*.py"):
-            for module in (
-                imported(ast.parse(path.read_text())) - set(sys.stdlib_module_names) - optional - {"msc"}
-            ):
+            for module in imported(ast.parse(path.read_text())) - set(sys.stdlib_module_names) - optional - {"msc"}:
                 assert module in given, f"{path.name} imports {module}, which is not installed"
                 owners = {canonical(name) for name in given[module]}
-                assert owners & (declared | brought), (
-                    f"{path.name} imports {module}: {owners} is not in setup.cfg"
-                )
+                assert owners & (declared | brought), f"{path.name} imports {module}: {owners} is not in setup.cfg"
 
 
 def imported(tree: ast.AST) -> set[str]:

@@ -155,7 +155,6 @@ BAD = {
     "a batch that does not divide": (["train.batch=3"], 2, "train.batch 3 does not divide by 2"),
     "no shards": (["data.shards=/nowhere"], 1, "/nowhere"),
     "a value of the wrong type": (["train.seed=many"], 1, "train.seed.*many"),
-    "a preset that does not exist": (["--preset=huge"], 1, "unknown preset 'huge'.*demo"),
     "bf16 without sharding": (["parallel.precision=bf16", "parallel.zero.stage=0"], 1, "stage 0 with bf16"),
 }
 
@@ -183,3 +182,104 @@ def test_dry_run_prints_the_plan(shards, tmp_path):
     for word in ("parameters", "tokens per clip", "memory per process", "optimizer:"):
         assert word in done.stdout
     assert not (tmp_path / "run").exists()
+
+
+# What comes out of a run ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(shards, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "small"
+    msc_train(shards, run, "train.evaluate=4", "train.held_out=3", "metrics.tracking_uri=", processes=2, sp=2, steps=8)
+    return run
+
+
+def msc(*words):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(list(map(str, [MSC, *words])), capture_output=True, text=True, timeout=120, env=environment)
+
+
+def test_a_run_leaves_what_the_readme_promises(trained):
+    for name in ("config.yaml", "data.json", "log.jsonl", "mlflow.json", "checkpoints/latest"):
+        assert (trained / name).is_file(), name
+    assert sorted(p.name for p in (trained / "samples").iterdir()) == [
+        "step-00000004.mp4", "step-00000004.png", "step-00000008.mp4", "step-00000008.png",
+    ]  # fmt: skip
+
+
+def test_mlflow_holds_one_finished_run_with_curves_and_files(trained):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{trained.parent}/mlflow.db")
+    (experiment,) = (e for e in client.search_experiments() if e.name == "msc")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["model.width"] == "32"
+    assert len(client.get_metric_history(run.info.run_id, "loss")) == 8
+    assert {"held_out/mean", "tokens_per_s", "data_wait", "grad_norm", "lr"} <= set(run.data.metrics)
+    files = {f.path for f in client.list_artifacts(run.info.run_id, "samples")}
+    assert "samples/step-00000008.mp4" in files
+
+
+def test_evaluate_reports_loss_and_psnr(trained):
+    done = msc("evaluate", trained, "--clips", "2")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((trained / "evaluation.json").read_text())
+    assert result["clips"] == 2 and set(result["loss"]) == {"model", "untrained", "mean velocity"}
+    assert 1.5 < result["loss"]["mean velocity"] < 2.5
+    assert len(result["psnr_by_horizon"]["copy last"]) == 3  # five frames, two of them context
+
+
+@pytest.mark.parametrize("start", [["--clip", "1"], ["--nothing", "--units", "3"], ["--video"]])
+def test_sample_writes_video_and_contact_sheet(trained, shards, start, tmp_path):
+    if start == ["--video"]:
+        start = ["--video", sorted((shards.parent / "videos").iterdir())[0], "--context", "3", "--units", "6"]
+    done = msc("sample", trained, *start, "--steps", "2", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".mp4", ".png"]
+    from msc.datasets.decode import frames
+
+    expected = {"--clip": 5, "--nothing": 3, "--video": 9}[start[0]]
+    assert len(frames(next(tmp_path.glob("*.mp4")))) == expected
+
+
+def test_sample_refuses_a_context_that_the_video_does_not_have(trained):
+    done = msc("sample", trained, "--clip", "0", "--context", "50")
+    assert done.returncode == 2 and "lower --context" in done.stderr
+    done = msc("sample", trained, "--clip", "99999")
+    assert done.returncode == 2 and "held-out clips" in done.stderr
+
+
+def test_exported_weights_need_only_torch_and_safetensors(trained, tmp_path):
+    done = msc("export", trained, "--out", tmp_path / "out")
+    assert done.returncode == 0 and "bit-identical" in done.stdout, done.stderr
+    program = f"""
+import sys
+from msc.pretrain.model import MSCTransformer
+import torch
+model = MSCTransformer.from_pretrained({str(tmp_path / "out")!r}, "raw")
+print(sum(p.numel() for p in model.parameters()))
+heavy = {{"deepspeed", "mlflow", "pydantic", "yaml", "av", "webdataset", "matplotlib"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    exported = {p.name for p in (tmp_path / "out").iterdir()}
+    assert exported == {"config.json", "ema.safetensors", "raw.safetensors"}
+
+
+def test_commands_on_what_is_no_run_say_so(tmp_path):
+    for command in ("evaluate", "sample", "export"):
+        done = msc(command, tmp_path)
+        assert done.returncode == 2 and "not a run folder" in done.stderr, done.stderr
+
+
+def test_a_damaged_checkpoint_is_found_by_its_checksum(shards, tmp_path):
+    run = tmp_path / "run"
+    msc_train(shards, run, steps=2)
+    file = next(latest(run).glob("rank-*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-10] ^= 1
+    file.write_bytes(content)
+    done = msc_train(shards, run, steps=4, resume=True, check=False)
+    assert done.returncode == 2 and "checksum" in done.stderr and file.name in done.stderr

@@ -1,0 +1,69 @@
+"""`attend` by FlexAttention: one fused kernel over all units, its block mask built from unit indices.
+
+The table of who sees which block of keys is small (units × blocks); the mask's own tiles follow from it by
+counting, so that no N×N mask is ever evaluated. Masks are cached per shape; noise and batch do not enter.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+TILE = 128
+_compiled = torch.compile(flex_attention, dynamic=False)
+
+
+def attend(q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, blocks: tuple[tuple[int, ...], ...]) -> Tensor:
+    """See backends.attend."""
+    units, n = q_BUnhd.shape[1:3]
+    mask = block_mask(blocks, k_BRnhd.shape[1], n, str(q_BUnhd.device))
+    q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (q_BUnhd, k_BRnhd, v_BRnhd))
+    kernel = _compiled if q.is_cuda else flex_attention
+    out = kernel(q, k, v, block_mask=mask)
+    assert isinstance(out, Tensor)
+    return out.transpose(1, 2).unflatten(1, (units, n))
+
+
+@lru_cache(maxsize=64)
+def block_mask(blocks: tuple[tuple[int, ...], ...], rows: int, n: int, device: str) -> BlockMask:
+    """Mask of `len(blocks)` query units over `rows` key blocks, all of n tokens."""
+    table = torch.zeros(len(blocks), rows, dtype=torch.bool)
+    for unit, seen in enumerate(blocks):
+        table[unit, list(seen)] = True
+    seen_tokens = tile_counts(table, n)
+    q_tiles, k_tiles = seen_tokens.shape
+    # the last tiles are shorter; only tiles whose every pair is visible may skip the mask function
+    q_sizes = torch.tensor([min(TILE, len(blocks) * n - i * TILE) for i in range(q_tiles)])
+    k_sizes = torch.tensor([min(TILE, rows * n - j * TILE) for j in range(k_tiles)])
+    whole = seen_tokens == TILE * TILE  # a short tile is never whole: its missing tokens need masking
+    partial = (seen_tokens > 0) & ~whole
+    assert (seen_tokens <= q_sizes[:, None] * k_sizes).all()
+    where = table.to(device)
+
+    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return where[q // n, k // n]
+
+    def ordered(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """(how many, which first) of the chosen key tiles of every query tile, as FlexAttention lists them."""
+        return chosen.sum(-1)[None, None].int(), chosen.int().argsort(dim=-1, descending=True, stable=True)[
+            None, None
+        ].int()
+
+    lists = (tensor.to(device) for tensor in (*ordered(partial), *ordered(whole)))
+    return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=TILE, mask_mod=visible, seq_lengths=(len(blocks) * n, rows * n))
+
+
+def tile_counts(table: Tensor, n: int) -> Tensor:
+    """Visible pairs of tokens in every TILE × TILE tile, from a table over units of n tokens."""
+
+    def overlap(units: int) -> Tensor:
+        """Tokens that tile i and unit u share: `[tiles, units]`."""
+        tiles = torch.arange(-(-units * n // TILE))[:, None] * TILE
+        starts = torch.arange(units)[None] * n
+        return (torch.minimum(tiles + TILE, starts + n) - torch.maximum(tiles, starts)).clamp_min(0).double()
+
+    counts = overlap(table.shape[0]) @ table.double() @ overlap(table.shape[1]).T
+    return counts.long()

@@ -1,0 +1,50 @@
+"""Strict, layered configuration."""
+
+from __future__ import annotations
+
+import pytest
+
+from msc.pretrain.config import Config, dump, flat, load
+from msc.pretrain.presets import PRESETS
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_what_is_dumped_is_what_is_loaded(preset, tmp_path):
+    config = load(preset)
+    (tmp_path / "config.yaml").write_text(dump(config))
+    assert load(file=tmp_path / "config.yaml") == config
+
+
+def test_later_layers_win(tmp_path):
+    (tmp_path / "my.yaml").write_text("optimizer: {lr: 0.5, warmup: 7}\n")
+    config = load("demo", tmp_path / "my.yaml", ["optimizer.lr=1e-4", "model.scales=[{heads: 4, window: 1}]"])
+    assert (config.optimizer.lr, config.optimizer.warmup, config.model.width) == (1e-4, 7, 128)
+    assert config.model.scales[0].window == 1
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["optimiser.lr=1"], "unknown key optimiser; did you mean optimizer"),
+        (["optimizer.learning_rate=1"], "unknown key optimizer.learning_rate"),
+        (["train.sed=1"], "did you mean train.seed"),
+        (["optimizer=3"], "optimizer must be a table"),
+        (["train.batch"], "section.key=value"),
+        (["train.batch=0"], "train.batch is 0"),
+        (["model.scales=[{heads: 0}]"], "heads is 0"),
+        (["model.width=100", "model.scales=[{heads: 3}]"], "100 does not divide"),
+        (["parallel.zero.stage=4"], r"parallel.zero.stage.*given: 4"),
+    ],
+)
+def test_mistakes_are_named(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load("demo", overrides=overrides)
+
+
+def test_an_unknown_preset_names_the_known_ones():
+    with pytest.raises(ValueError, match="unknown preset 'huge'.*demo"):
+        load("huge")
+
+
+def test_flat_names_every_leaf():
+    assert flat(Config())["parallel.zero.stage"] == Config().parallel.zero.stage
