@@ -20,10 +20,13 @@ mkdir $demo
 
 say "videos to shards"
 msc convert "$videos"/{bigbuckbunny,bikes,carphone_pristine}.mp4 --out $demo/shards \
-    --frames 16 --size 64x64 --fps 25 --stride 2 --held-out 0.2 --workers 2
+    --autoencoder pixels --frames 12 --size 48x64 --fps 10 --stride 1 --held-out 0.3 --workers 2
 
-say "training on two processes"
-msc train --preset demo --run $run --processes 2 data.shards=$demo/shards "$@"
+# Two processes share each clip along time: on the CPU, or on two GPUs; one GPU takes the whole clip.
+processes=2
+if [ "$(nvidia-smi -L 2>/dev/null | wc -l)" = 1 ]; then processes=1; fi
+say "training on $processes process(es)"
+msc train --preset demo --run $run --processes $processes data.shards=$demo/shards parallel.sp=$processes "$@"
 
 say "evaluation on the clips that were held out"
 msc evaluate $run

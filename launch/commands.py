@@ -86,6 +86,11 @@ def train(args: Namespace) -> int:
         return 0
     if local.LAUNCHED not in os.environ:
         config = training.check(config, run, args.resume, processes)
+        if 0 < local.visible_gpus(os.environ) < processes and not started:
+            raise ValueError(
+                f"{processes} processes but {local.visible_gpus(os.environ)} GPUs: start one per GPU, or hide the GPUs "
+                "with CUDA_VISIBLE_DEVICES=-1"
+            )
     if not started and processes > 1:
         return local.run([sys.executable, "-c", PROGRAM, *args.argv], processes, run / "logs")
     if not started:

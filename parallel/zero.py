@@ -35,10 +35,10 @@ class ZeroConfig:
 
 
 def check_zero(config: ZeroConfig, precision: Precision) -> None:
-    if config.stage == 0 and precision == "bf16":
+    if config.stage < 2 and precision == "bf16":
         raise ValueError(
-            "parallel.zero.stage 0 with bf16 is silently wrong in DeepSpeed 0.19 (an extra optimizer step with zero "
-            "gradients); use stage 1 or higher, or fp32"
+            f"parallel.zero.stage {config.stage} with bf16 runs DeepSpeed's BF16_Optimizer, whose gradient norms and "
+            "first steps are wrong in 0.19; use stage 2 or 3, or parallel.precision=fp32"
         )
 
 
@@ -206,10 +206,9 @@ def publish_masters(engine: Any) -> None:
 def averaged_weights(engine: Any) -> Iterator[None]:
     """Compute with the averaged weights inside the block; training weights return untouched after it."""
     _swap(engine)
-    try:
-        yield
-    finally:
-        _swap(engine)
+    yield
+    # Not in a `finally`: swapping is collective, and a rank that failed must not wait for the others here.
+    _swap(engine)
 
 
 def _swap(engine: Any) -> None:

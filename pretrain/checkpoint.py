@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from msc.datasets.files import sync_folder, write_atomically
 from msc.parallel import zero
 
 FORMAT = 1
@@ -64,29 +65,22 @@ def save(run: Path, engine: Any, step: int, facts: dict[str, Any], keep: int) ->
     rank, world = dist.get_rank(), dist.get_world_size()
     target = folder(run) / f"step-{step:08d}"
     aside = folder(run) / f".{target.name}.writing"
-    if rank == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    dist.barrier()
 
-    report: dict[str, Any] = {"file": f"rank-{rank:05d}.safetensors"}
-    try:
-        parts = zero.pieces(engine, (rank, world))
-        tensors = {f"{p.name}|{p.start}|{key}": value.cpu() for p in parts for key, value in p.state.items()}
-        path = aside / report["file"]
-        save_file(tensors, path)
-        report |= {"sha256": _sync_and_hash(path), "shapes": {p.name: p.shape for p in parts}}
-    except Exception as error:  # any failure on one rank must be told to all, whatever it is
-        report["error"] = f"rank {rank}: {error}"
-    reports: list[dict[str, Any]] = [{} for _ in range(world)]
-    dist.all_gather_object(reports, report)
-    errors = [r["error"] for r in reports if "error" in r]
-    if errors:
+    def begin() -> None:
         if rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
-        raise OSError(f"checkpoint of step {step} could not be written, the previous one is untouched: {errors[0]}")
+            aside.mkdir(parents=True)
 
-    if rank == 0:
+    def write() -> dict[str, Any]:
+        path = aside / f"rank-{rank:05d}.safetensors"
+        parts = zero.pieces(engine, (rank, world))
+        tensors = {f"{p.name}|{p.start}|{key}": value.cpu() for p in parts for key, value in p.state.items()}
+        save_file(tensors, path)
+        return {"file": path.name, "sha256": _sync_and_hash(path), "shapes": {p.name: p.shape for p in parts}}
+
+    def publish() -> None:
+        if rank != 0:
+            return
         meta = {
             "format": FORMAT,
             "step": step,
@@ -96,22 +90,39 @@ def save(run: Path, engine: Any, step: int, facts: dict[str, Any], keep: int) ->
             "parameters": {name: shape for r in reports for name, shape in r["shapes"].items()},
             **facts,
         }
-        _write_synced(aside / "meta.json", json.dumps(meta, indent=1))
+        write_atomically(aside / "meta.json", json.dumps(meta, indent=1).encode())
         shutil.rmtree(target, ignore_errors=True)
         os.rename(aside, target)
-        _sync_folder(target.parent)
-        pointer = folder(run) / "latest"
-        _write_synced(pointer.with_suffix(".writing"), target.name)
-        os.replace(pointer.with_suffix(".writing"), pointer)
-        _sync_folder(target.parent)
-        _prune(run, keep)
-    dist.barrier()
+        sync_folder(target.parent)
+        write_atomically(folder(run) / "latest", target.name.encode())
+        for old in sorted(folder(run).glob("step-*"))[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    try:
+        _together(begin)
+        reports = _together(write)
+        _together(publish)
+    except OSError as error:
+        if rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise OSError(
+            f"checkpoint of step {step} could not be written, the previous one is untouched: {error}"
+        ) from None
     return target
 
 
-def _prune(run: Path, keep: int) -> None:
-    for old in sorted(folder(run).glob("step-*"))[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+def _together(part: Callable[[], Any]) -> list[Any]:
+    """Run a part on every rank; all its results, or OSError on every rank if it failed on one."""
+    try:
+        result, error = part(), None
+    except Exception as failure:  # any failure on one rank must be told to all, whatever it is
+        result, error = None, f"rank {dist.get_rank()}: {failure}"
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (result, error))
+    for _, failed in found:
+        if failed is not None:
+            raise OSError(failed)
+    return [result for result, _ in found]
 
 
 def read_meta(path: Path) -> dict[str, Any]:
@@ -126,6 +137,9 @@ def load(path: Path, engine: Any) -> dict[str, Any]:
     meta = read_meta(path)
     _verify(path, meta)
     expected = {name: tuple(shape) for name, shape in meta["parameters"].items()}
+    missing = expected.keys() ^ {name for name, p in engine.module.named_parameters() if p.requires_grad}
+    if missing:
+        raise ValueError(f"{path} and the model do not have the same parameters: {sorted(missing)[0]}")
     with Slices(path, meta) as slices:
         for piece in zero.pieces(engine):
             if expected.get(piece.name) != piece.shape:
@@ -207,16 +221,3 @@ def _sync_and_hash(path: Path) -> str:
     with path.open("rb+") as file:
         os.fsync(file.fileno())
     return _hash(path)
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)

@@ -24,6 +24,7 @@ from .metrics import MetricsConfig
 from .model import ModelConfig
 from .optimizer import OptimizerConfig
 from .parallelize import ParallelConfig
+from .scales import Scale
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,9 @@ class TrainConfig:
     held_out: int = 64
 
     def __post_init__(self):
-        for name in ("clips", "batch", "micro", "report"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
+        for name, least in {"clips": 1, "batch": 1, "micro": 1, "report": 1, "evaluate": 0, "held_out": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least {least}")
 
     @property
     def steps(self) -> int:
@@ -89,7 +90,10 @@ def load(preset: str | None = None, file: Path | None = None, overrides: Sequenc
         name, sign, text = override.partition("=")
         if not sign or not name:
             raise ValueError(f"{override!r} is not of the form section.key=value")
-        nested: Any = yaml.safe_load(text)
+        try:
+            nested: Any = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ValueError(f"the value of {override!r} is not valid YAML") from None
         for part in reversed(name.split(".")):
             nested = {part: nested}
         _merge(values, nested, Config, "the command line", "")
@@ -146,7 +150,10 @@ def _merge(values: dict[str, Any], new: Any, kind: type, source: str, prefix: st
         if dataclasses.is_dataclass(types[key]):
             _merge(values[key], value, typing.cast(type, types[key]), source, f"{prefix}{key}.")
         else:
-            values[key] = value
+            if key == "scales" and isinstance(value, list | tuple):
+                for item in value:  # a list of tables: each is checked against its own fields
+                    _merge(dataclasses.asdict(Scale(1)), item, Scale, source, f"{prefix}{key}.")
+            values[key] = "" if value is None and types[key] is str else value  # `key=` empties a text
 
 
 def _nearest(name: str) -> str:

@@ -78,10 +78,10 @@ def frame_noise(seed: int, sample: int, epoch: int, frames: range, shape: Sequen
     return torch.from_numpy(np.stack(rows))
 
 
-def drop_text(text_BLE: Tensor, share: float, seed: int, clips: Sequence[tuple[int, int]]) -> Tensor:
-    """Zero the text of a share of the clips, named (sample, epoch), so that the model also learns without."""
-    kept = [_generator(seed, sample, epoch, 0, _TEXT).random() >= share for sample, epoch in clips]
-    return text_BLE * torch.tensor(kept, dtype=text_BLE.dtype)[:, None, None]
+def keep_condition(dropped: float, seed: int, clips: Sequence[tuple[int, int]]) -> Tensor:
+    """Which clips, named (sample, epoch), keep their text and label, so that the model also learns without: `[B]`."""
+    kept = [_generator(seed, sample, epoch, 0, _TEXT).random() >= dropped for sample, epoch in clips]
+    return torch.tensor(kept)
 
 
 def add_noise(x_BTCHW: Tensor, noise_BTCHW: Tensor, t_BT: Tensor) -> Tensor:

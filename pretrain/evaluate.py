@@ -27,6 +27,7 @@ from .runs import Trained, open_run
 from .sampler import generate
 
 BINS = 5  # equal ranges of the noise level
+EACH = 4  # clips in a batch of `msc evaluate`
 HELD_OUT_SEED = 1_000_003  # noise of evaluations: the same in every run and at every step
 
 
@@ -67,15 +68,33 @@ class Losses:
 
 
 def held_out_batches(
-    config: Config, index: Index, clips: int, rows: int, row: int, frames: tuple[int, int] | None
+    config: Config,
+    index: Index,
+    clips: int,
+    each: int,
+    rows: int = 1,
+    row: int = 0,
+    frames: tuple[int, int] | None = None,
+    first: int = 0,
 ) -> Iterator[Batch]:
-    """The first held-out clips, in order, shared out over data-parallel rows."""
-    each = rows * config.train.micro
-    wanted = max(each, min(clips, index.samples("held_out")) // each * each)
+    """The first held-out clips, in order, `each` at a time and row; with several rows whole batches only."""
+    clips = min(clips, index.samples("held_out"))
+    if rows > 1:
+        clips = max(1, clips // (rows * each)) * rows * each  # with fewer clips than rows some are seen twice
     return loader(
-        config.data.shards, index, "held_out", seed=0, clock=0, clips=each, rank=row, ranks=rows, frames=frames,
-        workers=0, shuffle=False, stop=wanted,
-    )  # fmt: skip
+        config.data.shards,
+        index,
+        "held_out",
+        seed=0,
+        clock=first,
+        clips=rows * each,
+        rank=row,
+        ranks=rows,
+        frames=frames,
+        workers=0,
+        shuffle=False,
+        stop=first + clips,
+    )
 
 
 @torch.no_grad()
@@ -84,11 +103,10 @@ def held_out_losses(
 ) -> Losses:
     """Held-out loss of a model that may be sharded over ranks; the same noise at every call."""
     feed = replace(feed, seed=HELD_OUT_SEED, text_dropout=0.0)
-    per_unit = config.model.frames_per_unit
-    frames = (feed.units.start * per_unit, feed.units.stop * per_unit)
+    frames = (feed.frames.start, feed.frames.stop)
     losses = Losses.zeros(feed.device)
     model.eval()
-    for batch in held_out_batches(config, index, config.train.held_out, rows, row, frames):
+    for batch in held_out_batches(config, index, config.train.held_out, config.train.micro, rows, row, frames):
         inputs = feed(batch)
         velocity = model(inputs.noisy, inputs.t, inputs.text, inputs.labels, timeline)
         losses.add(frame_losses(velocity, inputs.x, inputs.noise), inputs)
@@ -97,49 +115,36 @@ def held_out_losses(
     return losses
 
 
-def held_out_clip(trained: Trained, index: Index, clip: int) -> Tensor:
-    """One held-out clip as video uint8 `[T, 3, H, W]`."""
-    batch = next(
-        loader(
-            trained.config.data.shards,
-            index,
-            "held_out",
-            seed=0,
-            clock=clip,
-            clips=1,
-            workers=0,
-            shuffle=False,
-        )
-    )
-    if batch.video is not None:
-        return batch.video[0]
-    assert batch.latents is not None
-    return to_uint8(trained.autoencoder.decode(batch.latents[0]))
-
-
 @torch.no_grad()
 def preview(
     model: nn.Module, config: Config, index: Index, feed: Feed, run: Path, step: int, writing: bool
 ) -> list[Path]:
     """Continue the first held-out clip from half of it; every rank computes the same, one writes."""
-    batch = next(held_out_batches(config, index, 1, 1, 0, None))
+    batch = next(held_out_batches(config, index, 1, 1))
     assert isinstance(model, MSCTransformer)
-    x = model.normalise(latents_of(batch, feed.autoencoder)[:1].to(feed.device, torch.float32))
-    context = max(1, x.shape[1] // config.model.frames_per_unit // 2) * config.model.frames_per_unit
-    units = (x.shape[1] - context) // config.model.frames_per_unit
+    x = model.normalise(latents_of(batch, feed.autoencoder).to(feed.device, torch.float32))
+    given, units = half(x.shape[1], config.model.frames_per_unit)
+    text, labels = (None if v is None else v.to(feed.device) for v in (batch.text, batch.labels))
     model.eval()
-    new = list(generate(model, x[:, :context], units, steps=8, shift=feed.shift))
+    new = list(generate(model, x[:, :given], units, steps=8, shift=feed.shift, text=text, labels=labels))
     model.train()
     if not writing or not new:
         return []
-    made = torch.cat([x[:, :context], *new], 1)
+    made = torch.cat([x[:, :given], *new], 1)
     truth, video = (to_uint8(feed.autoencoder.decode(model.denormalise(y[0]).cpu())) for y in (x, made))
     name = run / "samples" / f"step-{step:08d}"
     name.parent.mkdir(exist_ok=True)
-    shown = len(video) * context // x.shape[1]
+    shown = feed.autoencoder.video_frames(given)
     contact_sheet([("truth", truth), ("continued", video)], name.with_suffix(".png"), context=shown)
     write_mp4(name.with_suffix(".mp4"), video, index.fps)
     return [name.with_suffix(".png"), name.with_suffix(".mp4")]
+
+
+def half(frames: int, per_unit: int) -> tuple[int, int]:
+    """(frames given, units to make) when a clip is continued from half of it."""
+    units = frames // per_unit
+    given = max(1, units // 2)
+    return given * per_unit, units - given
 
 
 # msc evaluate ----------------------------------------------------------------------------------------
@@ -157,9 +162,10 @@ def evaluate(run: Path, clips: int = 64, weights: str = "ema", steps: int = 16) 
     )  # fmt: skip
     names = ("model", "untrained", "mean velocity")
     losses = {name: Losses.zeros(trained.device) for name in names}
-    batches = list(held_out_batches(config, index, clips, 1, 0, None))
+    clips = min(clips, index.samples("held_out"))
+    batches = held_out_batches(config, index, clips, EACH)
     continued: list[dict[str, Tensor]] = []
-    for batch in tqdm(batches, desc="evaluate", unit="batch", disable=None):
+    for batch in tqdm(batches, total=-(-clips // EACH), desc="evaluate", unit="batch", disable=None):
         inputs = feed(batch)
         with torch.no_grad():
             velocity = model(inputs.noisy, inputs.t, inputs.text, inputs.labels)
@@ -170,16 +176,18 @@ def evaluate(run: Path, clips: int = 64, weights: str = "ema", steps: int = 16) 
         }
         for name, guess in guesses.items():
             losses[name].add(frame_losses(guess, inputs.x, inputs.noise), inputs)
-        continued.append(continue_clips(trained, inputs, steps))
+        if half(index.frames, config.model.frames_per_unit)[1]:
+            continued.append(continue_clips(trained, inputs, steps))
 
     psnr = {
-        name: [round(float(v), 2) for v in torch.cat([c[name] for c in continued]).mean(0)] for name in continued[0]
+        name: [round(float(v), 2) for v in torch.cat([c[name] for c in continued]).mean(0)]
+        for name in (continued[0] if continued else ())
     }
     result = {
         "step": trained.step,
         "clock": trained.clock,
         "weights": weights,
-        "clips": sum(len(batch.samples) for batch in batches),
+        "clips": clips,
         "loss": {name: losses[name].mean for name in names},
         "loss_by_noise": {name: losses[name].metrics("") for name in names},
         "psnr_by_horizon": psnr,
@@ -201,25 +209,18 @@ def evaluate(run: Path, clips: int = 64, weights: str = "ema", steps: int = 16) 
 @torch.no_grad()
 def continue_clips(trained: Trained, inputs: Inputs, steps: int) -> dict[str, Tensor]:
     """PSNR by horizon `[B, horizon]` (video frames) of continuing the first half of clips, by method."""
-    model, per_unit = trained.model, trained.config.model.frames_per_unit
-    units = inputs.x.shape[1] // per_unit
-    given = max(1, units // 2) * per_unit
-    context, shift = (
-        inputs.x[:, :given],
-        frame_shift(trained.config.diffusion, trained.space.height, trained.space.width),
-    )
+    model, space = trained.model, trained.space
+    given, units = half(inputs.x.shape[1], model.config.frames_per_unit)
+    context, shift = inputs.x[:, :given], frame_shift(trained.config.diffusion, space.height, space.width)
 
     def pixels(x: Tensor) -> Tensor:
         return trained.autoencoder.decode(model.denormalise(x).cpu()).clamp(-1, 1)
 
     def rollout(steps: int) -> Tensor:
-        new = generate(
-            model, context, units - given // per_unit, steps, HELD_OUT_SEED, shift, inputs.text, inputs.labels
-        )
+        new = generate(model, context, units, steps, HELD_OUT_SEED, shift, inputs.text, inputs.labels)
         return torch.cat([context, *new], 1)
 
-    truth = pixels(inputs.x)
-    shown = truth.shape[1] * given // inputs.x.shape[1]  # video frames of the context
+    truth, shown = pixels(inputs.x), trained.autoencoder.video_frames(given)
     repeated = truth[:, shown - 1 : shown].expand_as(truth)
     videos = {"mean prediction": pixels(rollout(1)), "sample": pixels(rollout(steps)), "copy last": repeated}
     return {name: psnr(video[:, shown:], truth[:, shown:]) for name, video in videos.items()}
@@ -237,7 +238,9 @@ def report(result: dict) -> str:
     lines.append(f"{'held-out loss':<18}{'mean':>9}" + "".join(f"{key.replace('_', ' '):>12}" for key in bins))
     for name, values in result["loss_by_noise"].items():
         lines.append(f"{name:<18}{values['mean']:>9.4f}" + "".join(f"{values.get(k, math.nan):>12.4f}" for k in bins))
-    horizons = list(range(1, 1 + len(result["psnr_by_horizon"]["copy last"])))
+    if not result["psnr_by_horizon"]:
+        return "\n".join([*lines, "clips of a single unit leave nothing to continue: no PSNR"])
+    horizons = range(1, 1 + len(result["psnr_by_horizon"]["copy last"]))
     lines.append(f"{'PSNR (dB)':<18}" + "".join(f"{f'h={h}':>8}" for h in horizons))
     for name, values in result["psnr_by_horizon"].items():
         lines.append(f"{name:<18}" + "".join(f"{value:>8.2f}" for value in values))

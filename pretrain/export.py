@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import shutil
+import math
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from . import checkpoint
+from msc.datasets.files import check_replaceable, partial_folder, publish
+
 from .model import MSCTransformer
-from .runs import open_run
+from .runs import Trained, open_run
 
 
 def export(run: Path, out: Path | None = None) -> str:
@@ -20,14 +21,25 @@ def export(run: Path, out: Path | None = None) -> str:
 
     The folder is loaded again with `MSCTransformer.from_pretrained` and must give bit-identical outputs.
     """
-    out = out or run / "export"
+    replace_own = out is None  # the run's own folder may be renewed; any other must be new or empty
+    out = run / "export" if out is None else out
+    check_replaceable(out, overwrite=replace_own, proof="config.json")
     trained = {which: open_run(run, which) for which in ("ema", "raw")}
     any_one = trained["ema"]
-    path = checkpoint.latest(run)
-    assert path is not None
-    aside = out.with_name(f".{out.name}.writing")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    with partial_folder(out) as aside:
+        sizes = write(aside, trained)
+        publish(aside, out)
+    count = sum(p.numel() for p in any_one.model.parameters())
+    return (
+        f"{count:,} parameters of step {any_one.step} written to {out}: "
+        + ", ".join(f"{which}.safetensors ({size / 1e6:.1f} MB)" for which, size in sizes.items())
+        + "\nloaded again with MSCTransformer.from_pretrained: outputs bit-identical"
+    )
+
+
+def write(aside: Path, trained: dict[str, Trained]) -> dict[str, int]:
+    """Fill an empty folder and prove that it loads to the same models; returns the files' sizes in bytes."""
+    any_one = trained["ema"]
     facts = {
         "model": any_one.model.config_dict(),
         "data": asdict(any_one.space),
@@ -43,21 +55,14 @@ def export(run: Path, out: Path | None = None) -> str:
     for which, loaded in trained.items():
         check_same(loaded.model.cpu(), MSCTransformer.from_pretrained(aside, which), which)
         sizes[which] = (aside / f"{which}.safetensors").stat().st_size
-    shutil.rmtree(out, ignore_errors=True)
-    aside.rename(out)
-    count = sum(p.numel() for p in any_one.model.parameters())
-    return (
-        f"{count:,} parameters of step {any_one.step} written to {out}: "
-        + ", ".join(f"{which}.safetensors ({size / 1e6:.1f} MB)" for which, size in sizes.items())
-        + "\nloaded again with MSCTransformer.from_pretrained: outputs bit-identical"
-    )
+    return sizes
 
 
 @torch.no_grad()
 def check_same(trained: MSCTransformer, loaded: MSCTransformer, which: str) -> None:
     """Raise RuntimeError unless both models compute the same on a small random clip."""
     config = trained.config
-    side = config.patch * max(scale.space for scale in config.scales)
+    side = config.patch * math.lcm(*(scale.space for scale in config.scales))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 4 * config.frames_per_unit, config.channels, side, side, generator=generator)
     t = torch.rand(1, 4, generator=generator).repeat_interleave(config.frames_per_unit, 1)

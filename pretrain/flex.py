@@ -6,6 +6,7 @@ counting, so that no N×N mask is ever evaluated. Masks are cached per shape; no
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -13,7 +14,14 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 TILE = 128
-_compiled = torch.compile(flex_attention, dynamic=False)
+VARIANTS = 256  # shapes compiled before torch would fall back to full score matrices; its default is 8
+
+
+@lru_cache(maxsize=1)
+def compiled() -> Callable[..., Tensor]:
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+    torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, VARIANTS)
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def attend(q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, blocks: tuple[tuple[int, ...], ...]) -> Tensor:
@@ -21,8 +29,7 @@ def attend(q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, blocks: tuple[tupl
     units, n = q_BUnhd.shape[1:3]
     mask = block_mask(blocks, k_BRnhd.shape[1], n, str(q_BUnhd.device))
     q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (q_BUnhd, k_BRnhd, v_BRnhd))
-    kernel = _compiled if q.is_cuda else flex_attention
-    out = kernel(q, k, v, block_mask=mask)
+    out = compiled()(q, k, v, block_mask=mask) if q.is_cuda else flex_attention(q, k, v, block_mask=mask)
     assert isinstance(out, Tensor)
     return out.transpose(1, 2).unflatten(1, (units, n))
 
@@ -52,8 +59,17 @@ def block_mask(blocks: tuple[tuple[int, ...], ...], rows: int, n: int, device: s
             None, None
         ].int()
 
-    lists = (tensor.to(device) for tensor in (*ordered(partial), *ordered(whole)))
-    return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=TILE, mask_mod=visible, seq_lengths=(len(blocks) * n, rows * n))
+    some, some_at = ordered(partial)
+    every, every_at = ordered(whole)
+    return BlockMask.from_kv_blocks(
+        some.to(device),
+        some_at.to(device),
+        every.to(device),
+        every_at.to(device),
+        BLOCK_SIZE=TILE,
+        mask_mod=visible,
+        seq_lengths=(len(blocks) * n, rows * n),
+    )
 
 
 def tile_counts(table: Tensor, n: int) -> Tensor:

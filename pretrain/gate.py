@@ -57,13 +57,14 @@ def gate_constants(
     """b of every scale from measured statistics: (of an unpooled unit, of a group pooled in time).
 
     `patch` is the side in latents of one token, so a token of a scale covers `patch · space` latents.
-    The factor m of a pooled group is left out here; `pooled_log_snr` carries it.
+    The factor m of a pooled group is left out here; `pooled_log_snr` carries it. Where the detail band of the
+    finest scale lies beyond the sides measured, its pooled band stands in.
     """
     finest = min(scale.space for scale in scales)
     constants = []
     for scale in scales:
         side = patch * scale.space
-        if scale.space == finest and len(scales) > 1:
+        if scale.space == finest and len(scales) > 1 and statistics.ratio(2 * side, 1) < statistics.ratio(side, 1):
             unpooled = math.log(statistics.detail(side))
         else:
             unpooled = 2 * math.log(side) + math.log(statistics.ratio(side, 1))

@@ -10,7 +10,7 @@ from torch import Tensor
 from msc.datasets.batches import Batch
 
 from .autoencoder import Autoencoder
-from .diffusion import DiffusionConfig, add_noise, drop_text, frame_noise, noise_levels
+from .diffusion import DiffusionConfig, add_noise, frame_noise, keep_condition, noise_levels
 from .model import MSCTransformer
 
 
@@ -31,15 +31,6 @@ class Inputs:
     @property
     def supervised(self) -> Tensor:
         return self.t > 0
-
-    def rows(self, size: int) -> list[Inputs]:
-        """Cut into micro-batches of `size` clips."""
-
-        def cut(value: Tensor | None, some: slice) -> Tensor | None:
-            return None if value is None else value[some]
-
-        slices = [slice(i, i + size) for i in range(0, len(self.x), size)]
-        return [Inputs(self.x[r], self.noise[r], self.t[r], cut(self.text, r), cut(self.labels, r)) for r in slices]
 
 
 def latents_of(batch: Batch, autoencoder: Autoencoder) -> Tensor:
@@ -64,20 +55,29 @@ class Feed:
     text_dropout: float
     device: torch.device
 
-    def __call__(self, batch: Batch) -> Inputs:
+    @property
+    def frames(self) -> range:
+        """The own latent frames of every clip."""
         per_unit = self.model.config.frames_per_unit
-        frames = range(self.units.start * per_unit, self.units.stop * per_unit)
+        return range(self.units.start * per_unit, self.units.stop * per_unit)
+
+    def levels(self, batch: Batch) -> Tensor:
+        """Noise levels of the own frames, `[B, T]` on the CPU; known before anything is decoded."""
+        per_unit = self.model.config.frames_per_unit
+        t = [
+            noise_levels(self.diffusion, self.shift, self.seed, sample, epoch, self.all_units, per_unit)
+            for sample, epoch in zip(batch.samples, batch.epochs, strict=True)
+        ]
+        return torch.stack(t)[:, self.frames.start : self.frames.stop]
+
+    def __call__(self, batch: Batch) -> Inputs:
         latents = latents_of(batch, self.autoencoder)
-        assert latents.shape[1] == len(frames)
+        assert latents.shape[1] == len(self.frames)
         clips = list(zip(batch.samples, batch.epochs, strict=True))
-        t = torch.stack(
-            [
-                noise_levels(self.diffusion, self.shift, self.seed, sample, epoch, self.all_units, per_unit)
-                for sample, epoch in clips
-            ]
-        )
-        noise = torch.stack([frame_noise(self.seed, *clip, frames, latents.shape[2:]) for clip in clips])
-        text = None if batch.text is None else drop_text(batch.text, self.text_dropout, self.seed, clips)
+        noise = torch.stack([frame_noise(self.seed, *clip, self.frames, latents.shape[2:]) for clip in clips])
+        kept = keep_condition(self.text_dropout, self.seed, clips)
+        text = None if batch.text is None else batch.text * kept[:, None, None]
+        labels = None if batch.labels is None else batch.labels.where(kept, self.model.config.classes)
 
         def here(value: Tensor | None) -> Tensor | None:
             return None if value is None else value.to(self.device, non_blocking=True)
@@ -85,7 +85,27 @@ class Feed:
         return Inputs(
             self.model.normalise(latents.to(self.device, torch.float32)),
             noise.to(self.device),
-            t[:, frames.start : frames.stop].to(self.device),
+            self.levels(batch).to(self.device),
             here(text),
-            here(batch.labels),
+            here(labels),
         )
+
+
+def micro_batches(batch: Batch, size: int) -> list[Batch]:
+    """Cut a batch into parts of `size` clips."""
+
+    def cut(value: Tensor | None, some: slice) -> Tensor | None:
+        return None if value is None else value[some]
+
+    return [
+        Batch(
+            batch.samples[some],
+            batch.epochs[some],
+            batch.keys[some],
+            video=cut(batch.video, some),
+            latents=cut(batch.latents, some),
+            text=cut(batch.text, some),
+            labels=cut(batch.labels, some),
+        )
+        for some in (slice(i, i + size) for i in range(0, len(batch.samples), size))
+    ]

@@ -58,6 +58,8 @@ class ModelConfig:
                 f"model.width {self.width} over {self.heads} heads gives a head width of {self.head_width}; "
                 "it must be even and at least 8"
             )
+        if self.hidden < 1:
+            raise ValueError(f"model.mlp_ratio is {self.mlp_ratio}; it must be positive")
         for name in ("depth", "patch", "frames_per_unit"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1")

@@ -32,8 +32,8 @@ class OptimizerConfig:
     ema_halflife: int = 100_000
 
     def __post_init__(self):
-        if self.lr <= 0:
-            raise ValueError(f"optimizer.lr is {self.lr}; it must be positive")
+        if self.lr <= 0 or not 0 <= self.final <= 1:
+            raise ValueError(f"optimizer.lr ({self.lr}) must be positive and optimizer.final ({self.final}) in [0, 1]")
         if self.warmup < 0 or self.ema_halflife < 0 or self.clip < 0:
             raise ValueError(
                 f"optimizer.warmup ({self.warmup}), ema_halflife ({self.ema_halflife}) and clip ({self.clip}) "

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal, cast
 
+from msc.datasets.batches import DataConfig
+
 from .config import Config, TrainConfig
 from .diffusion import DiffusionConfig
 from .model import ModelConfig
@@ -15,8 +17,8 @@ from .scales import default_scales
 # fmt: off
 #                     width depth heads patch      lr  stage recompute
 _SIZES = {
-    "pilot":         (  768,   12,   12,    2,   3e-4,     1, False),  # about 100 M parameters
-    "base":          ( 1024,   32,   16,    2,   2e-4,     1, True),   # about 400 M
+    "pilot":         (  768,   12,   12,    2,   3e-4,     2, False),  # about 100 M parameters
+    "base":          ( 1024,   32,   16,    2,   2e-4,     2, True),   # about 400 M
     "2b":            ( 2048,   40,   16,    2,   1e-4,     2, True),
     "14b":           ( 5120,   44,   40,    2,   5e-5,     3, True),
 }
@@ -26,11 +28,13 @@ _SIZES = {
 def demo() -> Config:
     """Learns something visible from a minute of small video on two CPU cores."""
     return Config(
-        model=ModelConfig(width=128, depth=6, scales=default_scales(4, patch_window=None), patch=4),
-        diffusion=DiffusionConfig(mean=0.0, std=1.2, shift=1.0, clean=0.5),
-        optimizer=OptimizerConfig(lr=2e-3, warmup=80, final=0.02, ema_halflife=200),
-        parallel=ParallelConfig(precision="fp32", recompute=False, zero=ZeroConfig(stage=2)),
-        train=TrainConfig(clips=1600, batch=4, report=10, evaluate=100, held_out=8),
+        model=ModelConfig(width=128, depth=6, scales=default_scales(4, patch_window=8), patch=4),
+        # much noise: with little training, what the past tells must be learned before fine denoising
+        diffusion=DiffusionConfig(std=2.0, shift=4.0, clean=0.5),
+        data=DataConfig(workers=1),
+        optimizer=OptimizerConfig(lr=4e-3, warmup=60, final=0.02, ema_halflife=200),
+        parallel=ParallelConfig(precision="fp32", zero=ZeroConfig(stage=2)),
+        train=TrainConfig(clips=1600, batch=2, micro=2, report=20, evaluate=400, held_out=8),
     )
 
 
@@ -39,7 +43,7 @@ def _size(name: str) -> Config:
     return Config(
         model=ModelConfig(width=width, depth=depth, scales=default_scales(heads), patch=patch),
         optimizer=OptimizerConfig(lr=lr),
-        parallel=ParallelConfig(recompute=recompute, zero=ZeroConfig(stage=cast(Literal[1, 2, 3], stage))),
+        parallel=ParallelConfig(recompute=recompute, zero=ZeroConfig(stage=cast(Literal[2, 3], stage))),
         train=replace(TrainConfig(), clips=10_000_000, batch=256),
     )
 

@@ -81,4 +81,6 @@ def open_run(run: Path, weights: str = "ema") -> Trained:
         model = MSCTransformer(config.model)
     model.load_state_dict(dict(checkpoint.weights(path, weights)), assign=True)
     model.to(device).eval()
-    return Trained(model, config, space, open_autoencoder(space.autoencoder), meta["step"], meta["clock"], device)
+    return Trained(
+        model, config, space, open_autoencoder(space.autoencoder, device), meta["step"], meta["clock"], device
+    )

@@ -5,15 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
+from msc.datasets.batches import Batch
 from msc.datasets.decode import frames as decode_frames
+from msc.datasets.decode import probe, timeline
 from msc.datasets.shards import read_index
 
 from .autoencoder import to_uint8
 from .diffusion import frame_shift
-from .evaluate import held_out_clip
+from .evaluate import held_out_batches
+from .inputs import latents_of
 from .metrics import Tracker
 from .pictures import contact_sheet, write_mp4
 from .runs import Trained, open_run
@@ -38,19 +40,30 @@ def sample_run(
     trained = open_run(run, weights)
     per_unit = trained.config.model.frames_per_unit
     clip_units = trained.space.frames // per_unit
+    space, model = trained.space, trained.model
+    text = labels = truth = None
     if video is None and clip is None:
-        given, truth, name = 0, None, f"nothing-seed{seed}"
+        given, name = 0, f"nothing-seed{seed}"
+        latents = torch.zeros(1, 0, model.config.channels, space.height, space.width, device=trained.device)
     else:
         given = max(1, clip_units // 2) if context is None else context
-        truth, name = read_start(trained, video, clip, given * per_unit)
-    units = max(1, clip_units - given) if units is None else units
-
-    space, model = trained.space, trained.model
-    latents = torch.zeros(1, 0, model.config.channels, space.height, space.width, device=trained.device)
-    if truth is not None:
-        encoded = trained.autoencoder.encode(truth).to(trained.device).float()
+        if video is not None:
+            start, name = read_video(trained, video, given * per_unit), video.stem
+        else:
+            assert clip is not None
+            start, name = read_clip(trained, clip), f"clip{clip}"
+        encoded = latents_of(start, trained.autoencoder)[0].to(trained.device, torch.float32)
+        if len(encoded) < given * per_unit:
+            raise ValueError(
+                f"a context of {given} units needs {given * per_unit} latent frames; "
+                f"{video or f'held-out clip {clip}'} has {len(encoded)} at {space.fps:g} frames/s: lower --context"
+            )
         latents = model.normalise(encoded)[None, : given * per_unit]
-    new = generate(model, latents, units, steps, seed, frame_shift(trained.config.diffusion, space.height, space.width))
+        text, labels = (None if v is None else v.to(trained.device) for v in (start.text, start.labels))
+        truth = to_uint8(trained.autoencoder.decode(encoded.cpu()))
+    units = max(1, clip_units - given) if units is None else units
+    shift = frame_shift(trained.config.diffusion, space.height, space.width)
+    new = generate(model, latents, units, steps, seed, shift, text, labels)
     made = torch.cat([latents, *tqdm(new, total=units, desc="sample", unit="unit", disable=None)], 1)
     result = to_uint8(trained.autoencoder.decode(model.denormalise(made[0]).cpu()))
 
@@ -58,7 +71,7 @@ def sample_run(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.mp4"
     write_mp4(path, result, space.fps)
-    shown = len(result) * given * per_unit // made.shape[1]
+    shown = trained.autoencoder.video_frames(given * per_unit) if given else 0
     rows = [("generated" if truth is None else "continued", result)]
     contact_sheet(rows if truth is None else [("truth", truth), *rows], path.with_suffix(".png"), context=shown)
     tracker = Tracker(trained.config.metrics)
@@ -73,23 +86,21 @@ def sample_run(
     )
 
 
-def read_start(trained: Trained, video: Path | None, clip: int | None, frames: int) -> tuple[Tensor, str]:
-    """Video uint8 `[T, 3, H, W]` to continue, as long as it is known, and a name for what comes of it."""
-    space = trained.space
-    if video is not None:
-        longest = trained.autoencoder.video_frames(max(frames, space.frames))
-        truth = decode_frames(video, fps=space.fps, stop=longest, size=(space.video_height, space.video_width))
-        name = video.stem
-    else:
-        assert clip is not None
-        index = read_index(trained.config.data.shards)
-        if not 0 <= clip < index.samples("held_out"):
-            raise ValueError(f"clip {clip} does not exist; there are {index.samples('held_out')} held-out clips")
-        truth, name = held_out_clip(trained, index, clip), f"clip{clip}"
-    whole = trained.autoencoder.latent_frames(len(truth)) if len(truth) else 0
-    if whole < frames:
-        raise ValueError(
-            f"{video or f'held-out clip {clip}'} has {len(truth)} frames at {space.fps:g} frames/s; a context of "
-            f"{frames} latent frames needs {trained.autoencoder.video_frames(frames)}: lower --context"
-        )
-    return truth[: trained.autoencoder.video_frames(whole)], name
+def read_clip(trained: Trained, clip: int) -> Batch:
+    """One held-out clip."""
+    index = read_index(trained.config.data.shards)
+    if not 0 <= clip < index.samples("held_out"):
+        raise ValueError(f"clip {clip} does not exist; there are {index.samples('held_out')} held-out clips")
+    return next(held_out_batches(trained.config, index, 1, 1, first=clip))
+
+
+def read_video(trained: Trained, video: Path, frames: int) -> Batch:
+    """The start of a video file, as many frames as make `frames` latent frames, or a training clip if it has them."""
+    space, autoencoder = trained.space, trained.autoencoder
+    length = len(timeline(probe(video), space.fps))
+    fitting = [n for n in range(1, max(frames, space.frames) + 1) if autoencoder.video_frames(n) <= length]
+    if not fitting:
+        raise ValueError(f"{video} has {length} frames at {space.fps:g} frames/s, too few for one latent frame")
+    stop = autoencoder.video_frames(fitting[-1])
+    shown = decode_frames(video, fps=space.fps, stop=stop, size=(space.video_height, space.video_width))
+    return Batch([0], [0], [video.stem], video=shown[None])

@@ -31,14 +31,16 @@ class Cache:
         assert need == 0 or (stored is not None and stored.shape[1] >= need), f"the cache lacks part of {key}"
         if self.writing:
             whole = x_BU if stored is None else torch.cat((stored, x_BU), 1)
-            self._kept[key] = whole if kept is None else whole[:, max(0, whole.shape[1] - kept) :]
+            # a copy, or a slice would keep all of a long context alive
+            self._kept[key] = whole if kept is None else whole[:, max(0, whole.shape[1] - kept) :].clone()
         if stored is None or need == 0:
             return x_BU
         return torch.cat((stored[:, stored.shape[1] - need :], x_BU), 1)
 
     @property
     def bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._kept.values())
+        """Memory held, in bytes."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self._kept.values())
 
 
 @torch.no_grad()

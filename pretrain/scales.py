@@ -6,6 +6,7 @@ The definition (ours; arXiv 2412.09828 gives the idea, no equations) is section 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -91,7 +92,7 @@ def check_scales(scales: Sequence[Scale], heads: int, grid: tuple[int, int] | No
             if side % scale.space:
                 raise ValueError(
                     f"the {name} of {side} tokens does not divide by the scale with space {scale.space}; "
-                    f"choose a frame size whose token grid is a multiple of {max(s.space for s in scales)}"
+                    f"choose a frame size whose token grid is a multiple of {math.lcm(*(s.space for s in scales))}"
                 )
 
 

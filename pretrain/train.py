@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from msc.datasets.batches import loader
+from msc.datasets.files import write_atomically
 from msc.datasets.shards import Index, read_index
 from msc.datasets.statistics import Statistics
 from msc.parallel import process, zero
@@ -30,7 +31,7 @@ from .config import Config, dump, flat
 from .diffusion import frame_losses, frame_shift
 from .evaluate import Losses, held_out_losses, preview
 from .gate import gate_constants
-from .inputs import Feed
+from .inputs import Feed, micro_batches
 from .meter import Meter
 from .metrics import State, Tracker
 from .model import MSCTransformer, check_clip
@@ -64,18 +65,14 @@ def train(config: Config, run: Path, resume: bool) -> int:
         clock, step = facts["clock"], facts["step"]
     if world.first:
         run.mkdir(parents=True, exist_ok=True)
-        (run / "config.yaml").write_text(dump(config))
+        write_atomically(run / "config.yaml", dump(config).encode())
         write_space(run, LatentSpace.of(index))
+        forget_after(run / "log.jsonl", step)
 
     # The data: this rank's rows and frames, from this clock on ---------------------------------------
-    frames = (units.start * per_unit, units.stop * per_unit)
-    clips = loader(
-        config.data.shards, index, "train", seed=config.train.seed, clock=clock, clips=batch, rank=mesh.dp_rank,
-        ranks=mesh.dp, frames=frames, workers=config.data.workers, prefetch=config.data.prefetch,
-    )  # fmt: skip
     feed = Feed(
         model=model,
-        autoencoder=open_autoencoder(index.autoencoder),
+        autoencoder=open_autoencoder(index.autoencoder, world.device),
         diffusion=config.diffusion,
         shift=frame_shift(config.diffusion, index.height, index.width),
         seed=config.train.seed,
@@ -84,7 +81,19 @@ def train(config: Config, run: Path, resume: bool) -> int:
         text_dropout=config.data.text_dropout,
         device=world.device,
     )
-
+    clips = loader(
+        config.data.shards,
+        index,
+        "train",
+        seed=config.train.seed,
+        clock=clock,
+        clips=batch,
+        rank=mesh.dp_rank,
+        ranks=mesh.dp,
+        frames=(feed.frames.start, feed.frames.stop),
+        workers=config.data.workers,
+        prefetch=config.data.prefetch,
+    )
     # What is told, and to whom -----------------------------------------------------------------------
     tracker = Tracker(config.metrics)
     tracker.start(run, flat(config), dump(config), run.name, enabled=world.first)
@@ -109,11 +118,11 @@ def train(config: Config, run: Path, resume: bool) -> int:
             return  # resumed and nothing done since
         checkpoint.save(run, engine, step, {"clock": clock, "config": flat(config)}, config.checkpoint.keep)
 
-    def look(final: bool = False) -> None:
+    def look() -> None:
         """Held-out loss and a preview from the averaged weights; training does not notice."""
         with zero.averaged_weights(engine):
             losses = held_out_losses(engine.module, config, index, feed, mesh.dp, mesh.dp_rank, timeline)
-            pictures = preview(engine.module, config, index, feed, run, step, world.first) if final or step else []
+            pictures = preview(engine.module, config, index, feed, run, step, world.first) if step else []
         tracker.log(losses.metrics("held_out/"), step)
         for picture in pictures if world.first else []:
             tracker.artifact(picture, "samples")
@@ -125,13 +134,13 @@ def train(config: Config, run: Path, resume: bool) -> int:
             if step == 0 and config.train.evaluate:
                 look()
             losses = Losses.zeros(world.device)
-            while step < config.train.steps:
+            while clock < config.train.clips:
                 # One step: all its clips, their noise, and how many frames count over all ranks
                 with meter.waiting():
                     clips_of_step = next(clips)
-                inputs = feed(clips_of_step)
+                supervised = float((feed.levels(clips_of_step) > 0).sum())
                 counted, stop = process.total_of(
-                    torch.tensor([float(inputs.supervised.sum()), float(bool(stopping))], device=world.device)
+                    torch.tensor([supervised, float(bool(stopping))], device=world.device)
                 ).tolist()
                 if stop:
                     break
@@ -139,7 +148,9 @@ def train(config: Config, run: Path, resume: bool) -> int:
 
                 # Forward and backward; a rank's share of the global loss, times the world DeepSpeed averages over
                 norm = math.nan
-                for part in inputs.rows(micro):
+                for clips_of_part in micro_batches(clips_of_step, micro):
+                    with meter.waiting():
+                        part = feed(clips_of_part)
                     velocity = engine(part.noisy, part.t, part.text, part.labels, timeline)
                     errors = frame_losses(velocity, part.x, part.noise)
                     losses.add(errors.detach(), part)
@@ -151,7 +162,8 @@ def train(config: Config, run: Path, resume: bool) -> int:
                 bar.update()
 
                 # Reports, checkpoints, held-out loss
-                if step % config.train.report == 0 or step == config.train.steps:
+                done = clock >= config.train.clips
+                if step % config.train.report == 0 or done:
                     losses.reduce()
                     values = {
                         "loss": losses.mean,
@@ -168,14 +180,15 @@ def train(config: Config, run: Path, resume: bool) -> int:
                         if bar.disable:
                             print(progress(step, config.train.steps, values), file=sys.stderr, flush=True)
                     losses = Losses.zeros(world.device)
-                if step % config.checkpoint.every == 0 and step < config.train.steps:
+                if step % config.checkpoint.every == 0 and not done:
                     save()
-                if config.train.evaluate and step % config.train.evaluate == 0 and step < config.train.steps:
+                if config.train.evaluate and step % config.train.evaluate == 0 and not done:
                     look()
+                    meter.read()  # its time is not training's
             save()
-            if step == config.train.steps and config.train.evaluate:
-                look(final=True)
-        state = "FINISHED" if step == config.train.steps else "KILLED"
+            if clock >= config.train.clips and config.train.evaluate:
+                look()
+        state = "FINISHED" if clock >= config.train.clips else "KILLED"
         if world.first and state == "KILLED":
             print(f"stopped at step {step}, saved; go on with: msc train --resume --run {run}", file=sys.stderr)
         return 0 if state == "FINISHED" else REQUEUE
@@ -211,6 +224,13 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, old)
 
 
+def forget_after(log: Path, step: int) -> None:
+    """Drop lines of a log that lie beyond the checkpoint the run goes on from: those steps are taken again."""
+    if log.is_file():
+        kept = [line for line in log.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step]
+        write_atomically(log, "".join(kept).encode())
+
+
 def progress(step: int, steps: int, values: dict[str, float]) -> str:
     return (
         f"step {step}/{steps}  loss {values['loss']:.4f}  norm {values['grad_norm']:.3f}  lr {values['lr']:.2e}  "
@@ -222,17 +242,27 @@ def progress(step: int, steps: int, values: dict[str, float]) -> str:
 
 
 def resolve(config: Config, index: Index) -> Config:
-    """Fill in what the shards know: channels, their moments, the gate's constants, labels and text."""
+    """Fill in what the shards know: channels, their moments, the gate's constants, labels and text.
+
+    ValueError where the configuration says otherwise. Moments and gate constants that are given stay: a
+    model may go on with those it was trained with.
+    """
+    known = {"channels": index.channels, "classes": index.classes, "text_width": index.has_text or 0}
+    for name, value in known.items():
+        if (given := getattr(config.model, name)) not in (0, value):
+            raise ValueError(f"model.{name} is {given}, but the shards in {config.data.shards} have {value}")
     model = replace(
         config.model,
         channels=index.channels,
-        latent_mean=tuple(index.statistics.mean),
-        latent_std=tuple(index.statistics.std),
-        gate_constants=gate_constants(config.model.scales, config.model.patch, index.statistics),
         classes=index.classes,
         text_width=index.has_text or 0,
+        latent_mean=config.model.latent_mean or tuple(index.statistics.mean),
+        latent_std=config.model.latent_std or tuple(index.statistics.std),
+        gate_constants=config.model.gate_constants
+        or gate_constants(config.model.scales, config.model.patch, index.statistics),
     )
-    return replace(config, model=model)
+    shards = str(Path(config.data.shards).absolute()) if config.data.shards else ""
+    return replace(config, model=model, data=replace(config.data, shards=shards))
 
 
 def check(config: Config, run: Path, resume: bool, processes: int) -> Config:
@@ -255,6 +285,15 @@ def check(config: Config, run: Path, resume: bool, processes: int) -> Config:
         raise FileExistsError(f"{run} is not empty; continue it with --resume, or choose another --run")
     if resume and not (run / "config.yaml").is_file():
         raise FileNotFoundError(f"{run} has nothing to resume: no config.yaml in it")
+    if resume and (previous := checkpoint.latest(run)) is not None:
+        check_same_model(config, checkpoint.read_meta(previous)["config"])
+    if index.store == "video":
+        autoencoder = open_autoencoder(index.autoencoder)
+        if config.parallel.sp > 1 and not autoencoder.slices:
+            raise ValueError(
+                f"parallel.sp is {config.parallel.sp}, but video for {index.autoencoder} cannot be cut along time "
+                "before it is encoded; convert with --store latent"
+            )
     needed = 16 * cost.parameters(config.model)
     there = next(parent for parent in (run.absolute(), *run.absolute().parents) if parent.exists())
     free = shutil.disk_usage(there).free
@@ -271,6 +310,18 @@ ASSUMED = Index(
     video_frames=77, video_height=512, video_width=512, fps=16.0, splits={"train": [], "held_out": []},
     statistics=Statistics.default(16), settings={},
 )  # fmt: skip
+
+
+def check_same_model(config: Config, before: dict[str, Any]) -> None:
+    """ValueError if a run would go on with another model or seed than `before`, its saved flat settings."""
+    now = flat(config)
+    for name in sorted(now):
+        fixed = name.startswith("model.") or name == "train.seed"
+        if fixed and name in before and before[name] != now[name]:
+            raise ValueError(
+                f"the run was trained with {name} = {before[name]}; it cannot go on with {now[name]}. "
+                "Start a new run, or leave the setting as it was"
+            )
 
 
 def describe(config: Config, processes: int = 1) -> str:
@@ -290,6 +341,7 @@ def describe(config: Config, processes: int = 1) -> str:
         bf16,
         config.parallel.recompute,
     )
+    start = 4 * count  # every rank builds the whole model in fp32 before it is sharded
     flops = cost.step_flops(config.model, index.frames, index.height, index.width)
     attention = 3 * cost.attention_flops(config.model, index.frames, index.height, index.width)
     facts = [
@@ -300,7 +352,7 @@ def describe(config: Config, processes: int = 1) -> str:
         ("steps", f"{config.train.steps:,} of {config.train.batch} clips"),
         ("processes", f"{processes} = dp {dp} × sp {config.parallel.sp}, {accumulate} micro-batches each"),
         ("training FLOPs per clip", f"{flops:.3e} ({attention / flops:.0%} attention)"),
-        ("memory per process", f"about {(state + activations) / 1e9:.2f} GB: state {state / 1e9:.2f}, "
-                               f"activations {activations / 1e9:.2f} (estimate)"),
+        ("memory per process", f"about {(state + activations) / 1e9:.2f} GB (estimate): state {state / 1e9:.2f}, "
+                               f"activations {activations / 1e9:.2f}; {start / 1e9:.2f} at the start, before sharding"),
     ]  # fmt: skip
     return dump(config) + "\n" + "\n".join(f"{name:<24} {value}" for name, value in facts)

@@ -9,10 +9,10 @@ import torch
 from msc.pretrain.diffusion import (
     DiffusionConfig,
     add_noise,
-    drop_text,
     frame_losses,
     frame_noise,
     frame_shift,
+    keep_condition,
     noise_levels,
     sampling_levels,
     shift_levels,
@@ -74,12 +74,12 @@ def test_preconditioning_is_the_best_linear_guess_and_leaves_unit_variance(t):
     assert float(rest.var()) * (t**2 + (1 - t) ** 2) == pytest.approx(1, abs=0.02)
 
 
-def test_text_is_dropped_by_a_pure_function_of_the_clip():
-    text = torch.ones(400, 2, 3)
+def test_conditions_are_dropped_by_a_pure_function_of_the_clip():
     clips = [(sample, 0) for sample in range(400)]
-    dropped = drop_text(text, 0.25, 0, clips)
-    assert abs(float((dropped == 0).float().mean()) - 0.25) < 0.07
-    assert torch.equal(drop_text(text[:10], 0.25, 0, clips[:10]), dropped[:10])
+    kept = keep_condition(0.25, 0, clips)
+    assert abs(float(kept.float().mean()) - 0.75) < 0.07
+    assert torch.equal(keep_condition(0.25, 0, clips[:10]), kept[:10])
+    assert keep_condition(0.0, 0, clips).all()
 
 
 @pytest.mark.parametrize("values", [{"clean": 1.0}, {"std": 0.0}, {"shift": -1.0}])

@@ -31,6 +31,9 @@ def test_windowed_caches_stop_growing():
         remember(model, cache, x[:, frame : frame + 1])
         sizes.append(cache.bytes)
     assert sizes[4] == sizes[-1] > sizes[0]
+    whole = Cache()
+    remember(model, whole, x)  # a long context in one pass leaves no more behind
+    assert whole.bytes == sizes[-1]
 
 
 def test_the_same_seed_gives_the_same_video_whatever_the_batch():

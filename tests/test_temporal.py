@@ -55,11 +55,11 @@ def test_transfers_bring_exactly_what_is_needed(units, ranks, window, every):
         assert all(b - a == window for _, _, a, b in messages)
 
 
-def make(scales, units, frames_per_unit, gate="logits", dtype=torch.float64):
+def make(scales, units, frames_per_unit, gate="logits", dtype=torch.float64, width=32):
     torch.manual_seed(0)
     constants = tuple((0.5 * i, -0.3 * i) for i in range(len(scales)))
     config = ModelConfig(
-        width=32, depth=2, scales=scales, patch=1, channels=2, frames_per_unit=frames_per_unit, gate=gate,
+        width=width, depth=2, scales=scales, patch=1, channels=2, frames_per_unit=frames_per_unit, gate=gate,
         gate_constants=constants, classes=3, text_width=5,
     )  # fmt: skip
     model = MSCTransformer(config).to(dtype)

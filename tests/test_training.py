@@ -21,11 +21,12 @@ from msc.pretrain.checkpoint import latest, read_meta, weights
 
 MSC = Path(sys.executable).with_name("msc")
 SMALL = [
-    "model.width=32", "model.depth=2", "model.patch=4", "parallel.precision=fp32", "train.batch=4", "train.report=1",
+    "model.width=32", "model.depth=2", "model.patch=4", "parallel.precision=fp32", "train.batch=4", "train.micro=1", "train.report=1",
     "train.evaluate=0", "metrics.tracking_uri=none", "data.workers=0", "optimizer.warmup=8", "optimizer.lr=1e-3",
     "model.scales=[{heads: 2, window: 1, patch_window: 3}, {heads: 1, space: 2, window: 3}, "
     "{heads: 1, space: 2, time: 2}]",
     "diffusion.shift=1.0",
+    "diffusion.std=1.0",
 ]  # fmt: skip
 
 
@@ -75,7 +76,7 @@ def test_the_same_curve_at_any_mesh(shards, tmp_path):
     for name, (processes, sp) in runs.items():
         msc_train(shards, tmp_path / name, processes=processes, sp=sp, steps=20)
     expected = curve(tmp_path / "1x1")
-    assert len(expected) == 20 and expected[-1, 0] < expected[0, 0]
+    assert len(expected) == 20 and expected[-5:, 0].mean() < expected[:5, 0].mean()
     assert torch.equal(curve(tmp_path / "1x1 again"), expected)
     for name in ("1x2", "2x1"):
         same_curve(tmp_path / name, expected)
@@ -104,8 +105,6 @@ def test_resume_continues_exactly_and_on_another_mesh(shards, tmp_path):
     newest = latest(run)
     assert newest.name == "step-00000008"
     (newest.parent / "latest").write_text("step-00000004")
-    lines = (run / "log.jsonl").read_text().splitlines()
-    (run / "log.jsonl").write_text("\n".join(lines[:4]) + "\n")
     msc_train(shards, run, processes=2, sp=2, steps=8, resume=True)
     assert torch.equal(curve(run), curve(tmp_path / "whole"))
     for name, value in final_weights(tmp_path / "whole").items():
@@ -114,9 +113,57 @@ def test_resume_continues_exactly_and_on_another_mesh(shards, tmp_path):
     # the same from the same checkpoint in one process at ZeRO stage 0, and in two rows at stage 3
     for processes, stage in ((1, 0), (2, 3)):
         (newest.parent / "latest").write_text("step-00000004")
-        (run / "log.jsonl").write_text("\n".join(lines[:4]) + "\n")
         msc_train(shards, run, processes=processes, sp=1, stage=stage, steps=8, resume=True)
         same_curve(run, curve(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("setting", ["model.depth=1", "model.gate=none", "train.seed=5"])
+def test_a_run_does_not_go_on_as_another_model(shards, finished, setting):
+    done = msc_train(shards, finished, setting, steps=4, resume=True, check=False)
+    assert done.returncode == 2
+    assert re.search(f"was trained with {setting.split('=')[0]} = .*cannot go on", done.stderr), done.stderr
+
+
+@pytest.fixture(scope="module")
+def finished(shards, tmp_path_factory):
+    run = tmp_path_factory.mktemp("finished") / "run"
+    msc_train(shards, run, steps=2)
+    return run
+
+
+def test_a_resumed_run_counts_clips_not_steps(shards, finished):
+    """A larger batch on resumption: the end of the run is where its clips are seen."""
+    msc_train(shards, finished, "train.batch=8", "train.clips=24", resume=True)
+    assert [json.loads(line)["clock"] for line in (finished / "log.jsonl").read_text().splitlines()] == [4, 8, 16, 24]
+    done = msc_train(shards, finished, "train.batch=8", "train.clips=8", resume=True)  # nothing left to do
+    assert done.returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.gloo
+def test_zero_3_shards_parameters_larger_than_its_threshold(shards, tmp_path):
+    """DeepSpeed leaves parameters below 100,000 values whole: only a wider model is really partitioned."""
+    wide = ["model.width=256", "checkpoint.every=3"]
+    for name, stage in (("two", 2), ("three", 3)):
+        msc_train(shards, tmp_path / name, *wide, processes=2, sp=2, stage=stage, steps=6)
+    same_curve(tmp_path / "three", curve(tmp_path / "two"))
+    run = tmp_path / "three"
+    (run / "checkpoints" / "latest").write_text("step-00000003")
+    msc_train(shards, run, *wide, processes=2, sp=1, stage=3, steps=6, resume=True)
+    same_curve(run, curve(tmp_path / "two"))
+
+
+@pytest.mark.slow
+@pytest.mark.gloo
+def test_bf16_trains_saves_and_resumes(shards, tmp_path):
+    for stage in (2, 3):
+        run = tmp_path / str(stage)
+        bf16 = ["parallel.precision=bf16", "train.evaluate=3", "train.held_out=2", "checkpoint.every=3"]
+        msc_train(shards, run, *bf16, processes=2, sp=2, stage=stage, steps=6)
+        whole = curve(run)
+        (run / "checkpoints" / "latest").write_text("step-00000003")
+        msc_train(shards, run, *bf16, processes=2, sp=2, stage=stage, steps=6, resume=True)
+        assert torch.equal(curve(run), whole)
 
 
 @pytest.mark.gloo
@@ -155,7 +202,10 @@ BAD = {
     "a batch that does not divide": (["train.batch=3"], 2, "train.batch 3 does not divide by 2"),
     "no shards": (["data.shards=/nowhere"], 1, "/nowhere"),
     "a value of the wrong type": (["train.seed=many"], 1, "train.seed.*many"),
-    "bf16 without sharding": (["parallel.precision=bf16", "parallel.zero.stage=0"], 1, "stage 0 with bf16"),
+    "bf16 without sharding": (["parallel.precision=bf16", "parallel.zero.stage=1"], 1, "stage 1 with bf16"),
+    "unknown key of a scale": (["model.scales=[{heads: 4, windw: 2}]"], 1, "unknown key model.scales.windw"),
+    "another number of classes": (["model.classes=10"], 1, "model.classes is 10, but the shards.*have 0"),
+    "malformed YAML": (["model.scales=[{heads: 2"], 1, "not valid YAML"),
 }
 
 
@@ -266,6 +316,25 @@ assert not heavy, heavy
     assert done.returncode == 0, done.stderr
     exported = {p.name for p in (tmp_path / "out").iterdir()}
     assert exported == {"config.json", "ema.safetensors", "raw.safetensors"}
+
+
+def test_export_never_replaces_what_is_not_its_own(trained, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    for out in (tmp_path, trained):
+        done = msc("export", trained, "--out", out)
+        assert done.returncode == 2 and "not empty" in done.stderr, done.stderr
+    assert (tmp_path / "thesis.txt").exists() and latest(trained) is not None
+    assert msc("export", trained).returncode == 0 and msc("export", trained).returncode == 0
+
+
+def test_a_short_video_is_continued_from_what_it_has(trained, tmp_path):
+    from msc.datasets.synthetic import write_videos
+
+    (short,) = write_videos(tmp_path, seed=3, clips=1, frames=3, height=16, width=24)
+    done = msc("sample", trained, "--video", short, "--context", "2", "--units", "2", "--steps", "1")
+    assert done.returncode == 0, done.stderr
+    done = msc("sample", trained, "--video", short, "--context", "4", "--units", "2", "--steps", "1")
+    assert done.returncode == 2 and "lower --context" in done.stderr, done.stderr
 
 
 def test_commands_on_what_is_no_run_say_so(tmp_path):

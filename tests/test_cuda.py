@@ -1,0 +1,77 @@
+"""On a GPU: kernels against a float64 reference, causality, and a step of training in bf16."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_temporal import SCALES, change_after, make
+from torch.nn import functional as F
+
+from msc.pretrain.backends import attend
+from msc.pretrain.scales import Scale
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+CASES = [
+    (Scale(4, 1, 1, 2), 6, 256),
+    (Scale(4, 2, 1, 8), 12, 64),
+    (Scale(4, 4, 4, None), 11, 16),
+    (Scale(4), 5, 200),
+]
+
+
+def reference(q, k, v, blocks):
+    """Unit by unit in float64 over the listed blocks."""
+    outs = []
+    for unit, seen in enumerate(blocks):
+        keys, values = (x[:, list(seen)].flatten(1, 2).transpose(1, 2) for x in (k, v))
+        outs.append(F.scaled_dot_product_attention(q[:, unit].transpose(1, 2), keys, values).transpose(1, 2))
+    return torch.stack(outs, 1)
+
+
+def relative(a, b):
+    return float((a.detach().double() - b.detach()).norm() / b.detach().norm())
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+@pytest.mark.parametrize("scale, units, n", CASES)
+def test_kernels_equal_the_float64_reference(scale, units, n, backend):
+    torch.manual_seed(0)
+    blocks = scale.key_blocks(0, units, separate_own=True)
+    rows = max(max(seen) for seen in blocks) + 1
+    shapes = [(2, units, n, 4, 64), (2, rows, n, 4, 64), (2, rows, n, 4, 64)]
+    inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
+    direction = torch.randn(shapes[0], device="cuda", dtype=torch.bfloat16)
+    exact = [x.double().requires_grad_() for x in inputs]
+    expected = reference(*exact, blocks)
+    expected_grads = torch.autograd.grad((expected * direction.double()).sum(), exact)
+    rough = [x.clone().requires_grad_() for x in inputs]
+    out = attend(*rough, blocks, backend)
+    grads = torch.autograd.grad((out * direction).sum(), rough)
+    assert relative(out, expected) < 5e-3
+    for grad, wanted in zip(grads, expected_grads, strict=True):
+        assert relative(grad, wanted) < 1e-2
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+@pytest.mark.parametrize("name", ["default", "dense"])
+def test_causality_is_bit_identical(name, backend):
+    model, x, t, text, labels, _ = make(SCALES[name], 8, 1, dtype=torch.float32, width=128)
+    model = model.cuda().bfloat16()
+    for block in model.blocks:
+        block.attention.backend = backend
+    x, t, text, labels = x.cuda(), t.cuda(), text.cuda(), labels.cuda()
+    with torch.no_grad():
+        whole = model(x, t, text, labels)
+        for cut in (1, 4, 7):
+            later = model(*change_after(x, t, cut), text, labels)
+            assert torch.equal(later[:, :cut], whole[:, :cut])
+            assert not torch.equal(later[:, cut:], whole[:, cut:])
+
+
+def test_bf16_weights_train():
+    model, x, t, text, labels, _ = make(SCALES["default"], 8, 1, dtype=torch.float32)
+    exact = model.cuda()(x.cuda(), t.cuda(), text.cuda(), labels.cuda())
+    rough = model.bfloat16()(x.cuda(), t.cuda(), text.cuda(), labels.cuda())
+    assert rough.dtype == torch.float32 and relative(rough, exact.double()) < 3e-2
+    rough.square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
