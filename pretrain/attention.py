@@ -138,8 +138,10 @@ class MultiScaleAttention(nn.Module):
         self.head_width = width // self.heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
-        self.q_norm = nn.RMSNorm(self.head_width, eps=1e-6)
-        self.k_norm = nn.RMSNorm(self.head_width, eps=1e-6)
+        # Parameters of this module, not submodules: ZeRO-3 gathers per module call, in step on all ranks, and
+        # how often keys are normalised depends on which groups a rank completes.
+        self.q_gain = nn.Parameter(torch.ones(self.head_width))
+        self.k_gain = nn.Parameter(torch.ones(self.head_width))
         self.delta = nn.Parameter(torch.zeros(self.heads)) if gate != "none" else None
 
     def forward(self, x_BTHWD: Tensor, views: Sequence[View], timeline: Timeline, layer: int = 0) -> Tensor:
@@ -168,9 +170,9 @@ class MultiScaleAttention(nn.Module):
         fresh = timeline.extend((*key, "fresh"), kv.unflatten(1, (-1, frames)), scale.fresh_before, scale.fresh_kept)
         units = q.shape[1] // frames
 
-        q = view.rope_fresh.last(units * frames).rotate(self.q_norm(q)).unflatten(1, (-1, frames))
+        q = view.rope_fresh.last(units * frames).rotate(normalise(q, self.q_gain)).unflatten(1, (-1, frames))
         k, v = fresh.unbind(-3)
-        k = view.rope_fresh.rotate(self.k_norm(k).flatten(1, 2)).unflatten(1, (-1, frames))
+        k = view.rope_fresh.rotate(normalise(k, self.k_gain).flatten(1, 2)).unflatten(1, (-1, frames))
 
         # Key blocks, as Scale.key_blocks orders them: [pooled groups | unpooled units | own units again, ungated].
         k_past, v_past = self._gated(k, v, view.log_snr_fresh, delta_h)
@@ -197,7 +199,7 @@ class MultiScaleAttention(nn.Module):
             return fresh[:, :0]
         members = fresh[:, : finished * time].flatten(1, 2)
         k, v = members.unflatten(1, (-1, time)).mean(2).unbind(-3)
-        k = view.rope_groups.rotate(self.k_norm(k)).unflatten(1, (-1, frames))
+        k = view.rope_groups.rotate(normalise(k, self.k_gain)).unflatten(1, (-1, frames))
         k, v = self._gated(k, v.unflatten(1, (-1, frames)), view.log_snr_groups, delta_h)
         return torch.stack((k, v), -3)
 
@@ -223,6 +225,11 @@ class MultiScaleAttention(nn.Module):
 
     def _asking(self, q: Tensor) -> Tensor:
         return F.pad(q[..., :-2], (0, 2), value=1.0) if self.gate == "logits" else q
+
+
+def normalise(x: Tensor, gain_d: Tensor) -> Tensor:
+    """Root mean square 1 over the last dimension, times a gain per channel."""
+    return F.rms_norm(x, gain_d.shape, gain_d, 1e-6)
 
 
 def pool_space(x_BTHW: Tensor, space: int) -> Tensor:

@@ -134,8 +134,8 @@ class MSCTransformer(nn.Module):
         for block in self.blocks:
             assert isinstance(block, Block)
             # Normalised q and k of few channels cannot single out one of a thousand keys: start sharper.
-            for norm in (block.attention.q_norm, block.attention.k_norm):
-                nn.init.constant_(norm.weight, 2.0)
+            for gain in (block.attention.q_gain, block.attention.k_gain):
+                nn.init.constant_(gain, 2.0)
             for layer in (block.attention.out, block.feed_forward.down):
                 nn.init.normal_(layer.weight, std=(layer.in_features * branches) ** -0.5)
             if block.cross_attention is not None:

@@ -64,12 +64,12 @@ def one_scale(module, qkv, t_BT, F, scale, constants, delta, theta):
                     centre = sum(frames) / m
                     keys.append(("group", group, (centre, y, x), cell[n], token[:, 1], token[:, 2], lam))
 
-    k = torch.stack([rotate(norm(key[4], module.k_norm.weight), key[2], theta) for key in keys], 1)  # B K h d
+    k = torch.stack([rotate(norm(key[4], module.k_gain), key[2], theta) for key in keys], 1)  # B K h d
     v = torch.stack([key[5] for key in keys], 1)
     out = torch.zeros(B, T, rows, columns, h, d, dtype=qkv.dtype)
     for frame in range(T):
         for n, (y, x) in enumerate(where):
-            q = rotate(norm(pooled[:, frame, cell[n][0], cell[n][1], 0], module.q_norm.weight), (frame, y, x), theta)
+            q = rotate(norm(pooled[:, frame, cell[n][0], cell[n][1], 0], module.q_gain), (frame, y, x), theta)
             seen, log_gates = [], []
             for i, (kind, number, _, key_cell, _, _, lam) in enumerate(keys):
                 if not same_window(cell[n], key_cell, rows, columns, scale, module.shifted):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from reference import reference_attention
 from torch.nn import functional as F
 
-from msc.pretrain.attention import MultiScaleAttention, WholeVideo, view_frames
+from msc.pretrain.attention import MultiScaleAttention, WholeVideo, normalise, view_frames
 from msc.pretrain.scales import Scale, spatial_windows
 
 THETA = 100.0
@@ -97,7 +97,7 @@ def test_one_plain_scale_is_dense_causal_attention():
     module, x, t, constants = build(((scale,), "none", False, 1, 4, (2, 3), 16))
     q, k, v = module.qkv(x).unflatten(-1, (3, 4, 16)).unbind(-3)
     view = view_frames(scale, 0, t, (2, 3), 1, 14, THETA, None, WholeVideo())
-    q, k = (view.rope_fresh.rotate(norm(y)) for norm, y in ((module.q_norm, q), (module.k_norm, k)))
+    q, k = (view.rope_fresh.rotate(normalise(y, gain)) for gain, y in ((module.q_gain, q), (module.k_gain, k)))
     q, k, v = (y.flatten(1, 3).transpose(1, 2) for y in (q, k, v))
     frame = torch.arange(4).repeat_interleave(6)
     dense = F.scaled_dot_product_attention(q, k, v, attn_mask=frame[:, None] >= frame)

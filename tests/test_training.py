@@ -21,13 +21,22 @@ from msc.pretrain.checkpoint import latest, read_meta, weights
 
 MSC = Path(sys.executable).with_name("msc")
 SMALL = [
-    "model.width=32", "model.depth=2", "model.patch=4", "parallel.precision=fp32", "train.batch=4", "train.micro=1", "train.report=1",
-    "train.evaluate=0", "metrics.tracking_uri=none", "data.workers=0", "optimizer.warmup=8", "optimizer.lr=1e-3",
+    "model.width=32",
+    "model.depth=2",
+    "model.patch=4",
     "model.scales=[{heads: 2, window: 1, patch_window: 3}, {heads: 1, space: 2, window: 3}, "
     "{heads: 1, space: 2, time: 2}]",
     "diffusion.shift=1.0",
     "diffusion.std=1.0",
-]  # fmt: skip
+    "data.workers=0",
+    "optimizer.lr=1e-3",
+    "optimizer.warmup=8",
+    "train.batch=4",
+    "train.micro=1",
+    "train.report=1",
+    "train.evaluate=0",
+    "metrics.tracking_uri=none",
+]
 
 
 @pytest.fixture(scope="session")
