@@ -26,6 +26,7 @@ def draw(scale, units, n, dtype=torch.float32):
 
 def test_a_cpu_uses_the_kernel_with_a_backward_pass():
     assert choose_backend("cpu") == "sdpa"
+    assert choose_backend("cuda", 64) == "flex" and choose_backend("cuda", 8) == "sdpa"
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
