@@ -76,8 +76,9 @@ def train(args: Namespace) -> int:
         processes = int(os.environ["WORLD_SIZE"])
 
     from msc.pretrain.config import load
+    from msc.pretrain.presets import preset
 
-    config = load(args.preset, file, overrides)
+    config = load(preset(args.preset) if args.preset else None, file, overrides)
 
     from msc.pretrain import train as training  # a mistake in the settings need not wait for DeepSpeed
 

@@ -72,13 +72,12 @@ class Config:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
 
-def load(preset: str | None = None, file: Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Resolve a configuration; ValueError names the offending key or value and where it came from."""
-    from .presets import PRESETS
+def load(base: Config | None = None, file: Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Lay a YAML file and single settings over `base` (a preset, or the defaults).
 
-    if preset is not None and preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
-    values = dataclasses.asdict(PRESETS[preset]() if preset else Config())
+    ValueError names the offending key or value and where it came from.
+    """
+    values = dataclasses.asdict(base or Config())
     if file is not None:
         try:
             text = Path(file).read_text()

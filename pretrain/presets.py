@@ -64,4 +64,10 @@ def fourteen_b() -> Config:
     return _size("14b")
 
 
+def preset(name: str) -> Config:
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+    return PRESETS[name]()
+
+
 PRESETS = {"demo": demo, "pilot": pilot, "base": base, "2b": two_b, "14b": fourteen_b}

@@ -13,6 +13,7 @@ import pytest
 
 import msc.pretrain
 from msc.launch import cli, commands, local
+from msc.pretrain.presets import preset
 
 MSC = Path(sys.executable).with_name("msc")
 
@@ -227,7 +228,7 @@ def calls(monkeypatch, tmp_path: Path) -> Calls:
 
 def test_train_in_this_process(calls: Calls) -> None:
     assert cli.main(["train", "c.yaml", "--preset", "demo", "a.b=1"]) == 5
-    assert calls.load == [("demo", Path("c.yaml"), ["a.b=1"])]
+    assert calls.load == [(preset("demo"), Path("c.yaml"), ["a.b=1"])]
     assert calls.check == [("config", Path("runs/c"), False, 1)]
     assert calls.train == [("checked", Path("runs/c"), False)]
     assert calls.environment["RANK"] == calls.environment["LOCAL_RANK"] == "0"

@@ -5,19 +5,19 @@ from __future__ import annotations
 import pytest
 
 from msc.pretrain.config import Config, dump, flat, load
-from msc.pretrain.presets import PRESETS
+from msc.pretrain.presets import PRESETS, preset
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_what_is_dumped_is_what_is_loaded(preset, tmp_path):
-    config = load(preset)
+@pytest.mark.parametrize("name", PRESETS)
+def test_what_is_dumped_is_what_is_loaded(name, tmp_path):
+    config = preset(name)
     (tmp_path / "config.yaml").write_text(dump(config))
     assert load(file=tmp_path / "config.yaml") == config
 
 
 def test_later_layers_win(tmp_path):
     (tmp_path / "my.yaml").write_text("optimizer: {lr: 0.5, warmup: 7}\n")
-    config = load("demo", tmp_path / "my.yaml", ["optimizer.lr=1e-4", "model.scales=[{heads: 4, window: 1}]"])
+    config = load(preset("demo"), tmp_path / "my.yaml", ["optimizer.lr=1e-4", "model.scales=[{heads: 4, window: 1}]"])
     assert (config.optimizer.lr, config.optimizer.warmup, config.model.width) == (1e-4, 7, 128)
     assert config.model.scales[0].window == 1
 
@@ -38,12 +38,12 @@ def test_later_layers_win(tmp_path):
 )
 def test_mistakes_are_named(overrides, message):
     with pytest.raises(ValueError, match=message):
-        load("demo", overrides=overrides)
+        load(preset("demo"), overrides=overrides)
 
 
 def test_an_unknown_preset_names_the_known_ones():
     with pytest.raises(ValueError, match="unknown preset 'huge'.*demo"):
-        load("huge")
+        preset("huge")
 
 
 def test_flat_names_every_leaf():

@@ -301,7 +301,7 @@ def test_a_refused_size_is_refused_at_once(tmp_path, videos):
 
 
 PROGRAM = """
-import sys, time
+import signal, sys, time
 from msc.datasets.convert import ConvertConfig, convert
 
 def encode(video):
@@ -309,6 +309,7 @@ def encode(video):
     return video.float()
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     config = ConvertConfig((sys.argv[1],), sys.argv[2], frames=8, height=16, width=24, fps=12, held_out=0.2,
                            clips_per_shard=2, workers=int(sys.argv[3]), store="latent")
     convert(config, encode, 1)

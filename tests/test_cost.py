@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_temporal import SCALES
+from sharded import SCALES
 from torch.utils.flop_counter import FlopCounterMode
 
 from msc.pretrain import backends, cost

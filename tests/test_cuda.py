@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_temporal import SCALES, change_after, make
+from sharded import SCALES, change_after, make
 from torch.nn import functional as F
 
 from msc.pretrain.backends import attend

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_temporal import SCALES, make
+from sharded import SCALES, make
 
 from msc.pretrain.sampler import Cache, generate, remember
 
