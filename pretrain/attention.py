@@ -12,18 +12,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .backends import Backend, Blocks, attend
-from .gate import log_gate, log_snr, pooled_log_snr
+from .gate import (
+    NODES,
+    UNMEASURED,
+    GateConstants,
+    GatePlace,
+    effective_log_snr,
+    log_gate,
+    log_gate_at_nodes,
+    log_snr,
+    node_weights,
+    pooled_log_snr,
+)
 from .rope import Rope, rope_angles
 from .scales import Scale, spatial_windows
 
-GatePlace = Literal["none", "logits", "values"]
+# The gates that act on past keys, so that the own unit's keys, never gated, need a row of their own.
+ON_KEYS: tuple[GatePlace, ...] = ("values", "logits", "pair")
+
+
+def unrotated(gate: GatePlace) -> int:
+    """Channels of a head that carry no position; there the gate rides."""
+    return len(NODES) if gate == "pair" else 2
 
 
 class Timeline(Protocol):
@@ -63,6 +80,8 @@ class View:
     blocks: Blocks
     rope_fresh: Rope  # unpooled keys: past units, then own ones; queries use its end
     rope_groups: Rope | None  # groups pooled in time that own units complete
+    constants: GateConstants
+    log_snr_own: Tensor | None  # [B, T]
     log_snr_fresh: Tensor | None  # [B, frames of rope_fresh]
     log_snr_groups: Tensor | None  # [B, frames of rope_groups]
 
@@ -75,19 +94,21 @@ def view_frames(
     frames_per_unit: int,
     rotated: int,
     theta: float,
-    constants: tuple[float, float] | None,
+    gate: GatePlace,
+    constants: GateConstants | None,
     timeline: Timeline,
 ) -> View:
     """Positions, noise and visible blocks of a call's frames at one scale.
 
-    t_BT are the noise levels of the own frames; grid is the full token grid (H, W); constants are the
-    gate's b of this scale (gate.gate_constants), None without a gate.
+    t_BT are the noise levels of the own frames; grid is the full token grid (H, W); constants are what was
+    measured of the data at this scale (gate.gate_constants; None: nothing).
     """
+    constants = constants or UNMEASURED
     t_BUF = t_BT.unflatten(1, (-1, frames_per_unit))
     first, units = timeline.first, t_BUF.shape[1]
     past = scale.fresh_before(first)
     finished = (first + units) // scale.time - first // scale.time if scale.time > 1 else 0
-    if constants is not None:
+    if gate in ON_KEYS:
         t_BUF = timeline.extend(("noise", index), t_BUF, scale.fresh_before, scale.fresh_kept)
     t_fresh = t_BUF.flatten(1)
 
@@ -104,16 +125,18 @@ def view_frames(
     if finished:
         pooled = torch.arange(finished * frames_per_unit, device=t_BT.device)
         rope_groups = rope(start + pooled * scale.time + (scale.time - 1) / 2)
-        if constants is not None:
+        if gate in ON_KEYS:
             members = t_fresh[:, : finished * scale.time * frames_per_unit]
-            log_snr_groups = pooled_log_snr(members, scale.time) + constants[1]
+            log_snr_groups = pooled_log_snr(members, scale.time) + constants.b_pooled
     return View(
         scale,
         frames_per_unit,
-        scale.key_blocks(first, units, separate_own=constants is not None),
+        scale.key_blocks(first, units, separate_own=gate in ON_KEYS),
         rope_fresh,
         rope_groups,
-        log_snr(t_fresh) + constants[0] if constants is not None else None,
+        constants,
+        log_snr(t_BT) + constants.b if gate in ("mix", "pair") else None,
+        log_snr(t_fresh) + constants.b if gate in ON_KEYS else None,
         log_snr_groups,
     )
 
@@ -121,9 +144,11 @@ def view_frames(
 class MultiScaleAttention(nn.Module):
     """Self-attention over frames `[B, T, H, W, D]` on several scales, causal between units.
 
-    gate: where the noise gate g acts on past keys: "logits" adds log g inside the softmax, so that
-    g → 0 falls back to image diffusion; "values" multiplies V by g; "none" leaves it out. The own unit
-    is never gated. `shifted` moves local spatial windows by half.
+    gate: where the noise gate g acts. "logits" adds log g to the logits of past keys, so that g → 0 falls
+    back to image diffusion; "pair" does so with the gate of two observations, which also asks how much the
+    query's frame knows itself; "values" multiplies past values by g. The own unit is never gated. "mix" weighs
+    the outputs of the heads by g at the query's own noise, normalised to mean 1. "none" leaves it out.
+    `shifted` moves local spatial windows by half.
     """
 
     def __init__(self, width: int, scales: Sequence[Scale], gate: GatePlace = "logits", shifted: bool = False):
@@ -154,6 +179,8 @@ class MultiScaleAttention(nn.Module):
             self._one_scale(part, view, delta, timeline, (layer, i))
             for i, (part, view, delta) in enumerate(zip(groups, views, deltas, strict=True))
         ]
+        if self.gate == "mix":
+            outs = self._mixed(outs, views, deltas)
         return self.out(torch.cat(outs, dim=-2).flatten(-2))
 
     def _one_scale(
@@ -175,17 +202,17 @@ class MultiScaleAttention(nn.Module):
         k = view.rope_fresh.rotate(normalise(k, self.k_gain).flatten(1, 2)).unflatten(1, (-1, frames))
 
         # Key blocks, as Scale.key_blocks orders them: [pooled groups | unpooled units | own units again, ungated].
-        k_past, v_past = self._gated(k, v, view.log_snr_fresh, delta_h)
+        k_past, v_past = self._gated(k, v, view.log_snr_fresh, view.constants.rho, delta_h)
         k_row, v_row = [k_past], [v_past]
         if scale.time > 1:
             pooled = self._pool_time(fresh, view, delta_h)
             pooled = timeline.extend((*key, "pooled"), pooled, scale.pooled_before, scale.window, every=scale.time)
             k_row.insert(0, pooled[..., 0, :, :])
             v_row.insert(0, pooled[..., 1, :, :])
-        if self.gate != "none":
+        if self.gate in ON_KEYS:
             k_row.append(self._ungated(k[:, -units:]))
             v_row.append(v[:, -units:])
-            q = self._asking(q)
+            q = self._asking(q, view.log_snr_own)
         out = attend_windows(
             q, torch.cat(k_row, 1), torch.cat(v_row, 1), view.blocks, scale.patch_window, self.shifted, self.backend
         )
@@ -200,31 +227,62 @@ class MultiScaleAttention(nn.Module):
         members = fresh[:, : finished * time].flatten(1, 2)
         k, v = members.unflatten(1, (-1, time)).mean(2).unbind(-3)
         k = view.rope_groups.rotate(normalise(k, self.k_gain)).unflatten(1, (-1, frames))
-        k, v = self._gated(k, v.unflatten(1, (-1, frames)), view.log_snr_groups, delta_h)
+        v = v.unflatten(1, (-1, frames))
+        k, v = self._gated(k, v, view.log_snr_groups, view.constants.rho_pooled, delta_h)
         return torch.stack((k, v), -3)
 
-    # The gate rides in the last two channels of a head, which carry no position: the query holds 1 in
-    # both, a key holds √d·log g split into a coarse and a fine half so that bf16 keeps it exact to 2^-16.
-    # No kernel needs to know of it, and no head grows wider.
+    # The gate of the logits rides in the last channels of a head, which carry no position; no kernel needs to
+    # know of it, and no head grows wider. "logits": the query holds 1 in two channels, a key √d·log g split into
+    # a coarse and a fine half so that bf16 keeps it to 2^-16. "pair": one channel per node.
 
-    def _gated(self, k: Tensor, v: Tensor, log_snr_BF: Tensor | None, delta_h: Tensor | None) -> tuple[Tensor, Tensor]:
-        if self.gate == "none":
+    def _gated(
+        self, k: Tensor, v: Tensor, log_snr_BF: Tensor | None, rho: float, delta_h: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Past keys and values `[B, U, F, H, W, h, d]` with the gate on them."""
+        if self.gate not in ON_KEYS:
             return k, v
         assert log_snr_BF is not None and delta_h is not None
-        log_g = log_gate(log_snr_BF, delta_h.to(log_snr_BF.dtype)).unflatten(1, (k.shape[1], -1))
-        log_g = log_g[:, :, :, None, None, :, None]  # [B, U, F, 1, 1, h, 1]
+        delta_h, like = delta_h.to(log_snr_BF.dtype), (k.shape[1], -1)
+        if self.gate == "pair":
+            bias = log_gate_at_nodes(effective_log_snr(log_snr_BF, rho), delta_h) * self.head_width**0.5
+            return _with_tail(k, bias.unflatten(1, like)[:, :, :, None, None]), v
+        log_g = log_gate(log_snr_BF, delta_h).unflatten(1, like)[:, :, :, None, None, :, None]  # [B, U, F, 1, 1, h, 1]
         if self.gate == "values":
             return k, v * log_g.exp().to(v.dtype)
         bias = log_g * self.head_width**0.5
         coarse = bias.to(k.dtype)
-        tail = torch.cat((coarse, (bias - coarse).to(k.dtype)), -1)
-        return torch.cat((k[..., :-2], tail.expand(*k.shape[:-1], 2)), -1), v
+        return _with_tail(k, torch.cat((coarse, (bias - coarse).to(k.dtype)), -1)), v
 
     def _ungated(self, k: Tensor) -> Tensor:
-        return F.pad(k[..., :-2], (0, 2)) if self.gate == "logits" else k
+        tail = unrotated(self.gate)
+        return k if self.gate == "values" else F.pad(k[..., :-tail], (0, tail))
 
-    def _asking(self, q: Tensor) -> Tensor:
-        return F.pad(q[..., :-2], (0, 2), value=1.0) if self.gate == "logits" else q
+    def _asking(self, q: Tensor, log_snr_BT: Tensor | None) -> Tensor:
+        if self.gate == "values":
+            return q
+        if self.gate == "logits":
+            return F.pad(q[..., :-2], (0, 2), value=1.0)
+        assert log_snr_BT is not None
+        return _with_tail(q, node_weights(log_snr_BT).unflatten(1, q.shape[1:3])[:, :, :, None, None, None])
+
+    def _mixed(self, outs: list[Tensor], views: Sequence[View], deltas: Sequence[Tensor | None]) -> list[Tensor]:
+        """Outputs `[B, T, H, W, h, d]` of the scales, weighed by what each still tells at the frame's own noise."""
+        log_g = torch.cat([_own_log_gate(view, delta) for view, delta in zip(views, deltas, strict=True)], -1)
+        weights = (self.heads * log_g.softmax(-1)).split([scale.heads for scale in self.scales], -1)
+        return [
+            out * weight[:, :, None, None, :, None].to(out.dtype) for out, weight in zip(outs, weights, strict=True)
+        ]
+
+
+def _own_log_gate(view: View, delta_h: Tensor | None) -> Tensor:
+    assert view.log_snr_own is not None and delta_h is not None
+    return log_gate(view.log_snr_own, delta_h.to(view.log_snr_own.dtype))
+
+
+def _with_tail(x: Tensor, tail: Tensor) -> Tensor:
+    """Replace the last channels of every head."""
+    width = tail.shape[-1]
+    return torch.cat((x[..., :-width], tail.to(x.dtype).expand(*x.shape[:-1], width)), -1)
 
 
 def normalise(x: Tensor, gain_d: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import GatePlace, Timeline, View, WholeVideo, view_frames
+from .attention import Timeline, View, WholeVideo, unrotated, view_frames
+from .gate import GateConstants, GatePlace
 from .layers import Block, NoiseEmbedding
 from .scales import Scale, check_scales
 
@@ -27,10 +28,10 @@ class ModelConfig:
 
     width: D, divisible by the number of heads; the heads are those of `scales`, in order.
     patch: side in latents of one token. frames_per_unit: frames of one autoregressive step.
-    gate: where the noise gate acts ("logits", "values", "none"); see attention.py.
+    gate: where the noise gate acts ("logits", "pair", "values", "mix", "none"); see attention.py.
     classes: number of class labels (0: none). text_width: width of text embeddings (0: none).
     The last four are taken from the shards when training starts and travel with the weights: latent
-    channels, their mean and standard deviation, and the gate's constants b per scale.
+    channels, their mean and standard deviation, and the gate's constants per scale.
     """
 
     width: int = 128
@@ -46,17 +47,18 @@ class ModelConfig:
     channels: int = 0
     latent_mean: tuple[float, ...] = ()
     latent_std: tuple[float, ...] = ()
-    gate_constants: tuple[tuple[float, float], ...] = ()
+    gate_constants: tuple[GateConstants, ...] = ()
 
     def __post_init__(self):
         if not self.scales:
             raise ValueError("model.scales is empty; at least one scale is needed")
         if self.width % self.heads:
             raise ValueError(f"model.width {self.width} does not divide by the scales' {self.heads} heads")
-        if self.head_width < 8 or self.head_width % 2:
+        least = 16 if self.gate == "pair" else 8
+        if self.head_width < least or self.head_width % 2:
             raise ValueError(
                 f"model.width {self.width} over {self.heads} heads gives a head width of {self.head_width}; "
-                "it must be even and at least 8"
+                f"it must be even and at least {least} with model.gate {self.gate}"
             )
         if self.hidden < 1:
             raise ValueError(f"model.mlp_ratio is {self.mlp_ratio}; it must be positive")
@@ -83,7 +85,7 @@ class ModelConfig:
         values["scales"] = tuple(Scale(**scale) for scale in values["scales"])
         for name in ("latent_mean", "latent_std"):
             values[name] = tuple(values[name])
-        values["gate_constants"] = tuple(tuple(pair) for pair in values["gate_constants"])
+        values["gate_constants"] = tuple(GateConstants(*four) for four in values["gate_constants"])
         return ModelConfig(**values)
 
 
@@ -187,7 +189,7 @@ class MSCTransformer(nn.Module):
     def view(self, t_BT: Tensor, grid: tuple[int, int], timeline: Timeline) -> list[View]:
         """What each scale needs to know of these frames; computed once for all layers."""
         config = self.config
-        constants = config.gate_constants or ((0.0, 0.0),) * len(config.scales)
+        constants = config.gate_constants or (None,) * len(config.scales)
         return [
             view_frames(
                 scale,
@@ -195,9 +197,10 @@ class MSCTransformer(nn.Module):
                 t_BT,
                 grid,
                 config.frames_per_unit,
-                config.head_width - 2,
+                config.head_width - unrotated(config.gate),
                 config.rope_theta,
-                None if config.gate == "none" else constants[index],
+                config.gate,
+                constants[index],
                 timeline,
             )
             for index, scale in enumerate(config.scales)

@@ -48,7 +48,7 @@ def rope_angles(
         # float64 before the product: a frame number of a long video times a frequency needs the digits
         speeds = theta ** (-torch.arange(share, dtype=torch.float64, device=position.device) / max(share, 1))
         shape = [1, 1, 1, 1, share]
-        shape[axis] = -1
+        shape[axis] = len(position)
         angles.append((position.double()[:, None] * speeds).reshape(shape))
     sizes = [len(position) for position in positions]
     full = torch.cat([angle.expand(*sizes, 1, angle.shape[-1]) for angle in angles], -1)

@@ -2,7 +2,7 @@
 
 Per layer and scale the cache holds what `Scale` says later queries can need: a constant number of units for
 windowed scales, pooled groups for far-seeing ones. One forward pass per denoising step touches only the
-new unit. The finished unit re-enters the past clean (t = 0).
+new unit. The finished unit re-enters the past clean (t = 0) or at a chosen noise level.
 """
 
 from __future__ import annotations
@@ -50,10 +50,11 @@ def remember(
     x_BTCHW: Tensor,
     text: Tensor | None = None,
     labels: Tensor | None = None,
+    level: float = 0.0,
 ) -> None:
-    """Let finished, clean frames (whole units) join the cache's past."""
+    """Let frames (whole units) join the cache's past; they hold noise of this level."""
     cache.writing = True
-    model(x_BTCHW, x_BTCHW.new_zeros(x_BTCHW.shape[:2]), text, labels, cache)
+    model(x_BTCHW, x_BTCHW.new_full(x_BTCHW.shape[:2], level), text, labels, cache)
     cache.writing = False
     cache.first += x_BTCHW.shape[1] // model.config.frames_per_unit
 
@@ -68,19 +69,32 @@ def generate(
     shift: float = 1.0,
     text: Tensor | None = None,
     labels: Tensor | None = None,
+    context_level: float = 0.0,
 ) -> Iterator[Tensor]:
     """Yield `units` new units `[B, F, C, H, W]` that continue normalised latents, one after another.
 
     The context may hold no frames (T = 0). Euler steps from t = 1 to 0; a single step gives the mean of all
-    continuations. Row b's noise depends on (seed, b, frame) alone.
+    continuations. Row b's noise depends on (seed, b, frame) alone. `context_level` is the noise level at which
+    the past is looked at: a little hides what generation got wrong from the units that follow.
     """
+    if not 0 <= context_level < 1:
+        raise ValueError(f"context_level is {context_level}; it must lie in [0, 1)")
     per_unit = model.config.frames_per_unit
     batch, frames, *shape = context_BTCHW.shape
     if frames % per_unit:
         raise ValueError(f"the context of {frames} latent frames does not divide into units of {per_unit}")
     cache, levels = Cache(), sampling_levels(steps, shift)
+
+    def join(x: Tensor) -> None:
+        seen = x
+        if context_level:
+            own = range(cache.first * per_unit, cache.first * per_unit + x.shape[1])
+            noise = torch.stack([frame_noise(seed, row, 1, own, shape) for row in range(batch)]).to(x)
+            seen = (1 - context_level) * x + context_level * noise
+        remember(model, cache, seen, text, labels, context_level)
+
     if frames:
-        remember(model, cache, context_BTCHW, text, labels)
+        join(context_BTCHW)
     for _ in range(units):
         own = range(cache.first * per_unit, (cache.first + 1) * per_unit)
         x = torch.stack([frame_noise(seed, row, 0, own, shape) for row in range(batch)]).to(context_BTCHW)
@@ -88,4 +102,4 @@ def generate(
             t = x.new_full(x.shape[:2], level)
             x = x + (next_level - level) * model(x, t, text, labels, cache)
         yield x
-        remember(model, cache, x, text, labels)
+        join(x)

@@ -259,7 +259,7 @@ def resolve(config: Config, index: Index) -> Config:
         latent_mean=config.model.latent_mean or tuple(index.statistics.mean),
         latent_std=config.model.latent_std or tuple(index.statistics.std),
         gate_constants=config.model.gate_constants
-        or gate_constants(config.model.scales, config.model.patch, index.statistics),
+        or gate_constants(config.model.scales, config.model.patch, config.model.frames_per_unit, index.statistics),
     )
     shards = str(Path(config.data.shards).absolute()) if config.data.shards else ""
     return replace(config, model=model, data=replace(config.data, shards=shards))

@@ -9,6 +9,7 @@ import torch
 from torch.distributed import destroy_process_group, group, init_process_group
 
 from msc.parallel.temporal import ShardedTimeline, bounds
+from msc.pretrain.gate import GateConstants
 from msc.pretrain.model import ModelConfig, MSCTransformer
 from msc.pretrain.scales import Scale
 
@@ -21,9 +22,9 @@ SCALES = {
 }
 
 
-def make(scales, units, frames_per_unit, gate="logits", dtype=torch.float64, width=32):
+def make(scales, units, frames_per_unit, gate="logits", dtype=torch.float64, width=64):
     torch.manual_seed(0)
-    constants = tuple((0.5 * i, -0.3 * i) for i in range(len(scales)))
+    constants = tuple(GateConstants(0.5 * i, -0.3 * i, 0.9, 0.8) for i in range(len(scales)))
     config = ModelConfig(
         width=width, depth=2, scales=scales, patch=1, channels=2, frames_per_unit=frames_per_unit, gate=gate,
         gate_constants=constants, classes=3, text_width=5,

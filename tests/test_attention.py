@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import reference_attention
 from torch.nn import functional as F
 
-from msc.pretrain.attention import MultiScaleAttention, WholeVideo, normalise, view_frames
+from msc.pretrain.attention import MultiScaleAttention, WholeVideo, normalise, unrotated, view_frames
+from msc.pretrain.gate import GateConstants
 from msc.pretrain.scales import Scale, spatial_windows
 
 THETA = 100.0
@@ -29,7 +33,7 @@ def videos(draw):
         for _ in range(draw(st.integers(1, 3)))
     )
     grid = draw(st.sampled_from([(2, 2), (4, 2), (2, 4)]))
-    gate = draw(st.sampled_from(["none", "logits", "values"]))
+    gate = draw(st.sampled_from(["none", "logits", "values", "pair", "mix"]))
     return scales, gate, draw(st.booleans()), draw(st.integers(1, 2)), draw(st.integers(1, 5)), grid, 8
 
 
@@ -44,7 +48,7 @@ def build(case, seed=0):
     T = units * frames_per_unit
     x = torch.randn(2, T, H, W, width, dtype=torch.float64)
     t = torch.rand(2, units, dtype=torch.float64).clamp(0.05, 0.95).repeat_interleave(frames_per_unit, 1)
-    constants = [(0.3 * i, -0.2 * i) for i in range(len(scales))]
+    constants = [GateConstants(0.3 * i, -0.2 * i, 0.9 - 0.2 * i, 0.5) for i in range(len(scales))]
     return module, x, t, constants
 
 
@@ -52,8 +56,8 @@ def run(module, x, t, constants, frames_per_unit, timeline=None):
     timeline = timeline or WholeVideo()
     views = [
         view_frames(
-            scale, i, t, x.shape[2:4], frames_per_unit, module.head_width - 2, THETA,
-            None if module.gate == "none" else constants[i], timeline,
+            scale, i, t, x.shape[2:4], frames_per_unit, module.head_width - unrotated(module.gate), THETA,
+            module.gate, constants[i], timeline,
         )
         for i, scale in enumerate(module.scales)
     ]  # fmt: skip
@@ -96,7 +100,7 @@ def test_one_plain_scale_is_dense_causal_attention():
     scale = Scale(4)
     module, x, t, constants = build(((scale,), "none", False, 1, 4, (2, 3), 16))
     q, k, v = module.qkv(x).unflatten(-1, (3, 4, 16)).unbind(-3)
-    view = view_frames(scale, 0, t, (2, 3), 1, 14, THETA, None, WholeVideo())
+    view = view_frames(scale, 0, t, (2, 3), 1, 14, THETA, "none", None, WholeVideo())
     q, k = (view.rope_fresh.rotate(normalise(y, gain)) for gain, y in ((module.q_gain, q), (module.k_gain, k)))
     q, k, v = (y.flatten(1, 3).transpose(1, 2) for y in (q, k, v))
     frame = torch.arange(4).repeat_interleave(6)
@@ -105,10 +109,11 @@ def test_one_plain_scale_is_dense_causal_attention():
     torch.testing.assert_close(run(module, x, t, constants, 1), dense, rtol=1e-12, atol=1e-12)
 
 
-def test_pure_noise_in_the_past_has_no_influence_at_any_scale():
+@pytest.mark.parametrize("gate", ["logits", "pair"])
+def test_pure_noise_in_the_past_has_no_influence_at_any_scale(gate):
     """The limit g -> 0 in the logits: what is left is attention inside the own unit, image diffusion."""
     scales = (Scale(1, 1, 1, 2, 2), Scale(1, 2, 1, None), Scale(1, 2, 2, None))
-    module, x, t, constants = build((scales, "logits", False, 1, 5, (4, 4), 8))
+    module, x, t, constants = build((scales, gate, False, 1, 5, (4, 4), 8))
     t[:, :4] = 1.0
     # positions are relative, so a frame alone at time 0 equals the same frame at time 4
     alone = run(module, x[:, 4:], t[:, 4:], constants, 1)
@@ -120,12 +125,30 @@ def test_a_clean_past_is_seen_whole():
     scales = (Scale(1, 1, 1, 2, 2), Scale(1, 2, 1, None), Scale(1, 2, 2, None))
     module, x, t, constants = build((scales, "logits", False, 1, 5, (4, 4), 8))
     clean = run(module, x, torch.zeros_like(t), constants, 1)
-    weak = run(module, x, t, [(1e4, 1e4)] * 3, 1)
+    weak = run(module, x, t, [GateConstants(1e4, 1e4, 1.0, 1.0)] * 3, 1)
     torch.testing.assert_close(clean, weak, rtol=1e-12, atol=1e-12)
     module, x, t, constants = build((scales, "values", False, 1, 5, (4, 4), 8))
     clean = run(module, x, torch.zeros_like(t), constants, 1)
     module.gate = "none"
     torch.testing.assert_close(clean, run(module, x, t, constants, 1), rtol=1e-12, atol=1e-12)
+
+
+def test_mixing_weighs_the_scales_by_what_the_own_noise_leaves():
+    """Clean frames weigh all heads alike; in noise the heads with the larger b take over; the mean stays 1."""
+    scales = (Scale(1, 1, 1, 2), Scale(1, 2, 1, None))
+    module, x, t, _ = build((scales, "mix", False, 1, 3, (2, 2), 8))
+    constants = [GateConstants(-4.0, 0.0, 0.9, 0.9), GateConstants(4.0, 0.0, 0.9, 0.9)]
+    clean = run(module, x, torch.zeros_like(t), constants, 1)
+    torch.nn.init.zeros_(module.delta)
+    module.gate = "none"
+    torch.testing.assert_close(clean, run(module, x, t, constants, 1), rtol=1e-12, atol=1e-12)
+    module.gate = "mix"
+    with torch.no_grad():
+        module.out.weight[:, 8:] = 0  # only the fine head is seen
+    noisy = run(module, x, torch.full_like(t, 1 - 1e-9), constants, 1)
+    module.gate = "none"
+    share = math.exp(-4) / ((math.exp(-4) + math.exp(4)) / 2)
+    torch.testing.assert_close(noisy, share * run(module, x, t, constants, 1), rtol=1e-6, atol=1e-9)
 
 
 @given(st.integers(1, 40), st.one_of(st.none(), st.integers(2, 16)), st.booleans())

@@ -9,18 +9,21 @@ from sharded import SCALES, make
 from msc.pretrain.sampler import Cache, generate, remember
 
 
-@pytest.mark.parametrize("frames_per_unit", [1, 2])
-@pytest.mark.parametrize("name", SCALES)
-def test_cached_steps_equal_the_full_forward(name, frames_per_unit):
-    model, x, _, text, labels, _ = make(SCALES[name], 7, frames_per_unit)
-    t = torch.zeros(2, 7 * frames_per_unit, dtype=x.dtype)
+@pytest.mark.parametrize("level", [0.0, 0.3])
+@pytest.mark.parametrize("name, frames_per_unit, gate", [
+    *((name, frames, "logits") for name in SCALES for frames in (1, 2)),
+    *(("default", 1, gate) for gate in ("none", "values", "pair", "mix")),
+])  # fmt: skip
+def test_cached_steps_equal_the_full_forward(name, frames_per_unit, gate, level):
+    model, x, _, text, labels, _ = make(SCALES[name], 7, frames_per_unit, gate)
+    t = torch.full((2, 7 * frames_per_unit), level, dtype=x.dtype)
     full = model(x, t, text, labels)
     cache, at = Cache(), 0
     for units in (3, 1, 1, 2):  # a context in one pass, then unit by unit, then two at once
         frames = slice(at * frames_per_unit, (at + units) * frames_per_unit)
         own = model(x[:, frames], t[:, frames], text, labels, cache)
         torch.testing.assert_close(own, full[:, frames], rtol=1e-10, atol=1e-10)
-        remember(model, cache, x[:, frames], text, labels)
+        remember(model, cache, x[:, frames], text, labels, level)
         at += units
 
 
@@ -42,6 +45,14 @@ def test_the_same_seed_gives_the_same_video_whatever_the_batch():
     alone = list(generate(model, x[:1], 2, steps=3, seed=5))
     for both, one in zip(pair, alone, strict=True):
         torch.testing.assert_close(both[:1], one, rtol=1e-10, atol=1e-10)
+
+
+def test_a_noisy_context_is_noised_at_its_level():
+    model, x, *_ = make(SCALES["default"], 4, 1)
+    clean, noisy = (next(generate(model, x, 1, steps=2, seed=5, context_level=level)) for level in (0.0, 0.5))
+    assert not torch.allclose(clean, noisy)
+    with pytest.raises(ValueError, match="context_level is 1.0"):
+        next(generate(model, x, 1, context_level=1.0))
 
 
 def test_context_must_be_whole_units():
