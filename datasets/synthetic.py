@@ -40,6 +40,21 @@ def gaussian_fields(
     return torch.fft.irfft2(spectrum * shift, s=(height, width))
 
 
+def turning_camera(
+    seed: int, clips: int, frames: int, height: int, width: int, speed: int = 3, turn: int = 24, beta: float = 2.0
+) -> Tensor:
+    """A camera that turns around itself, float32 [N, T, 1, H, W], mean 0 and variance 1 in expectation.
+
+    It looks at a round panorama of `turn · speed` columns, `speed` columns further in every frame: frame u shows
+    what frame `u - turn` showed. The columns that enter on the right cannot be told from the frames just before
+    (unless `turn · speed` is hardly wider than a frame), only from one full turn ago.
+    """
+    around = turn * speed
+    panorama = gaussian_fields(seed, clips, 1, height, around, 1, beta)[:, 0]
+    columns = (torch.arange(frames)[:, None] * speed + torch.arange(width)) % around
+    return panorama[..., columns].permute(0, 3, 1, 2, 4)  # N 1 H T W -> N T 1 H W
+
+
 def moving_textures(seed: int, clips: int, frames: int, height: int, width: int, shapes: int = 3) -> Tensor:
     """Textured discs over a 1/f background, uint8 [N, T, 3, H, W].
 

@@ -68,8 +68,8 @@ def pooled_log_snr(t: Tensor, time: int) -> Tensor:
     """
     groups = t.unflatten(-1, (-1, time))
     signal = (1 - groups).mean(-1).clamp_min(_SMALLEST)
-    noise = groups.square().mean(-1).clamp_min(_SMALLEST**2)
-    return math.log(time) + 2 * signal.log() - noise.log()
+    noise = groups.square().mean(-1).sqrt().clamp_min(_SMALLEST)
+    return math.log(time) + 2 * (signal.log() - noise.log())
 
 
 def gate_constants(

@@ -23,7 +23,7 @@ def reference_attention(module, x_BTHWD: Tensor, t_BT: Tensor, frames_per_unit: 
         outs.append(one_scale(module, qkv[..., mine, :], t_BT, frames_per_unit, scale, constants[index], delta, theta))
         at += scale.heads
     if module.gate == "mix":
-        b_h = [constant[0] for scale, constant in zip(module.scales, constants, strict=True) for _ in range(scale.heads)]
+        b_h = [c[0] for scale, c in zip(module.scales, constants, strict=True) for _ in range(scale.heads)]
         logs = [torch.nn.functional.logsigmoid(lam_own + b + d) for b, d in zip(b_h, module.delta, strict=True)]
         gates = torch.stack(logs, -1).exp()  # B T h
         weights = gates / gates.mean(-1, keepdim=True)

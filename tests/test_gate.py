@@ -30,6 +30,11 @@ def test_log_snr_is_finite_and_falls():
     assert gates[0] == 1 and gates[-1] < 1e-50
 
 
+def test_a_group_of_clean_frames_is_finite_in_float32():
+    clean = pooled_log_snr(torch.zeros(1, 8), 4)
+    assert clean.isfinite().all() and log_gate_at_nodes(effective_log_snr(clean, 0.9), torch.zeros(1)).isfinite().all()
+
+
 @pytest.mark.parametrize("time", [1, 2, 4])
 def test_equal_noise_in_a_group_only_adds_the_averaging(time):
     t = torch.tensor([[0.3] * 8])

@@ -1,0 +1,330 @@
+"""Which attention learns best: dense, local and multi-scale causal, with the noise gate in every place.
+
+    python tests/bench/study.py RESULTS.jsonl --tasks fields textures camera
+    python tests/bench/study.py RESULTS.jsonl --tasks real --shards FOLDER
+    python tests/bench/study_report.py RESULTS.jsonl
+
+Each run trains one small model and appends a line to RESULTS.jsonl; runs found there are not repeated. All
+variants have the same parameters but for the gate's few, and see the same clips and noise. "dense" trains for
+as many steps as the others, "dense=" for as many FLOPs as multi-scale. On a GPU a step is one CUDA graph.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from msc.datasets.samples import Samples
+from msc.datasets.shards import read_index
+from msc.datasets.statistics import Statistics, measure
+from msc.datasets.synthetic import gaussian_fields, moving_textures, turning_camera
+from msc.pretrain import cost
+from msc.pretrain.diffusion import add_noise, frame_losses, shift_levels
+from msc.pretrain.gate import gate_constants
+from msc.pretrain.layers import Block
+from msc.pretrain.model import ModelConfig, MSCTransformer
+from msc.pretrain.sampler import generate
+from msc.pretrain.scales import Scale, default_scales
+
+SIDE, PATCH, HEADS = 24, 2, 4  # 12 x 12 tokens per frame
+TURN, SPEED, FIRST = 24, 3, 20  # the camera's full turn in frames, its columns per frame, a frame of its first turn
+QUERY = (0.3, 0.6, 0.8, 0.95)  # noise of the frame asked for
+CONTEXT = (0.0, 0.3, 0.6, 0.9)  # noise of all frames before it
+LEVELS = (0.0, 0.2)  # noise at which a roll-out looks at its past
+BINS = 5
+
+# name: (scales, gate, is δ learned, FLOPs as of multi-scale instead of its steps)
+MULTI = default_scales(HEADS, patch_window=8)
+VARIANTS: dict[str, tuple[tuple[Scale, ...], str, bool, bool]] = {
+    "dense": ((Scale(HEADS),), "none", False, False),
+    "dense=": ((Scale(HEADS),), "none", False, True),
+    "local": ((Scale(HEADS, window=2),), "none", False, False),
+    "none": (MULTI, "none", False, False),
+    "fixed": (MULTI, "logits", False, False),
+    "logits": (MULTI, "logits", True, False),
+    "pair": (MULTI, "pair", True, False),
+    "values": (MULTI, "values", True, False),
+    "mix": (MULTI, "mix", True, False),
+}
+
+
+@dataclass
+class Task:
+    """Normalised clips [N, T, C, SIDE, SIDE] and their statistics. `steps`: as multiple of --steps."""
+
+    train: Callable[[Tensor], Tensor]  # indices [B] -> clips
+    clips: int
+    held_out: Tensor
+    statistics: Statistics
+    frames: int
+
+
+# Data -----------------------------------------------------------------------------------------------------
+
+
+def made(video: Callable[[int, int], Tensor], clips: int, held_out: int, device: torch.device) -> Task:
+    """A task of clips that are made up: `video(seed, clips)`."""
+    train, rest = video(10, clips).float(), video(11, held_out).float()
+    statistics = measure(train[:256])
+    mean, std = (torch.tensor(x)[:, None, None] for x in (statistics.mean, statistics.std))
+    train, rest = ((x - mean).div_(std).to(device) for x in (train, rest))
+    return Task(lambda chosen: train[chosen], clips, rest, statistics, train.shape[1])
+
+
+def real(folder: Path, held_out: int, device: torch.device) -> Task:
+    """Random crops of SIDE x SIDE pixels, mirrored or not, from the videos of a folder of shards."""
+    index = read_index(folder)
+
+    def videos(split: str) -> Tensor:
+        samples = Samples(folder, index, split)
+        return torch.stack([samples.read(i)[1] for i in range(len(samples))]).float()
+
+    def crop(video: Tensor, numbers: list[int]) -> Tensor:
+        source = torch.Generator().manual_seed(numbers[0])
+        cut = []
+        for number in numbers:
+            y, x, mirrored = (
+                int(torch.randint(n, (), generator=source)) for n in (video.shape[3] - SIDE, video.shape[4] - SIDE, 2)
+            )
+            clip = video[number % len(video), :, :, y : y + SIDE, x : x + SIDE]
+            cut.append(clip.flip(-1) if mirrored else clip)
+        return torch.stack(cut)
+
+    train, rest = videos("train"), videos("held_out")
+    clips = 1 << 20  # crops of the same clip are counted as different
+    statistics = measure(crop(train, list(range(512))))
+    mean, std = (torch.tensor(x, device=device)[:, None, None] for x in (statistics.mean, statistics.std))
+    train = train.to(device)
+    return Task(
+        lambda chosen: (crop(train, chosen.tolist()) - mean) / std,
+        clips,
+        (crop(rest, list(range(held_out))).to(device) - mean) / std,
+        statistics,
+        index.frames,
+    )
+
+
+def load(name: str, clips: int, held_out: int, shards: Path | None, device: torch.device) -> Task:
+    if name == "fields":
+        return made(lambda seed, n: gaussian_fields(seed, n, 16, SIDE, SIDE), clips, held_out, device)
+    if name == "textures":
+        return made(lambda seed, n: moving_textures(seed, n, 16, SIDE, SIDE), clips, held_out, device)
+    if name == "camera":
+        return made(
+            lambda seed, n: turning_camera(seed, n, TURN + 12, SIDE, SIDE, SPEED, TURN), clips, held_out, device
+        )
+    if shards is None:
+        raise SystemExit("the task 'real' needs --shards FOLDER, as `msc convert` writes it")
+    return real(shards, held_out, device)
+
+
+def levels(shape: tuple[int, int], source: torch.Generator) -> Tensor:
+    """Noise of training: independent per frame, a quarter of the frames clean, `[B, T]`."""
+    t = torch.sigmoid(1.5 * torch.randn(shape, generator=source))
+    t = shift_levels(t, 1.5)  # type: ignore[arg-type]
+    clean = torch.rand(shape, generator=source) < 0.25
+    clean[:, -1] = False
+    return t.masked_fill(clean, 0.0)
+
+
+# Training -------------------------------------------------------------------------------------------------
+
+
+def train(model: MSCTransformer, task: Task, steps: int, batch: int, seed: int, lr: float) -> float:
+    """Train in place; the wall time of the steps in seconds."""
+    device = task.held_out.device
+    source = torch.Generator().manual_seed(seed)
+    shape = (batch, *task.held_out.shape[1:])
+    x, noise, t = torch.zeros(shape, device=device), torch.zeros(shape, device=device), torch.ones(shape[:2])
+    t = t.to(device)
+    rate = torch.zeros((), device=device)
+    on_gpu = device.type == "cuda"
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.01, fused=on_gpu, capturable=on_gpu
+    )
+
+    def step() -> None:
+        losses = frame_losses(model(add_noise(x, noise, t), t), x, noise)
+        supervised = t > 0
+        ((losses * supervised).sum() / supervised.sum()).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
+        optimizer.step()
+
+    def feed(number: int) -> None:
+        x.copy_(task.train(torch.randint(task.clips, (batch,), generator=source)))
+        noise.copy_(torch.randn(shape, generator=source))
+        t.copy_(levels(shape[:2], source))
+        rate.fill_(lr * min((number + 1) / 50, max(0.02, 1 - number / steps)))
+
+    run = step
+    if on_gpu:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # with a learning rate of 0
+                step()
+                optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            step()
+            optimizer.zero_grad(set_to_none=True)
+        run = graph.replay
+    start = time.perf_counter()
+    for number in range(steps):
+        feed(number)
+        run()
+        if not on_gpu:
+            optimizer.zero_grad(set_to_none=True)
+    if on_gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+# What the trained model can do ------------------------------------------------------------------------------
+
+
+def noised(x: Tensor, t: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x)
+    return add_noise(x, noise, t), noise
+
+
+@torch.no_grad()
+def held_out_loss(model: MSCTransformer, x: Tensor, each: int = 128) -> tuple[float, list[float]]:
+    """Loss as in training, over all supervised frames and by range of the frame's noise."""
+    source = torch.Generator().manual_seed(77)
+    sums, counts = torch.zeros(BINS, dtype=torch.float64), torch.zeros(BINS, dtype=torch.float64)
+    for draw in range(4):
+        for i, part in enumerate(x.split(each)):
+            t = levels((part.shape[0], part.shape[1]), source).to(x.device)
+            seen, noise = noised(part, t, 1000 * draw + i)
+            losses = frame_losses(model(seen, t), part, noise)[t > 0].double().cpu()
+            bins = (t[t > 0] * BINS).long().clamp(max=BINS - 1).cpu()
+            sums.index_add_(0, bins, losses)
+            counts.index_add_(0, bins, torch.ones_like(losses))
+    return float(sums.sum() / counts.sum()), (sums / counts).tolist()
+
+
+@torch.no_grad()
+def asked(model: MSCTransformer, x: Tensor, frame: int, t_q: float, t_c: float, each: int = 128) -> Tensor:
+    """Mean squared velocity error of one frame at noise t_q, all earlier ones at t_c; `[H, W]`."""
+    total = torch.zeros(x.shape[-2:], dtype=torch.float64)
+    for i, part in enumerate(x.split(each)):
+        t = torch.full(part.shape[:2], t_c, device=x.device)
+        t[:, frame:] = t_q
+        seen, noise = noised(part, t, i)
+        wrong = model(seen, t)[:, frame] - (noise - part)[:, frame]
+        total += wrong.square().mean(1).sum(0).double().cpu()
+    return total / len(x)
+
+
+@torch.no_grad()
+def roll_out(model: MSCTransformer, x: Tensor, units: int, level: float) -> dict[str, list[float]]:
+    """Error of generated frames by horizon, and their variance as a share of the true frames'."""
+    context = x.shape[1] - units
+    frames = list(generate(model, x[:, :context], units, steps=4, seed=1, context_level=level))
+    generated, truth = torch.cat(frames, 1), x[:, context:]
+    return {
+        "error": (generated - truth).square().mean((0, 2, 3, 4)).tolist(),
+        "variance": (generated.var((0, 2, 3, 4)) / truth.var((0, 2, 3, 4))).tolist(),
+    }
+
+
+def kernel(model: MSCTransformer, name: str) -> None:
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        block.attention.backend = name  # type: ignore[assignment]
+
+
+def run_one(name: str, task: Task, variant: str, seed: int, args: argparse.Namespace) -> dict:
+    scales, gate, learned, same_flops = VARIANTS[variant]
+    device = task.held_out.device
+
+    def config(scales: tuple[Scale, ...], gate: str) -> ModelConfig:
+        return ModelConfig(
+            width=args.width, depth=args.depth, scales=scales, patch=PATCH, gate=gate,  # type: ignore[arg-type]
+            channels=task.held_out.shape[2], gate_constants=gate_constants(scales, PATCH, 1, task.statistics),
+        )  # fmt: skip
+
+    flops = cost.step_flops(config(scales, gate), task.frames, SIDE, SIDE)
+    steps = args.steps
+    if same_flops:
+        steps = round(steps * cost.step_flops(config(MULTI, "logits"), task.frames, SIDE, SIDE) / flops)
+    torch.manual_seed(seed)
+    model = MSCTransformer(config(scales, gate)).to(device)
+    if not learned:
+        for block in model.blocks:
+            if block.attention.delta is not None:
+                block.attention.delta.requires_grad_(False)
+    kernel(model, args.backend)
+    seconds = train(model, task, steps, args.batch, seed, args.lr)
+    kernel(model, "sdpa")  # evaluation has many shapes; compiling a kernel for each would take longer
+    model.eval()
+    mean, by_noise = held_out_loss(model, task.held_out)
+    last = task.frames - 1
+    result = {
+        "task": name, "variant": variant, "seed": seed, "steps": steps, "batch": args.batch, "width": args.width,
+        "depth": args.depth, "flops": flops * args.batch * steps, "seconds": seconds, "loss": mean,
+        "by_noise": by_noise,
+        "grid": [[float(asked(model, task.held_out, last, q, c).mean()) for c in CONTEXT] for q in QUERY],
+        "roll_out": {str(level): roll_out(model, task.held_out[:64], 4, level) for level in LEVELS},
+    }  # fmt: skip
+    if name == "camera":  # the columns that enter: never seen in the first turn, seen a full turn ago in the second
+        result["entering"] = {
+            turn: {str(q): float(asked(model, task.held_out, frame, q, 0.0)[:, -SPEED:].mean()) for q in QUERY}
+            for turn, frame in (("first", FIRST), ("second", last))
+        }
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--tasks", nargs="+", default=["fields"], choices=["fields", "textures", "camera", "real"])
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--shards", type=Path)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--clips", type=int, default=4096, help="in the training set")
+    parser.add_argument("--held-out", type=int, default=128)
+    parser.add_argument("--backend", default="sdpa", help="kernel of training")
+    parser.add_argument("--minutes", type=float, default=1e9, help="start no run after this time")
+    args = parser.parse_args()
+    began = time.monotonic()
+    torch.set_float32_matmul_precision("high")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    done = set()
+    if args.results.is_file():
+        lines = [json.loads(line) for line in args.results.read_text().splitlines()]
+        done = {(line["task"], line["variant"], line["seed"]) for line in lines}
+    for name in args.tasks:
+        task = None
+        for seed in args.seeds:
+            for variant in args.variants:
+                if (name, variant, seed) in done or (time.monotonic() - began) / 60 > args.minutes:
+                    continue
+                task = task or load(name, args.clips, args.held_out, args.shards, device)
+                start = time.monotonic()
+                result = run_one(name, task, variant, seed, args)
+                with args.results.open("a") as file:
+                    file.write(json.dumps(result) + "\n")
+                print(
+                    f"{name} {variant} seed {seed}: loss {result['loss']:.4f}, {result['steps']} steps in "
+                    f"{result['seconds']:.0f} s, {time.monotonic() - start:.0f} s in all",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
