@@ -11,11 +11,11 @@ from msc.parallel.mesh import Mesh, make_mesh, rows
 from msc.parallel.temporal import ShardedTimeline, bounds
 from msc.parallel.zero import Precision, ZeroConfig, check_zero, make_engine
 
-from .attention import Timeline, WholeVideo
 from .backends import Backend
 from .layers import Block
 from .model import MSCTransformer
 from .optimizer import OptimizerConfig, make_optimizer
+from .timeline import Timeline, WholeVideo
 
 __all__ = [
     "Mesh",

@@ -12,7 +12,7 @@ from processes import run_ranks
 from sharded import SCALES, backward, causal_on_a_rank, change_after, make, on_a_rank
 
 from msc.parallel.temporal import bounds, transfers
-from msc.pretrain.attention import WholeVideo
+from msc.pretrain.timeline import WholeVideo
 
 GATES = ["logits", "values", "pair", "mix"]
 
