@@ -32,11 +32,12 @@ from .diffusion import frame_losses, frame_shift
 from .evaluate import Losses, held_out_losses, preview
 from .gate import gate_constants
 from .inputs import Feed, micro_batches
+from .layout import table
 from .meter import Meter
 from .metrics import State, Tracker
 from .model import MSCTransformer, check_clip
 from .optimizer import set_schedule
-from .parallelize import check_parallel, make_mesh, own_timeline, parallelize
+from .parallelize import check_parallel, clip_of, make_mesh, own_timeline, parallelize
 from .runs import LatentSpace, write_space
 
 REQUEUE = 75  # exit code of a run that was stopped, has saved, and wants to go on (EX_TEMPFAIL)
@@ -50,7 +51,8 @@ def train(config: Config, run: Path, resume: bool) -> int:
     config = resolve(config, index)
     mesh = make_mesh(world.size, config.parallel.sp, world.device.type)
     per_unit = config.model.frames_per_unit
-    timeline, units = own_timeline(mesh, index.frames // per_unit)
+    clip = clip_of(config.model, config.parallel, index.frames, index.height, index.width)
+    timeline, units = own_timeline(mesh, config.model, config.parallel, clip)
     batch, micro, accumulate = config.train.batch, config.train.micro, config.train.accumulate(mesh.dp)
 
     # The model, the same on every rank until DeepSpeed shards it -------------------------------------
@@ -272,7 +274,7 @@ def check(config: Config, run: Path, resume: bool, processes: int) -> Config:
     index = read_index(config.data.shards)
     config = resolve(config, index)
     check_clip(config.model, index.frames, index.height, index.width)
-    dp = check_parallel(config.parallel, processes, index.frames // config.model.frames_per_unit)
+    dp = check_parallel(config.parallel, config.model, processes, index.frames // config.model.frames_per_unit)
     config.train.accumulate(dp)
     if not index.samples("train"):
         raise ValueError(f"{config.data.shards} holds no clip to train on")
@@ -329,7 +331,7 @@ def describe(config: Config, processes: int = 1) -> str:
     index = read_index(config.data.shards) if config.data.shards else ASSUMED
     config = resolve(config, index)
     check_clip(config.model, index.frames, index.height, index.width)
-    dp = check_parallel(config.parallel, processes, index.frames // config.model.frames_per_unit)
+    dp = check_parallel(config.parallel, config.model, processes, index.frames // config.model.frames_per_unit)
     accumulate = config.train.accumulate(dp)
     bf16 = config.parallel.precision == "bf16"
     count = cost.parameters(config.model)
@@ -355,4 +357,8 @@ def describe(config: Config, processes: int = 1) -> str:
         ("memory per process", f"about {(state + activations) / 1e9:.2f} GB (estimate): state {state / 1e9:.2f}, "
                                f"activations {activations / 1e9:.2f}; {start / 1e9:.2f} at the start, before sharding"),
     ]  # fmt: skip
+    if config.parallel.sp > 1:
+        clip = clip_of(config.model, config.parallel, index.frames, index.height, index.width)
+        rates = config.parallel.bytes_per_s, config.parallel.flops_per_s
+        facts += table(config.model.scales, clip, config.parallel.sp, config.parallel.layout, *rates)
     return dump(config) + "\n" + "\n".join(f"{name:<24} {value}" for name, value in facts)
