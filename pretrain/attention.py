@@ -115,8 +115,7 @@ class MultiScaleAttention(nn.Module):
         early = part.view.early
         if early == part.q.shape[1]:
             return None
-        k, v = [part.k_past], [part.v_past]
-        return self._attend(part, slice(early, None), k, v, part.view.blocks_late)
+        return self._attend(part, slice(early, None), [part.k_past], [part.v_past], part.view.blocks_late)
 
     def _receive(self, part: Part, key: tuple[int, int]) -> tuple[list[Tensor], list[Tensor], Callable | None]:
         """Keys and values of the units before the run and of the groups pooled in time; asks for earlier groups."""
@@ -144,13 +143,13 @@ class MultiScaleAttention(nn.Module):
 
     def _attend(self, part: Part, units: slice, k: list[Tensor], v: list[Tensor], blocks: Blocks) -> Tensor:
         """Key blocks lie as Scale.key_blocks orders them: [pooled groups | unpooled units | own units, ungated]."""
-        view, k, v = part.view, list(k), list(v)
+        view = part.view
         if self.gate in ON_KEYS:
             k, v = [*k, part.k_own[:, units]], [*v, part.v_own[:, units]]
         elsewhere = None if view.placement is None else view.placement.attend
         kernel = elsewhere or partial(attend, backend=self.backend)
-        rows = (x[0] if len(x) == 1 else torch.cat(x, 1) for x in (k, v))
-        return attend_windows(part.q[:, units], *rows, blocks, view.scale.patch_window, self.shifted, kernel)
+        k_row, v_row = (x[0] if len(x) == 1 else torch.cat(x, 1) for x in (k, v))
+        return attend_windows(part.q[:, units], k_row, v_row, blocks, view.scale.patch_window, self.shifted, kernel)
 
     def _pool_time(self, fresh: Tensor, view: View, delta_h: Tensor | None) -> Tensor:
         """Keys and values of the groups that own units complete: `[B, groups, F, H, W, 2, h, d]`."""

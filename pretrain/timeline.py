@@ -23,9 +23,14 @@ class Placement(Protocol):
     attend: attention that sees more than what lies here (None: a kernel will do).
     """
 
-    units: tuple[int, ...]
-    heads: slice
-    attend: Attend | None
+    @property
+    def units(self) -> tuple[int, ...]: ...
+
+    @property
+    def heads(self) -> slice: ...
+
+    @property
+    def attend(self) -> Attend | None: ...
 
     def enter(self, x_BUhd: Tensor) -> Tensor:
         """`[B, own units, ..., all heads, d] -> [B, these units, ..., these heads, d]`; differentiable."""
@@ -46,8 +51,11 @@ class Timeline(Protocol):
     first: the first unit of the run. travels: whether asking takes time in which one had better compute.
     """
 
-    first: int
-    travels: bool
+    @property
+    def first(self) -> int: ...
+
+    @property
+    def travels(self) -> bool: ...
 
     def ask(
         self, key: Hashable, x_BU: Tensor, before: Callable[[int], int], kept: int | None, every: int = 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +58,8 @@ def view_frames(
     """
     constants, gated = constants or UNMEASURED, gate in ON_KEYS
     t_BUF = t_BT.unflatten(1, (-1, frames_per_unit))
-    first, units = timeline.first, range(timeline.first, timeline.first + t_BUF.shape[1])
+    first = timeline.first
+    units = tuple(range(first, first + t_BUF.shape[1]))
     placement = timeline.placement(index)
     if placement is not None:
         timeline, first, units = WholeVideo(), 0, placement.units
@@ -75,8 +77,8 @@ def view_frames(
         dtype = torch.float64 if t_BT.dtype == torch.float64 else torch.float32
         return rope_angles((frames, rows, columns), rotated, theta, dtype)
 
-    def frames_of(units: range | tuple[int, ...]) -> Tensor:
-        starts = torch.tensor(units, dtype=torch.long, device=t_BT.device) * frames_per_unit
+    def frames_of(units: Sequence[int]) -> Tensor:
+        starts = torch.tensor(list(units), dtype=torch.long, device=t_BT.device) * frames_per_unit
         return (starts[:, None] + torch.arange(frames_per_unit, device=t_BT.device)).flatten()
 
     rope_groups = log_snr_past = log_snr_own = log_snr_groups = log_snr_query = None
