@@ -8,7 +8,7 @@ the ranks. Scales that see all of the past may be computed elsewhere instead: se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -67,13 +67,13 @@ class ShardedTimeline:
         return self.placements.get(scale)
 
     def ask(
-        self, key: Hashable, x_BU: Tensor, before: Before, kept: int | None, every: int = 1
+        self, key: str, x_BU: Tensor, before: Before, kept: int | None, every: int = 1
     ) -> Callable[[], Tensor | None]:
         """Post the messages at once; the result waits for the earlier items. Differentiable."""
         messages = transfers(self.bounds, before, every)
         if not any(self.rank in message[:2] for message in messages):
             return lambda: None
-        trip = _Trip(messages, self.bounds[self.rank] // every, self.rank, self.group, f"{key}")
+        trip = _Trip(messages, self.bounds[self.rank] // every, self.rank, self.group, key)
         ticket = _Depart.apply(x_BU, trip)
         return lambda: _Arrive.apply(ticket, trip)
 

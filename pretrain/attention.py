@@ -34,6 +34,7 @@ def unrotated(gate: GatePlace) -> int:
 class Part:
     """One scale of one call, between asking for its past and attending to it. `[B, U, F, H, W, h, d]`."""
 
+    name: str
     view: View
     delta_h: Tensor | None
     q: Tensor
@@ -80,9 +81,9 @@ class MultiScaleAttention(nn.Module):
         deltas = [None] * len(sizes) if self.delta is None else self.delta.split(sizes)
         groups = zip(qkv.split(sizes, dim=-2), views, deltas, strict=True)
         # The past of all scales is on its way while units that do not need it attend; then the others follow.
-        parts = [self._ask(part, view, delta, (layer, i)) for i, (part, view, delta) in enumerate(groups)]
+        parts = [self._ask(f"scale {i} in layer {layer}", *group) for i, group in enumerate(groups)]
         late = [self._attend_late(part) for part in parts]
-        pasts = [self._receive(part, (layer, i)) for i, part in enumerate(parts)]
+        pasts = [self._receive(part) for part in parts]
         outs = []
         for part, past, rest in zip(parts, pasts, late, strict=True):
             out = self._attend_early(part, *past)
@@ -94,7 +95,7 @@ class MultiScaleAttention(nn.Module):
             outs = self._mixed(outs, views, deltas)
         return self.out(torch.cat(outs, dim=-2).flatten(-2))
 
-    def _ask(self, qkv_BTHW3hd: Tensor, view: View, delta_h: Tensor | None, key: tuple[int, int]) -> Part:
+    def _ask(self, name: str, qkv_BTHW3hd: Tensor, view: View, delta_h: Tensor | None) -> Part:
         """Queries and keys of the own units; asks for the earlier ones."""
         scale = view.scale
         x = pool_space(qkv_BTHW3hd, scale.space).unflatten(1, (-1, view.frames_per_unit))
@@ -102,13 +103,13 @@ class MultiScaleAttention(nn.Module):
             x = view.placement.enter(x)
             delta_h = None if delta_h is None else delta_h[view.placement.heads]
         kv = x[..., 1:, :, :]
-        past = view.timeline.ask((*key, "fresh"), kv, scale.fresh_before, scale.fresh_kept)
+        past = view.timeline.ask(f"past of {name}", kv, scale.fresh_before, scale.fresh_kept)
         q = place(x[..., 0, :, :], self.q_gain, view.rope_own)
         k, v = place(kv[..., 0, :, :], self.k_gain, view.rope_own), kv[..., 1, :, :]
         k_past, v_past = self._gated(k, v, view.log_snr_own, view.constants.rho, delta_h)
         if self.gate in ON_KEYS:
             q, k = self._asking(q, view.log_snr_query), self._ungated(k)
-        return Part(view, delta_h, q, kv, k_past, v_past, k, v, past)
+        return Part(name, view, delta_h, q, kv, k_past, v_past, k, v, past)
 
     def _attend_late(self, part: Part) -> Tensor | None:
         """Output of the units that need nothing from before the run."""
@@ -117,7 +118,7 @@ class MultiScaleAttention(nn.Module):
             return None
         return self._attend(part, slice(early, None), [part.k_past], [part.v_past], part.view.blocks_late)
 
-    def _receive(self, part: Part, key: tuple[int, int]) -> tuple[list[Tensor], list[Tensor], Callable | None]:
+    def _receive(self, part: Part) -> tuple[list[Tensor], list[Tensor], Callable | None]:
         """Keys and values of the units before the run and of the groups pooled in time; asks for earlier groups."""
         view, scale = part.view, part.view.scale
         past = part.past()
@@ -130,7 +131,8 @@ class MultiScaleAttention(nn.Module):
             return k, v, None
         fresh = part.kv if past is None else torch.cat((past, part.kv), 1)
         pooled = self._pool_time(fresh, view, part.delta_h)
-        groups = view.timeline.ask((*key, "pooled"), pooled, scale.pooled_before, scale.window, every=scale.time)
+        key, before = f"pooled past of {part.name}", scale.pooled_before
+        groups = view.timeline.ask(key, pooled, before, scale.window, every=scale.time)
         return [pooled[..., 0, :, :], *k], [pooled[..., 1, :, :], *v], groups
 
     def _attend_early(self, part: Part, k: list[Tensor], v: list[Tensor], groups: Callable | None) -> Tensor:

@@ -7,7 +7,7 @@ new unit. The finished unit re-enters the past clean (t = 0) or at a chosen nois
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -25,10 +25,10 @@ class Cache:
     def __init__(self) -> None:
         self.first = 0
         self.writing = False
-        self._kept: dict[Hashable, Tensor] = {}
+        self._kept: dict[str, Tensor] = {}
 
     def ask(
-        self, key: Hashable, x_BU: Tensor, before: Callable[[int], int], kept: int | None, every: int = 1
+        self, key: str, x_BU: Tensor, before: Callable[[int], int], kept: int | None, every: int = 1
     ) -> Callable[[], Tensor | None]:
         stored, need = self._kept.get(key), before(self.first)
         assert need == 0 or (stored is not None and stored.shape[1] >= need), f"the cache lacks part of {key}"

@@ -7,7 +7,7 @@ generation cache provide them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
@@ -58,7 +58,7 @@ class Timeline(Protocol):
     def travels(self) -> bool: ...
 
     def ask(
-        self, key: Hashable, x_BU: Tensor, before: Callable[[int], int], kept: int | None, every: int = 1
+        self, key: str, x_BU: Tensor, before: Callable[[int], int], kept: int | None, every: int = 1
     ) -> Callable[[], Tensor | None]:
         """Hand on the own items and ask for earlier ones. Returns at once; its result waits for those.
 
@@ -81,7 +81,7 @@ class WholeVideo:
     travels = False
 
     def ask(
-        self, key: Hashable, x_BU: Tensor, before: Callable[[int], int], kept: int | None, every: int = 1
+        self, key: str, x_BU: Tensor, before: Callable[[int], int], kept: int | None, every: int = 1
     ) -> Callable[[], Tensor | None]:
         return lambda: None
 

@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import platform
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,8 @@ from msc.datasets.batches import loader
 from msc.datasets.files import write_atomically
 from msc.datasets.shards import Index, read_index
 from msc.datasets.statistics import Statistics
-from msc.parallel import process, zero
+from msc.parallel import desync, process, zero
+from msc.parallel.watch import watching
 
 from . import checkpoint, cost
 from .autoencoder import open_autoencoder
@@ -39,16 +43,26 @@ from .model import MSCTransformer, check_clip
 from .optimizer import set_schedule
 from .parallelize import check_parallel, clip_of, make_mesh, own_timeline, parallelize
 from .runs import LatentSpace, write_space
+from .tracking import code_version
 
 REQUEUE = 75  # exit code of a run that was stopped, has saved, and wants to go on (EX_TEMPFAIL)
 
 
 def train(config: Config, run: Path, resume: bool) -> int:
     """Train in this process, one of the world that RANK and WORLD_SIZE describe; returns the exit code."""
-    # The world: who we are, and which part of every clip is ours ------------------------------------
     world = process.join(config.parallel.timeout)
+    with watching(world.rank, world.size, config.parallel.timeout) as at:
+        return _train(config, run, resume, world, at)
+
+
+def _train(config: Config, run: Path, resume: bool, world: process.World, at: Callable[[int, str], None]) -> int:
+    # The world: who we are, and which part of every clip is ours ------------------------------------
     index = read_index(config.data.shards)
     config = resolve(config, index)
+    desync.agree(
+        {**flat(config), **code_version(), **versions(), "run": str(run.absolute()), "resume from":
+         str(checkpoint.latest(run)) if resume else None, "index.json": index_checksum(config.data.shards)}
+    )  # fmt: skip
     mesh = make_mesh(world.size, config.parallel.sp, world.device.type)
     per_unit = config.model.frames_per_unit
     clip = clip_of(config.model, config.parallel, index.frames, index.height, index.width)
@@ -116,12 +130,14 @@ def train(config: Config, run: Path, resume: bool) -> int:
     state: State = "FAILED"
 
     def save() -> None:
+        at(step, "checkpoint")
         if previous is not None and previous.name == f"step-{step:08d}":
             return  # resumed and nothing done since
         checkpoint.save(run, engine, step, {"clock": clock, "config": flat(config)}, config.checkpoint.keep)
 
     def look() -> None:
         """Held-out loss and a preview from the averaged weights; training does not notice."""
+        at(step, "held-out loss")
         with zero.averaged_weights(engine):
             losses = held_out_losses(engine.module, config, index, feed, mesh.dp, mesh.dp_rank, timeline)
             pictures = preview(engine.module, config, index, feed, run, step, world.first) if step else []
@@ -138,8 +154,10 @@ def train(config: Config, run: Path, resume: bool) -> int:
             losses = Losses.zeros(world.device)
             while clock < config.train.clips:
                 # One step: all its clips, their noise, and how many frames count over all ranks
+                at(step, "reading clips")
                 with meter.waiting():
                     clips_of_step = next(clips)
+                at(step, "counting frames")
                 supervised = float((feed.levels(clips_of_step) > 0).sum())
                 counted, stop = process.total_of(
                     torch.tensor([supervised, float(bool(stopping))], device=world.device)
@@ -149,6 +167,7 @@ def train(config: Config, run: Path, resume: bool) -> int:
                 rate = set_schedule(engine.optimizer.param_groups, config.optimizer, clock, config.train.clips, batch)
 
                 # Forward and backward; a rank's share of the global loss, times the world DeepSpeed averages over
+                at(step, "forward, backward and update")
                 norm = math.nan
                 for clips_of_part in micro_batches(clips_of_step, micro):
                     with meter.waiting():
@@ -164,6 +183,7 @@ def train(config: Config, run: Path, resume: bool) -> int:
                 bar.update()
 
                 # Reports, checkpoints, held-out loss
+                at(step, "report")
                 done = clock >= config.train.clips
                 if step % config.train.report == 0 or done:
                     losses.reduce()
@@ -205,6 +225,16 @@ def train(config: Config, run: Path, resume: bool) -> int:
         tracker.finish(state)
         if state != "FAILED":  # after a failure the others may hang in a collective: do not wait for them
             process.leave()
+
+
+def versions() -> dict[str, str]:
+    """Of what the result depends on besides our own code."""
+    libraries = {name: version(name) for name in ("torch", "deepspeed", "numpy", "safetensors")}
+    return {"python": platform.python_version(), **libraries}
+
+
+def index_checksum(shards: str) -> str:
+    return hashlib.sha256((Path(shards) / "index.json").read_bytes()).hexdigest()[:16]
 
 
 @contextmanager

@@ -87,7 +87,7 @@ def view_frames(
         start = (first - past) * frames_per_unit
         rope_groups = rope(start + pooled * scale.time + (scale.time - 1) / 2)
     if gated:
-        t_past = timeline.ask(("noise", index), t_BUF, scale.fresh_before, scale.fresh_kept)()
+        t_past = timeline.ask(f"noise of scale {index}", t_BUF, scale.fresh_before, scale.fresh_kept)()
         t_past = t_BUF[:, :0] if t_past is None else t_past
         log_snr_past, log_snr_own = (log_snr(t.flatten(1)) + constants.b for t in (t_past, t_BUF))
         if finished:
