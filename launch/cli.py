@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if "traceback" not in args and is_users(error):
             print(f"msc: {message(error)}", file=sys.stderr)
-            code = 2
+            code = 1 if isinstance(error, ConnectionError) else 2  # of other ranks: no mistake of the user's
         else:
             traceback.print_exc()
             code = 1

@@ -56,12 +56,14 @@ def visible_gpus(environment: Mapping[str, str], devices: Path = Path("/dev")) -
 
 def rank_environment(base: Mapping[str, str], rank: int, ranks: int, port: int) -> dict[str, str]:
     """The environment of one rank: `base`, the variables that torch.distributed and DeepSpeed read, and
-    an own share of the cores. Values already in `base` win for OMP_NUM_THREADS only."""
+    an own share of the cores. Values already in `base` win for OMP_NUM_THREADS and TORCH_CPP_LOG_LEVEL only."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     programs = str(Path(sys.executable).parent)  # not resolved: in a virtual environment this is a link
     path = base.get("PATH", os.defpath)
     return {
         "OMP_NUM_THREADS": str(max(1, cores // ranks)),
+        # When a rank is lost, torch's C++ side of the others would bury the one line on it under stack traces.
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
         **base,
         "RANK": str(rank),
         "WORLD_SIZE": str(ranks),

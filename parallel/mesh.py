@@ -23,6 +23,9 @@ def make_mesh(world: int, sp: int, device_type: str) -> Mesh:
     """Neighbouring ranks share a video, so that the traffic along time stays inside a node first."""
     dp = rows(world, sp)
     mesh = init_device_mesh(device_type, (dp, sp), mesh_dim_names=("dp", "sp"))
+    if sp > 1:
+        # NCCL connects a group in its first call, which none may miss; messages along time are not for all ranks
+        dist.barrier(mesh.get_group("sp"))
     return Mesh(dp, sp, mesh.get_local_rank("dp"), mesh.get_local_rank("sp"), mesh.get_group("sp"))
 
 

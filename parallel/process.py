@@ -24,7 +24,8 @@ class World:
 def join(timeout_s: float) -> World:
     """Initialise torch.distributed from the environment: NCCL on GPUs, gloo on CPUs.
 
-    A collective that some rank does not join within `timeout_s` fails on the others.
+    A collective that some rank does not join within `timeout_s` fails on the others. NCCL's own watchdog, which
+    ends a process without a word on who is missing, gets a minute more: watch.py comes first.
     """
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
@@ -33,7 +34,7 @@ def join(timeout_s: float) -> World:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
+        backend, timeout_s = "cpu:gloo,cuda:nccl", timeout_s + 60
     else:
         device, backend = torch.device("cpu"), "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))

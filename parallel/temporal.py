@@ -1,20 +1,26 @@
 """One video shared among ranks along causal time: who holds which units, and how the past travels.
 
 A rank holds a contiguous run of units. What its queries need of earlier units (a window, an incomplete
-group, pooled groups) is sent by whoever holds it, straight to whoever needs it; gradients travel back the
-same way. A windowed scale so moves a constant amount, however long the video and however many the ranks.
+group, pooled groups) is sent by whoever holds it, straight to whoever needs it, while both compute; gradients
+travel back the same way. A windowed scale so moves a constant amount, however long the video and however many
+the ranks. Scales that see all of the past may be computed elsewhere instead: see ulysses.py and ring.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .exchange import Posted
+from .ring import Ring
+from .ulysses import Ulysses
+
 Before = Callable[[int], int]
+Message = tuple[int, int, int, int]
 
 
 def bounds(units: int, ranks: int) -> tuple[int, ...]:
@@ -24,7 +30,7 @@ def bounds(units: int, ranks: int) -> tuple[int, ...]:
     return tuple(rank * units // ranks for rank in range(ranks + 1))
 
 
-def transfers(bounds: tuple[int, ...], before: Before, every: int = 1) -> list[tuple[int, int, int, int]]:
+def transfers(bounds: tuple[int, ...], before: Before, every: int = 1) -> list[Message]:
     """All messages that bring each rank the earlier items it needs: (source, target, first item, end).
 
     An item covers `every` units and belongs to the rank that holds the last of them; a rank that starts
@@ -43,63 +49,91 @@ def transfers(bounds: tuple[int, ...], before: Before, every: int = 1) -> list[t
 
 
 class ShardedTimeline:
-    """This rank's run of units of a video that its sequence-parallel group shares."""
+    """This rank's run of units of a video that its sequence-parallel group shares.
 
-    def __init__(self, group: dist.ProcessGroup, bounds: tuple[int, ...]):
-        self.group, self.bounds = group, bounds
+    `placements` names the scales (by their index) whose attention is computed elsewhere.
+    """
+
+    travels = True
+
+    def __init__(
+        self, group: dist.ProcessGroup, bounds: tuple[int, ...], placements: Mapping[int, Ulysses | Ring] | None = None
+    ):
+        self.group, self.bounds, self.placements = group, bounds, placements or {}
         self.rank = dist.get_rank(group)
         self.first = bounds[self.rank]
 
-    def extend(self, key: Hashable, x_BU: Tensor, before: Before, kept: int | None, every: int = 1) -> Tensor:
-        """Put the earlier items this rank needs in front of its own (dimension 1); differentiable."""
+    def placement(self, scale: int) -> Ulysses | Ring | None:
+        return self.placements.get(scale)
+
+    def ask(
+        self, key: str, x_BU: Tensor, before: Before, kept: int | None, every: int = 1
+    ) -> Callable[[], Tensor | None]:
+        """Post the messages at once; the result waits for the earlier items. Differentiable."""
         messages = transfers(self.bounds, before, every)
         if not any(self.rank in message[:2] for message in messages):
-            return x_BU
-        return _Extend.apply(x_BU, messages, self.bounds[self.rank] // every, self.rank, self.group)
+            return lambda: None
+        trip = _Trip(messages, self.bounds[self.rank] // every, self.rank, self.group, key)
+        ticket = _Depart.apply(x_BU, trip)
+        return lambda: _Arrive.apply(ticket, trip)
 
 
-class _Extend(torch.autograd.Function):
+# Departure and arrival are two nodes of the graph, tied by an empty tensor. What is computed between them
+# overlaps with the transfer. So it does in the backward pass, which goes through the nodes in the opposite order:
+# the gradient of what arrived is sent off before that of what was computed meanwhile is worked out.
+
+
+class _Trip:
+    """One exchange of past items, out and, in the backward pass, home again."""
+
+    def __init__(self, messages: list[Message], start: int, rank: int, group: dist.ProcessGroup, what: str):
+        self.group, self.what = group, what
+        # Own items that others need, and how many of the past come from whom, in the fixed order of the messages
+        self.given = [(to, slice(a - start, b - start)) for source, to, a, b in messages if source == rank]
+        self.taken = [(source, b - a) for source, to, a, b in messages if to == rank]
+
+    def depart(self, x: Tensor) -> None:
+        self.shape = x.shape
+        buffers = [(source, x.new_empty(x.shape[0], size, *x.shape[2:])) for source, size in self.taken]
+        self.posted = Posted([(to, x[:, items]) for to, items in self.given], buffers, self.group, self.what)
+        self.nothing = x[:, :0]
+
+    def arrive(self) -> Tensor:
+        return torch.cat([self.nothing, *self.posted.wait()], 1)
+
+    def depart_home(self, grad: Tensor) -> None:
+        parts = grad.split([size for _, size in self.taken], 1)
+        sends = [(source, part) for (source, _), part in zip(self.taken, parts, strict=True)]
+        buffers = [(to, grad.new_empty(grad.shape[0], s.stop - s.start, *grad.shape[2:])) for to, s in self.given]
+        self.nothing = grad[:, :0]
+        self.posted = Posted(sends, buffers, self.group, f"gradient of {self.what}")
+
+    def arrive_home(self) -> Tensor:
+        grad = self.nothing.new_zeros(self.shape)
+        for (_, items), part in zip(self.given, self.posted.wait(), strict=True):
+            grad[:, items] += part
+        return grad
+
+
+class _Depart(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        messages: list[tuple[int, int, int, int]],
-        start: int,
-        rank: int,
-        group: dist.ProcessGroup,
-    ) -> Tensor:
-        ctx.arguments = messages, start, rank, group
-        sends = [(target, x[:, a - start : b - start]) for source, target, a, b in messages if source == rank]
-        sizes = [(source, b - a) for source, target, a, b in messages if target == rank]
-        past = [(source, x.new_empty(x.shape[0], size, *x.shape[2:])) for source, size in sizes]
-        _exchange(sends, past, group)
-        return torch.cat([*(part for _, part in past), x], 1)
+    def forward(ctx: Any, x: Tensor, trip: _Trip) -> Tensor:
+        ctx.trip = trip
+        trip.depart(x)
+        return x.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        messages, start, rank, group = ctx.arguments
-        received = [(source, b - a) for source, target, a, b in messages if target == rank]
-        sends, at = [], 0
-        for source, size in received:
-            sends.append((source, grad[:, at : at + size]))
-            at += size
-        own = grad[:, at:].clone()
-        returns = [
-            (target, a - start, own.new_empty(own.shape[0], b - a, *own.shape[2:]))
-            for source, target, a, b in messages
-            if source == rank
-        ]
-        _exchange(sends, [(target, part) for target, _, part in returns], group)
-        for _, first, part in returns:  # in the fixed order of the messages
-            own[:, first : first + part.shape[1]] += part
-        return own, None, None, None, None
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
+        return ctx.trip.arrive_home(), None
 
 
-def _exchange(sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]], group: dist.ProcessGroup) -> None:
-    """Send and receive between ranks of the group, all at once."""
-    operations = [
-        dist.P2POp(dist.isend, tensor.contiguous(), dist.get_global_rank(group, peer), group) for peer, tensor in sends
-    ] + [dist.P2POp(dist.irecv, tensor, dist.get_global_rank(group, peer), group) for peer, tensor in receives]
-    for work in dist.batch_isend_irecv(operations) if operations else []:
-        work.wait()
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ticket: Tensor, trip: _Trip) -> Tensor:
+        ctx.trip = trip
+        return trip.arrive()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        ctx.trip.depart_home(grads[0])
+        return grads[0].new_empty(0), None

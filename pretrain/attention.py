@@ -3,39 +3,26 @@
 The heads are divided among the scales (scales.py). A group's queries, keys and values are average-pooled
 to its resolution after the projection, attend there to their own unit and to the visible past, and are
 repeated back to full resolution. With the single scale `(all heads, 1, 1, None)` this is dense causal
-attention. What of the past lies elsewhere (another rank, a generation cache) comes through a `Timeline`;
-this module knows neither ranks nor caches. Shape suffixes: B batch, T frames, U units, F frames of a
+attention. What of the past lies elsewhere (another rank, a generation cache) comes through the views' timeline
+(timeline.py); this module knows neither ranks nor caches. Shape suffixes: B batch, T frames, U units, F frames of a
 unit, H W token grid, n tokens of a unit, R key blocks, h heads, d head width, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .backends import Backend, Blocks, attend
-from .gate import (
-    NODES,
-    UNMEASURED,
-    GateConstants,
-    GatePlace,
-    effective_log_snr,
-    log_gate,
-    log_gate_at_nodes,
-    log_snr,
-    node_weights,
-    pooled_log_snr,
-)
-from .rope import Rope, rope_angles
+from .backends import Attend, Backend, Blocks, attend
+from .gate import NODES, ON_KEYS, GatePlace, effective_log_snr, log_gate, log_gate_at_nodes, node_weights
+from .rope import Rope
 from .scales import Scale, spatial_windows
-
-# The gates that act on past keys, so that the own unit's keys, never gated, need a row of their own.
-ON_KEYS: tuple[GatePlace, ...] = ("values", "logits", "pair")
+from .view import View
 
 
 def unrotated(gate: GatePlace) -> int:
@@ -43,102 +30,20 @@ def unrotated(gate: GatePlace) -> int:
     return len(NODES) if gate == "pair" else 2
 
 
-class Timeline(Protocol):
-    """Where a run of units lies in its video, and how to get at what comes before it."""
-
-    first: int
-
-    def extend(
-        self, key: Hashable, x_BU: Tensor, before: Callable[[int], int], kept: int | None, every: int = 1
-    ) -> Tensor:
-        """Put earlier items in front of the own ones along dimension 1.
-
-        An item covers `every` units and belongs to whoever holds the last of them; `before(first)`
-        is how many earlier items a run that starts at unit `first` needs; no later run ever needs more
-        than `kept` of them (None: all may be needed). `key` names the tensor across calls.
-        """
-        ...
-
-
-class WholeVideo:
-    """The timeline of a video that lies here from its first frame: nothing comes before it."""
-
-    first = 0
-
-    def extend(
-        self, key: Hashable, x_BU: Tensor, before: Callable[[int], int], kept: int | None, every: int = 1
-    ) -> Tensor:
-        return x_BU
-
-
 @dataclass(frozen=True)
-class View:
-    """What one scale needs to know of the frames of a call; the same for all layers."""
+class Part:
+    """One scale of one call, between asking for its past and attending to it. `[B, U, F, H, W, h, d]`."""
 
-    scale: Scale
-    frames_per_unit: int
-    blocks: Blocks
-    rope_fresh: Rope  # unpooled keys: past units, then own ones; queries use its end
-    rope_groups: Rope | None  # groups pooled in time that own units complete
-    constants: GateConstants
-    log_snr_own: Tensor | None  # [B, T]
-    log_snr_fresh: Tensor | None  # [B, frames of rope_fresh]
-    log_snr_groups: Tensor | None  # [B, frames of rope_groups]
-
-
-def view_frames(
-    scale: Scale,
-    index: int,
-    t_BT: Tensor,
-    grid: tuple[int, int],
-    frames_per_unit: int,
-    rotated: int,
-    theta: float,
-    gate: GatePlace,
-    constants: GateConstants | None,
-    timeline: Timeline,
-) -> View:
-    """Positions, noise and visible blocks of a call's frames at one scale.
-
-    t_BT are the noise levels of the own frames; grid is the full token grid (H, W); constants are what was
-    measured of the data at this scale (gate.gate_constants; None: nothing).
-    """
-    constants = constants or UNMEASURED
-    t_BUF = t_BT.unflatten(1, (-1, frames_per_unit))
-    first, units = timeline.first, t_BUF.shape[1]
-    past = scale.fresh_before(first)
-    finished = (first + units) // scale.time - first // scale.time if scale.time > 1 else 0
-    if gate in ON_KEYS:
-        t_BUF = timeline.extend(("noise", index), t_BUF, scale.fresh_before, scale.fresh_kept)
-    t_fresh = t_BUF.flatten(1)
-
-    def rope(frames: Tensor) -> Rope:
-        rows, columns = (
-            torch.arange(side // scale.space, device=t_BT.device) * scale.space + (scale.space - 1) / 2 for side in grid
-        )
-        dtype = torch.float64 if t_BT.dtype == torch.float64 else torch.float32
-        return rope_angles((frames, rows, columns), rotated, theta, dtype)
-
-    start = (first - past) * frames_per_unit
-    rope_fresh = rope(torch.arange(start, start + (past + units) * frames_per_unit, device=t_BT.device))
-    rope_groups = log_snr_groups = None
-    if finished:
-        pooled = torch.arange(finished * frames_per_unit, device=t_BT.device)
-        rope_groups = rope(start + pooled * scale.time + (scale.time - 1) / 2)
-        if gate in ON_KEYS:
-            members = t_fresh[:, : finished * scale.time * frames_per_unit]
-            log_snr_groups = pooled_log_snr(members, scale.time) + constants.b_pooled
-    return View(
-        scale,
-        frames_per_unit,
-        scale.key_blocks(first, units, separate_own=gate in ON_KEYS),
-        rope_fresh,
-        rope_groups,
-        constants,
-        log_snr(t_BT) + constants.b if gate in ("mix", "pair") else None,
-        log_snr(t_fresh) + constants.b if gate in ON_KEYS else None,
-        log_snr_groups,
-    )
+    name: str
+    view: View
+    delta_h: Tensor | None
+    q: Tensor
+    kv: Tensor  # raw, as it travels: [B, U, F, H, W, 2, h, d]
+    k_past: Tensor  # as later units see the own ones: gated
+    v_past: Tensor
+    k_own: Tensor  # as a unit sees itself
+    v_own: Tensor
+    past: Callable[[], Tensor | None]
 
 
 class MultiScaleAttention(nn.Module):
@@ -169,65 +74,94 @@ class MultiScaleAttention(nn.Module):
         self.k_gain = nn.Parameter(torch.ones(self.head_width))
         self.delta = nn.Parameter(torch.zeros(self.heads)) if gate != "none" else None
 
-    def forward(self, x_BTHWD: Tensor, views: Sequence[View], timeline: Timeline, layer: int = 0) -> Tensor:
+    def forward(self, x_BTHWD: Tensor, views: Sequence[View], layer: int = 0) -> Tensor:
         qkv = self.qkv(x_BTHWD).unflatten(-1, (3, self.heads, self.head_width))
-        groups = qkv.split([scale.heads for scale in self.scales], dim=-2)
-        deltas = (
-            [None] * len(groups) if self.delta is None else self.delta.split([scale.heads for scale in self.scales])
-        )
-        outs = [
-            self._one_scale(part, view, delta, timeline, (layer, i))
-            for i, (part, view, delta) in enumerate(zip(groups, views, deltas, strict=True))
-        ]
+        frames = x_BTHWD.shape[1]
+        sizes = [scale.heads for scale in self.scales]
+        deltas = [None] * len(sizes) if self.delta is None else self.delta.split(sizes)
+        groups = zip(qkv.split(sizes, dim=-2), views, deltas, strict=True)
+        # The past of all scales is on its way while units that do not need it attend; then the others follow.
+        parts = [self._ask(f"scale {i} in layer {layer}", *group) for i, group in enumerate(groups)]
+        late = [self._attend_late(part) for part in parts]
+        pasts = [self._receive(part) for part in parts]
+        outs = []
+        for part, past, rest in zip(parts, pasts, late, strict=True):
+            out = self._attend_early(part, *past)
+            out = out if rest is None else torch.cat((out, rest), 1)
+            if part.view.placement is not None:
+                out = part.view.placement.leave(out)
+            outs.append(repeat_space(out.reshape(out.shape[0], frames, *out.shape[3:]), part.view.scale.space))
         if self.gate == "mix":
             outs = self._mixed(outs, views, deltas)
         return self.out(torch.cat(outs, dim=-2).flatten(-2))
 
-    def _one_scale(
-        self,
-        qkv_BTHW3hd: Tensor,
-        view: View,
-        delta_h: Tensor | None,
-        timeline: Timeline,
-        key: tuple[int, int],
-    ) -> Tensor:
-        scale, frames = view.scale, view.frames_per_unit
-        x = pool_space(qkv_BTHW3hd, scale.space)
-        q, kv = x[..., 0, :, :], x[..., 1:, :, :]
-        fresh = timeline.extend((*key, "fresh"), kv.unflatten(1, (-1, frames)), scale.fresh_before, scale.fresh_kept)
-        units = q.shape[1] // frames
-
-        q = view.rope_fresh.last(units * frames).rotate(normalise(q, self.q_gain)).unflatten(1, (-1, frames))
-        k, v = fresh.unbind(-3)
-        k = view.rope_fresh.rotate(normalise(k, self.k_gain).flatten(1, 2)).unflatten(1, (-1, frames))
-
-        # Key blocks, as Scale.key_blocks orders them: [pooled groups | unpooled units | own units again, ungated].
-        k_past, v_past = self._gated(k, v, view.log_snr_fresh, view.constants.rho, delta_h)
-        k_row, v_row = [k_past], [v_past]
-        if scale.time > 1:
-            pooled = self._pool_time(fresh, view, delta_h)
-            pooled = timeline.extend((*key, "pooled"), pooled, scale.pooled_before, scale.window, every=scale.time)
-            k_row.insert(0, pooled[..., 0, :, :])
-            v_row.insert(0, pooled[..., 1, :, :])
+    def _ask(self, name: str, qkv_BTHW3hd: Tensor, view: View, delta_h: Tensor | None) -> Part:
+        """Queries and keys of the own units; asks for the earlier ones."""
+        scale = view.scale
+        x = pool_space(qkv_BTHW3hd, scale.space).unflatten(1, (-1, view.frames_per_unit))
+        if view.placement is not None:
+            x = view.placement.enter(x)
+            delta_h = None if delta_h is None else delta_h[view.placement.heads]
+        kv = x[..., 1:, :, :]
+        past = view.timeline.ask(f"past of {name}", kv, scale.fresh_before, scale.fresh_kept)
+        q = place(x[..., 0, :, :], self.q_gain, view.rope_own)
+        k, v = place(kv[..., 0, :, :], self.k_gain, view.rope_own), kv[..., 1, :, :]
+        k_past, v_past = self._gated(k, v, view.log_snr_own, view.constants.rho, delta_h)
         if self.gate in ON_KEYS:
-            k_row.append(self._ungated(k[:, -units:]))
-            v_row.append(v[:, -units:])
-            q = self._asking(q, view.log_snr_own)
-        out = attend_windows(
-            q, torch.cat(k_row, 1), torch.cat(v_row, 1), view.blocks, scale.patch_window, self.shifted, self.backend
-        )
-        return repeat_space(out.flatten(1, 2), scale.space)
+            q, k = self._asking(q, view.log_snr_query), self._ungated(k)
+        return Part(name, view, delta_h, q, kv, k_past, v_past, k, v, past)
+
+    def _attend_late(self, part: Part) -> Tensor | None:
+        """Output of the units that need nothing from before the run."""
+        early = part.view.early
+        if early == part.q.shape[1]:
+            return None
+        return self._attend(part, slice(early, None), [part.k_past], [part.v_past], part.view.blocks_late)
+
+    def _receive(self, part: Part) -> tuple[list[Tensor], list[Tensor], Callable | None]:
+        """Keys and values of the units before the run and of the groups pooled in time; asks for earlier groups."""
+        view, scale = part.view, part.view.scale
+        past = part.past()
+        k, v = [], []
+        if past is not None:
+            k_past, v_past = place(past[..., 0, :, :], self.k_gain, view.rope_past), past[..., 1, :, :]
+            k_past, v_past = self._gated(k_past, v_past, view.log_snr_past, view.constants.rho, part.delta_h)
+            k, v = [k_past], [v_past]
+        if scale.time == 1:
+            return k, v, None
+        fresh = part.kv if past is None else torch.cat((past, part.kv), 1)
+        pooled = self._pool_time(fresh, view, part.delta_h)
+        key, before = f"pooled past of {part.name}", scale.pooled_before
+        groups = view.timeline.ask(key, pooled, before, scale.window, every=scale.time)
+        return [pooled[..., 0, :, :], *k], [pooled[..., 1, :, :], *v], groups
+
+    def _attend_early(self, part: Part, k: list[Tensor], v: list[Tensor], groups: Callable | None) -> Tensor:
+        """Output of the units that see what lies before the run."""
+        early = part.view.early
+        if groups is not None and (earlier := groups()) is not None:
+            k, v = [earlier[..., 0, :, :], *k], [earlier[..., 1, :, :], *v]
+        k, v = [*k, part.k_past[:, :early]], [*v, part.v_past[:, :early]]
+        return self._attend(part, slice(early), k, v, part.view.blocks_early)
+
+    def _attend(self, part: Part, units: slice, k: list[Tensor], v: list[Tensor], blocks: Blocks) -> Tensor:
+        """Key blocks lie as Scale.key_blocks orders them: [pooled groups | unpooled units | own units, ungated]."""
+        view = part.view
+        if self.gate in ON_KEYS:
+            k, v = [*k, part.k_own[:, units]], [*v, part.v_own[:, units]]
+        elsewhere = None if view.placement is None else view.placement.attend
+        kernel = elsewhere or partial(attend, backend=self.backend)
+        k_row, v_row = (x[0] if len(x) == 1 else torch.cat(x, 1) for x in (k, v))
+        return attend_windows(part.q[:, units], k_row, v_row, blocks, view.scale.patch_window, self.shifted, kernel)
 
     def _pool_time(self, fresh: Tensor, view: View, delta_h: Tensor | None) -> Tensor:
         """Keys and values of the groups that own units complete: `[B, groups, F, H, W, 2, h, d]`."""
-        time, frames = view.scale.time, view.frames_per_unit
-        finished = 0 if view.rope_groups is None else view.rope_groups.frames // frames
         if view.rope_groups is None:
             return fresh[:, :0]
+        time, frames = view.scale.time, fresh.shape[2]
+        finished = view.rope_groups.frames // frames
         members = fresh[:, : finished * time].flatten(1, 2)
-        k, v = members.unflatten(1, (-1, time)).mean(2).unbind(-3)
-        k = view.rope_groups.rotate(normalise(k, self.k_gain)).unflatten(1, (-1, frames))
-        v = v.unflatten(1, (-1, frames))
+        k, v = members.unflatten(1, (-1, time)).mean(2).unflatten(1, (-1, frames)).unbind(-3)
+        k = place(k, self.k_gain, view.rope_groups)
         k, v = self._gated(k, v, view.log_snr_groups, view.constants.rho_pooled, delta_h)
         return torch.stack((k, v), -3)
 
@@ -242,7 +176,7 @@ class MultiScaleAttention(nn.Module):
         if self.gate not in ON_KEYS:
             return k, v
         assert log_snr_BF is not None and delta_h is not None
-        delta_h, like = delta_h.to(log_snr_BF.dtype), (k.shape[1], -1)
+        delta_h, like = delta_h.to(log_snr_BF.dtype), k.shape[1:3]
         if self.gate == "pair":
             bias = log_gate_at_nodes(effective_log_snr(log_snr_BF, rho), delta_h) * self.head_width**0.5
             return _with_tail(k, bias.unflatten(1, like)[:, :, :, None, None]), v
@@ -275,14 +209,19 @@ class MultiScaleAttention(nn.Module):
 
 
 def _own_log_gate(view: View, delta_h: Tensor | None) -> Tensor:
-    assert view.log_snr_own is not None and delta_h is not None
-    return log_gate(view.log_snr_own, delta_h.to(view.log_snr_own.dtype))
+    assert view.log_snr_query is not None and delta_h is not None
+    return log_gate(view.log_snr_query, delta_h.to(view.log_snr_query.dtype))
 
 
 def _with_tail(x: Tensor, tail: Tensor) -> Tensor:
     """Replace the last channels of every head."""
     width = tail.shape[-1]
     return torch.cat((x[..., :-width], tail.to(x.dtype).expand(*x.shape[:-1], width)), -1)
+
+
+def place(x_BUFHWhd: Tensor, gain_d: Tensor, rope: Rope) -> Tensor:
+    """Normalised and rotated to where the units lie."""
+    return rope.rotate(normalise(x_BUFHWhd, gain_d).flatten(1, 2)).unflatten(1, x_BUFHWhd.shape[1:3])
 
 
 def normalise(x: Tensor, gain_d: Tensor) -> Tensor:
@@ -313,7 +252,7 @@ def attend_windows(
     blocks: Blocks,
     window: int | None,
     shifted: bool,
-    backend: Backend = "auto",
+    kernel: Attend = attend,
 ) -> Tensor:
     """Attention inside local spatial windows (None: the whole frame); returns `[B, U, F, H, W, h, d]`."""
     B, U, frames, H, W, h, d = q_BUFHWhd.shape
@@ -331,7 +270,7 @@ def attend_windows(
         band = []
         for column in columns:
             q, k, v = (cut(x, row, column) for x in (q_BUFHWhd, k_BRFHWhd, v_BRFHWhd))
-            out = attend(q, k, v, blocks, backend)
+            out = kernel(q, k, v, blocks)
             (_, ny, sy), (_, nx, sx) = row, column
             out = out.reshape(B, ny, nx, U, frames, sy, sx, h, d).permute(0, 3, 4, 1, 5, 2, 6, 7, 8)
             band.append(out.reshape(B, U, frames, ny * sy, nx * sx, h, d))

@@ -7,6 +7,7 @@ list is all a kernel needs to know of causality, windows and pooling, so no N×N
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Blocks = tuple[tuple[int, ...], ...]
+Attend = Callable[[Tensor, Tensor, Tensor, Blocks], Tensor]
 Backend = Literal["auto", "sdpa", "flex"]
 
 
@@ -44,55 +46,88 @@ def choose_backend(device_type: str, head_width: int = 64) -> Backend:
 
 
 class _Rectangles(torch.autograd.Function):
-    """Units that see equally many blocks run as one batched call; each call is an unmasked rectangle.
-
-    A hand-written backward, because autograd's for overlapping slices materialises one full-size
+    """A hand-written backward, because autograd's for overlapping slices materialises one full-size
     gradient per slice: quadratic memory traffic in the number of units.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
-        out = torch.empty_like(q)
-        statistics = []
-        for units, seen in _calls(blocks):
-            q_call = _fold(q, units)
-            out_call, log_sum = _forward(q_call, _gather(k, seen), _gather(v, seen))
-            out[:, units] = _unfold(out_call, q.shape[0], q.shape[2])
-            statistics.append(log_sum)
+        out, statistics = _attend_calls(q, k, v, blocks, _forward)
         ctx.blocks = blocks
         ctx.save_for_backward(q, k, v, out, *statistics)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_out,) = grads
         q, k, v, out, *statistics = ctx.saved_tensors
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        batch, tokens = q.shape[0], q.shape[2]
-        for (units, seen), log_sum in zip(_calls(ctx.blocks), statistics, strict=True):
-            dq, dk, dv = _backward(
-                _fold(grad_out, units),
-                _fold(q, units),
-                _gather(k, seen),
-                _gather(v, seen),
-                _fold(out, units),
-                log_sum,
-            )
-            grad_q[:, units] = _unfold(dq, batch, tokens)
-            _scatter_add(grad_k, dk, seen)
-            _scatter_add(grad_v, dv, seen)
-        return grad_q, grad_k, grad_v, None
+        return *_differentiate_calls(grads[0], q, k, v, out, statistics, ctx.blocks, _backward), None
+
+
+def attend_part(q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
+    """Attention to part of the keys that queries see in all, to be merged with other parts.
+
+    As `attend`, but units may see nothing; returns also the log-sum-exp of the logits `[B, U, h, n]` in at least
+    fp32. Units that see nothing have 0 and -inf. No gradient: see `differentiate_part`.
+    """
+    out, sums = _attend_calls(q_BUnhd, k_BRnhd, v_BRnhd, blocks, _forward_with_sum)
+    B, U, n, h, _ = q_BUnhd.shape
+    log_sum = q_BUnhd.new_full((B, U, h, n), -torch.inf, dtype=sums[0].dtype)
+    for (units, _), part in zip(_calls(blocks), sums, strict=True):
+        log_sum[:, units] = part.unflatten(0, (B, -1))
+    return out, log_sum
+
+
+def differentiate_part(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_BUhn: Tensor, blocks: Blocks
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v from part of the keys, given the output and log-sum-exp of all parts together."""
+    sums = [log_sum_BUhn[:, units].flatten(0, 1) for units, _ in _calls(blocks)]
+    return _differentiate_calls(grad_out, q, k, v, out, sums, blocks, _backward_with_sum)
+
+
+# Units that see equally many blocks run as one batched call; each call is an unmasked rectangle.
+
+
+def _attend_calls(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, rectangle: Callable[..., tuple[Tensor, Tensor]]
+) -> tuple[Tensor, list[Tensor]]:
+    out = torch.empty_like(q) if all(blocks) else torch.zeros_like(q)
+    statistics = []
+    for units, seen in _calls(blocks):
+        out_call, log_sum = rectangle(_fold(q, units), _gather(k, seen), _gather(v, seen))
+        out[:, units] = _unfold(out_call, q.shape[0], q.shape[2])
+        statistics.append(log_sum)
+    return out, statistics
+
+
+def _differentiate_calls(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: list[Tensor], blocks: Blocks,
+    rectangle: Callable[..., tuple[Tensor, ...]],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_q = torch.empty_like(q) if all(blocks) else torch.zeros_like(q)
+    grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
+    batch, tokens = q.shape[0], q.shape[2]
+    for (units, seen), log_sum in zip(_calls(blocks), statistics, strict=True):
+        dq, dk, dv = rectangle(
+            _fold(grad_out, units), _fold(q, units), _gather(k, seen), _gather(v, seen), _fold(out, units), log_sum
+        )
+        grad_q[:, units] = _unfold(dq, batch, tokens)
+        _scatter_add(grad_k, dk, seen)
+        _scatter_add(grad_v, dv, seen)
+    return grad_q, grad_k, grad_v
 
 
 def _calls(blocks: Blocks) -> list[tuple[slice, list[tuple[int, ...]]]]:
-    """Group neighbouring units that see the same number of blocks."""
+    """Group neighbouring units that see the same number of blocks; those that see none are left out."""
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
     run = 0
     for unit, seen in enumerate(blocks):
         if unit and len(seen) != len(blocks[unit - 1]):
             run += 1
         groups[run, len(seen)].append(unit)
-    return [(slice(units[0], units[-1] + 1), [blocks[u] for u in units]) for units in groups.values()]
+    return [
+        (slice(units[0], units[-1] + 1), [blocks[u] for u in units]) for (_, seen), units in groups.items() if seen
+    ]
 
 
 def _fold(x_BUnhd: Tensor, units: slice) -> Tensor:
@@ -159,3 +194,45 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_su
     with torch.enable_grad():  # elsewhere the kernel's statistics are private: run it again
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]
         return torch.autograd.grad(F.scaled_dot_product_attention(inputs[0], inputs[1], inputs[2]), inputs, grad)
+
+
+# The same with the log-sum-exp in hand, which parts need to be merged. Only torch's own operators give it away.
+
+
+def _forward_with_sum(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    if q.device.type == "cpu":
+        return _forward(q, k, v)
+    if _flash(q):
+        out, log_sum, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
+        return out, log_sum
+    logits = _wide(q) @ _wide(k).mT * q.shape[-1] ** -0.5
+    log_sum = logits.logsumexp(-1)
+    return ((logits - log_sum[..., None]).exp() @ _wide(v)).to(q.dtype), log_sum
+
+
+def _backward_with_sum(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor
+) -> tuple[Tensor, ...]:
+    if q.device.type == "cpu":
+        return _backward(grad, q, k, v, out, log_sum)
+    if _flash(q):
+        op = torch.ops.aten._scaled_dot_product_flash_attention_backward
+        seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of a dropout that there is not
+        return op(
+            grad, q, k, v, out, log_sum.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, False, seed, seed
+        )
+    scale = q.shape[-1] ** -0.5
+    weights = (_wide(q) @ _wide(k).mT * scale - log_sum[..., None]).exp()
+    rest = _wide(grad) @ _wide(v).mT - (_wide(grad) * out).sum(-1, keepdim=True)
+    grad_logits = weights * rest * scale
+    grads = grad_logits @ _wide(k), grad_logits.mT @ _wide(q), weights.mT @ _wide(grad)
+    return tuple(part.to(q.dtype) for part in grads)
+
+
+def _flash(q: Tensor) -> bool:
+    """Whether torch's flash attention takes these heads; others on a GPU take plain matrix products."""
+    return q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

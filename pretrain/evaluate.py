@@ -15,7 +15,6 @@ from tqdm import tqdm
 from msc.datasets.batches import Batch, loader
 from msc.datasets.shards import Index, read_index
 
-from .attention import Timeline
 from .autoencoder import to_uint8
 from .config import Config
 from .diffusion import frame_losses, frame_shift
@@ -25,6 +24,7 @@ from .model import MSCTransformer, precondition
 from .pictures import contact_sheet, write_mp4
 from .runs import Trained, open_run
 from .sampler import generate
+from .timeline import Timeline
 
 BINS = 5  # equal ranges of the noise level
 EACH = 4  # clips in a batch of `msc evaluate`

@@ -25,6 +25,8 @@ from .scales import Scale
 
 # Where the gate acts; MultiScaleAttention says what each place means.
 GatePlace = Literal["none", "mix", "values", "logits", "pair"]
+# The gates that act on past keys, so that the own unit's keys, never gated, need a row of their own.
+ON_KEYS: tuple[GatePlace, ...] = ("values", "logits", "pair")
 
 # t = 0 and t = 1 become an SNR of 1e±60: beyond what any float can tell from clean and from pure noise.
 _SMALLEST = 1e-30

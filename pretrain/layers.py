@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import GatePlace, MultiScaleAttention, Timeline, View
+from .attention import MultiScaleAttention
+from .gate import GatePlace
 from .scales import Scale
+from .view import View
 
 
 class NoiseEmbedding(nn.Module):
@@ -87,14 +89,13 @@ class Block(nn.Module):
         modulation_BT6D: Tensor,
         text_BLD: Tensor | None,
         views: Sequence[View],
-        timeline: Timeline,
         layer: int,
     ) -> Tensor:
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (
             part[:, :, None, None] for part in (modulation_BT6D + self.modulation).unbind(2)
         )
         h = self.attention_norm(x_BTHWD) * (1 + scale_a) + shift_a
-        x = x_BTHWD + gate_a * self.attention(h, views, timeline, layer)
+        x = x_BTHWD + gate_a * self.attention(h, views, layer)
         if self.cross_attention is not None:
             assert text_BLD is not None
             x = x + self.cross_attention(x, text_BLD)

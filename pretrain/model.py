@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import Timeline, View, WholeVideo, unrotated, view_frames
+from .attention import unrotated
 from .gate import GateConstants, GatePlace
 from .layers import Block, NoiseEmbedding
 from .scales import Scale, check_scales
+from .timeline import Timeline, WholeVideo
+from .view import View, view_frames
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ class MSCTransformer(nn.Module):
             text = self.text(text_BLE.to(kind))
         modulation = self.modulate(torch.nn.functional.silu(embedding)).unflatten(-1, (6, -1))
         for layer, block in enumerate(self.blocks):
-            arguments = (tokens, modulation, text, views, timeline, layer)
+            arguments = (tokens, modulation, text, views, layer)
             if self.recompute and torch.is_grad_enabled():
                 tokens = checkpoint(block, *arguments, use_reentrant=False)
             else:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from msc.parallel.mesh import Mesh, make_mesh, rows
+from msc.parallel.ring import Ring
 from msc.parallel.temporal import ShardedTimeline, bounds
+from msc.parallel.ulysses import Ulysses
 from msc.parallel.zero import Precision, ZeroConfig, check_zero, make_engine
 
-from .attention import Timeline, WholeVideo
-from .backends import Backend
+from .backends import Backend, attend_part, differentiate_part
 from .layers import Block
-from .model import MSCTransformer
+from .layout import Choice, Clip, Layout, check_choice, choose
+from .model import ModelConfig, MSCTransformer
 from .optimizer import OptimizerConfig, make_optimizer
+from .timeline import Timeline, WholeVideo
 
 __all__ = [
     "Mesh",
@@ -32,11 +37,16 @@ __all__ = [
 class ParallelConfig:
     """sp: ranks that share one video along time; the rest of the world is data parallel. recompute: activation
     checkpointing per block. compile: torch.compile per block. timeout: seconds until a collective that some rank
-    did not join fails. attention: the kernel ("auto", "sdpa", "flex"; see backends.py)."""
+    did not join fails. attention: the kernel ("auto", "sdpa", "flex"; see backends.py). layout: how scales are shared
+    out along time ("auto", "halo", "ulysses", "ring"; see layout.py); "auto" takes for each scale what is cheapest
+    between ranks that compute flops_per_s and send bytes_per_s."""
 
     sp: int = 1
     precision: Precision = "bf16"
     attention: Backend = "auto"
+    layout: Choice = "auto"
+    bytes_per_s: float = 5e10
+    flops_per_s: float = 3e14
     recompute: bool = False
     compile: bool = False
     timeout: float = 600.0
@@ -45,21 +55,48 @@ class ParallelConfig:
     def __post_init__(self):
         if self.sp < 1:
             raise ValueError(f"parallel.sp is {self.sp}; it must be at least 1")
+        for name in ("timeout", "bytes_per_s", "flops_per_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"parallel.{name} is {getattr(self, name)}; it must be positive")
         check_zero(self.zero, self.precision)
 
 
-def check_parallel(config: ParallelConfig, world: int, units: int) -> int:
-    """Data-parallel rows; ValueError if the world or the clip cannot be shared out so."""
+def check_parallel(config: ParallelConfig, model: ModelConfig, world: int, units: int) -> int:
+    """Data-parallel rows; ValueError if the world, the clip or the heads cannot be shared out so."""
     bounds(units, config.sp)
+    if config.sp > 1:
+        check_choice(model.scales, config.sp, config.layout)
     return rows(world, config.sp)
 
 
-def own_timeline(mesh: Mesh, units: int) -> tuple[Timeline, range]:
-    """Where this rank's units lie in a clip of `units` units, and which they are."""
+def clip_of(model: ModelConfig, config: ParallelConfig, frames: int, height: int, width: int) -> Clip:
+    """What the layouts depend on, for clips of `frames × height × width` latents."""
+    grid = (height // model.patch, width // model.patch)
+    value_bytes = 4 if config.precision == "fp32" else 2
+    return Clip(frames // model.frames_per_unit, model.frames_per_unit, grid, model.head_width, value_bytes)
+
+
+def own_timeline(mesh: Mesh, model: ModelConfig, config: ParallelConfig, clip: Clip) -> tuple[Timeline, range]:
+    """Where this rank's units lie in a clip and where its scales are computed; and which units they are."""
     if mesh.sp == 1:
-        return WholeVideo(), range(units)
-    edges = bounds(units, mesh.sp)
-    return ShardedTimeline(mesh.sp_group, edges), range(edges[mesh.sp_rank], edges[mesh.sp_rank + 1])
+        return WholeVideo(), range(clip.units)
+    edges = bounds(clip.units, mesh.sp)
+    layouts = choose(model.scales, clip, mesh.sp, config.layout, config.bytes_per_s, config.flops_per_s)
+    own = range(edges[mesh.sp_rank], edges[mesh.sp_rank + 1])
+    return sharded_timeline(mesh.sp_group, edges, model, layouts), own
+
+
+def sharded_timeline(
+    group: dist.ProcessGroup, edges: tuple[int, ...], model: ModelConfig, layouts: Sequence[Layout]
+) -> ShardedTimeline:
+    """The timeline of a rank of `group`, its scales laid out as named."""
+    placements: dict[int, Ulysses | Ring] = {}
+    for index, (scale, layout) in enumerate(zip(model.scales, layouts, strict=True)):
+        if layout == "ulysses":
+            placements[index] = Ulysses(group, edges, scale.heads)
+        elif layout == "ring":
+            placements[index] = Ring(group, edges, attend_part, differentiate_part)
+    return ShardedTimeline(group, edges, placements)
 
 
 def parallelize(

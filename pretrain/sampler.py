@@ -7,35 +7,40 @@ new unit. The finished unit re-enters the past clean (t = 0) or at a chosen nois
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from .diffusion import frame_noise, sampling_levels
 from .model import MSCTransformer
+from .timeline import Placement
 
 
 class Cache:
     """A `Timeline` whose past is remembered: the units generated so far."""
 
+    travels = False
+
     def __init__(self) -> None:
         self.first = 0
         self.writing = False
-        self._kept: dict[Hashable, Tensor] = {}
+        self._kept: dict[str, Tensor] = {}
 
-    def extend(
-        self, key: Hashable, x_BU: Tensor, before: Callable[[int], int], kept: int | None, every: int = 1
-    ) -> Tensor:
+    def ask(
+        self, key: str, x_BU: Tensor, before: Callable[[int], int], kept: int | None, every: int = 1
+    ) -> Callable[[], Tensor | None]:
         stored, need = self._kept.get(key), before(self.first)
         assert need == 0 or (stored is not None and stored.shape[1] >= need), f"the cache lacks part of {key}"
         if self.writing:
             whole = x_BU if stored is None else torch.cat((stored, x_BU), 1)
             # a copy, or a slice would keep all of a long context alive
             self._kept[key] = whole if kept is None else whole[:, max(0, whole.shape[1] - kept) :].clone()
-        if stored is None or need == 0:
-            return x_BU
-        return torch.cat((stored[:, stored.shape[1] - need :], x_BU), 1)
+        earlier = None if stored is None or need == 0 else stored[:, stored.shape[1] - need :]
+        return lambda: earlier
+
+    def placement(self, scale: int) -> Placement | None:
+        return None
 
     @property
     def bytes(self) -> int:

@@ -58,6 +58,10 @@ class Scale:
         """Most unpooled past units that any later query can need (None: all)."""
         return self.window if self.time == 1 else self.time - 1
 
+    def finished(self, first: int, units: int) -> int:
+        """Groups pooled in time that a run of units completes."""
+        return (first + units) // self.time - first // self.time if self.time > 1 else 0
+
     def key_blocks(self, first: int, units: int, separate_own: bool) -> tuple[tuple[int, ...], ...]:
         """Which blocks of keys each of `units` own units, starting at unit `first`, attends to.
 
@@ -66,8 +70,7 @@ class Scale:
         of one unit at this scale. The own unit always comes last and is always there.
         """
         past, before = self.fresh_before(first), self.pooled_before(first)
-        finished = (first + units) // self.time - first // self.time if self.time > 1 else 0
-        groups = before + finished
+        groups = before + self.finished(first, units)
         own_at = groups + past + units if separate_own else groups + past
         rows = []
         for i in range(units):

@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import platform
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,8 @@ from msc.datasets.batches import loader
 from msc.datasets.files import write_atomically
 from msc.datasets.shards import Index, read_index
 from msc.datasets.statistics import Statistics
-from msc.parallel import process, zero
+from msc.parallel import desync, process, zero
+from msc.parallel.watch import watching
 
 from . import checkpoint, cost
 from .autoencoder import open_autoencoder
@@ -32,25 +36,37 @@ from .diffusion import frame_losses, frame_shift
 from .evaluate import Losses, held_out_losses, preview
 from .gate import gate_constants
 from .inputs import Feed, micro_batches
+from .layout import table
 from .meter import Meter
 from .metrics import State, Tracker
 from .model import MSCTransformer, check_clip
 from .optimizer import set_schedule
-from .parallelize import check_parallel, make_mesh, own_timeline, parallelize
+from .parallelize import check_parallel, clip_of, make_mesh, own_timeline, parallelize
 from .runs import LatentSpace, write_space
+from .tracking import code_version
 
 REQUEUE = 75  # exit code of a run that was stopped, has saved, and wants to go on (EX_TEMPFAIL)
 
 
 def train(config: Config, run: Path, resume: bool) -> int:
     """Train in this process, one of the world that RANK and WORLD_SIZE describe; returns the exit code."""
-    # The world: who we are, and which part of every clip is ours ------------------------------------
     world = process.join(config.parallel.timeout)
+    with watching(world.rank, world.size, config.parallel.timeout) as at:
+        return _train(config, run, resume, world, at)
+
+
+def _train(config: Config, run: Path, resume: bool, world: process.World, at: Callable[[int, str], None]) -> int:
+    # The world: who we are, and which part of every clip is ours ------------------------------------
     index = read_index(config.data.shards)
     config = resolve(config, index)
+    desync.agree(
+        {**flat(config), **code_version(), **versions(), "run": str(run.absolute()), "resume from":
+         str(checkpoint.latest(run)) if resume else None, "index.json": index_checksum(config.data.shards)}
+    )  # fmt: skip
     mesh = make_mesh(world.size, config.parallel.sp, world.device.type)
     per_unit = config.model.frames_per_unit
-    timeline, units = own_timeline(mesh, index.frames // per_unit)
+    clip = clip_of(config.model, config.parallel, index.frames, index.height, index.width)
+    timeline, units = own_timeline(mesh, config.model, config.parallel, clip)
     batch, micro, accumulate = config.train.batch, config.train.micro, config.train.accumulate(mesh.dp)
 
     # The model, the same on every rank until DeepSpeed shards it -------------------------------------
@@ -114,12 +130,14 @@ def train(config: Config, run: Path, resume: bool) -> int:
     state: State = "FAILED"
 
     def save() -> None:
+        at(step, "checkpoint")
         if previous is not None and previous.name == f"step-{step:08d}":
             return  # resumed and nothing done since
         checkpoint.save(run, engine, step, {"clock": clock, "config": flat(config)}, config.checkpoint.keep)
 
     def look() -> None:
         """Held-out loss and a preview from the averaged weights; training does not notice."""
+        at(step, "held-out loss")
         with zero.averaged_weights(engine):
             losses = held_out_losses(engine.module, config, index, feed, mesh.dp, mesh.dp_rank, timeline)
             pictures = preview(engine.module, config, index, feed, run, step, world.first) if step else []
@@ -136,8 +154,10 @@ def train(config: Config, run: Path, resume: bool) -> int:
             losses = Losses.zeros(world.device)
             while clock < config.train.clips:
                 # One step: all its clips, their noise, and how many frames count over all ranks
+                at(step, "reading clips")
                 with meter.waiting():
                     clips_of_step = next(clips)
+                at(step, "counting frames")
                 supervised = float((feed.levels(clips_of_step) > 0).sum())
                 counted, stop = process.total_of(
                     torch.tensor([supervised, float(bool(stopping))], device=world.device)
@@ -147,6 +167,7 @@ def train(config: Config, run: Path, resume: bool) -> int:
                 rate = set_schedule(engine.optimizer.param_groups, config.optimizer, clock, config.train.clips, batch)
 
                 # Forward and backward; a rank's share of the global loss, times the world DeepSpeed averages over
+                at(step, "forward, backward and update")
                 norm = math.nan
                 for clips_of_part in micro_batches(clips_of_step, micro):
                     with meter.waiting():
@@ -162,6 +183,7 @@ def train(config: Config, run: Path, resume: bool) -> int:
                 bar.update()
 
                 # Reports, checkpoints, held-out loss
+                at(step, "report")
                 done = clock >= config.train.clips
                 if step % config.train.report == 0 or done:
                     losses.reduce()
@@ -203,6 +225,16 @@ def train(config: Config, run: Path, resume: bool) -> int:
         tracker.finish(state)
         if state != "FAILED":  # after a failure the others may hang in a collective: do not wait for them
             process.leave()
+
+
+def versions() -> dict[str, str]:
+    """Of what the result depends on besides our own code."""
+    libraries = {name: version(name) for name in ("torch", "deepspeed", "numpy", "safetensors")}
+    return {"python": platform.python_version(), **libraries}
+
+
+def index_checksum(shards: str) -> str:
+    return hashlib.sha256((Path(shards) / "index.json").read_bytes()).hexdigest()[:16]
 
 
 @contextmanager
@@ -272,7 +304,7 @@ def check(config: Config, run: Path, resume: bool, processes: int) -> Config:
     index = read_index(config.data.shards)
     config = resolve(config, index)
     check_clip(config.model, index.frames, index.height, index.width)
-    dp = check_parallel(config.parallel, processes, index.frames // config.model.frames_per_unit)
+    dp = check_parallel(config.parallel, config.model, processes, index.frames // config.model.frames_per_unit)
     config.train.accumulate(dp)
     if not index.samples("train"):
         raise ValueError(f"{config.data.shards} holds no clip to train on")
@@ -329,7 +361,7 @@ def describe(config: Config, processes: int = 1) -> str:
     index = read_index(config.data.shards) if config.data.shards else ASSUMED
     config = resolve(config, index)
     check_clip(config.model, index.frames, index.height, index.width)
-    dp = check_parallel(config.parallel, processes, index.frames // config.model.frames_per_unit)
+    dp = check_parallel(config.parallel, config.model, processes, index.frames // config.model.frames_per_unit)
     accumulate = config.train.accumulate(dp)
     bf16 = config.parallel.precision == "bf16"
     count = cost.parameters(config.model)
@@ -355,4 +387,8 @@ def describe(config: Config, processes: int = 1) -> str:
         ("memory per process", f"about {(state + activations) / 1e9:.2f} GB (estimate): state {state / 1e9:.2f}, "
                                f"activations {activations / 1e9:.2f}; {start / 1e9:.2f} at the start, before sharding"),
     ]  # fmt: skip
+    if config.parallel.sp > 1:
+        clip = clip_of(config.model, config.parallel, index.frames, index.height, index.width)
+        rates = config.parallel.bytes_per_s, config.parallel.flops_per_s
+        facts += table(config.model.scales, clip, config.parallel.sp, config.parallel.layout, *rates)
     return dump(config) + "\n" + "\n".join(f"{name:<24} {value}" for name, value in facts)

@@ -5,12 +5,17 @@ In a module of its own, because processes that a test starts must be able to imp
 
 from __future__ import annotations
 
-import torch
-from torch.distributed import destroy_process_group, group, init_process_group
+from contextlib import contextmanager
+from typing import NamedTuple
 
-from msc.parallel.temporal import ShardedTimeline, bounds
+import torch
+import torch.distributed as dist
+
+from msc.parallel import exchange
+from msc.parallel.temporal import bounds
 from msc.pretrain.gate import GateConstants
 from msc.pretrain.model import ModelConfig, MSCTransformer
+from msc.pretrain.parallelize import sharded_timeline
 from msc.pretrain.scales import Scale
 
 SCALES = {
@@ -18,8 +23,28 @@ SCALES = {
     "window longer than a rank's share": (Scale(4, 2, 1, 9),),
     "pooled in time": (Scale(2, 2, 2, None), Scale(2, 2, 3, 1)),
     "dense": (Scale(4),),
+    "dense in spatial windows": (Scale(4, 1, 1, None, 3),),
     "default": (Scale(2, 1, 1, 2, 3), Scale(1, 2, 1, 8), Scale(1, 2, 4, None)),
 }
+
+
+class Case(NamedTuple):
+    """A model's scales by name, how each is laid out, and how it is run."""
+
+    name: str
+    layout: str
+    units: int
+    frames_per_unit: int = 1
+    gate: str = "logits"
+    recompute: bool = False
+    dtype: torch.dtype = torch.float64
+
+    @property
+    def scales(self):
+        return SCALES[self.name]
+
+    def make(self):
+        return make(self.scales, self.units, self.frames_per_unit, self.gate, self.dtype)
 
 
 def make(scales, units, frames_per_unit, gate="logits", dtype=torch.float64, width=64):
@@ -29,52 +54,96 @@ def make(scales, units, frames_per_unit, gate="logits", dtype=torch.float64, wid
         width=width, depth=2, scales=scales, patch=1, channels=2, frames_per_unit=frames_per_unit, gate=gate,
         gate_constants=constants, classes=3, text_width=5,
     )  # fmt: skip
-    model = MSCTransformer(config).to(dtype)
+    model = MSCTransformer(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     T = units * frames_per_unit
-    x = torch.randn(2, T, 2, 4, 6, dtype=dtype)
-    t = torch.rand(2, units, dtype=dtype).repeat_interleave(frames_per_unit, 1)
-    text, labels = torch.randn(2, 3, 5, dtype=dtype), torch.tensor([0, 3])
-    direction = torch.randn_like(x)
-    return model, x, t, text, labels, direction
+    wide = torch.promote_types(dtype, torch.float32)  # inputs stay in fp32 where weights are bf16
+    x = torch.randn(2, T, 2, 4, 6).to(wide)
+    t = torch.rand(2, units).to(wide).repeat_interleave(frames_per_unit, 1)
+    text, labels = torch.randn(2, 3, 5).to(wide), torch.tensor([0, 3])
+    return model.to(dtype), x, t, text, labels, torch.randn(2, T, 2, 4, 6).to(wide)
 
 
 def backward(model, x, t, text, labels, direction, timeline):
     x = x.clone().requires_grad_()
     out = model(x, t, text, labels, timeline)
     (out * direction).sum().backward()
-    return out.detach(), x.grad, {name: p.grad for name, p in model.named_parameters()}
+    return [out.detach().cpu(), x.grad.cpu(), {name: p.grad.cpu() for name, p in model.named_parameters()}]
 
 
-def on_a_rank(rank, ranks, cases):
-    init_process_group("gloo")
+@contextmanager
+def joined(rank, backend):
+    """Inside a group of ranks; yields the device. "nccl" needs as many GPUs."""
+    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+    if backend == "nccl":
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend)
+    dist.all_reduce(torch.zeros(1, device=device))  # NCCL connects all ranks in the first call, which none may miss
+    yield device
+    dist.destroy_process_group()
+
+
+def on_a_rank(rank, ranks, backend, cases):
+    """[output, input gradient, parameter gradients] of this rank, and the bytes it sent: (forward, in all)."""
+    with joined(rank, backend) as device:
+        return [run_case(case, rank, ranks, device) for case in cases]
+
+
+def run_case(case, rank, ranks, device):
+    model, *inputs = case.make()
+    model.recompute = case.recompute
+    model.to(device)
+    for block in model.blocks:
+        block.attention.backend = "sdpa"
+    edges = bounds(case.units, ranks)
+    own = slice(edges[rank] * case.frames_per_unit, edges[rank + 1] * case.frames_per_unit)
+    x, t, text, labels, direction = (value.to(device) for value in inputs)
+    layouts = case.layout.split("+") if "+" in case.layout else [case.layout] * len(case.scales)
+    timeline = sharded_timeline(dist.group.WORLD, edges, model.config, layouts)
+    with counted() as forward, torch.no_grad():
+        model(x[:, own], t[:, own], text, labels, timeline)
+    with counted() as everything:
+        results = backward(model, x[:, own], t[:, own], text, labels, direction[:, own], timeline)
+    return *results, sum(forward), sum(everything)
+
+
+@contextmanager
+def counted():
+    """Sizes in bytes of all tensors that this rank sends along time inside the block."""
+    sizes, post = [], exchange.dist.batch_isend_irecv
+
+    def counting(operations):
+        sizes.extend(operation.tensor.nbytes for operation in operations if operation.op is dist.isend)
+        return post(operations)
+
+    exchange.dist.batch_isend_irecv = counting
+    try:
+        yield sizes
+    finally:
+        exchange.dist.batch_isend_irecv = post
+
+
+def causal_on_a_rank(rank, ranks, backend, cases, cuts):
+    """Outputs of a case as it is, and with everything from a cut on changed; float32."""
     results = []
-    for name, units, frames_per_unit, gate, recompute in cases:
-        model, x, t, text, labels, direction = make(SCALES[name], units, frames_per_unit, gate)
-        model.recompute = recompute
-        edges = bounds(units, ranks)
-        own = slice(edges[rank] * frames_per_unit, edges[rank + 1] * frames_per_unit)
-        timeline = ShardedTimeline(group.WORLD, edges)
-        results.append(backward(model, x[:, own], t[:, own], text, labels, direction[:, own], timeline))
-    destroy_process_group()
+    with joined(rank, backend) as device:
+        for case in cases:
+            model, *inputs = case.make()
+            x, t, text, labels, _ = (value.to(device) for value in inputs)
+            edges = bounds(case.units, ranks)
+            own = slice(edges[rank], edges[rank + 1])
+            timeline = sharded_timeline(
+                dist.group.WORLD, edges, model.to(device).config, [case.layout] * len(case.scales)
+            )
+            outs = []
+            for cut in (case.units, *cuts):
+                y, s = change_after(x, t, cut)
+                with torch.no_grad():
+                    outs.append(model(y[:, own], s[:, own], text, labels, timeline).cpu())
+            results.append(outs)
     return results
-
-
-def causal_on_a_rank(rank, ranks, scales, units, cuts):
-    init_process_group("gloo")
-    model, x, t, text, labels, _ = make(scales, units, 1, dtype=torch.float32)
-    edges = bounds(units, ranks)
-    own = slice(edges[rank], edges[rank + 1])
-    timeline = ShardedTimeline(group.WORLD, edges)
-    outs = []
-    for cut in (units, *cuts):
-        y, s = change_after(x, t, cut)
-        with torch.no_grad():
-            outs.append(model(y[:, own], s[:, own], text, labels, timeline))
-    destroy_process_group()
-    return outs
 
 
 def change_after(x, t, cut):

@@ -9,12 +9,29 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import run_ranks
-from sharded import SCALES, backward, causal_on_a_rank, change_after, make, on_a_rank
+from sharded import SCALES, Case, backward, causal_on_a_rank, change_after, make, on_a_rank
 
 from msc.parallel.temporal import bounds, transfers
-from msc.pretrain.attention import WholeVideo
+from msc.pretrain.timeline import WholeVideo
 
 GATES = ["logits", "values", "pair", "mix"]
+# Units (of how many frames) per video: shared out evenly, unevenly, and one for each rank
+SIZES = {2: [(6, 1), (5, 2), (2, 1)], 4: [(8, 1), (11, 1), (4, 1)]}
+GROUPS = [pytest.param(backend, ranks, marks=marks) for ranks in (2, 4) for backend, marks in (
+    ("gloo", pytest.mark.gloo),
+    ("nccl", pytest.mark.skipif(torch.cuda.device_count() < ranks, reason=f"needs {ranks} GPUs")),
+)]  # fmt: skip
+
+
+def layouts(name, ranks):
+    """The layouts that can serve all scales of a model."""
+    scales = SCALES[name]
+    found = ["halo"]
+    if all(scale.heads % ranks == 0 for scale in scales):
+        found.append("ulysses")
+    if name.startswith("dense"):
+        found.append("ring")
+    return found
 
 
 @given(st.integers(1, 50), st.integers(1, 8))
@@ -49,19 +66,18 @@ def test_transfers_bring_exactly_what_is_needed(units, ranks, window, every):
         assert all(b - a == window for _, _, a, b in messages)
 
 
-@pytest.mark.gloo
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_sharded_equals_one_process(ranks):
-    """Even and uneven shares, one unit per rank, windows longer than a share; with and without recomputation."""
-    sizes = {2: [(4, 1), (5, 2)], 4: [(4, 1), (11, 1)]}[ranks]
+@pytest.mark.parametrize("backend, ranks", GROUPS)
+def test_sharded_equals_one_process(backend, ranks):
+    """Every kind of scale in every layout that serves it; with and without recomputation; all gates."""
+    kinds = [(name, layout) for name in SCALES for layout in layouts(name, ranks)]
+    kinds += [("default", "ulysses+halo+halo")] if ranks == 2 else []
     cases = [
-        (name, units, frames_per_unit, GATES[index % len(GATES)], name == "default")
-        for index, (name, (units, frames_per_unit)) in enumerate(product(SCALES, sizes))
+        Case(name, layout, units, frames_per_unit, GATES[index % len(GATES)], recompute=name == "default")
+        for index, ((name, layout), (units, frames_per_unit)) in enumerate(product(kinds, SIZES[ranks]))
     ]
-    results = run_ranks(on_a_rank, ranks, cases)
+    results = run_ranks(on_a_rank, ranks, backend, cases)
     for case, *parts in zip(cases, *results, strict=True):
-        name, units, frames_per_unit, gate, _ = case
-        model, *inputs = make(SCALES[name], units, frames_per_unit, gate)
+        model, *inputs = case.make()
         out, x_grad, grads = backward(model, *inputs, WholeVideo())
         close(torch.cat([p[0] for p in parts], 1), out, f"{case}: output")
         close(torch.cat([p[1] for p in parts], 1), x_grad, f"{case}: input gradient")
@@ -74,15 +90,47 @@ def close(actual, expected, what):
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10, msg=lambda m: f"{what}: {m}")
 
 
-@pytest.mark.gloo
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_causality_is_bit_identical_on_the_whole_model_across_ranks(ranks):
+@pytest.mark.parametrize("backend, ranks", GROUPS)
+def test_causality_is_bit_identical_on_the_whole_model_across_ranks(backend, ranks):
     cuts = [1, 3, 4, 6]
-    results = run_ranks(causal_on_a_rank, ranks, SCALES["default"], 7, cuts)
-    before, *after = (torch.cat(parts, 1) for parts in zip(*results, strict=True))
-    for cut, changed in zip(cuts, after, strict=True):
-        assert torch.equal(before[:, :cut], changed[:, :cut])
-        assert not torch.equal(before[:, cut:], changed[:, cut:])
+    cases = [Case(*kind, 7, dtype=torch.float32) for kind in KINDS_OF_LAYOUT]
+    results = run_ranks(causal_on_a_rank, ranks, backend, cases, cuts)
+    for case, *outs in zip(cases, *results, strict=True):
+        before, *after = (torch.cat(parts, 1) for parts in zip(*outs, strict=True))
+        for cut, changed in zip(cuts, after, strict=True):
+            assert torch.equal(before[:, :cut], changed[:, :cut]), case
+            assert not torch.equal(before[:, cut:], changed[:, cut:]), case
+
+
+KINDS_OF_LAYOUT = [("default", "halo"), ("dense", "ulysses"), ("dense", "ring")]
+
+
+@pytest.mark.parametrize("backend, ranks", GROUPS)
+def test_bf16_errs_no_more_on_many_ranks_than_on_one(backend, ranks):
+    """Against the same rounded weights in float64. And the same run twice is bit-identical, gradients included."""
+    cases = [Case(*kind, 11, gate="pair", dtype=torch.bfloat16) for kind in KINDS_OF_LAYOUT]
+    once, again = ([*zip(*run, strict=True)] for run in zip(*(
+        (ranks_results[: len(cases)], ranks_results[len(cases) :])
+        for ranks_results in run_ranks(on_a_rank, ranks, backend, cases * 2)
+    ), strict=True))  # fmt: skip
+    for case, parts, same in zip(cases, once, again, strict=True):
+        model, *inputs = case.make()
+        one = summary([backward(model, *inputs, WholeVideo())])
+        exact = case.make()[0].double()
+        truth = summary([backward(exact, *(x.double() if x.is_floating_point() else x for x in inputs), WholeVideo())])
+        many = summary(parts)
+        for name in truth:
+            errors = [float((got[name].double() - truth[name]).norm() / truth[name].norm()) for got in (many, one)]
+            assert errors[0] <= 1.5 * errors[1] + 1e-3, f"{case}: {name}: {errors}"
+        for name, value in summary(same).items():
+            assert torch.equal(value, many[name]), f"{case}: {name} changes from run to run"
+
+
+def summary(parts):
+    """Output, input gradient and all parameters' gradients of a model on some ranks."""
+    gradients = torch.cat([sum(p[2][name].double() for p in parts).flatten() for name in parts[0][2]])
+    return {"output": torch.cat([p[0] for p in parts], 1), "input": torch.cat([p[1] for p in parts], 1),
+            "parameters": gradients}  # fmt: skip
 
 
 def test_causality_is_bit_identical_on_the_whole_model():

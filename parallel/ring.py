@@ -1,0 +1,151 @@
+"""Dense causal attention around a ring of ranks (Liu et al. 2023, Ring Attention), placed zig-zag.
+
+Of 2P runs of units rank p computes runs p and 2P-1-p, an early and a late one, so that a causal mask leaves all
+ranks equal work. Keys and values travel around the ring, one rank further per step, while each rank attends to
+those it has; what the steps give is merged by their log-sum-exp in at least fp32. The backward pass is a second
+round with the final output and log-sum-exp, in which the gradients of keys and values travel along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .exchange import Posted, deal, move
+
+Blocks = tuple[tuple[int, ...], ...]
+# (q, k, v, blocks) -> (out [B, U, n, h, d], log-sum-exp [B, U, h, n]); units that see nothing get 0 and -inf
+Forward = Callable[[Tensor, Tensor, Tensor, Blocks], tuple[Tensor, Tensor]]
+# (gradient of out, q, k, v, out, log-sum-exp, blocks) -> gradients of q, k, v
+Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Blocks], tuple[Tensor, Tensor, Tensor]]
+
+
+def zigzag(units: int, ranks: int) -> list[tuple[int, ...]]:
+    """Units that each rank computes, in order: an early and a late run. None is empty where units ≥ ranks."""
+    runs = 2 * ranks
+    edges = [min(i, units) if units < runs else i * units // runs for i in range(runs + 1)]
+    return [
+        (*range(edges[rank], edges[rank + 1]), *range(edges[runs - 1 - rank], edges[runs - rank]))
+        for rank in range(ranks)
+    ]
+
+
+class Ring:
+    """Where a rank computes a dense causal scale: its zig-zag units, all heads; `attend` goes around the ring.
+
+    `forward` and `backward` compute attention to some blocks of keys (pretrain/backends.py).
+    """
+
+    heads = slice(None)
+
+    def __init__(self, group: dist.ProcessGroup, bounds: tuple[int, ...], forward: Forward, backward: Backward):
+        ranks, self.rank = dist.get_world_size(group), dist.get_rank(group)
+        self.group, self.ranks, self.kernels = group, ranks, (forward, backward)
+        self.held = zigzag(bounds[-1], ranks)
+        self.units = self.held[self.rank]
+        first, end = bounds[self.rank], bounds[self.rank + 1]
+        self.own = end - first
+        self.sends = [(slice(None), [u - first for u in held if first <= u < end]) for held in self.held]
+        self.receives = [
+            (slice(None), [i for i, u in enumerate(self.units) if a <= u < b])
+            for a, b in zip(bounds, bounds[1:], strict=False)
+        ]
+
+    def enter(self, x_BU: Tensor) -> Tensor:
+        """`[B, own units, ...] -> [B, zig-zag units, ...]`."""
+        shape = torch.Size((x_BU.shape[0], len(self.units), *x_BU.shape[2:]))
+        return move(x_BU, shape, self.sends, self.receives, self.group, "queries, keys and values (ring)")
+
+    def leave(self, x_BU: Tensor) -> Tensor:
+        """The way back of `enter`."""
+        shape = torch.Size((x_BU.shape[0], self.own, *x_BU.shape[2:]))
+        return move(x_BU, shape, self.receives, self.sends, self.group, "attention output (ring)")
+
+    def gather(self, x_BU: Tensor) -> Tensor:
+        shape = torch.Size((x_BU.shape[0], len(self.units), *x_BU.shape[2:]))
+        return deal(x_BU, shape, self.sends, self.receives, self.group, "noise levels")
+
+    def attend(self, q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, blocks: Blocks) -> Tensor:
+        """As backends.attend; the first blocks of keys are those of the own units, as others see them."""
+        return _Ring.apply(q_BUnhd, k_BRnhd, v_BRnhd, blocks, self)
+
+    def seen(self, source: int) -> Blocks:
+        """Which units of rank `source` each own unit sees: the earlier ones."""
+        return tuple(tuple(j for j, key in enumerate(self.held[source]) if key < unit) for unit in self.units)
+
+    def pass_on(self, x: Tensor, source: int, what: str) -> Posted:
+        """Send `x` to the next rank; receive from the one before what is of the units of rank `source`."""
+        buffer = x.new_empty(*x.shape[:2], len(self.held[source]), *x.shape[3:])
+        before, after = (self.rank - 1) % self.ranks, (self.rank + 1) % self.ranks
+        return Posted([(after, x)], [(before, buffer)], self.group, what)
+
+
+class _Ring(torch.autograd.Function):
+    """Keys and values travel as one tensor `[2, B, units, n, h, d]`."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, ring: Ring) -> Tensor:
+        attend, _ = ring.kernels
+        own = q.shape[1]
+        posted = ring.pass_on(torch.stack((k[:, :own], v[:, :own])), _source(ring, 1), "keys and values (ring)")
+        out, log_sum = attend(q, k, v, blocks)
+        out = out.to(log_sum.dtype)  # at least fp32
+        for step in range(1, ring.ranks):
+            (kv,) = posted.wait()
+            if step + 1 < ring.ranks:
+                posted = ring.pass_on(kv, _source(ring, step + 1), "keys and values (ring)")
+            seen = ring.seen(_source(ring, step))
+            if any(seen):
+                part, part_sum = attend(q, kv[0], kv[1], seen)
+                total = torch.logaddexp(log_sum, part_sum)
+                out = out * _per_token(log_sum - total) + part * _per_token(part_sum - total)
+                log_sum = total
+        out = out.to(q.dtype)
+        ctx.blocks, ctx.ring = blocks, ring
+        ctx.save_for_backward(q, k, v, out, log_sum)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_out,) = grads
+        q, k, v, out, log_sum = ctx.saved_tensors
+        ring: Ring = ctx.ring
+        _, differentiate = ring.kernels
+        own, wide = q.shape[1], log_sum.dtype
+        posted = ring.pass_on(torch.stack((k[:, :own], v[:, :own])), _source(ring, 1), "keys and values (ring)")
+        parts = differentiate(grad_out, q, k, v, out, log_sum, ctx.blocks)
+        grad_q, grad_k, grad_v = (part.to(wide) for part in parts)
+        home: Posted | None = None
+        for step in range(1, ring.ranks):
+            (kv,) = posted.wait()
+            if step + 1 < ring.ranks:
+                posted = ring.pass_on(kv, _source(ring, step + 1), "keys and values (ring)")
+            seen = ring.seen(_source(ring, step))
+            grad_kv = torch.zeros_like(kv, dtype=wide)
+            if any(seen):
+                dq, *dkv = differentiate(grad_out, q, kv[0], kv[1], out, log_sum, seen)
+                grad_q += dq
+                grad_kv += torch.stack(dkv)
+            if home is not None:
+                grad_kv += home.wait()[0]
+            # What the ranks so far have gathered for this part goes on with it, and from the last one home.
+            home = ring.pass_on(grad_kv, _source(ring, step + 1), "gradient of keys and values (ring)")
+        assert home is not None
+        (grad_kv,) = home.wait()
+        grad_k[:, :own] += grad_kv[0]
+        grad_v[:, :own] += grad_kv[1]
+        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
+
+
+def _source(ring: Ring, step: int) -> int:
+    """Whose keys a rank holds at a step."""
+    return (ring.rank - step) % ring.ranks
+
+
+def _per_token(x_BUhn: Tensor) -> Tensor:
+    """Weights as factors of an output `[B, U, n, h, d]`."""
+    return x_BUhn.exp().transpose(2, 3).unsqueeze(-1)

@@ -1,0 +1,116 @@
+"""What one scale needs to know of the frames of a call: positions, noise, visible blocks. For all layers alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .backends import Blocks
+from .gate import ON_KEYS, UNMEASURED, GateConstants, GatePlace, log_snr, pooled_log_snr
+from .rope import Rope, rope_angles
+from .scales import Scale
+from .timeline import Placement, Timeline, WholeVideo
+
+
+@dataclass(frozen=True)
+class View:
+    """One scale's view of the units whose attention is computed here.
+
+    The first `early` of them attend once the past has arrived. The others, if any, have all of theirs here.
+    """
+
+    scale: Scale
+    frames_per_unit: int
+    timeline: Timeline
+    placement: Placement | None
+    early: int
+    blocks_early: Blocks
+    blocks_late: Blocks
+    rope_past: Rope  # unpooled past units
+    rope_own: Rope
+    rope_groups: Rope | None  # groups pooled in time that own units complete
+    constants: GateConstants
+    log_snr_query: Tensor | None  # [B, frames] of the units computed here; for "mix", of the frames that lie here
+    log_snr_past: Tensor | None  # [B, frames of rope_past]
+    log_snr_own: Tensor | None  # [B, frames of rope_own]
+    log_snr_groups: Tensor | None  # [B, frames of rope_groups]
+
+
+def view_frames(
+    scale: Scale,
+    index: int,
+    t_BT: Tensor,
+    grid: tuple[int, int],
+    frames_per_unit: int,
+    rotated: int,
+    theta: float,
+    gate: GatePlace,
+    constants: GateConstants | None,
+    timeline: Timeline,
+) -> View:
+    """Positions, noise and visible blocks of a call's frames at one scale.
+
+    t_BT are the noise levels of the own frames; grid is the full token grid (H, W); constants are what was
+    measured of the data at this scale (gate.gate_constants; None: nothing).
+    """
+    constants, gated = constants or UNMEASURED, gate in ON_KEYS
+    t_BUF = t_BT.unflatten(1, (-1, frames_per_unit))
+    first = timeline.first
+    units = tuple(range(first, first + t_BUF.shape[1]))
+    placement = timeline.placement(index)
+    if placement is not None:
+        timeline, first, units = WholeVideo(), 0, placement.units
+        t_BUF = placement.gather(t_BUF) if gated else t_BUF
+    past = scale.fresh_before(first)
+    finished = scale.finished(first, len(units))
+    early = len(units)
+    if timeline.travels and scale.time == 1 and scale.window:
+        early = min(early, scale.window)  # later ones of the run see nothing before it, wherever it starts
+
+    def rope(frames: Tensor) -> Rope:
+        rows, columns = (
+            torch.arange(side // scale.space, device=t_BT.device) * scale.space + (scale.space - 1) / 2 for side in grid
+        )
+        dtype = torch.float64 if t_BT.dtype == torch.float64 else torch.float32
+        return rope_angles((frames, rows, columns), rotated, theta, dtype)
+
+    def frames_of(units: Sequence[int]) -> Tensor:
+        starts = torch.tensor(list(units), dtype=torch.long, device=t_BT.device) * frames_per_unit
+        return (starts[:, None] + torch.arange(frames_per_unit, device=t_BT.device)).flatten()
+
+    rope_groups = log_snr_past = log_snr_own = log_snr_groups = log_snr_query = None
+    if finished:
+        pooled = torch.arange(finished * frames_per_unit, device=t_BT.device)
+        start = (first - past) * frames_per_unit
+        rope_groups = rope(start + pooled * scale.time + (scale.time - 1) / 2)
+    if gated:
+        t_past = timeline.ask(f"noise of scale {index}", t_BUF, scale.fresh_before, scale.fresh_kept)()
+        t_past = t_BUF[:, :0] if t_past is None else t_past
+        log_snr_past, log_snr_own = (log_snr(t.flatten(1)) + constants.b for t in (t_past, t_BUF))
+        if finished:
+            members = torch.cat((t_past, t_BUF), 1).flatten(1)[:, : finished * scale.time * frames_per_unit]
+            log_snr_groups = pooled_log_snr(members, scale.time) + constants.b_pooled
+    if gate == "pair":
+        log_snr_query = log_snr_own
+    elif gate == "mix":
+        log_snr_query = log_snr(t_BT) + constants.b
+    return View(
+        scale,
+        frames_per_unit,
+        timeline,
+        placement,
+        early,
+        scale.key_blocks(first, early, separate_own=gated),
+        scale.key_blocks(first + early, len(units) - early, separate_own=gated),
+        rope(frames_of(range(first - past, first))),
+        rope(frames_of(units)),
+        rope_groups,
+        constants,
+        log_snr_query,
+        log_snr_past,
+        log_snr_own,
+        log_snr_groups,
+    )
