@@ -67,15 +67,20 @@ class ShardedTimeline:
         return self.placements.get(scale)
 
     def ask(
-        self, key: str, x_BU: Tensor, before: Before, kept: int | None, every: int = 1
+        self, key: tuple[str | int, ...], x_BU: Tensor, before: Before, kept: int | None, every: int = 1
     ) -> Callable[[], Tensor | None]:
         """Post the messages at once; the result waits for the earlier items. Differentiable."""
         messages = transfers(self.bounds, before, every)
         if not any(self.rank in message[:2] for message in messages):
             return lambda: None
-        trip = _Trip(messages, self.bounds[self.rank] // every, self.rank, self.group, key)
+        trip = _Trip(messages, self.bounds[self.rank] // every, self.rank, self.group, _words(key))
         ticket = _Depart.apply(x_BU, trip)
         return lambda: _Arrive.apply(ticket, trip)
+
+
+def _words(key: tuple[str | int, ...]) -> str:
+    what, *layer, scale = key
+    return f"{what} of scale {scale}" + (f" in layer {layer[0]}" if layer else "")
 
 
 # Departure and arrival are two nodes of the graph, tied by an empty tensor. What is computed between them

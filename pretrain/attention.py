@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .backends import Attend, Backend, Blocks, attend
+from .backends import Attend, Backend, Blocks, Masks, attend
 from .gate import NODES, ON_KEYS, GatePlace, effective_log_snr, log_gate, log_gate_at_nodes, node_weights
 from .rope import Rope
 from .scales import Scale, spatial_windows
@@ -34,7 +34,7 @@ def unrotated(gate: GatePlace) -> int:
 class Part:
     """One scale of one call, between asking for its past and attending to it. `[B, U, F, H, W, h, d]`."""
 
-    name: str
+    key: tuple[int, int]  # layer and scale
     view: View
     delta_h: Tensor | None
     q: Tensor
@@ -81,7 +81,7 @@ class MultiScaleAttention(nn.Module):
         deltas = [None] * len(sizes) if self.delta is None else self.delta.split(sizes)
         groups = zip(qkv.split(sizes, dim=-2), views, deltas, strict=True)
         # The past of all scales is on its way while units that do not need it attend; then the others follow.
-        parts = [self._ask(f"scale {i} in layer {layer}", *group) for i, group in enumerate(groups)]
+        parts = [self._ask((layer, i), *group) for i, group in enumerate(groups)]
         late = [self._attend_late(part) for part in parts]
         pasts = [self._receive(part) for part in parts]
         outs = []
@@ -95,7 +95,7 @@ class MultiScaleAttention(nn.Module):
             outs = self._mixed(outs, views, deltas)
         return self.out(torch.cat(outs, dim=-2).flatten(-2))
 
-    def _ask(self, name: str, qkv_BTHW3hd: Tensor, view: View, delta_h: Tensor | None) -> Part:
+    def _ask(self, key: tuple[int, int], qkv_BTHW3hd: Tensor, view: View, delta_h: Tensor | None) -> Part:
         """Queries and keys of the own units; asks for the earlier ones."""
         scale = view.scale
         x = pool_space(qkv_BTHW3hd, scale.space).unflatten(1, (-1, view.frames_per_unit))
@@ -103,20 +103,21 @@ class MultiScaleAttention(nn.Module):
             x = view.placement.enter(x)
             delta_h = None if delta_h is None else delta_h[view.placement.heads]
         kv = x[..., 1:, :, :]
-        past = view.timeline.ask(f"past of {name}", kv, scale.fresh_before, scale.fresh_kept)
+        past = view.timeline.ask(("past", *key), kv, scale.fresh_before, scale.fresh_kept)
         q = place(x[..., 0, :, :], self.q_gain, view.rope_own)
         k, v = place(kv[..., 0, :, :], self.k_gain, view.rope_own), kv[..., 1, :, :]
         k_past, v_past = self._gated(k, v, view.log_snr_own, view.constants.rho, delta_h)
         if self.gate in ON_KEYS:
             q, k = self._asking(q, view.log_snr_query), self._ungated(k)
-        return Part(name, view, delta_h, q, kv, k_past, v_past, k, v, past)
+        return Part(key, view, delta_h, q, kv, k_past, v_past, k, v, past)
 
     def _attend_late(self, part: Part) -> Tensor | None:
         """Output of the units that need nothing from before the run."""
         early = part.view.early
         if early == part.q.shape[1]:
             return None
-        return self._attend(part, slice(early, None), [part.k_past], [part.v_past], part.view.blocks_late)
+        view = part.view
+        return self._attend(part, slice(early, None), [part.k_past], [part.v_past], view.blocks_late, view.masks_late)
 
     def _receive(self, part: Part) -> tuple[list[Tensor], list[Tensor], Callable | None]:
         """Keys and values of the units before the run and of the groups pooled in time; asks for earlier groups."""
@@ -131,7 +132,7 @@ class MultiScaleAttention(nn.Module):
             return k, v, None
         fresh = part.kv if past is None else torch.cat((past, part.kv), 1)
         pooled = self._pool_time(fresh, view, part.delta_h)
-        key, before = f"pooled past of {part.name}", scale.pooled_before
+        key, before = ("pooled past", *part.key), scale.pooled_before
         groups = view.timeline.ask(key, pooled, before, scale.window, every=scale.time)
         return [pooled[..., 0, :, :], *k], [pooled[..., 1, :, :], *v], groups
 
@@ -141,15 +142,17 @@ class MultiScaleAttention(nn.Module):
         if groups is not None and (earlier := groups()) is not None:
             k, v = [earlier[..., 0, :, :], *k], [earlier[..., 1, :, :], *v]
         k, v = [*k, part.k_past[:, :early]], [*v, part.v_past[:, :early]]
-        return self._attend(part, slice(early), k, v, part.view.blocks_early)
+        return self._attend(part, slice(early), k, v, part.view.blocks_early, part.view.masks_early)
 
-    def _attend(self, part: Part, units: slice, k: list[Tensor], v: list[Tensor], blocks: Blocks) -> Tensor:
+    def _attend(
+        self, part: Part, units: slice, k: list[Tensor], v: list[Tensor], blocks: Blocks, masks: Masks
+    ) -> Tensor:
         """Key blocks lie as Scale.key_blocks orders them: [pooled groups | unpooled units | own units, ungated]."""
         view = part.view
         if self.gate in ON_KEYS:
             k, v = [*k, part.k_own[:, units]], [*v, part.v_own[:, units]]
         elsewhere = None if view.placement is None else view.placement.attend
-        kernel = elsewhere or partial(attend, backend=self.backend)
+        kernel = elsewhere or partial(attend, backend=self.backend, masks=masks)
         k_row, v_row = (x[0] if len(x) == 1 else torch.cat(x, 1) for x in (k, v))
         return attend_windows(part.q[:, units], k_row, v_row, blocks, view.scale.patch_window, self.shifted, kernel)
 

@@ -7,7 +7,7 @@ list is all a kernel needs to know of causality, windows and pooling, so no N×N
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal
 
 import torch
@@ -17,14 +17,22 @@ from torch.nn import functional as F
 Blocks = tuple[tuple[int, ...], ...]
 Attend = Callable[[Tensor, Tensor, Tensor, Blocks], Tensor]
 Backend = Literal["auto", "sdpa", "flex"]
+Masks = dict[int, Any]  # FlexAttention's block masks, by tokens of a block
 
 
-def attend(q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, blocks: Blocks, backend: Backend = "auto") -> Tensor:
+def attend(
+    q_BUnhd: Tensor,
+    k_BRnhd: Tensor,
+    v_BRnhd: Tensor,
+    blocks: Blocks,
+    backend: Backend = "auto",
+    masks: Masks | None = None,
+) -> Tensor:
     """Softmax attention of each query unit to its own list of key blocks.
 
     q `[B, U, n, h, d]` holds U units of n tokens; k and v `[B, R, n, h, d]` hold R blocks of n keys;
-    `blocks[u]` names the blocks unit u sees, never none. Logits are scaled by `d**-0.5`. Returns
-    `[B, U, n, h, d]`.
+    `blocks[u]` names the blocks unit u sees, never none. Logits are scaled by `d**-0.5`. `masks` are those that
+    `prepare` made for the blocks, if it was asked. Returns `[B, U, n, h, d]`.
     """
     assert len(blocks) == q_BUnhd.shape[1] and all(blocks), "every query unit needs at least its own keys"
     if backend == "auto":
@@ -32,8 +40,23 @@ def attend(q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, blocks: Blocks, ba
     if backend == "flex":
         from . import flex  # its import costs seconds that the other kernels need not pay
 
-        return flex.attend(q_BUnhd, k_BRnhd, v_BRnhd, blocks)
+        mask = (masks or {}).get(q_BUnhd.shape[2])
+        return flex.attend(q_BUnhd, k_BRnhd, v_BRnhd, blocks, mask)
     return _Rectangles.apply(q_BUnhd, k_BRnhd, v_BRnhd, blocks)
+
+
+def prepare(blocks: Blocks, sizes: Collection[int], device: torch.device, head_width: int, backend: Backend) -> Masks:
+    """What a kernel can know of `blocks` before queries and keys are there, for blocks of these numbers of tokens.
+
+    Made once per call of the model, outside of what may be compiled: a compiler would unroll it.
+    """
+    if backend == "auto":
+        backend = choose_backend(device.type, head_width)
+    if backend != "flex" or not blocks:
+        return {}
+    from . import flex
+
+    return {n: flex.block_mask(blocks, n, str(device)) for n in sizes}
 
 
 def choose_backend(device_type: str, head_width: int = 64) -> Backend:

@@ -24,19 +24,23 @@ def compiled() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def attend(q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, blocks: tuple[tuple[int, ...], ...]) -> Tensor:
-    """See backends.attend."""
+def attend(
+    q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, blocks: tuple[tuple[int, ...], ...], mask: BlockMask | None
+) -> Tensor:
+    """See backends.attend; the mask is that of `blocks`, made here if not given."""
     units, n = q_BUnhd.shape[1:3]
-    mask = block_mask(blocks, k_BRnhd.shape[1], n, str(q_BUnhd.device))
+    mask = mask or block_mask(blocks, n, str(q_BUnhd.device))
     q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (q_BUnhd, k_BRnhd, v_BRnhd))
-    out = compiled()(q, k, v, block_mask=mask) if q.is_cuda else flex_attention(q, k, v, block_mask=mask)
+    inside = torch.compiler.is_compiling() or not q.is_cuda  # of a compiled model it becomes a part
+    out = flex_attention(q, k, v, block_mask=mask) if inside else compiled()(q, k, v, block_mask=mask)
     assert isinstance(out, Tensor)
     return out.transpose(1, 2).unflatten(1, (units, n))
 
 
 @lru_cache(maxsize=64)
-def block_mask(blocks: tuple[tuple[int, ...], ...], rows: int, n: int, device: str) -> BlockMask:
-    """Mask of `len(blocks)` query units over `rows` key blocks, all of n tokens."""
+def block_mask(blocks: tuple[tuple[int, ...], ...], n: int, device: str) -> BlockMask:
+    """Mask of `len(blocks)` query units over the key blocks, all of n tokens; the last unit sees the last block."""
+    rows = blocks[-1][-1] + 1
     table = torch.zeros(len(blocks), rows, dtype=torch.bool)
     for unit, seen in enumerate(blocks):
         table[unit, list(seen)] = True

@@ -191,6 +191,9 @@ class MSCTransformer(nn.Module):
     def view(self, t_BT: Tensor, grid: tuple[int, int], timeline: Timeline) -> list[View]:
         """What each scale needs to know of these frames; computed once for all layers."""
         config = self.config
+        first = self.blocks[0]
+        assert isinstance(first, Block)
+        backend = first.attention.backend
         constants = config.gate_constants or (None,) * len(config.scales)
         return [
             view_frames(
@@ -204,6 +207,8 @@ class MSCTransformer(nn.Module):
                 config.gate,
                 constants[index],
                 timeline,
+                config.head_width,
+                backend,
             )
             for index, scale in enumerate(config.scales)
         ]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .diffusion import frame_noise, sampling_levels
 from .model import MSCTransformer
-from .timeline import Placement
+from .timeline import Key, Placement
 
 
 class Cache:
@@ -28,7 +28,7 @@ class Cache:
         self._kept: dict[str, Tensor] = {}
 
     def ask(
-        self, key: str, x_BU: Tensor, before: Callable[[int], int], kept: int | None, every: int = 1
+        self, key: Key, x_BU: Tensor, before: Callable[[int], int], kept: int | None, every: int = 1
     ) -> Callable[[], Tensor | None]:
         stored, need = self._kept.get(key), before(self.first)
         assert need == 0 or (stored is not None and stored.shape[1] >= need), f"the cache lacks part of {key}"

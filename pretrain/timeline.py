@@ -14,6 +14,10 @@ from torch import Tensor
 
 from .backends import Attend
 
+# What is asked for: its name, and layer and scale or the scale alone. Numbers, which a compiler need not know, as
+# text would make it compile every layer anew.
+Key = tuple[str | int, ...]
+
 
 class Placement(Protocol):
     """Computing a scale's attention not where its frames lie: on these units and heads, seen as a whole video.
@@ -58,7 +62,7 @@ class Timeline(Protocol):
     def travels(self) -> bool: ...
 
     def ask(
-        self, key: str, x_BU: Tensor, before: Callable[[int], int], kept: int | None, every: int = 1
+        self, key: Key, x_BU: Tensor, before: Callable[[int], int], kept: int | None, every: int = 1
     ) -> Callable[[], Tensor | None]:
         """Hand on the own items and ask for earlier ones. Returns at once; its result waits for those.
 
@@ -81,7 +85,7 @@ class WholeVideo:
     travels = False
 
     def ask(
-        self, key: str, x_BU: Tensor, before: Callable[[int], int], kept: int | None, every: int = 1
+        self, key: Key, x_BU: Tensor, before: Callable[[int], int], kept: int | None, every: int = 1
     ) -> Callable[[], Tensor | None]:
         return lambda: None
 

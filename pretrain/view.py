@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .backends import Blocks
+from .backends import Backend, Blocks, Masks, prepare
 from .gate import ON_KEYS, UNMEASURED, GateConstants, GatePlace, log_snr, pooled_log_snr
 from .rope import Rope, rope_angles
-from .scales import Scale
+from .scales import Scale, spatial_windows
 from .timeline import Placement, Timeline, WholeVideo
 
 
@@ -29,6 +29,8 @@ class View:
     early: int
     blocks_early: Blocks
     blocks_late: Blocks
+    masks_early: Masks
+    masks_late: Masks
     rope_past: Rope  # unpooled past units
     rope_own: Rope
     rope_groups: Rope | None  # groups pooled in time that own units complete
@@ -50,11 +52,14 @@ def view_frames(
     gate: GatePlace,
     constants: GateConstants | None,
     timeline: Timeline,
+    head_width: int = 0,
+    backend: Backend = "sdpa",
 ) -> View:
     """Positions, noise and visible blocks of a call's frames at one scale.
 
     t_BT are the noise levels of the own frames; grid is the full token grid (H, W); constants are what was
-    measured of the data at this scale (gate.gate_constants; None: nothing).
+    measured of the data at this scale (gate.gate_constants; None: nothing). For heads of `head_width` the kernel
+    `backend` prepares what it can.
     """
     constants, gated = constants or UNMEASURED, gate in ON_KEYS
     t_BUF = t_BT.unflatten(1, (-1, frames_per_unit))
@@ -87,7 +92,7 @@ def view_frames(
         start = (first - past) * frames_per_unit
         rope_groups = rope(start + pooled * scale.time + (scale.time - 1) / 2)
     if gated:
-        t_past = timeline.ask(f"noise of scale {index}", t_BUF, scale.fresh_before, scale.fresh_kept)()
+        t_past = timeline.ask(("noise", index), t_BUF, scale.fresh_before, scale.fresh_kept)()
         t_past = t_BUF[:, :0] if t_past is None else t_past
         log_snr_past, log_snr_own = (log_snr(t.flatten(1)) + constants.b for t in (t_past, t_BUF))
         if finished:
@@ -97,14 +102,22 @@ def view_frames(
         log_snr_query = log_snr_own
     elif gate == "mix":
         log_snr_query = log_snr(t_BT) + constants.b
+    blocks_early = scale.key_blocks(first, early, separate_own=gated)
+    blocks_late = scale.key_blocks(first + early, len(units) - early, separate_own=gated)
+    sizes = window_sizes(scale, grid, frames_per_unit)
+    masks_early, masks_late = (
+        prepare(blocks, sizes, t_BT.device, head_width, backend) for blocks in (blocks_early, blocks_late)
+    )
     return View(
         scale,
         frames_per_unit,
         timeline,
         placement,
         early,
-        scale.key_blocks(first, early, separate_own=gated),
-        scale.key_blocks(first + early, len(units) - early, separate_own=gated),
+        blocks_early,
+        blocks_late,
+        masks_early,
+        masks_late,
         rope(frames_of(range(first - past, first))),
         rope(frames_of(units)),
         rope_groups,
@@ -114,3 +127,13 @@ def view_frames(
         log_snr_own,
         log_snr_groups,
     )
+
+
+def window_sizes(scale: Scale, grid: tuple[int, int], frames_per_unit: int) -> set[int]:
+    """Tokens that a unit has in the spatial windows of a scale, shifted ones included."""
+
+    def widths(side: int) -> set[int]:
+        cuts = (spatial_windows(side // scale.space, scale.patch_window, shifted) for shifted in (False, True))
+        return {width for cut in cuts for _, _, width in cut}
+
+    return {frames_per_unit * a * b for a in widths(grid[0]) for b in widths(grid[1])}

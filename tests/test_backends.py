@@ -7,7 +7,8 @@ import torch
 
 from msc.pretrain import flex
 from msc.pretrain.backends import attend, choose_backend
-from msc.pretrain.scales import Scale
+from msc.pretrain.model import ModelConfig, MSCTransformer
+from msc.pretrain.scales import Scale, default_scales
 
 CASES = [
     (scale, units, n)
@@ -35,6 +36,30 @@ def test_flex_equals_sdpa(scale, units, n):
     q, k, v, blocks = draw(scale, units, n)
     with torch.no_grad():
         torch.testing.assert_close(attend(q, k, v, blocks, "flex"), attend(q, k, v, blocks, "sdpa"), atol=2e-6, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_a_model_with_flex_is_captured_whole_and_not_once_per_layer():
+    """What a compiler would see: no graph breaks, and one graph for even layers, one for odd ones, one for the first."""
+    config = ModelConfig(width=64, depth=6, scales=default_scales(4, patch_window=8), patch=1, channels=2)
+    torch.manual_seed(0)
+    model = MSCTransformer(config)
+    x, t = torch.randn(1, 9, 2, 12, 12), torch.rand(1, 9)
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    with torch.no_grad():
+        model.final.weight.normal_()
+        expected = model(x, t)
+        for block in model.blocks:
+            block.attention.backend = "flex"
+            block.compile(backend=count, fullgraph=True)
+        torch.testing.assert_close(model(x, t), expected, atol=1e-4, rtol=0)
+        model(x + 1, t / 2)
+    assert len(graphs) == 3
 
 
 @pytest.mark.parametrize("scale, units, n", CASES)

@@ -264,8 +264,13 @@ def run_one(name: str, task: Task, variant: str, seed: int, args: argparse.Names
             if block.attention.delta is not None:
                 block.attention.delta.requires_grad_(False)
     kernel(model, args.backend)
+    if args.compile:
+        for block in model.blocks:
+            block.compile()
     seconds = train(model, task, steps, args.batch, seed, args.lr)
     kernel(model, "sdpa")  # evaluation has many shapes; compiling a kernel for each would take longer
+    for block in model.blocks:
+        block._compiled_call_impl = None
     model.eval()
     mean, by_noise = held_out_loss(model, task.held_out)
     last = task.frames - 1
@@ -299,6 +304,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=4096, help="in the training set")
     parser.add_argument("--held-out", type=int, default=128)
     parser.add_argument("--backend", default="sdpa", help="kernel of training")
+    parser.add_argument("--compile", action="store_true", help="torch.compile while training")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no run after this time")
     args = parser.parse_args()
     began = time.monotonic()
