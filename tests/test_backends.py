@@ -40,7 +40,7 @@ def test_flex_equals_sdpa(scale, units, n):
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_a_model_with_flex_is_captured_whole_and_not_once_per_layer():
-    """What a compiler would see: no graph breaks, and one graph for even layers, one for odd ones, one for the first."""
+    """What a compiler sees: no graph breaks; one graph for even layers, one for odd ones, one for the first."""
     config = ModelConfig(width=64, depth=6, scales=default_scales(4, patch_window=8), patch=1, channels=2)
     torch.manual_seed(0)
     model = MSCTransformer(config)
