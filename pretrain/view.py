@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -83,8 +84,10 @@ def view_frames(
         return rope_angles((frames, rows, columns), rotated, theta, dtype)
 
     def frames_of(units: Sequence[int]) -> Tensor:
-        starts = torch.tensor(list(units), dtype=torch.long, device=t_BT.device) * frames_per_unit
-        return (starts[:, None] + torch.arange(frames_per_unit, device=t_BT.device)).flatten()
+        # As runs, made where they are needed: a list would be copied there, and the host wait for it.
+        edges = [0, *(i for i in range(1, len(units)) if units[i] != units[i - 1] + 1), len(units)]
+        runs = [(units[a] * frames_per_unit, (units[b - 1] + 1) * frames_per_unit) for a, b in pairwise(edges) if a < b]
+        return torch.cat([torch.arange(a, b, device=t_BT.device) for a, b in runs or [(0, 0)]])
 
     rope_groups = log_snr_past = log_snr_own = log_snr_groups = log_snr_query = None
     if finished:
