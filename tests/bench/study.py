@@ -34,7 +34,9 @@ from msc.pretrain.sampler import generate
 from msc.pretrain.scales import Scale, default_scales
 
 SIDE, PATCH, HEADS = 24, 2, 4  # 12 x 12 tokens per frame
-TURN, SPEED, FIRST = 24, 3, 20  # the camera's full turn in frames, its columns per frame, a frame of its first turn
+# The camera's full turn in frames, its columns per frame, and a frame of its first turn whose new columns no earlier
+# frame shows. What leaves the picture comes back 18 frames later.
+TURN, SPEED, FIRST = 24, 4, 14
 QUERY = (0.3, 0.6, 0.8, 0.95)  # noise of the frame asked for
 CONTEXT = (0.0, 0.3, 0.6, 0.9)  # noise of all frames before it
 LEVELS = (0.0, 0.2)  # noise at which a roll-out looks at its past
@@ -52,6 +54,7 @@ VARIANTS: dict[str, tuple[tuple[Scale, ...], str, bool, bool]] = {
     "pair": (MULTI, "pair", True, False),
     "values": (MULTI, "values", True, False),
     "mix": (MULTI, "mix", True, False),
+    "unpooled": ((*MULTI[:2], Scale(1, 4, 1)), "logits", True, False),  # the coarse scale keeps every frame
 }
 
 
