@@ -25,7 +25,7 @@ class Cache:
     def __init__(self) -> None:
         self.first = 0
         self.writing = False
-        self._kept: dict[str, Tensor] = {}
+        self._kept: dict[Key, Tensor] = {}
 
     def ask(
         self, key: Key, x_BU: Tensor, before: Callable[[int], int], kept: int | None, every: int = 1
