@@ -24,7 +24,9 @@ import torch.distributed as dist
 
 GRACE = 5.0  # seconds in which a rank that learns of a failure may still find its own words
 EXIT = 1
-VERDICT = "msc/verdict"
+# torchrun keeps one store over its restarts
+PREFIX = f"msc/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+VERDICT = f"{PREFIX}/verdict"
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Watch:
         self.place = Place(rank, socket.gethostname(), os.getpid())
         self._moved = self._answered = self._neighbour_beat_at = time.monotonic()
         self._neighbour: Place | None = None
+        self._beats = 0
         self._heard: tuple[str, float] | None = None  # a verdict in the store, and when it was seen
         self._over = threading.Event()
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -93,12 +96,14 @@ class Watch:
         """Tell the others that this rank ends, and why."""
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         self._announce(f"{self.place} failed in {self.place.where}: {reason}")
-        self.end()
+        self._linger()
 
     def explain(self, error: BaseException) -> str:
         """One line on a collective of this rank that failed; the others are told the same."""
+        if self._over.is_set():  # the other thread is saying it
+            time.sleep(GRACE)
         found = self._judge() or "all ranks answer and none is behind; they may have called different collectives"
-        self.end()
+        self._linger()
         reason = str(error).splitlines()[0].rpartition("] ")[2].partition(" This is typically")[0]
         return f"rank {self.place.rank}: {found}; waited for in {self.place.where}: {reason}"
 
@@ -108,15 +113,20 @@ class Watch:
     # The store, from threads that may be stuck in it -----------------------------------------------------
 
     def _tell(self) -> None:
-        self.place = replace(self.place, beat=self.place.beat + 1)
-        self._store.set(f"msc/{self.place.rank}", json.dumps(asdict(self.place)))
+        self._beats += 1
+        place = replace(self.place, beat=self._beats)  # a copy: the main thread moves on meanwhile
+        self._store.set(f"{PREFIX}/{place.rank}", json.dumps(asdict(place)))
 
     def _read(self, rank: int) -> Place | None:
-        key = f"msc/{rank}"
+        key = f"{PREFIX}/{rank}"
         return Place(**json.loads(self._store.get(key))) if self._store.check([key]) else None
 
     def _read_all(self) -> dict[int, Place]:
         return {rank: place for rank in range(self.size) if (place := self._read(rank)) is not None}
+
+    def _hear(self) -> None:
+        if self._heard is None and self._store.check([VERDICT]):
+            self._heard = self._store.get(VERDICT).decode(), time.monotonic()
 
     def _beat(self) -> None:
         """Write this rank's place and look at the next rank's, until the end or the store's."""
@@ -126,8 +136,7 @@ class Watch:
                 neighbour = self._read((self.place.rank + 1) % self.size)
                 if neighbour != self._neighbour:
                     self._neighbour, self._neighbour_beat_at = neighbour, time.monotonic()
-                if self._heard is None and self._store.check([VERDICT]):
-                    self._heard = self._store.get(VERDICT).decode(), time.monotonic()
+                self._hear()
                 self._answered = time.monotonic()
 
     def _look(self) -> None:
@@ -142,29 +151,30 @@ class Watch:
 
     def _judge(self) -> str:
         """A verdict of an earlier rank, or this one's own; left in the store for all."""
-        if self._heard is not None:
-            return self._heard[0]
-        store_lost = "rank 0, which keeps the store, does not answer"
         before = self._bounded(self._read_all)
-        if before is None:
-            return store_lost
-        time.sleep(2.5 * self.interval)
-        now = self._bounded(self._read_all)
-        if now is None:
-            return store_lost
-        if self._heard is not None:
-            return self._heard[0]
+        for _ in range(5 if before else 0):
+            if self._heard is not None:
+                return self._heard[0]
+            time.sleep(self.interval / 2)
+            self._bounded(self._hear)
+        now = self._bounded(self._read_all) if before else None
+        if not before or not now:
+            return "rank 0, which keeps the store, does not answer"
         found = verdict(before, now, self.size)
         if found:
             self._announce(found)
         return found
 
     def _announce(self, found: str) -> None:
-        """Leave a verdict in the store. It goes with rank 0, which lets the others read it first."""
+        """Leave a verdict in the store."""
         self._heard = found, time.monotonic()
         self._bounded(lambda: self._store.set(VERDICT, found))
+
+    def _linger(self) -> None:
+        """Before the process ends: the store goes with rank 0, so let the others read first what is in it."""
+        self.end()
         if self.place.rank == 0:
-            time.sleep(2.5 * self.interval)
+            time.sleep(3 * self.interval)
 
     def _bounded(self, action: Callable[[], Any]) -> Any:
         """What the store answers, None if it does not within a few beats."""
@@ -184,6 +194,7 @@ class Watch:
         if not self._over.is_set():
             line = f"msc: rank {self.place.rank}: {found}; waited for in {self.place.where}"
             print(line, file=sys.stderr, flush=True)
+            self._linger()
             os._exit(EXIT)
 
 
