@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp8"]  # of fp8 only the products: see fp8.py
 STATE = ("weight", "exp_avg", "exp_avg_sq", "ema")
 
 
@@ -35,9 +35,9 @@ class ZeroConfig:
 
 
 def check_zero(config: ZeroConfig, precision: Precision) -> None:
-    if config.stage < 2 and precision == "bf16":
+    if config.stage < 2 and precision != "fp32":
         raise ValueError(
-            f"parallel.zero.stage {config.stage} with bf16 runs DeepSpeed's BF16_Optimizer, whose gradient norms and "
+            f"parallel.zero.stage {config.stage} with {precision} runs DeepSpeed's BF16_Optimizer, whose gradient norms and "
             "first steps are wrong in 0.19; use stage 2 or 3, or parallel.precision=fp32"
         )
 
@@ -59,7 +59,7 @@ def make_engine(
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed's loader is not used; only the averaging over ranks is
         "gradient_accumulation_steps": accumulate,
         "gradient_clipping": clip or 1e30,  # 0 would also leave the norm unmeasured
-        "bf16": {"enabled": precision == "bf16"},
+        "bf16": {"enabled": precision != "fp32"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_optimization": {

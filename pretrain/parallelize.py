@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from msc.parallel import fp8
 from msc.parallel.mesh import Mesh, make_mesh, rows
 from msc.parallel.ring import Ring
 from msc.parallel.temporal import ShardedTimeline, bounds
@@ -112,6 +113,8 @@ def parallelize(
     for block in model.blocks:
         assert isinstance(block, Block)
         block.attention.backend = config.attention
+        if config.precision == "fp8":
+            fp8.convert(block, skip=["cross_attention.kv"])  # acts on text, of any length
         if config.compile:
             block.compile()
     return make_engine(

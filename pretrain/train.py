@@ -26,7 +26,7 @@ from msc.datasets.batches import loader
 from msc.datasets.files import write_atomically
 from msc.datasets.shards import Index, read_index
 from msc.datasets.statistics import Statistics
-from msc.parallel import desync, process, zero
+from msc.parallel import desync, fp8, process, zero
 from msc.parallel.watch import watching
 
 from . import checkpoint, cost
@@ -172,7 +172,8 @@ def _train(config: Config, run: Path, resume: bool, world: process.World, at: Ca
                 for clips_of_part in micro_batches(clips_of_step, micro):
                     with meter.waiting():
                         part = feed(clips_of_part)
-                    velocity = engine(part.noisy, part.t, part.text, part.labels, timeline)
+                    with fp8.autocast(config.parallel.precision == "fp8"):
+                        velocity = engine(part.noisy, part.t, part.text, part.labels, timeline)
                     errors = frame_losses(velocity, part.x, part.noise)
                     losses.add(errors.detach(), part)
                     share = (errors * part.supervised).sum() / counted
@@ -306,6 +307,9 @@ def check(config: Config, run: Path, resume: bool, processes: int) -> Config:
     check_clip(config.model, index.frames, index.height, index.width)
     dp = check_parallel(config.parallel, config.model, processes, index.frames // config.model.frames_per_unit)
     config.train.accumulate(dp)
+    if config.parallel.precision == "fp8":
+        unit = config.model.frames_per_unit * cost.tokens_per_frame(config.model, index.height, index.width)
+        fp8.check_fp8(config.parallel.zero.stage, config.parallel.recompute, unit)
     if not index.samples("train"):
         raise ValueError(f"{config.data.shards} holds no clip to train on")
     if config.train.evaluate and not index.samples("held_out"):
@@ -363,7 +367,7 @@ def describe(config: Config, processes: int = 1) -> str:
     check_clip(config.model, index.frames, index.height, index.width)
     dp = check_parallel(config.parallel, config.model, processes, index.frames // config.model.frames_per_unit)
     accumulate = config.train.accumulate(dp)
-    bf16 = config.parallel.precision == "bf16"
+    bf16 = config.parallel.precision != "fp32"
     count = cost.parameters(config.model)
     tokens = index.frames * cost.tokens_per_frame(config.model, index.height, index.width)
     state = cost.state_bytes(count, config.parallel.zero.stage, processes, bf16)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from msc.parallel import exchange
 from msc.parallel.temporal import bounds
+from msc.pretrain import backends
 from msc.pretrain.gate import GateConstants
 from msc.pretrain.model import ModelConfig, MSCTransformer
 from msc.pretrain.parallelize import sharded_timeline
@@ -24,6 +25,7 @@ SCALES = {
     "pooled in time": (Scale(2, 2, 2, None), Scale(2, 2, 3, 1)),
     "dense": (Scale(4),),
     "dense in spatial windows": (Scale(4, 1, 1, None, 3),),
+    "one windowed scale": (Scale(4, 2, 1, 1),),
     "default": (Scale(2, 1, 1, 2, 3), Scale(1, 2, 1, 8), Scale(1, 2, 4, None)),
 }
 
@@ -123,6 +125,28 @@ def counted():
         yield sizes
     finally:
         exchange.dist.batch_isend_irecv = post
+
+
+def events_on_a_rank(rank, ranks, backend, case):
+    """What a rank does in a forward and a backward pass, in order: post and wait for messages, attend to keys."""
+    events = []
+
+    def noting(owner, name, event):
+        original = getattr(owner, name)
+
+        def noted(*arguments):
+            events.append(event)
+            return original(*arguments)
+
+        setattr(owner, name, noted)
+
+    with joined(rank, backend) as device:
+        noting(exchange.Posted, "__init__", "post")
+        noting(exchange.Posted, "wait", "wait")
+        noting(backends, "_forward", "attend")
+        noting(backends, "_backward", "differentiate")
+        run_case(case, rank, ranks, device)
+    return events
 
 
 def causal_on_a_rank(rank, ranks, backend, cases, cuts):

@@ -212,6 +212,11 @@ BAD = {
     "no shards": (["data.shards=/nowhere"], 1, "/nowhere"),
     "a value of the wrong type": (["train.seed=many"], 1, "train.seed.*many"),
     "bf16 without sharding": (["parallel.precision=bf16", "parallel.zero.stage=1"], 1, "stage 1 with bf16"),
+    "fp8 without TransformerEngine": (["parallel.precision=fp8"], 1, "fp8 needs (TransformerEngine|an NVIDIA GPU)"),
+    "Ulysses with one head": (["parallel.layout=ulysses", "parallel.sp=2"], 2, "1 heads of scale 1.*parallel.sp = 2"),
+    "a ring without a dense scale": (
+        ["parallel.layout=ring", "parallel.sp=2", "model.scales=[{heads: 4, window: 2}]"], 2, "ring serves.*none"
+    ),
     "unknown key of a scale": (["model.scales=[{heads: 4, windw: 2}]"], 1, "unknown key model.scales.windw"),
     "another number of classes": (["model.classes=10"], 1, "model.classes is 10, but the shards.*have 0"),
     "malformed YAML": (["model.scales=[{heads: 2"], 1, "not valid YAML"),

@@ -1,0 +1,83 @@
+"""Linear layers in 8-bit floats, by TransformerEngine on GPUs that have them (Hopper and later).
+
+Weights stay in bf16, and so does all else; a converted layer casts its inputs, weights and gradients to fp8 with
+delayed scaling. Matrices whose sides do not divide by 16 stay as they are.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+# What the GPU's fp8 products divide by: both sides of a weight, rows of an input
+SIDES, ROWS = 16, 8
+
+
+def check_fp8(stage: int, recompute: bool, tokens: int) -> None:
+    """ValueError where fp8 cannot run; looks for TransformerEngine and a driver, and touches no GPU.
+
+    stage: of ZeRO. recompute: activation checkpointing. tokens: the rows of a layer's input, or what divides them.
+    """
+    if importlib.util.find_spec("transformer_engine") is None:
+        raise ValueError(
+            "parallel.precision fp8 needs TransformerEngine, which is not installed: pip install "
+            "--no-build-isolation 'msc-video[gpu]', or use parallel.precision=bf16"
+        )
+    if not torch.cuda.is_available():
+        raise ValueError("parallel.precision fp8 needs an NVIDIA GPU, and there is none; use parallel.precision=bf16")
+    if stage != 2:
+        raise ValueError(f"parallel.precision fp8 works with parallel.zero.stage 2, not {stage}")
+    if recompute:
+        raise ValueError("parallel.precision fp8 does not work with parallel.recompute: it would recompute in bf16")
+    if tokens % ROWS:
+        raise ValueError(f"parallel.precision fp8 needs units of a multiple of {ROWS} tokens; there are {tokens}")
+
+
+def fitting(block: nn.Module, skip: Collection[str] = ()) -> dict[str, nn.Linear]:
+    """The linear layers of a block, by name, whose both sides divide by 16; without those named in `skip`."""
+    return {
+        name: layer
+        for name, layer in block.named_modules()
+        if type(layer) is nn.Linear
+        and name not in skip
+        and layer.in_features % SIDES == 0
+        and layer.out_features % SIDES == 0
+    }
+
+
+def convert(block: nn.Module, skip: Collection[str] = ()) -> list[str]:
+    """Put TransformerEngine's layers in the place of those that fit; weights and their names stay. Returns the names.
+
+    Runs on the GPU only; call `check_fp8` first.
+    """
+    import transformer_engine.pytorch as te
+
+    layers = fitting(block, skip)
+    for name, layer in layers.items():
+        new = te.Linear(
+            layer.in_features, layer.out_features, bias=layer.bias is not None, params_dtype=layer.weight.dtype,
+            device=layer.weight.device,
+        )  # fmt: skip
+        with torch.no_grad():
+            new.weight.copy_(layer.weight)
+            if layer.bias is not None:
+                new.bias.copy_(layer.bias)
+        parent, _, last = name.rpartition(".")
+        setattr(block.get_submodule(parent), last, new)
+    return list(layers)
+
+
+def autocast(enabled: bool) -> AbstractContextManager[Any]:
+    """Inside, converted layers compute in fp8: e4m3 forward, e5m2 for gradients, scales from the last 16 maxima."""
+    if not enabled:
+        return nullcontext()
+    import transformer_engine.pytorch as te
+    from transformer_engine.common.recipe import DelayedScaling, Format
+
+    recipe = DelayedScaling(fp8_format=Format.HYBRID, amax_history_len=16, amax_compute_algo="max")
+    return te.fp8_autocast(enabled=True, fp8_recipe=recipe)

@@ -1,0 +1,44 @@
+"""Which layers would compute in fp8, and what is said where none can. The products themselves need a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from msc.parallel import fp8
+from msc.pretrain.layers import Block
+from msc.pretrain.scales import Scale
+
+
+def test_layers_whose_sides_divide_by_16_are_chosen():
+    block = Block(64, 160, (Scale(4),), "logits", shifted=False, text=True)
+    every = ["attention.qkv", "attention.out", "feed_forward.up", "feed_forward.down"]
+    assert sorted(fp8.fitting(block, skip=["cross_attention.kv"])) == sorted(
+        [*every, "cross_attention.q", "cross_attention.out"]
+    )
+    block = Block(64, 100, (Scale(4),), "logits", shifted=False, text=False)
+    assert sorted(fp8.fitting(block)) == ["attention.out", "attention.qkv"]
+    assert fp8.fitting(nn.ModuleList([nn.Linear(8, 16), nn.Linear(16, 8), nn.LayerNorm(16)])) == {}
+
+
+@pytest.mark.parametrize(
+    "engine, cuda, stage, recompute, tokens, message",
+    [
+        (False, True, 2, False, 64, "TransformerEngine.*not installed"),
+        (True, False, 2, False, 64, "NVIDIA GPU"),
+        (True, True, 3, False, 64, "zero.stage 2, not 3"),
+        (True, True, 2, True, 64, "recompute"),
+        (True, True, 2, False, 63, "multiple of 8 tokens; there are 63"),
+    ],
+)
+def test_what_cannot_run_is_refused(engine, cuda, stage, recompute, tokens, message, monkeypatch):
+    monkeypatch.setattr(fp8.importlib.util, "find_spec", lambda name: object() if engine else None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    with pytest.raises(ValueError, match=message):
+        fp8.check_fp8(stage, recompute, tokens)
+
+
+def test_other_precisions_need_nothing():
+    with fp8.autocast(enabled=False):
+        pass
