@@ -6,6 +6,7 @@ that messages between two ranks match by order and nothing can wait for what is 
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -47,8 +48,14 @@ class Posted:
         try:
             return action()
         except RuntimeError as error:
-            reason = str(error).splitlines()[0].rpartition("] ")[2]
-            raise ConnectionError(f"{self.what}, exchanged with ranks {self._peers} along time: {reason}") from None
+            ranks = ", ".join(map(str, self._peers))
+            raise ConnectionError(f"{self.what}, exchanged with sp rank {ranks}: {first_line(error)}") from None
+
+
+def first_line(error: BaseException) -> str:
+    """An error in a few words, without the place in gloo's sources and its advice."""
+    line = next(iter(str(error).splitlines()), "")
+    return re.sub(r"\[/[^]]*] ", "", line).partition(" This is typically")[0][:300]
 
 
 def move(

@@ -21,11 +21,16 @@ class World:
         return self.rank == 0
 
 
+def patience(timeout_s: float) -> float:
+    """Seconds that a collective may wait, so that what follows a failure is over after `timeout_s`."""
+    return max(timeout_s / 2, timeout_s - 8)
+
+
 def join(timeout_s: float) -> World:
     """Initialise torch.distributed from the environment: NCCL on GPUs, gloo on CPUs.
 
-    A collective that some rank does not join within `timeout_s` fails on the others. NCCL's own watchdog, which
-    ends a process without a word on who is missing, gets a minute more: watch.py comes first.
+    A collective that some rank does not join in time fails on the others, and they end within `timeout_s`. NCCL's
+    own watchdog, which ends a process without a word on who is missing, gets longer: watch.py comes first.
     """
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
@@ -34,10 +39,10 @@ def join(timeout_s: float) -> World:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-        backend, timeout_s = "cpu:gloo,cuda:nccl", timeout_s + 60
+        backend, seconds = "cpu:gloo,cuda:nccl", timeout_s + 60
     else:
-        device, backend = torch.device("cpu"), "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        device, backend, seconds = torch.device("cpu"), "gloo", patience(timeout_s)
+    dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
     return World(rank, size, device)
 
 

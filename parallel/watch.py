@@ -22,6 +22,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from .exchange import first_line
+
 GRACE = 5.0  # seconds in which a rank that learns of a failure may still find its own words
 EXIT = 1
 # torchrun keeps one store over its restarts
@@ -94,7 +96,7 @@ class Watch:
 
     def failed(self, error: BaseException) -> None:
         """Tell the others that this rank ends, and why."""
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        reason = f"{type(error).__name__}: {first_line(error)}"
         self._announce(f"{self.place} failed in {self.place.where}: {reason}")
         self._linger()
 
@@ -104,8 +106,7 @@ class Watch:
             time.sleep(GRACE)
         found = self._judge() or "all ranks answer and none is behind; they may have called different collectives"
         self._linger()
-        reason = str(error).splitlines()[0].rpartition("] ")[2].partition(" This is typically")[0]
-        return f"rank {self.place.rank}: {found}; waited for in {self.place.where}: {reason}"
+        return f"rank {self.place.rank}: {found}; waited for in {self.place.where}: {first_line(error)}"
 
     def end(self) -> None:
         self._over.set()

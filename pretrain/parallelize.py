@@ -37,8 +37,8 @@ __all__ = [
 @dataclass(frozen=True)
 class ParallelConfig:
     """sp: ranks that share one video along time; the rest of the world is data parallel. recompute: activation
-    checkpointing per block. compile: torch.compile per block. timeout: seconds until a collective that some rank
-    did not join fails. attention: the kernel ("auto", "sdpa", "flex"; see backends.py). layout: how scales are shared
+    checkpointing per block. compile: torch.compile per block. timeout: seconds in which all ranks end when one
+    is lost or stuck. attention: the kernel ("auto", "sdpa", "flex"; see backends.py). layout: how scales are shared
     out along time ("auto", "halo", "ulysses", "ring"; see layout.py); "auto" takes for each scale what is cheapest
     between ranks that compute flops_per_s and send bytes_per_s."""
 

@@ -51,7 +51,7 @@ REQUEUE = 75  # exit code of a run that was stopped, has saved, and wants to go 
 def train(config: Config, run: Path, resume: bool) -> int:
     """Train in this process, one of the world that RANK and WORLD_SIZE describe; returns the exit code."""
     world = process.join(config.parallel.timeout)
-    with watching(world.rank, world.size, config.parallel.timeout) as at:
+    with watching(world.rank, world.size, process.patience(config.parallel.timeout)) as at:
         return _train(config, run, resume, world, at)
 
 
@@ -167,7 +167,7 @@ def _train(config: Config, run: Path, resume: bool, world: process.World, at: Ca
                 rate = set_schedule(engine.optimizer.param_groups, config.optimizer, clock, config.train.clips, batch)
 
                 # Forward and backward; a rank's share of the global loss, times the world DeepSpeed averages over
-                at(step, "forward, backward and update")
+                at(step, "forward and backward")
                 norm = math.nan
                 for clips_of_part in micro_batches(clips_of_step, micro):
                     with meter.waiting():
