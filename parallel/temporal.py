@@ -104,7 +104,7 @@ class _Trip:
         self.nothing = x[:, :0]
 
     def arrive(self) -> Tensor:
-        return torch.cat([self.nothing, *self.posted.wait()], 1)
+        return torch.cat([self.nothing, *self._received()], 1)
 
     def depart_home(self, grad: Tensor) -> None:
         parts = grad.split([size for _, size in self.taken], 1)
@@ -115,9 +115,14 @@ class _Trip:
 
     def arrive_home(self) -> Tensor:
         grad = self.nothing.new_zeros(self.shape)
-        for (_, items), part in zip(self.given, self.posted.wait(), strict=True):
+        for (_, items), part in zip(self.given, self._received(), strict=True):
             grad[:, items] += part
         return grad
+
+    def _received(self) -> list[Tensor]:
+        received = self.posted.wait()
+        del self.posted  # the trip lives as long as the graph; its buffers need not
+        return received
 
 
 class _Depart(torch.autograd.Function):

@@ -37,8 +37,8 @@ class ZeroConfig:
 def check_zero(config: ZeroConfig, precision: Precision) -> None:
     if config.stage < 2 and precision != "fp32":
         raise ValueError(
-            f"parallel.zero.stage {config.stage} with {precision} runs DeepSpeed's BF16_Optimizer, whose gradient norms and "
-            "first steps are wrong in 0.19; use stage 2 or 3, or parallel.precision=fp32"
+            f"parallel.zero.stage {config.stage} with {precision} runs DeepSpeed's BF16_Optimizer, whose gradient "
+            "norms and first steps are wrong in 0.19; use stage 2 or 3, or parallel.precision=fp32"
         )
 
 

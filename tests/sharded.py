@@ -93,7 +93,13 @@ def on_a_rank(rank, ranks, backend, cases):
         return [run_case(case, rank, ranks, device) for case in cases]
 
 
-def run_case(case, rank, ranks, device):
+def overlap_on_a_rank(rank, ranks, backend, cases):
+    """Results of each case as it is, and without overlap."""
+    with joined(rank, backend) as device:
+        return [[run_case(case, rank, ranks, device, overlap) for overlap in (True, False)] for case in cases]
+
+
+def run_case(case, rank, ranks, device, overlap=True):
     model, *inputs = case.make()
     model.recompute = case.recompute
     model.to(device)
@@ -104,6 +110,7 @@ def run_case(case, rank, ranks, device):
     x, t, text, labels, direction = (value.to(device) for value in inputs)
     layouts = case.layout.split("+") if "+" in case.layout else [case.layout] * len(case.scales)
     timeline = sharded_timeline(dist.group.WORLD, edges, model.config, layouts)
+    timeline.travels = overlap
     with counted() as forward, torch.no_grad():
         model(x[:, own], t[:, own], text, labels, timeline)
     with counted() as everything:

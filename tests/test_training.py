@@ -105,6 +105,19 @@ def test_the_same_curve_at_any_stage_and_mesh(shards, tmp_path):
             same_curve(run, expected)
 
 
+@pytest.mark.slow
+@pytest.mark.gloo
+def test_the_same_curve_in_any_layout(shards, tmp_path):
+    """Along time, with ZeRO-3 (which gathers parameters in step) and recomputation in the backward pass."""
+    scales = "model.scales=[{heads: 2, window: 1, patch_window: 3}, {heads: 2}]"
+    msc_train(shards, tmp_path / "one", scales, steps=10)
+    expected = curve(tmp_path / "one")
+    for layout in ("halo", "ulysses", "ring"):
+        settings = [scales, f"parallel.layout={layout}", "parallel.recompute=true"]
+        msc_train(shards, tmp_path / layout, *settings, processes=2, sp=2, stage=3, steps=10)
+        same_curve(tmp_path / layout, expected)
+
+
 @pytest.mark.gloo
 def test_resume_continues_exactly_and_on_another_mesh(shards, tmp_path):
     msc_train(shards, tmp_path / "whole", processes=2, sp=2, steps=8)
@@ -245,6 +258,10 @@ def test_dry_run_prints_the_plan(shards, tmp_path):
     done = msc_train(shards, tmp_path / "run", "--dry-run")
     for word in ("parameters", "tokens per clip", "memory per process", "optimizer:"):
         assert word in done.stdout
+    assert "scale 0" not in done.stdout
+    done = msc_train(shards, tmp_path / "run", "--dry-run", processes=2, sp=2)
+    for line in (r"scale 0 .* halo  \(per layer: halo .* MB, ulysses .* MB\)", "scale 1 ", "scale 2 "):
+        assert re.search(line, done.stdout), done.stdout
     assert not (tmp_path / "run").exists()
 
 
