@@ -115,12 +115,12 @@ def measure(ranks: int, *arguments) -> tuple[float, float]:
     return seconds, statistics.median(waits) / seconds
 
 
-def times(frames: int) -> None:
+def times(frames: int, names: list[str]) -> None:
     print(f"\nForward and backward of {frames} frames of 256 tokens, width 128, depth 4, fp32, medians of {RUNS};")
     print(f"ranks pinned to one core each; torch {torch.__version__}. Speed-up of 2 ranks is 2 at best.\n")
     print("| scales | layout | 1 rank, s | 2 ranks, s | speed-up | waiting |")
     print("| ------ | ------ | --------: | ---------: | -------: | ------: |")
-    for name in SCALES:
+    for name in names:
         alone, _ = measure(1, name, "halo", frames)
         for layout in ("halo", "ulysses", "ring") if name == "dense" else (APART, "halo"):
             shared, waiting = measure(RANKS, name, layout, frames)
@@ -132,10 +132,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--traffic", action="store_true", help="only what travels")
     parser.add_argument("--frames", type=int, default=32)
+    parser.add_argument("--scales", nargs="+", choices=list(SCALES), default=list(SCALES))
     args = parser.parse_args()
     traffic()
     if not args.traffic:
-        times(args.frames)
+        times(args.frames, args.scales)
 
 
 if __name__ == "__main__":
