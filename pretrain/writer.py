@@ -46,7 +46,8 @@ class Writer:
         self.store = agreement.open_store(timeout_s)
         self._buffer: Tensor | None = None
         self._thread: threading.Thread | None = None
-        self._failure, self._seconds, self._begun = "", 0.0, 0
+        self._failure, self._begun = "", 0
+        self.seconds = 0.0  # that the last write took
         self.step: int | None = None  # of the checkpoint last begun, or loaded
 
     def _begin(self) -> str:
@@ -56,12 +57,12 @@ class Writer:
     def save(self, engine: Any, step: int, facts: dict[str, Any]) -> dict[str, float]:
         """Begin a checkpoint of the engine's state at `step`, if there is none yet; returns seconds for the metrics."""
         began = time.perf_counter()
-        if self._thread is not None and self._thread.is_alive() and self.rank == 0:
+        if self.writing and self.rank == 0:
             say(f"the checkpoint of step {self.step} is still being written; training waits for it")
         failed = self._join()
         if step == self.step and not failed:
             return {}
-        seconds = {"checkpoint/write_s": self._seconds} if self._seconds else {}
+        seconds = {"checkpoint/write_s": self.seconds} if self.seconds else {}
         layout = self._copy(engine)
         meta = {
             "format": shelf.FORMAT,
@@ -77,6 +78,10 @@ class Writer:
         if failed:  # not twice in a row without stopping
             self.wait()
         return {**seconds, "checkpoint/stall_s": time.perf_counter() - began}
+
+    @property
+    def writing(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:
         """Until what `save` began is on disk; OSError on every rank if it is not."""
@@ -127,7 +132,7 @@ class Writer:
             self._failure = self._write(step, layout, meta)
         except Exception as error:  # also the store's, when another rank has ended: whatever it is, it must be told
             self._failure = f"rank {self.rank}: {error}"
-        self._seconds = time.perf_counter() - began
+        self.seconds = time.perf_counter() - began
         if self._failure:
             self._failure = f"the checkpoint of step {step} could not be written, earlier ones stay: {self._failure}"
             if self.rank == 0:
