@@ -151,6 +151,7 @@ def _train(
         facts = {"clock": clock, "clips": index.samples("train"), "guard": asdict(history), "mlflow": tracker.run_id,
                  "config": flat(config), "versions": versions}  # fmt: skip
         tracker.log(writer.save(engine, step, facts), step)
+        tracker.keep()
 
     def look() -> None:
         """Held-out loss and a preview from the averaged weights; training does not notice."""

@@ -18,9 +18,11 @@ import psutil
 import pytest
 import torch
 from faults import PROGRAM
+from test_metrics import free_port, server
 from test_training import SMALL, curve, final_weights, shards, wait_for  # noqa: F401
 
 from msc.pretrain import shelf
+from msc.pretrain.tracking import read_identity
 
 
 class Run:
@@ -265,3 +267,38 @@ def test_another_world_and_stage_at_every_stop(shards, tmp_path):
     expected, found = curve(whole.run), curve(run.run)
     print("largest relative difference of loss, norm:", ((found - expected).abs() / expected).amax(0).tolist())
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.slow
+def test_the_mlflow_server_is_down_for_a_minute_and_the_run_is_killed_meanwhile(shards, tmp_path):
+    """Training goes on; afterwards one run holds every step, also after kill -9 and a resume."""
+    from mlflow import MlflowClient
+
+    port = free_port()
+    uri = f"http://127.0.0.1:{port}"
+    settings = f"metrics.tracking_uri={uri}", "checkpoint.every=20"
+    run = Run(tmp_path, shards, *settings, processes=1, steps=240, step_s=0.4)
+
+    def steps() -> int:
+        return len([line for line in run.consumed() if "clock" in line])
+
+    with server(tmp_path / "server", port):
+        first = run.start()
+        wait_for(lambda: steps() > 4 and read_identity(run.run).get("run_id"), seconds=120)
+    down, before = time.monotonic(), steps()
+    wait_for(lambda: steps() > before + 30)
+    kill_all(first, random.Random(0))
+    second = run.start()
+    time.sleep(max(0.0, down + 60 - time.monotonic()))
+    assert second.poll() is None and steps() > before + 60, "training went on"
+    with server(tmp_path / "server", port):
+        said, _ = second.communicate(timeout=200)
+        assert second.returncode == 0, said
+        assert "cannot be used now" in said and "is back" in said
+        client = MlflowClient(uri)
+        (found,) = client.search_runs([client.get_experiment_by_name("msc").experiment_id])
+        history = client.get_metric_history(found.info.run_id, "loss")
+    assert found.info.status == "FINISHED"
+    missing = set(range(1, 241)) - {point.step for point in history}
+    print("steps of which MLflow holds nothing:", sorted(missing))
+    assert not missing

@@ -1,10 +1,11 @@
 """What a checkpoint costs training, written beside it against before it goes on, and what a restart costs.
 
-    python tests/bench/checkpoint.py --width 512 --depth 8 --every 20          # stall per checkpoint
-    python tests/bench/checkpoint.py --restart --processes 2                   # kill -9 to the first resumed step
+    python tests/bench/checkpoint.py --width 512 --depth 8         # stall per checkpoint
+    python tests/bench/checkpoint.py --restart --processes 2       # kill -9 to the first resumed step
 
-The stall of a checkpoint is the time that its steps take beyond the same number of steps just before it. Both ways
-alternate in one run on one process; `write` is the time in which the file is written, synced and published.
+The stall is the time from a checkpoint's beginning to the end of the last step that it overlaps, less as many
+median steps just before it. Both ways alternate in one run on one process. `write` is the time in which the file
+is written, synced and published; shares are of it when nothing runs beside it.
 """
 
 from __future__ import annotations
@@ -66,32 +67,33 @@ def stall(args: argparse.Namespace, folder: Path) -> None:
     number, rows = 0, []
     for _ in range(args.runs):
         for way in ("before", "beside"):
-            plain = statistics.fmean(step() for _ in range(args.every))
+            plain = statistics.median(step() for _ in range(args.steps))
             number, began = number + 1, time.perf_counter()
             copied = writer.save(engine, number, facts)["checkpoint/stall_s"]
+            steps = 0
             if way == "before":
                 writer.wait()
-            taken = [step() for _ in range(args.every)]
-            took = time.perf_counter() - began
-            unfinished = writer.writing
-            writer.wait()
-            write = writer.seconds
-            rows.append((way, plain, write, copied, took - args.every * plain, len(taken), unfinished))
+            while writer.writing:  # the last of these steps ends after the writing: what it lost there counts, too
+                step()
+                steps += 1
+            rows.append((way, plain, copied, time.perf_counter() - began - steps * plain, writer.seconds))
     state = 16 * cost.parameters(config)
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"{cost.parameters(config) / 1e6:.1f} M parameters, {state / 1e6:.0f} MB a checkpoint every {args.every} steps, "
-          f"{name}, one process of {torch.get_num_threads()} thread(s), torch {torch.__version__}")  # fmt: skip
-    print(f"{'written':<10} {'step s':>8} {'write s':>8} {'copy s':>8} {'stall s':>8} {'of write':>9}  medians of {args.runs}")
-    medians = {}
+    print(
+        f"{cost.parameters(config) / 1e6:.1f} M parameters, {state / 1e6:.0f} MB a checkpoint, {name}, "
+        f"{torch.get_num_threads()} thread(s), torch {torch.__version__}; medians of {args.runs}, (least to most)"
+    )
+    print(f"{'written':<10} {'step s':>8} {'copy s':>8} {'stall s':>8} {'write s':>8} {'stall of write':>15}")
+    write = statistics.median(row[4] for row in rows if row[0] == "before")
+    stalls = {}
     for way in ("before", "beside"):
         columns = [[row[i] for row in rows if row[0] == way] for i in (1, 2, 3, 4)]
-        shares = [row[4] / row[2] for row in rows if row[0] == way]
-        medians[way] = statistics.median(columns[3])
+        stalls[way] = [row[3] / write for row in rows if row[0] == way]
         values = " ".join(f"{statistics.median(column):>8.3f}" for column in columns)
-        print(f"{way:<10} {values} {statistics.median(shares):>9.1%}   from {min(shares):.1%} to {max(shares):.1%}")
-    print(f"beside / before: {medians['beside'] / medians['before']:.1%} of the stall")
-    if any(row[6] for row in rows):
-        print("a checkpoint was not finished after its steps: raise --every, or the stall is understated")
+        share = statistics.median(stalls[way])
+        print(f"{way:<10} {values} {share:>15.1%}  ({min(stalls[way]):.1%} to {max(stalls[way]):.1%})")
+    ratio = statistics.median(stalls["beside"]) / statistics.median(stalls["before"])
+    print(f"beside / before: {ratio:.1%} of the stall")
     process.leave()
 
 
@@ -186,7 +188,7 @@ def main() -> None:
     parser.add_argument("--restart", action="store_true", help="time a restart instead")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--depth", type=int, default=8)
-    parser.add_argument("--every", type=int, default=20, help="steps from checkpoint to checkpoint")
+    parser.add_argument("--steps", type=int, default=8, help="steps without a checkpoint before each")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--disk", type=Path, help="folder to write in (default: a temporary one)")
