@@ -15,7 +15,11 @@ from torch.distributed import destroy_process_group, init_process_group
 from msc.pretrain import checkpoint, shelf, writer
 from msc.pretrain.optimizer import OptimizerConfig, make_optimizer
 
-FACTS = {"clock": 8, "versions": checkpoint.versions(), "config": {"train.clips": 80, "parallel.sp": 1, "parallel.zero.stage": 0}}  # fmt: skip
+FACTS = {
+    "clock": 8,
+    "versions": checkpoint.versions(),
+    "config": {"train.clips": 80, "parallel.sp": 1, "parallel.zero.stage": 0},
+}
 
 
 def engine(value: float) -> SimpleNamespace:
