@@ -134,8 +134,15 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     new.add_argument("--preset", metavar="NAME", help="settings to start from")
     new.add_argument("--run", type=Path, metavar="DIR", help="run folder (default: runs/ and that name)")
     new.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
+    new.add_argument(
+        "--rollback", metavar="N|PATH", help="resume from that checkpoint (step or folder), without the clips after it"
+    )
     new.add_argument("--processes", type=positive, metavar="N", help="ranks to start (default: one per GPU)")
     new.add_argument("--dry-run", action="store_true", help="print the resolved settings, train nothing")
+
+    new = command("checkpoints", commands.checkpoints, "list the checkpoints of a run, and whether they are whole")
+    new.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    new.add_argument("--verify", action="store_true", help="read all of them and compare checksums")
 
     new = run_command(command("evaluate", commands.evaluate, "measure the loss on the held-out clips of a run"))
     new.add_argument("--clips", type=positive, metavar="N", help="at most that many clips")

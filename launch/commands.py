@@ -64,7 +64,9 @@ def train(args: Namespace) -> int:
 
     file, overrides = split_items(args.items)
     run = args.run or default_run(args.preset, file)
-    if args.resume and file is None and args.preset is None:
+    back_to = rollback(args, run)
+    resume = args.resume or args.rollback is not None
+    if resume and file is None and args.preset is None:
         file = run / "config.yaml"
         if not file.is_file():
             raise FileNotFoundError(f"cannot resume: there is no {file}; name the run folder with --run")
@@ -86,7 +88,7 @@ def train(args: Namespace) -> int:
         print(training.describe(config, processes))
         return 0
     if local.LAUNCHED not in os.environ:
-        config = training.check(config, run, args.resume, processes)
+        config = training.check(config, run, resume, processes)
         if 0 < local.visible_gpus(os.environ) < processes and not started:
             raise ValueError(
                 f"{processes} processes but {local.visible_gpus(os.environ)} GPUs: start one per GPU, or hide the GPUs "
@@ -96,7 +98,20 @@ def train(args: Namespace) -> int:
         return local.run([sys.executable, "-c", PROGRAM, *args.argv], processes, run / "logs")
     if not started:
         os.environ.update(local.rank_environment(os.environ, 0, 1, local.free_port()))
-    return training.train(config, run, args.resume)
+    return training.train(config, run, resume, **given(back_to=back_to))
+
+
+def rollback(args: Namespace, run: Path) -> str | None:
+    """The checkpoint to go back to, if there is such a one; None in a job that was requeued after it went back."""
+    if args.rollback is None:
+        return None
+    from msc.pretrain import shelf
+
+    if int(os.environ.get("SLURM_RESTART_COUNT") or 0) or int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0):
+        print("msc: started again by the scheduler: goes on from the newest checkpoint, not back", file=sys.stderr)
+        return None
+    shelf.find(run, args.rollback)
+    return str(args.rollback)
 
 
 def split_items(items: Sequence[str]) -> tuple[Path | None, list[str]]:
@@ -114,6 +129,14 @@ def default_run(preset: str | None, file: Path | None) -> Path:
     if name is None:
         raise ValueError("nothing to train: name a configuration file, --preset NAME, or --resume --run DIR")
     return Path("runs") / name
+
+
+def checkpoints(args: Namespace) -> int:
+    from msc.pretrain import shelf
+
+    text, whole = shelf.table(args.run, args.verify)
+    print(text)
+    return 0 if whole else 1
 
 
 def evaluate(args: Namespace) -> int:

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -81,21 +81,41 @@ def base_optimizer(engine: Any) -> torch.optim.Optimizer:
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
-def step(engine: Any) -> float:
-    """Count a micro-batch and, after the last of a step, update the weights.
-
-    Returns the gradient norm before clipping; NaN before the last micro-batch.
-    """
+def backward(engine: Any, loss: Tensor) -> None:
+    """Add the gradient of a micro-batch; DeepSpeed averages over ranks, not over micro-batches."""
+    engine.backward(loss, scale_wrt_gas=False)
     if not engine.is_gradient_accumulation_boundary():
+        engine.step()  # only counts it
+
+
+def step(engine: Any, objection: Callable[[float], str]) -> tuple[float, str]:
+    """Update weights, moments and averages, after the last micro-batch, unless `objection` to the gradient norm
+    says why not; the gradients are dropped either way. Returns the norm before clipping, and the objection.
+
+    Where DeepSpeed itself refuses a norm (stages 1-3, not finite) it is NaN here.
+    """
+    optimizer = base_optimizer(engine)
+    told = hasattr(engine.optimizer, "_global_grad_norm")  # stage 0 clips, but does not tell the norm
+    norm = math.nan if told else float(torch.nn.utils.get_total_norm(
+        [p.grad for p in engine.module.parameters() if p.grad is not None]
+    ))  # fmt: skip
+    answers: list[tuple[float, str]] = []
+    take = optimizer.step
+
+    def asked_first(closure: None = None) -> None:
+        # DeepSpeed knows the norm by now; at stages 1-3 it calls this once for every group of parameters
+        if not answers:
+            known = float(engine.optimizer._global_grad_norm) if told else norm
+            answers.append((known, objection(known)))
+        if not answers[0][1]:
+            take(closure)
+
+    vars(optimizer)["step"] = asked_first  # over the method, for this one call
+    try:
         engine.step()
-        return math.nan
-    if not hasattr(engine.optimizer, "_global_grad_norm"):  # stage 0 clips, but does not tell the norm
-        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
-        engine.step()
-        return norm
-    engine.step()
-    return float(engine.get_global_grad_norm())
+    finally:
+        del vars(optimizer)["step"]
+    return answers[0] if answers else (math.nan, objection(math.nan))
 
 
 # Sharded state --------------------------------------------------------------------------------------
@@ -175,6 +195,11 @@ def _state(optimizer: torch.optim.Optimizer, master: Tensor) -> dict[str, Tensor
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
         state["ema"] = master.detach().clone()
     return {"weight": master.data.view(-1)} | {key: state[key].data.view(-1) for key in STATE[1:]}
+
+
+def shapes(engine: Any) -> dict[str, tuple[int, ...]]:
+    """Of all trainable parameters, whole, in the model's order."""
+    return {name: tuple(_shape(p)) for name, p in engine.module.named_parameters() if p.requires_grad}
 
 
 def steps_taken(engine: Any) -> int:

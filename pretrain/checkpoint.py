@@ -1,141 +1,110 @@
-"""Checkpoints that any world can read: every rank writes the slices of parameters it holds.
-
-    run/checkpoints/step-00000500/   rank-00000.safetensors ...  meta.json
-    run/checkpoints/latest           the name of the newest complete one
+"""Checkpoints that any world can read: what is in them, and loading them.
 
 A slice is `name|start|key` -> flat fp32 values of one parameter's weight, Adam moment or average from element
-`start` on, so that loading at another number of ranks or ZeRO stage only looks up other slices. A checkpoint
-is written aside, synced, renamed, and `latest` moved last: a crash at any moment leaves the previous one whole.
+`start` on, so that loading at another number of ranks or ZeRO stage only looks up other slices. Writing them
+beside training: writer.py. Which there are, and whether they are whole: shelf.py.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
+import platform
+import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from msc.datasets.files import sync_folder, write_atomically
-from msc.parallel import zero
+from msc.parallel import agreement, zero
 
-FORMAT = 1
+from . import shelf
+from .shelf import latest, read_meta
 
+__all__ = ["CheckpointConfig", "Slices", "latest", "load", "load_newest", "read_meta", "weights"]
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """every: optimizer steps between checkpoints (one is always written at the end). keep: how many to keep."""
+    """every: optimizer steps between checkpoints (one is always written at the end). keep: how many of the last to
+    keep; keep_every: those of every such step are kept as well (0: none)."""
 
     every: int = 500
     keep: int = 3
+    keep_every: int = 0
 
     def __post_init__(self):
         if self.every < 1 or self.keep < 1:
             raise ValueError(f"checkpoint.every ({self.every}) and checkpoint.keep ({self.keep}) must be at least 1")
+        if self.keep_every < 0 or self.keep_every % self.every:
+            raise ValueError(
+                f"checkpoint.keep_every is {self.keep_every}; it must be 0 or a multiple of checkpoint.every "
+                f"({self.every}), or no checkpoint is written at those steps"
+            )
 
 
-def folder(run: Path) -> Path:
-    return run / "checkpoints"
+def versions() -> dict[str, str]:
+    """Of what takes part in the numbers: bit-identical continuation needs the same."""
+    names = ("torch", "deepspeed", "numpy", "safetensors")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
-def latest(run: Path) -> Path | None:
-    """Newest complete checkpoint of a run, None where there is none."""
-    pointer = folder(run) / "latest"
-    if not pointer.is_file():
-        return None
-    path = folder(run) / pointer.read_text().strip()
-    if not (path / "meta.json").is_file():
-        raise ValueError(f"{pointer} names {path.name}, which is not a complete checkpoint")
-    return path
+def changes(before: dict[str, Any], clips: int) -> list[str]:
+    """What keeps a resumed run from being the same to the last bit, or from seeing the same clips."""
+    then, now, found = before.get("versions", {}), versions(), []
+    if other := [f"{name} {then[name]} -> {now[name]}" for name in now if then.get(name, now[name]) != now[name]]:
+        found.append(f"other versions than before, equal to rounding only: {', '.join(other)}")
+    if (held := before.get("clips", clips)) != clips:
+        found.append(
+            f"the shards hold {clips} clips to train on, and held {held} when the checkpoint was written: the order is "
+            "another from here on, and clips of this epoch may come again or not at all"
+        )
+    return found
 
 
-def save(run: Path, engine: Any, step: int, facts: dict[str, Any], keep: int) -> Path:
-    """Write a checkpoint from all ranks; returns its folder, or raises OSError on every rank if one failed."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    target = folder(run) / f"step-{step:08d}"
-    aside = folder(run) / f".{target.name}.writing"
-
-    def begin() -> None:
-        if rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-
-    def write() -> dict[str, Any]:
-        path = aside / f"rank-{rank:05d}.safetensors"
-        parts = zero.pieces(engine, (rank, world))
-        tensors = {f"{p.name}|{p.start}|{key}": value.cpu() for p in parts for key, value in p.state.items()}
-        save_file(tensors, path)
-        return {"file": path.name, "sha256": _sync_and_hash(path), "shapes": {p.name: p.shape for p in parts}}
-
-    def publish() -> None:
-        if rank != 0:
-            return
-        meta = {
-            "format": FORMAT,
-            "step": step,
-            "adam_steps": zero.steps_taken(engine),
-            "world": world,
-            "files": {r["file"]: r["sha256"] for r in reports},
-            "parameters": {name: shape for r in reports for name, shape in r["shapes"].items()},
-            **facts,
-        }
-        write_atomically(aside / "meta.json", json.dumps(meta, indent=1).encode())
-        shutil.rmtree(target, ignore_errors=True)
-        os.rename(aside, target)
-        sync_folder(target.parent)
-        write_atomically(folder(run) / "latest", target.name.encode())
-        for old in sorted(folder(run).glob("step-*"))[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
-
-    try:
-        _together(begin)
-        reports = _together(write)
-        _together(publish)
-    except OSError as error:
-        if rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-        raise OSError(
-            f"checkpoint of step {step} could not be written, the previous one is untouched: {error}"
-        ) from None
-    return target
+def say(text: str) -> None:
+    print(f"msc: {text}", file=sys.stderr, flush=True)
 
 
-def _together(part: Callable[[], Any]) -> list[Any]:
-    """Run a part on every rank; all its results, or OSError on every rank if it failed on one."""
-    try:
-        result, error = part(), None
-    except Exception as failure:  # any failure on one rank must be told to all, whatever it is
-        result, error = None, f"rank {dist.get_rank()}: {failure}"
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (result, error))
-    for _, failed in found:
-        if failed is not None:
-            raise OSError(failed)
-    return [result for result, _ in found]
+def load_newest(run: Path, engine: Any) -> dict[str, Any]:
+    """Load the newest whole checkpoint on all ranks: what was saved with it; nothing if there is none.
+
+    One that is damaged is named, with the reason, and the one before it is taken. ValueError if none is whole.
+    """
+    bad: list[tuple[Path, list[str]]] = []
+    for path in agreement.on_first(lambda: shelf.candidates(run)):
+        shares = agreement.gather(shelf.damage(path, (dist.get_rank(), dist.get_world_size())))
+        if problems := sorted({problem for share in shares for problem in share}):
+            bad.append((path, problems))
+            continue
+        agreement.on_first(lambda: _pass_over(run, bad, path))  # noqa: B023 - called at once
+        return load(path, engine)
+    if bad:
+        raise ValueError(
+            f"no checkpoint of {run} is whole: " + "; ".join(problem for _, problems in bad for problem in problems)
+        )
+    if dist.get_rank() == 0:
+        say(f"{run} has no checkpoint yet: training begins at the first step")
+    return {}
 
 
-def read_meta(path: Path) -> dict[str, Any]:
-    meta = json.loads((path / "meta.json").read_text())
-    if meta["format"] > FORMAT:
-        raise ValueError(f"{path} has checkpoint format {meta['format']}; this version reads up to {FORMAT}")
-    return meta
+def _pass_over(run: Path, bad: list[tuple[Path, list[str]]], good: Path) -> None:
+    """Say which checkpoints are damaged and what is used instead, and put them out of the way."""
+    for path, problems in bad:
+        moved = shelf.set_aside(path, "damaged")
+        say(f"{'; '.join(problems)}; kept as {moved.name}, training goes on from {good.name}")
+    if bad:
+        shelf.point_to(run, good)
 
 
 def load(path: Path, engine: Any) -> dict[str, Any]:
-    """Restore weights, moments and averages into an engine of any world size and stage; returns the facts saved."""
+    """Restore weights, moments and averages into an engine of any world size and stage; returns what was saved."""
     meta = read_meta(path)
-    _verify(path, meta)
     expected = {name: tuple(shape) for name, shape in meta["parameters"].items()}
     missing = expected.keys() ^ {name for name, p in engine.module.named_parameters() if p.requires_grad}
     if missing:
@@ -151,18 +120,6 @@ def load(path: Path, engine: Any) -> dict[str, Any]:
     zero.restore_steps(engine, meta["adam_steps"])
     zero.publish_masters(engine)
     return meta
-
-
-def _verify(path: Path, meta: dict[str, Any]) -> None:
-    """Check the files' checksums, shared out over the ranks; all ranks raise if one file is bad."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    bad = [
-        file for i, (file, sha) in enumerate(meta["files"].items()) if i % world == rank and _hash(path / file) != sha
-    ]
-    found: list[list[str]] = [[] for _ in range(world)]
-    dist.all_gather_object(found, bad)
-    for file in (file for files in found for file in files):
-        raise ValueError(f"{path}: {file} is missing or does not match its checksum")
 
 
 class Slices:
@@ -205,19 +162,3 @@ def weights(path: Path, which: str = "ema") -> Iterator[tuple[str, Tensor]]:
         for name, shape in meta["parameters"].items():
             numel = int(torch.Size(shape).numel())
             yield name, slices.read(name, {"raw": "weight"}.get(which, which), 0, numel).view(*shape)
-
-
-# Files that survive a power cut --------------------------------------------------------------------------
-
-
-def _hash(path: Path) -> str:
-    if not path.is_file():
-        return "missing"
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync_and_hash(path: Path) -> str:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-    return _hash(path)

@@ -20,6 +20,7 @@ from msc.datasets.batches import DataConfig
 
 from .checkpoint import CheckpointConfig
 from .diffusion import DiffusionConfig
+from .guard import GuardConfig
 from .metrics import MetricsConfig
 from .model import ModelConfig
 from .optimizer import OptimizerConfig
@@ -69,6 +70,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
 

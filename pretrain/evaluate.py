@@ -51,8 +51,13 @@ class Losses:
     def reduce(self) -> None:
         """Sum over all ranks."""
         if torch.distributed.is_initialized():
-            for tensor in (self.sums, self.counts):
-                torch.distributed.all_reduce(tensor)
+            both = torch.stack([self.sums, self.counts])
+            torch.distributed.all_reduce(both)
+            self.sums, self.counts = both
+
+    def merge(self, other: Losses) -> None:
+        self.sums += other.sums
+        self.counts += other.counts
 
     @property
     def mean(self) -> float:

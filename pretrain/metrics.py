@@ -136,6 +136,19 @@ class Tracker:
         with self._wake:
             return self._wake.wait_for(lambda: not (self._points or self._busy or self._files), timeout)
 
+    def keep(self) -> None:
+        """Write what is not yet sent to the run folder: called with every checkpoint, so that a run that is killed
+        while the store is away, and goes on from there, loses nothing."""
+        if self._store is None or self._closing:
+            return
+        path = self._run / "mlflow-unsent-live.json"
+        with self._wake:
+            points = [*self._busy, *self._points]
+            if points or self._files:
+                self._write_left(path, points, None)
+            elif path.exists():
+                path.unlink()
+
     def finish(self, state: State, timeout: float | None = None) -> None:
         """Send what is left and end the run as `state`, within `timeout` seconds (30, for KILLED 5).
 
@@ -261,21 +274,26 @@ class Tracker:
     def _keep(self, store: Store) -> None:
         points, unended = [*self._busy, *self._points], store.owns and not self._ended
         if points or self._files or unended:
-            left = {
-                "points": [astuple(point) for point in points],
-                "files": [astuple(file) for file in self._files],
-                "state": self._state if unended else None,
-            }
             path = self._run / f"mlflow-unsent-{time.time_ns()}.json"
-            try:
-                path.with_suffix(".partial").write_text(json.dumps(left))
-                os.replace(path.with_suffix(".partial"), path)
-                logger.warning("mlflow: %d entries wait in %s for the next start of this run", len(points), path)
-            except OSError as error:
-                logger.warning("mlflow: %d entries are lost: %s", len(points), error)
+            if not self._write_left(path, points, self._state if unended else None):
                 return
-        for old in self._loaded:
+            logger.warning("mlflow: %d entries wait in %s for the next start of this run", len(points), path)
+        for old in (*self._loaded, self._run / "mlflow-unsent-live.json"):
             old.unlink(missing_ok=True)
+
+    def _write_left(self, path: Path, points: list[Point], state: str | None) -> bool:
+        left = {
+            "points": [astuple(point) for point in points],
+            "files": [astuple(file) for file in self._files],
+            "state": state,
+        }
+        try:
+            path.with_suffix(".partial").write_text(json.dumps(left))
+            os.replace(path.with_suffix(".partial"), path)
+        except OSError as error:
+            logger.warning("mlflow: %d entries are only in memory, and lost if it goes: %s", len(points), error)
+            return False
+        return True
 
     def _load(self) -> None:
         self._left_state: str | None = None
@@ -286,5 +304,5 @@ class Tracker:
                 with self._wake:
                     self._points.extendleft(reversed(points))
                     self._files.extendleft(reversed(files))
-                self._left_state = left["state"]
+                self._left_state = left["state"] or self._left_state
                 self._loaded.append(path)

@@ -8,14 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import platform
 import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from importlib.metadata import version
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,10 @@ from msc.datasets.batches import loader
 from msc.datasets.files import write_atomically
 from msc.datasets.shards import Index, read_index
 from msc.datasets.statistics import Statistics
-from msc.parallel import desync, fp8, process, zero
+from msc.parallel import agreement, desync, fp8, process, zero
 from msc.parallel.watch import watching
 
-from . import checkpoint, cost
+from . import checkpoint, cost, guard, rollback, shelf
 from .autoencoder import open_autoencoder
 from .config import Config, dump, flat
 from .diffusion import frame_losses, frame_shift
@@ -43,25 +42,34 @@ from .model import MSCTransformer, check_clip
 from .optimizer import set_schedule
 from .parallelize import check_parallel, clip_of, make_mesh, own_timeline, parallelize
 from .runs import LatentSpace, write_space
-from .tracking import code_version
+from .tracking import code_version, read_identity
+from .writer import Writer
 
 REQUEUE = 75  # exit code of a run that was stopped, has saved, and wants to go on (EX_TEMPFAIL)
 
 
-def train(config: Config, run: Path, resume: bool) -> int:
-    """Train in this process, one of the world that RANK and WORLD_SIZE describe; returns the exit code."""
-    world = process.join(config.parallel.timeout)
-    with watching(world.rank, world.size, process.patience(config.parallel.timeout)) as at:
-        return _train(config, run, resume, world, at)
+def train(config: Config, run: Path, resume: bool, back_to: str | None = None) -> int:
+    """Train in this process, one of the world that RANK and WORLD_SIZE describe; returns the exit code.
+
+    back_to: step or folder of a checkpoint to go back to first, leaving out the clips that spoiled the run.
+    """
+    with stop_signals() as stopping:
+        world = process.join(config.parallel.timeout)
+        with watching(world.rank, world.size, process.patience(config.parallel.timeout)) as at:
+            return _train(config, run, resume, back_to, stopping, world, at)
 
 
-def _train(config: Config, run: Path, resume: bool, world: process.World, at: Callable[[int, str], None]) -> int:
+def _train(
+    config: Config, run: Path, resume: bool, back_to: str | None, stopping: list[int], world: process.World,
+    at: Callable[[int, str], None],
+) -> int:  # fmt: skip
     # The world: who we are, and which part of every clip is ours ------------------------------------
     index = read_index(config.data.shards)
     config = resolve(config, index)
+    versions = {**checkpoint.versions(), **code_version()}
     desync.agree(
-        {**flat(config), **code_version(), **versions(), "run": str(run.absolute()), "resume from":
-         str(checkpoint.latest(run)) if resume else None, "index.json": index_checksum(config.data.shards)}
+        {**flat(config), **versions, "run": str(run.absolute()), "index.json": index_checksum(config.data.shards),
+         "resume from": [str(path) for path in shelf.candidates(run)] if resume else None, "back to": back_to}
     )  # fmt: skip
     mesh = make_mesh(world.size, config.parallel.sp, world.device.type)
     per_unit = config.model.frames_per_unit
@@ -75,15 +83,22 @@ def _train(config: Config, run: Path, resume: bool, world: process.World, at: Ca
     engine = parallelize(model, config.parallel, config.optimizer, accumulate, world.device)
 
     # Where we are: the sample clock counts clips over all ranks and is all that order and schedules need
-    clock, step, previous = 0, 0, checkpoint.latest(run) if resume else None
-    if previous is not None:
-        facts = checkpoint.load(previous, engine)
-        clock, step = facts["clock"], facts["step"]
+    writer = Writer(run, config.checkpoint, config.parallel.timeout)
+    if back_to is not None:
+        agreement.on_first(partial(rollback.roll_back, run, back_to))
+    left_out = agreement.on_first(partial(rollback.read_left_out, run))
+    before = checkpoint.load_newest(run, engine) if resume else {}
+    clock, step, history = before.get("clock", 0), before.get("step", 0), guard.History.read(before.get("guard"))
+    if before:
+        writer.step = step  # it need not be written again
     if world.first:
+        for change in checkpoint.changes(before, index.samples("train")):
+            print(f"msc: {change}", file=sys.stderr, flush=True)
         run.mkdir(parents=True, exist_ok=True)
         write_atomically(run / "config.yaml", dump(config).encode())
         write_space(run, LatentSpace.of(index))
-        forget_after(run / "log.jsonl", step)
+        for name in ("log.jsonl", "skipped.jsonl"):
+            rollback.forget_after(run / name, step)
 
     # The data: this rank's rows and frames, from this clock on ---------------------------------------
     feed = Feed(
@@ -112,7 +127,8 @@ def _train(config: Config, run: Path, resume: bool, world: process.World, at: Ca
     )
     # What is told, and to whom -----------------------------------------------------------------------
     tracker = Tracker(config.metrics)
-    tracker.start(run, flat(config), dump(config), run.name, enabled=world.first)
+    mlflow = None if read_identity(run) else before.get("mlflow")  # the run folder knows better, if it knows
+    tracker.start(run, flat(config), dump(config), run.name, resume=mlflow, enabled=world.first)
     log = (run / "log.jsonl").open("a") if world.first else None
     meter = Meter(
         tokens=batch * index.frames * cost.tokens_per_frame(config.model, index.height, index.width),
@@ -131,9 +147,11 @@ def _train(config: Config, run: Path, resume: bool, world: process.World, at: Ca
 
     def save() -> None:
         at(step, "checkpoint")
-        if previous is not None and previous.name == f"step-{step:08d}":
-            return  # resumed and nothing done since
-        checkpoint.save(run, engine, step, {"clock": clock, "config": flat(config)}, config.checkpoint.keep)
+        # the order of clips is a function of the seed and their number; `clock` is the cursor in it
+        facts = {"clock": clock, "clips": index.samples("train"), "guard": asdict(history), "mlflow": tracker.run_id,
+                 "config": flat(config), "versions": versions}  # fmt: skip
+        tracker.log(writer.save(engine, step, facts), step)
+        tracker.keep()
 
     def look() -> None:
         """Held-out loss and a preview from the averaged weights; training does not notice."""
@@ -148,69 +166,88 @@ def _train(config: Config, run: Path, resume: bool, world: process.World, at: Ca
             bar.write(f"step {step}: held-out loss {losses.mean:.4f} (averaged weights)", file=sys.stderr)
 
     try:
-        with stop_signals() as stopping:
-            if step == 0 and config.train.evaluate:
-                look()
-            losses = Losses.zeros(world.device)
-            while clock < config.train.clips:
-                # One step: all its clips, their noise, and how many frames count over all ranks
-                at(step, "reading clips")
-                with meter.waiting():
-                    clips_of_step = next(clips)
-                at(step, "counting frames")
-                supervised = float((feed.levels(clips_of_step) > 0).sum())
-                counted, stop = process.total_of(
-                    torch.tensor([supervised, float(bool(stopping))], device=world.device)
-                ).tolist()
-                if stop:
-                    break
-                rate = set_schedule(engine.optimizer.param_groups, config.optimizer, clock, config.train.clips, batch)
-
-                # Forward and backward; a rank's share of the global loss, times the world DeepSpeed averages over
-                at(step, "forward and backward")
-                norm = math.nan
-                for clips_of_part in micro_batches(clips_of_step, micro):
-                    with meter.waiting():
-                        part = feed(clips_of_part)
-                    with fp8.autocast(config.parallel.precision == "fp8"):
-                        velocity = engine(part.noisy, part.t, part.text, part.labels, timeline)
-                    errors = frame_losses(velocity, part.x, part.noise)
-                    losses.add(errors.detach(), part)
-                    share = (errors * part.supervised).sum() / counted
-                    engine.backward(share * world.size, scale_wrt_gas=False)
-                    norm = zero.step(engine)
+        if step == 0 and config.train.evaluate:
+            look()
+        losses = Losses.zeros(world.device)
+        while clock < config.train.clips:
+            # One step: all its clips, their noise, and how many frames count over all ranks
+            at(step, "reading clips")
+            with meter.waiting():
+                clips_of_step = next(clips)
+            at(step, "counting frames")
+            supervised = float((feed.levels(clips_of_step) > 0).sum())
+            counted, stop = process.total_of(
+                torch.tensor([supervised, float(bool(stopping))], device=world.device)
+            ).tolist()
+            if stop:
+                break
+            if rollback.left_out(left_out, clock, batch):
                 step, clock = step + 1, clock + batch
-                meter.step()
                 bar.update()
+                continue
+            rate = set_schedule(engine.optimizer.param_groups, config.optimizer, clock, config.train.clips, batch)
 
-                # Reports, checkpoints, held-out loss
-                at(step, "report")
-                done = clock >= config.train.clips
-                if step % config.train.report == 0 or done:
-                    losses.reduce()
-                    values = {
-                        "loss": losses.mean,
-                        "grad_norm": norm,
-                        "lr": rate,
-                        "clock": clock,
-                        **meter.read(),
-                    }
-                    tracker.log({**values, **losses.metrics("loss/")}, step)
-                    if log is not None:
-                        log.write(json.dumps({"step": step, **values}) + "\n")
-                        log.flush()
-                        bar.set_postfix(loss=f"{losses.mean:.4f}")
-                        if bar.disable:
-                            print(progress(step, config.train.steps, values), file=sys.stderr, flush=True)
-                    losses = Losses.zeros(world.device)
-                if step % config.checkpoint.every == 0 and not done:
-                    save()
-                if config.train.evaluate and step % config.train.evaluate == 0 and not done:
-                    look()
-                    meter.read()  # its time is not training's
-            save()
-            if clock >= config.train.clips and config.train.evaluate:
+            # Forward and backward; a rank's share of the global loss, times the world DeepSpeed averages over
+            at(step, "forward and backward")
+            of_step, errors_of_step = Losses.zeros(world.device), []
+            for clips_of_part in micro_batches(clips_of_step, micro):
+                with meter.waiting():
+                    part = feed(clips_of_part)
+                with fp8.autocast(config.parallel.precision == "fp8"):
+                    velocity = engine(part.noisy, part.t, part.text, part.labels, timeline)
+                errors = frame_losses(velocity, part.x, part.noise)
+                of_step.add(errors.detach(), part)
+                errors_of_step.append(errors.detach())
+                share = (errors * part.supervised).sum() / counted
+                zero.backward(engine, share * world.size)
+
+            # The update, unless loss or gradient norm speak against it: then nothing has changed but the clock
+            of_step.reduce()
+            objection = partial(guard.objection, config.guard, history, of_step.mean)
+            norm, objected = zero.step(engine, objection)
+            history = guard.after(config.guard, history, of_step.mean, norm, objected)
+            step, clock = step + 1, clock + batch
+            if objected:
+                found = agreement.gather(rollback.suspects(clips_of_step, errors_of_step))
+                if world.first:
+                    tracker.log({"skipped": history.skipped}, step)
+                    rollback.note_skipped(run, step, clock - batch, batch, objected, found)
+                if history.in_a_row >= config.guard.stop_after:
+                    raise ValueError(rollback.too_many(run, history.in_a_row, objected))
+            else:
+                losses.merge(of_step)
+            meter.step()
+            bar.update()
+
+            # Reports, checkpoints, held-out loss
+            at(step, "report")
+            done = clock >= config.train.clips
+            if step % config.train.report == 0 or done:
+                values = {
+                    "loss": losses.mean,
+                    "grad_norm": norm,
+                    "lr": rate,
+                    "clock": clock,
+                    "skipped": history.skipped,
+                    **meter.read(),
+                }
+                tracker.log({**values, **losses.metrics("loss/")}, step)
+                if log is not None:
+                    log.write(json.dumps({"step": step, **values}) + "\n")
+                    log.flush()
+                    bar.set_postfix(loss=f"{losses.mean:.4f}")
+                    if bar.disable:
+                        print(progress(step, config.train.steps, values), file=sys.stderr, flush=True)
+                losses = Losses.zeros(world.device)
+            if step % config.checkpoint.every == 0 and not done:
+                save()
+            if config.train.evaluate and step % config.train.evaluate == 0 and not done:
                 look()
+                meter.read()  # its time is not training's
+        save()
+        writer.finish()
+        if clock >= config.train.clips and config.train.evaluate:
+            look()
         state = "FINISHED" if clock >= config.train.clips else "KILLED"
         if world.first and state == "KILLED":
             print(f"stopped at step {step}, saved; go on with: msc train --resume --run {run}", file=sys.stderr)
@@ -223,15 +260,11 @@ def _train(config: Config, run: Path, resume: bool, world: process.World, at: Ca
         clips.close()
         if log is not None:
             log.close()
+        if state == "FAILED":
+            writer.leave()
         tracker.finish(state)
         if state != "FAILED":  # after a failure the others may hang in a collective: do not wait for them
             process.leave()
-
-
-def versions() -> dict[str, str]:
-    """Of what the result depends on besides our own code."""
-    libraries = {name: version(name) for name in ("torch", "deepspeed", "numpy", "safetensors")}
-    return {"python": platform.python_version(), **libraries}
 
 
 def index_checksum(shards: str) -> str:
@@ -255,13 +288,6 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for number, old in before.items():
             signal.signal(number, old)
-
-
-def forget_after(log: Path, step: int) -> None:
-    """Drop lines of a log that lie beyond the checkpoint the run goes on from: those steps are taken again."""
-    if log.is_file():
-        kept = [line for line in log.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step]
-        write_atomically(log, "".join(kept).encode())
 
 
 def progress(step: int, steps: int, values: dict[str, float]) -> str:
@@ -321,8 +347,8 @@ def check(config: Config, run: Path, resume: bool, processes: int) -> Config:
         raise FileExistsError(f"{run} is not empty; continue it with --resume, or choose another --run")
     if resume and not (run / "config.yaml").is_file():
         raise FileNotFoundError(f"{run} has nothing to resume: no config.yaml in it")
-    if resume and (previous := checkpoint.latest(run)) is not None:
-        check_same_model(config, checkpoint.read_meta(previous)["config"])
+    if resume and (meta := shelf.newest_meta(run)) is not None:
+        check_same_model(config, meta["config"])
     if index.store == "video":
         autoencoder = open_autoencoder(index.autoencoder)
         if config.parallel.sp > 1 and not autoencoder.slices:

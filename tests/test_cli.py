@@ -26,7 +26,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 # -- help and usage
 
 
-@pytest.mark.parametrize("command", ["", "convert", "train", "evaluate", "sample", "export", "doctor"])
+@pytest.mark.parametrize("command", ["", "convert", "train", "checkpoints", "evaluate", "sample", "export", "doctor"])
 def test_help_names_everything(command: str, capsys) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main([*command.split(), "--help"])
@@ -190,6 +190,7 @@ class Calls:
     check: list[tuple] = field(default_factory=list)
     train: list[tuple] = field(default_factory=list)
     local: list[tuple] = field(default_factory=list)
+    options: list[dict] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -209,8 +210,9 @@ def calls(monkeypatch, tmp_path: Path) -> Calls:
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setattr(msc.pretrain, name, module, raising=False)
 
-    def train(*arguments: Any) -> int:
+    def train(*arguments: Any, **options: Any) -> int:
         made.train.append(arguments)
+        made.options.append(options)
         made.environment.update(os.environ)
         return 5
 
@@ -292,6 +294,23 @@ def test_resume_reads_the_runs_own_configuration(calls: Calls, capsys) -> None:
     assert cli.main(["train", "--resume", "--run", "x", "a.b=1"]) == 5
     assert calls.load == [(None, Path("x/config.yaml"), ["a.b=1"])]
     assert calls.train == [("checked", Path("x"), True)]
+
+
+def test_a_rollback_is_a_resume_and_happens_once(calls: Calls, monkeypatch, capsys) -> None:
+    Path("x/checkpoints/step-00000005").mkdir(parents=True)
+    Path("x/config.yaml").touch()
+    assert cli.main(["train", "--run", "x", "--rollback", "6"]) == 2
+    assert "6 is not a checkpoint of x; it has those of steps: 5" in capsys.readouterr().err
+    for wanted in ("5", "x/checkpoints/step-00000005"):
+        assert cli.main(["train", "--run", "x", "--rollback", wanted]) == 5
+    for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.setitem(os.environ, name, "0")
+    assert cli.main(["train", "--run", "x", "--rollback", "5"]) == 5
+    os.environ["SLURM_RESTART_COUNT"] = "1"  # the scheduler repeats the command line after a preemption
+    assert cli.main(["train", "--run", "x", "--rollback", "5"]) == 5
+    assert "not back" in capsys.readouterr().err
+    assert [arguments[2] for arguments in calls.check] == [True] * 4
+    assert calls.options == [{"back_to": "5"}, {"back_to": "x/checkpoints/step-00000005"}, {"back_to": "5"}, {}]
 
 
 @pytest.mark.parametrize(

@@ -371,6 +371,21 @@ def test_where_a_run_is_tracked(tmp_path, monkeypatch):
     assert MetricsConfig(tracking_uri="sqlite:///x.db").resolve(run) == "sqlite:///x.db"
 
 
+def test_what_a_killed_process_had_not_sent_is_kept_with_its_last_checkpoint(run):
+    killed = start(run, config(run, tracking_uri=NOWHERE))
+    log_quickly(killed, range(5))
+    killed.keep()
+    log_quickly(killed, range(5, 8))  # taken again by whoever goes on from the checkpoint
+    again = start(run)
+    log_quickly(again, range(5, 7))
+    assert again.flush(60)
+    again.keep()
+    again.finish("FINISHED")
+    assert history(run, "loss") == [(step, 1 / (step + 1)) for step in range(7)]
+    assert list(run.glob("mlflow-unsent-*")) == []
+    killed.finish("KILLED", timeout=0)
+
+
 # A real server ---------------------------------------------------------------------------------------------
 
 

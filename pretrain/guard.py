@@ -1,0 +1,68 @@
+"""Which steps are not taken: a pure decision from a step's loss and gradient norm.
+
+A step that is not taken changes no weight, moment or average, and the sample clock still advances. Every rank
+decides for itself from numbers that all of them share, so they agree without asking.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """A step whose loss or gradient norm is not finite is never taken. sigma: nor one whose loss or norm lies more
+    than that many standard deviations above the mean of the last `window` steps taken (0: no such rule).
+    stop_after: steps in a row that are not taken, after which the run stops and names their clips."""
+
+    sigma: float = 0.0
+    window: int = 128
+    stop_after: int = 10
+
+    def __post_init__(self):
+        if self.sigma < 0 or 0 < self.sigma < 2:
+            raise ValueError(f"guard.sigma is {self.sigma}; it must be 0 (no rule) or at least 2, or good steps go too")
+        if self.window < 16 or self.stop_after < 1:
+            raise ValueError(
+                f"guard.window ({self.window}) must be at least 16 and guard.stop_after ({self.stop_after}) at least 1"
+            )
+
+
+@dataclass(frozen=True)
+class History:
+    """losses, norms: of the last steps taken. skipped: steps not taken so far; in_a_row: up to now."""
+
+    losses: tuple[float, ...] = ()
+    norms: tuple[float, ...] = ()
+    skipped: int = 0
+    in_a_row: int = 0
+
+    @staticmethod
+    def read(saved: dict[str, Any] | None) -> History:
+        """As `dataclasses.asdict` wrote it; a new history where nothing was saved."""
+        if saved is None:
+            return History()
+        return History(tuple(saved["losses"]), tuple(saved["norms"]), saved["skipped"], saved["in_a_row"])
+
+
+def objection(config: GuardConfig, history: History, loss: float, norm: float) -> str:
+    """Why a step with this loss and gradient norm is not to be taken; empty if it is."""
+    for name, value, recent in (("loss", loss, history.losses), ("gradient norm", norm, history.norms)):
+        if not math.isfinite(value):
+            return f"{name} {value}"
+        if config.sigma and len(recent) >= config.window // 2:
+            mean, deviation = statistics.fmean(recent), statistics.pstdev(recent)
+            if value > mean + config.sigma * deviation:
+                return f"{name} {value:.4g}, of late {mean:.4g} ± {deviation:.2g}"
+    return ""
+
+
+def after(config: GuardConfig, history: History, loss: float, norm: float, objected: str) -> History:
+    """The history with one more step."""
+    if objected:
+        return History(history.losses, history.norms, history.skipped + 1, history.in_a_row + 1)
+    losses, norms = (*history.losses, loss), (*history.norms, norm)
+    return History(losses[-config.window :], norms[-config.window :], history.skipped, 0)

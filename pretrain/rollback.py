@@ -1,0 +1,142 @@
+"""The steps that were not taken, going back before them, and the clips that are left out from then on.
+
+    run/skipped.jsonl     the steps that the guard did not take, with their clips
+    run/left_out.json     ranges [start, stop) of the sample clock that are passed over without training
+
+The order of clips is fixed, so what is left out is named by the sample clock; every later resume reads the same.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msc.datasets.batches import Batch
+from msc.datasets.files import write_atomically
+
+from . import shelf
+
+Range = tuple[int, int]
+Suspect = tuple[int, str, float]  # sample, key, mean error
+
+
+# Steps that were not taken --------------------------------------------------------------------------------
+
+
+def suspects(clips: Batch, errors: Sequence[Tensor]) -> list[Suspect]:
+    """(sample, key, mean error) of this rank's clips in a step; NaN or infinite for those that spoiled it."""
+    means = torch.cat([part.float().mean(1) for part in errors]).tolist()
+    return list(zip(clips.samples, clips.keys, means, strict=True))
+
+
+def note_skipped(
+    run: Path, step: int, clock: int, batch: int, why: str, found: Sequence[list[Suspect]]
+) -> None:
+    """Write a step that was not taken to skipped.jsonl, and say it, its worst clips first."""
+    worst: dict[tuple[int, str], float] = {}
+    for sample, key, error in (clip for clips in found for clip in clips):
+        # ranks along time share a clip; a NaN must win over any number
+        worst[sample, key] = max(worst.get((sample, key), -1.0), error if math.isfinite(error) else math.inf)
+    ranked = sorted(worst.items(), key=lambda item: -item[1])
+    clips = [{"sample": s, "key": key, "error": e if e < math.inf else None} for (s, key), e in ranked]
+    with (run / "skipped.jsonl").open("a") as file:
+        file.write(json.dumps({"step": step, "clock": clock, "batch": batch, "why": why, "clips": clips}) + "\n")
+    bad = [clip for clip in clips if clip["error"] is None] or clips
+    names = ", ".join(f"{clip['sample']} ({clip['key']})" for clip in bad[:8]) + (" ..." if len(bad) > 8 else "")
+    print(f"msc: step {step} is not taken: {why}; clips {names}", file=sys.stderr, flush=True)
+
+
+def too_many(run: Path, count: int, why: str) -> str:
+    lines = read_lines(run / "skipped.jsonl")[-count:]
+    names = ", ".join(str(clip["sample"]) for line in lines for clip in line["clips"])
+    there = shelf.candidates(run)
+    back = f"msc train --run {run} --rollback {shelf.step_of(there[0])}" if there else "a new run"
+    return (
+        f"{count} steps in a row were not taken, the last for its {why}; weights are as before them. Samples: {names}. "
+        f"Look at these clips; go on without them: {back}"
+    )
+
+
+# Clips that are left out ----------------------------------------------------------------------------------
+
+
+def left_out(ranges: Sequence[Range], clock: int, batch: int) -> bool:
+    """Whether a step over the clips [clock, clock + batch) holds any that are left out."""
+    return any(start < clock + batch and clock < stop for start, stop in ranges)
+
+
+def merged(ranges: Sequence[Range]) -> list[Range]:
+    """The same clips in as few ranges as there can be, in order."""
+    found: list[Range] = []
+    for start, stop in sorted(ranges):
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(found[-1][1], stop))
+        else:
+            found.append((start, stop))
+    return found
+
+
+def offending(skipped: Sequence[dict[str, Any]], since: int, until: int) -> list[Range]:
+    """What a rollback to sample clock `since` leaves out of a run whose last report was at `until`.
+
+    Where the run ended on steps that were not taken, all such steps in between. Otherwise the guard has not seen
+    what spoiled the run, and everything in between is left out.
+    """
+    bad = [(int(line["clock"]), int(line["clock"]) + int(line["batch"])) for line in skipped if line["clock"] >= since]
+    if bad and max(stop for _, stop in bad) >= until:
+        return merged(bad)
+    return [(since, until)] if until > since else []
+
+
+def roll_back(run: Path, wanted: str) -> None:
+    """Make a checkpoint, named by step or folder, the one that the run goes on from, and say what is left out.
+
+    Later ones are renamed to `undone-step-…`. What is left out is written first: after a crash in between, the
+    same command does the rest.
+    """
+    target = shelf.find(run, wanted)
+    meta = shelf.read_meta(target)
+    reached = [line["clock"] for line in read_lines(run / "log.jsonl")]
+    ranges = offending(read_lines(run / "skipped.jsonl"), meta["clock"], max(reached, default=meta["clock"]))
+    write_atomically(run / "left_out.json", json.dumps(merged([*read_left_out(run), *ranges])).encode())
+    shelf.point_to(run, target)
+    later = [path for path in shelf.checkpoints(run) if shelf.step_of(path) > meta["step"]]
+    for path in later:
+        shelf.set_aside(path, "undone")
+    clips = ", ".join(f"{start}-{stop - 1}" for start, stop in ranges) or "none"
+    undone = f"; {len(later)} later checkpoints renamed to undone-…, remove them when you like" if later else ""
+    text = f"msc: back to step {meta['step']}; clips left out from now on, by sample clock: {clips}{undone}"
+    print(text, file=sys.stderr, flush=True)
+
+
+# What is kept of it ---------------------------------------------------------------------------------------
+
+
+def read_left_out(run: Path) -> list[Range]:
+    file = run / "left_out.json"
+    return [(start, stop) for start, stop in json.loads(file.read_text())] if file.is_file() else []
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a .jsonl file, up to one that was torn by a crash."""
+    found: list[dict[str, Any]] = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break
+    return found
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Drop the lines of a .jsonl file beyond the checkpoint that the run goes on from: those steps are taken again."""
+    if path.is_file():
+        kept = [line for line in read_lines(path) if line["step"] <= step]
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())

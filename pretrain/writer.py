@@ -1,0 +1,198 @@
+"""Writes checkpoints while training goes on: every rank the slices it holds, beside its training.
+
+A checkpoint is written aside, synced, renamed, and `latest` moved last: a crash at any moment leaves the previous
+one whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from msc.datasets.files import write_atomically
+from msc.parallel import agreement, zero
+
+from . import shelf
+from .checkpoint import CheckpointConfig, say
+
+CHUNK = 1 << 23  # bytes written at a time; writing and hashing them lets other threads run
+SLOWEST = 3600.0  # seconds by which a rank's disk may be slower than another's; one that died ends training before
+
+
+class Writer:
+    """Writes a run's checkpoints while training goes on. Made by all ranks together; nothing else is a collective.
+
+    `save` copies this rank's slices to host buffers, which are kept, and returns; a thread writes them and agrees
+    with the other ranks' threads through the store. A write that fails is told at once on stderr, and the next
+    `save` waits for its own; if that fails, too, or at `wait`, OSError is raised on every rank.
+    """
+
+    def __init__(self, run: Path, config: CheckpointConfig, timeout_s: float):
+        self.run, self.config, self.timeout_s = run, config, timeout_s
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.session = agreement.on_first(self._begin)
+        self.store = agreement.open_store(timeout_s)
+        self._buffer: Tensor | None = None
+        self._thread: threading.Thread | None = None
+        self._failure, self._begun = "", 0
+        self.seconds = 0.0  # that the last write took
+        self.step: int | None = None  # of the checkpoint last begun, or loaded
+
+    def _begin(self) -> str:
+        shelf.remove_unfinished(self.run)
+        return uuid.uuid4().hex[:8]
+
+    def save(self, engine: Any, step: int, facts: dict[str, Any]) -> dict[str, float]:
+        """Begin a checkpoint of the engine's state at `step`, if there is none yet; returns seconds for the metrics."""
+        began = time.perf_counter()
+        if self.writing and self.rank == 0:
+            say(f"the checkpoint of step {self.step} is still being written; training waits for it")
+        failed = self._join()
+        if step == self.step and not failed:
+            return {}
+        seconds = {"checkpoint/write_s": self.seconds} if self.seconds else {}
+        layout = self._copy(engine)
+        meta = {
+            "format": shelf.FORMAT,
+            "step": step,
+            "adam_steps": zero.steps_taken(engine),
+            "world": self.world,
+            "parameters": zero.shapes(engine),
+            **facts,
+        }
+        self.step, self._begun = step, self._begun + 1
+        self._thread = threading.Thread(target=self._work, args=(step, layout, meta), name="checkpoint", daemon=True)
+        self._thread.start()
+        if failed:  # not twice in a row without stopping
+            self.wait()
+        return {**seconds, "checkpoint/stall_s": time.perf_counter() - began}
+
+    @property
+    def writing(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Until what `save` began is on disk; OSError on every rank if it is not."""
+        if failure := self._join():
+            raise OSError(failure)
+
+    def finish(self) -> None:
+        """`wait` on all ranks together: none may end, and with rank 0 the store, before all know the outcome."""
+        for failure in agreement.gather(self._join()):
+            if failure:
+                raise OSError(failure)
+
+    def _join(self) -> str:
+        if self._thread is not None:
+            self._thread.join()
+        return self._failure
+
+    def leave(self) -> None:
+        """Before a failed run ends: give what is being written a last chance, if the other ranks still live."""
+        if self._thread is not None:
+            self._thread.join(self.timeout_s)
+
+    def _copy(self, engine: Any) -> dict[str, tuple[int, int]]:
+        """Copy this rank's slices into the host buffer; where each begins and ends, in elements."""
+        parts = [
+            (f"{piece.name}|{piece.start}|{key}", value)
+            for piece in zero.pieces(engine, (self.rank, self.world))
+            for key, value in piece.state.items()
+        ]
+        if self._buffer is None:
+            numel = sum(value.numel() for _, value in parts)
+            self._buffer = torch.empty(numel, pin_memory=torch.cuda.is_available() and numel > 0)
+        layout, at = {}, 0
+        for name, value in parts:
+            assert value.dtype == torch.float32
+            layout[name] = (at, at + value.numel())
+            self._buffer[at : at + value.numel()].copy_(value, non_blocking=True)
+            at += value.numel()
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
+        return layout
+
+    # In the thread ---------------------------------------------------------------------------------------
+
+    def _work(self, step: int, layout: dict[str, tuple[int, int]], meta: dict[str, Any]) -> None:
+        began = time.perf_counter()
+        try:
+            self._failure = self._write(step, layout, meta)
+        except Exception as error:  # also the store's, when another rank has ended: whatever it is, it must be told
+            self._failure = f"rank {self.rank}: {error}"
+        self.seconds = time.perf_counter() - began
+        if self._failure:
+            self._failure = f"the checkpoint of step {step} could not be written, earlier ones stay: {self._failure}"
+            if self.rank == 0:
+                say(self._failure)
+
+    def _write(self, step: int, layout: dict[str, tuple[int, int]], meta: dict[str, Any]) -> str:
+        """Write this rank's file, and on rank 0 publish all of them; what went wrong, the same on every rank."""
+        assert self._buffer is not None
+        aside = shelf.folder(self.run) / f".{shelf.name_of(step)}.writing-{self.session}"
+        report: dict[str, Any] = {"file": f"rank-{self.rank:05d}.safetensors"}
+        try:
+            aside.mkdir(parents=True, exist_ok=True)
+            report["bytes"], report["sha256"] = write_slices(aside / report["file"], self._buffer, layout)
+        except OSError as error:
+            report["error"] = f"rank {self.rank}: {error}"
+        topic = f"msc/checkpoint/{self.session}/{self._begun}"
+        self.store.set(f"{topic}/{self.rank}", json.dumps(report))
+        if self.rank != 0:
+            (verdict,) = agreement.await_keys(self.store, [f"{topic}/verdict"], SLOWEST)
+            return verdict.decode()
+        keys = [f"{topic}/{rank}" for rank in range(self.world)]
+        reports = [json.loads(told) for told in agreement.await_keys(self.store, keys, SLOWEST)]
+        failure = "; ".join(r["error"] for r in reports if "error" in r)
+        if not failure:
+            files = {r["file"]: r["sha256"] for r in reports}
+            try:
+                sealed = shelf.sealed({**meta, "files": files, "bytes": {r["file"]: r["bytes"] for r in reports}})
+                write_atomically(aside / "meta.json", sealed)
+                shelf.publish(self.run, aside, step)
+            except OSError as error:
+                failure = f"rank 0: {error}"
+        if failure:
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            shelf.prune(self.run, step, self.config.keep, self.config.keep_every)
+        self.store.set(f"{topic}/verdict", failure)
+        for key in keys:
+            self.store.delete_key(key)
+        return failure
+
+
+def write_slices(path: Path, buffer: Tensor, layout: dict[str, tuple[int, int]]) -> tuple[int, str]:
+    """Write slices of a contiguous float32 buffer as a safetensors file and sync it; its size in bytes and sha256.
+
+    Not safetensors' own writer, which holds on to Python's lock and so would stop the training that goes on.
+    """
+    header: dict[str, Any] = {
+        name: {"dtype": "F32", "shape": [end - start], "data_offsets": [4 * start, 4 * end]}
+        for name, (start, end) in layout.items()
+    }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    data = buffer.numpy().view(np.uint8).data
+    sha = hashlib.sha256()
+    with path.open("wb", buffering=0) as file:
+        for part in (len(text).to_bytes(8, "little") + text, data):
+            left = memoryview(part)
+            while len(left):
+                written = file.write(left[:CHUNK])
+                sha.update(left[:written])
+                left = left[written:]
+        os.fsync(file.fileno())
+        return file.tell(), sha.hexdigest()

@@ -1,0 +1,201 @@
+"""What a checkpoint costs training, written beside it against before it goes on, and what a restart costs.
+
+    python tests/bench/checkpoint.py --width 512 --depth 8         # stall per checkpoint
+    python tests/bench/checkpoint.py --restart --processes 2       # kill -9 to the first resumed step
+
+The stall is the time from a checkpoint's beginning to the end of the last step that it overlaps, less as many
+median steps just before it. Both ways alternate in one run on one process. `write` is the time in which the file
+is written, synced and published; shares are of it when nothing runs beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+PROGRAM = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import checkpoint as c; sys.exit(c.rank())"
+
+
+# Stall -----------------------------------------------------------------------------------------------------
+
+
+def stall(args: argparse.Namespace, folder: Path) -> None:
+    import torch
+
+    from msc.launch.local import free_port, rank_environment
+    from msc.parallel import process, zero
+    from msc.pretrain import cost
+    from msc.pretrain.checkpoint import CheckpointConfig
+    from msc.pretrain.model import ModelConfig, MSCTransformer
+    from msc.pretrain.optimizer import OptimizerConfig
+    from msc.pretrain.parallelize import ParallelConfig, parallelize
+    from msc.pretrain.scales import default_scales
+    from msc.pretrain.writer import Writer
+
+    os.environ.update(rank_environment(os.environ, 0, 1, free_port()))
+    world = process.join(60)
+    torch.manual_seed(0)
+    config = ModelConfig(
+        width=args.width, depth=args.depth, scales=default_scales(8, patch_window=4), patch=2, channels=4
+    )
+    parallel = ParallelConfig(precision="fp32")
+    engine = parallelize(MSCTransformer(config), parallel, OptimizerConfig(), 1, world.device)
+    x = torch.randn(1, 4, 4, 16, 16, device=world.device)
+    t = torch.rand(1, 4, device=world.device)
+
+    def step() -> float:
+        began = time.perf_counter()
+        zero.backward(engine, engine(x, t).square().mean())
+        zero.step(engine, lambda norm: "")  # the norm is a number on the host: nothing is left running
+        return time.perf_counter() - began
+
+    writer = Writer(folder, CheckpointConfig(every=1, keep=1), 600.0)
+    facts: dict[str, Any] = {"clock": 0, "config": {}}
+    for _ in range(3):
+        step()
+    writer.save(engine, 0, facts)  # makes the host buffer
+    writer.wait()
+    number, rows = 0, []
+    for _ in range(args.runs):
+        for way in ("before", "beside"):
+            plain = statistics.median(step() for _ in range(args.steps))
+            number, began = number + 1, time.perf_counter()
+            copied = writer.save(engine, number, facts)["checkpoint/stall_s"]
+            steps = 0
+            if way == "before":
+                writer.wait()
+            while writer.writing:  # the last of these steps ends after the writing: what it lost there counts, too
+                step()
+                steps += 1
+            rows.append((way, plain, copied, time.perf_counter() - began - steps * plain, writer.seconds))
+    state = 16 * cost.parameters(config)
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    print(
+        f"{cost.parameters(config) / 1e6:.1f} M parameters, {state / 1e6:.0f} MB a checkpoint, {name}, "
+        f"{torch.get_num_threads()} thread(s), torch {torch.__version__}; medians of {args.runs}, (least to most)"
+    )
+    print(f"{'written':<10} {'step s':>8} {'copy s':>8} {'stall s':>8} {'write s':>8} {'stall of write':>15}")
+    write = statistics.median(row[4] for row in rows if row[0] == "before")
+    stalls = {}
+    for way in ("before", "beside"):
+        columns = [[row[i] for row in rows if row[0] == way] for i in (1, 2, 3, 4)]
+        stalls[way] = [row[3] / write for row in rows if row[0] == way]
+        values = " ".join(f"{statistics.median(column):>8.3f}" for column in columns)
+        share = statistics.median(stalls[way])
+        print(f"{way:<10} {values} {share:>15.1%}  ({min(stalls[way]):.1%} to {max(stalls[way]):.1%})")
+    ratio = statistics.median(stalls["beside"]) / statistics.median(stalls["before"])
+    print(f"beside / before: {ratio:.1%} of the stall")
+    process.leave()
+
+
+# Restart ---------------------------------------------------------------------------------------------------
+
+MARKS: list[tuple[str, float]] = []
+
+
+def rank() -> int:
+    """`msc` as a rank or launcher that notes when each part of its start was done."""
+    from msc.launch import cli, commands
+
+    commands.PROGRAM = PROGRAM
+    if "RANK" not in os.environ:
+        return cli.main()
+    import psutil
+
+    MARKS.append(("launcher: imports, checks", psutil.Process().create_time()))
+    from msc.pretrain import train as training
+
+    def timed(module: Any, name: str, what: str) -> None:
+        function = getattr(module, name)
+
+        def marked(*arguments: Any, **options: Any) -> Any:
+            result = function(*arguments, **options)
+            if len(MARKS) < 9:
+                MARKS.append((what, time.time()))
+            return result
+
+        setattr(module, name, marked)
+
+    MARKS.append(("ranks: imports", time.time()))
+    timed(training.process, "join", "process group")
+    timed(training, "MSCTransformer", "shards' index, mesh, model")
+    timed(training, "parallelize", "DeepSpeed")
+    timed(training.checkpoint, "load_newest", "checkpoint: verify, load")
+    timed(training.process, "total_of", "loader, tracker, first batch")
+    timed(training.zero, "step", "first step")
+    taken, step = [], training.zero.step
+
+    def first(*arguments: Any) -> Any:
+        result = step(*arguments)
+        if not taken and os.environ["RANK"] == "0" and "BENCH_OUT" in os.environ:
+            Path(os.environ["BENCH_OUT"]).write_text(json.dumps(MARKS))
+        taken.append(1)
+        return result
+
+    training.zero.step = first
+    return cli.main()
+
+
+def restart(args: argparse.Namespace, folder: Path) -> None:
+    from msc.datasets.convert import ConvertConfig, convert
+    from msc.datasets.synthetic import write_videos
+    from msc.pretrain.autoencoder import open_autoencoder
+
+    videos = write_videos(folder / "videos", seed=0, clips=4, frames=40, height=64, width=64)
+    autoencoder = open_autoencoder("pixels")
+    config = ConvertConfig(sources=tuple(map(str, videos)), out=str(folder / "shards"), frames=8, height=64, width=64,
+                           fps=12.0, stride=2, held_out=0.2, autoencoder="pixels")  # fmt: skip
+    convert(config, autoencoder.encode, 1)
+    run, out = folder / "run", folder / "marks.json"
+    command = [sys.executable, "-c", PROGRAM, "train", "--run", str(run), "--processes", str(args.processes),
+               f"data.shards={folder / 'shards'}", "checkpoint.every=3", "train.batch=4", "train.micro=2",
+               "train.clips=4000", "train.evaluate=0", "train.report=1"]  # fmt: skip
+    found: list[list[tuple[str, float]]] = []
+    for turn in range(args.runs + 1):  # the first compiles and fills caches
+        out.unlink(missing_ok=True)
+        began = time.time()
+        process = subprocess.Popen([*command, "--resume" if turn else "--preset=demo"], stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.STDOUT, env={**os.environ, "BENCH_OUT": str(out)})  # fmt: skip
+        while not out.exists() or len(list(run.glob("checkpoints/step-*"))) < 2:
+            if process.poll() is not None:
+                raise RuntimeError("training ended by itself")
+            time.sleep(0.05)
+        if turn:
+            found.append([("", began), *map(tuple, json.loads(out.read_text()))])
+        process.send_signal(signal.SIGKILL)  # the ranks die with it
+        process.wait()
+        time.sleep(1.0)
+    print(f"{args.processes} processes, `demo` preset: seconds from the new start after kill -9, median of {args.runs}")
+    total = 0.0
+    for i in range(1, len(found[0])):
+        seconds = statistics.median(marks[i][1] - marks[i - 1][1] for marks in found)
+        total += seconds
+        print(f"{found[0][i][0]:<32} {seconds:>7.2f}")
+    print(f"{'to the end of the first step':<32} {total:>7.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--restart", action="store_true", help="time a restart instead")
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--depth", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=8, help="steps without a checkpoint before each")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--disk", type=Path, help="folder to write in (default: a temporary one)")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.disk) as folder:
+        (restart if args.restart else stall)(args, Path(folder))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""`msc` with faults: a program that tests start instead of it, and what it does to the ranks.
+
+MSC_FAULTS is a JSON table:
+    consumed: folder; every rank appends a line for each batch that it takes a step with, and one when it starts
+    step_s: seconds that each step takes longer       chunk_s: seconds that each 8 kB of a checkpoint take longer
+    nan: [rank, [clocks]]: that rank's inputs are NaN in the steps that begin there
+    stop_at: clock of the batch at which rank 0 sends itself SIGTERM
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+from msc.launch import cli, commands
+
+PROGRAM = "import sys, faults; sys.exit(faults.main())"
+
+
+def main() -> int:
+    commands.PROGRAM = PROGRAM  # so that the ranks of a launcher are started with it, too
+    wanted = json.loads(os.environ["MSC_FAULTS"])
+    if "RANK" in os.environ or sys.argv[sys.argv.index("--processes") + 1] == "1":  # not in a launcher
+        install(wanted, int(os.environ.get("RANK", "0")))
+    return cli.main()
+
+
+def tell(file: Path, line: dict) -> None:
+    with file.open("a") as opened:
+        opened.write(json.dumps(line) + "\n")
+
+
+def install(wanted: dict, rank: int) -> None:
+    import torch
+
+    from msc.pretrain import train as training
+    from msc.pretrain import writer
+
+    now = {"clock": 0}
+    loader, call = training.loader, training.Feed.__call__
+
+    def watched(*arguments, clock, clips, **options):
+        file = Path(wanted["consumed"], f"{rank}.jsonl")
+        tell(file, {"from": clock})
+        for batch in loader(*arguments, clock=clock, clips=clips, **options):
+            time.sleep(wanted.get("step_s", 0))
+            now["clock"], clock = clock, clock + clips
+            tell(file, {"clock": now["clock"], "samples": batch.samples})
+            if now["clock"] == wanted.get("stop_at") and rank == 0:
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+    def spoiled(feed, batch):
+        inputs = call(feed, batch)
+        if "nan" in wanted and wanted["nan"][0] == rank and now["clock"] in wanted["nan"][1]:
+            inputs.x[0, 0] = torch.nan
+        return inputs
+
+    class SlowHash:
+        def __init__(self):
+            self.sha = hashlib.sha256()
+
+        def update(self, data):
+            time.sleep(wanted["chunk_s"])
+            self.sha.update(data)
+
+        def hexdigest(self):
+            return self.sha.hexdigest()
+
+    training.loader, training.Feed.__call__ = watched, spoiled
+    if "chunk_s" in wanted:
+        writer.CHUNK, writer.hashlib = 8192, SimpleNamespace(sha256=SlowHash)

@@ -1,0 +1,156 @@
+"""Checkpoints written beside training, disks that fail, files that are damaged, and which checkpoints stay."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import writing
+from processes import run_ranks
+from safetensors.torch import load_file
+
+from msc.launch import cli
+from msc.pretrain import shelf
+from msc.pretrain.checkpoint import CheckpointConfig
+
+
+@pytest.mark.parametrize(
+    ("step", "keep", "keep_every", "gone"),
+    [
+        (50, 2, 0, [10, 20, 30]),
+        (50, 2, 20, [10, 30]),
+        (50, 9, 0, []),
+        (30, 1, 0, [10, 20]),  # 40 and 50 are of a time before the run went back
+    ],
+)
+def test_which_checkpoints_go(step, keep, keep_every, gone):
+    assert shelf.superseded([10, 20, 30, 40, 50], step, keep, keep_every) == gone
+
+
+def test_keep_every_must_meet_checkpoints():
+    CheckpointConfig(every=500, keep_every=2000)
+    with pytest.raises(ValueError, match=r"keep_every is 700.*multiple of checkpoint.every \(500\)"):
+        CheckpointConfig(every=500, keep_every=700)
+
+
+@pytest.mark.gloo
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
+    """What is written is the state at `save`, whatever changes meanwhile; a second save waits for the first."""
+    for seconds, meanwhile, step, found in run_ranks(writing.write_beside, 2, str(tmp_path)):
+        assert seconds[0] < 0.25 < 0.4 < seconds[1]
+        assert meanwhile == "step-00000001"
+        assert (step, found) == (2, {2.0})
+
+
+@pytest.mark.gloo
+def test_a_failed_write_is_told_tried_again_and_then_raised_on_every_rank(tmp_path, capfd):
+    for told in run_ranks(writing.fail_on_one_rank, 2, str(tmp_path)):
+        assert [bool(text) for text in told] == [False, False, True, False, False, True]
+        for text in (told[2], told[5]):
+            assert "earlier ones stay" in text and "rank 1" in text and "File too large" in text
+    assert capfd.readouterr().err.count("could not be written") == 3, "once each, by one rank"
+    assert [path.name for path in shelf.checkpoints(tmp_path)] == ["step-00000001", "step-00000004"]
+    assert shelf.latest(tmp_path).name == "step-00000004"
+    assert not any(shelf.damage(path) for path in shelf.checkpoints(tmp_path))
+    assert not list(shelf.folder(tmp_path).glob(".*")), "nothing unfinished stays"
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    run = tmp_path_factory.mktemp("written") / "run"
+    run.mkdir()
+    (run / "config.yaml").touch()
+    run_ranks(writing.write_some, 2, str(run), 5)
+    return run
+
+
+def flip(file, at):
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGE = {
+    "a flipped byte": (lambda path: flip(path / "rank-00001.safetensors", -10), "rank-00001.*checksum"),
+    "a truncated file": (lambda path: (path / "rank-00000.safetensors").write_bytes(b"x" * 99), "it has 99 of"),
+    "a missing file": (lambda path: (path / "rank-00001.safetensors").unlink(), "rank-00001.safetensors is missing"),
+    "a flipped digit of meta.json": (
+        lambda path: flip(path / "meta.json", (path / "meta.json").read_bytes().index(b'"clock": 8') + 9),
+        "meta.json does not match its checksum",
+    ),
+    "a truncated meta.json": (lambda path: (path / "meta.json").write_bytes(b'{"format": 1, "st'), "truncated"),
+    "no meta.json": (lambda path: (path / "meta.json").unlink(), "meta.json is missing"),
+}  # fmt: skip
+
+
+def test_files_are_ordinary_safetensors(written):
+    path = shelf.latest(written)
+    slices = load_file(path / "rank-00001.safetensors")
+    assert {name.split("|")[2] for name in slices} == {"weight", "exp_avg", "exp_avg_sq", "ema"}
+    assert slices["0.weight|32768|weight"].unique().tolist() == [5.0]
+    assert shelf.damage(path) == []
+    meta = shelf.read_meta(path)
+    assert {"torch", "deepspeed", "python"} <= meta["versions"].keys()
+    assert meta["bytes"] == {file: (path / file).stat().st_size for file in meta["files"]}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damage_is_found(what, written, tmp_path):
+    path = shutil.copytree(shelf.latest(written), tmp_path / "copy")
+    do, said = DAMAGE[what]
+    do(path)
+    (problem,) = shelf.damage(path)
+    assert pytest.RaisesExc(ValueError, match=said).matches(ValueError(problem)), problem
+
+
+@pytest.mark.gloo
+def test_the_newest_whole_checkpoint_is_used_and_the_others_are_named(written, tmp_path, capfd):
+    run = shutil.copytree(written, tmp_path / "run")
+    for path, what in zip(reversed(shelf.checkpoints(run)), ("a flipped byte", "a truncated file", "no meta.json"),
+                          strict=False):  # fmt: skip
+        DAMAGE[what][0](path)
+    assert run_ranks(writing.go_on_from_damaged, 2, str(run)) == [(2, {2.0})] * 2
+    said = capfd.readouterr().err
+    for step, why in ((5, "does not match its checksum"), (4, "it has 99 of"), (3, "meta.json is missing")):
+        (line,) = (line for line in said.splitlines() if f"step-{step:08d}/" in line)
+        assert why in line and f"kept as damaged-step-{step:08d}" in line and "goes on from step-00000002" in line
+    assert shelf.latest(run).name == "step-00000002"
+    assert [path.name for path in shelf.checkpoints(run)] == ["step-00000001", "step-00000002"]
+
+    for path in shelf.checkpoints(run):
+        DAMAGE["a missing file"][0](path)
+    for step, why in run_ranks(writing.go_on_from_damaged, 2, str(run)):
+        assert step is None and "no checkpoint of" in why and why.count("is missing") == 2
+    assert len(shelf.checkpoints(run)) == 2, "nothing is moved where nothing is whole"
+
+
+def test_candidates_begin_at_the_one_that_is_named(written, tmp_path):
+    run = shutil.copytree(written, tmp_path / "run")
+    (shelf.folder(run) / "latest").write_text("step-00000003")
+    assert [shelf.step_of(path) for path in shelf.candidates(run)] == [3, 2, 1]
+    (shelf.folder(run) / "latest").unlink()
+    assert [shelf.step_of(path) for path in shelf.candidates(run)] == [5, 4, 3, 2, 1]
+    assert shelf.find(run, "4") == shelf.find(run, str(shelf.folder(run) / "step-00000004")) == shelf.candidates(run)[1]
+    with pytest.raises(ValueError, match="7 is not a checkpoint of .*: 1, 2, 3, 4, 5"):
+        shelf.find(run, "7")
+
+
+def test_msc_checkpoints_lists_and_verifies(written, tmp_path, capsys):
+    run = shutil.copytree(written, tmp_path / "run")
+    assert cli.main(["checkpoints", str(run)]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[0][:2] == ["step", "clips"] and [row[0] for row in rows[1:]] == ["1", "2", "3", "4", "5"]
+    assert rows[5][1:3] == ["8", "80"] and rows[5][5:8] == ["2", "1", "0"] and rows[5][-1] == "next"
+    assert cli.main(["checkpoints", str(run), "--verify"]) == 0
+    assert capsys.readouterr().out.count("whole") == 5
+    DAMAGE["a truncated file"][0](shelf.checkpoints(run)[1])
+    assert cli.main(["checkpoints", str(run)]) == 0
+    capsys.readouterr()
+    assert cli.main(["checkpoints", str(run), "--verify"]) == 1
+    said = capsys.readouterr().out
+    assert said.count("whole") == 4 and "it has 99 of" in said
+    DAMAGE["a truncated meta.json"][0](shelf.checkpoints(run)[0])
+    assert cli.main(["checkpoints", str(run)]) == 1
+    assert cli.main(["checkpoints", str(tmp_path)]) == 2
+    assert json.loads((shelf.latest(run) / "meta.json").read_text())["world"] == 2

@@ -1,0 +1,81 @@
+"""Which steps are not taken, and what a rollback leaves out: pure functions; then the update itself at every stage."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+
+import pytest
+import torch
+from processes import run_ranks
+from spoiled import spoiled_on_a_rank
+
+from msc.pretrain.guard import GuardConfig, History, after, objection
+from msc.pretrain.rollback import left_out, merged, offending
+
+RULE = GuardConfig(sigma=4, window=16)
+CALM = History(tuple(1 + 0.01 * (-1) ** i for i in range(16)), tuple(0.5 + 0.1 * (-1) ** i for i in range(16)))
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "said"),
+    [
+        (1.0, 0.5, ""),
+        (1.039, 0.89, ""),
+        (1.041, 0.5, "loss 1.041"),
+        (1.0, 0.91, "gradient norm 0.91"),
+        (0.1, 0.0, ""),  # lower is never a spike
+        (math.nan, 0.5, "loss nan"),
+        (1.0, math.inf, "gradient norm inf"),
+    ],
+)
+def test_objections(loss, norm, said):
+    assert objection(RULE, CALM, loss, norm).startswith(said) and bool(objection(RULE, CALM, loss, norm)) == bool(said)
+
+
+def test_without_the_rule_or_enough_history_only_what_is_not_finite_is_refused():
+    assert not objection(GuardConfig(), CALM, 1e9, 1e9)
+    assert not objection(RULE, History(CALM.losses[:7], CALM.norms[:7]), 1e9, 1e9)
+    assert objection(GuardConfig(), History(), math.inf, 1.0)
+
+
+def test_history_keeps_the_window_and_counts_what_was_not_taken():
+    history = CALM
+    for why in ("", "loss nan", "loss nan"):
+        history = after(RULE, history, 3.0, 4.0, why)
+    assert len(history.losses) == 16 and history.losses[-1] == 3.0 and history.norms[-1] == 4.0
+    assert (history.skipped, history.in_a_row) == (2, 2)
+    assert after(RULE, history, 1.0, 1.0, "").in_a_row == 0
+    assert History.read(asdict(history)) == history and History.read(None) == History()
+
+
+@pytest.mark.parametrize("sigma", [-1, 0.5, 1.9])
+def test_a_rule_that_refuses_good_steps_is_refused(sigma):
+    with pytest.raises(ValueError, match="guard.sigma"):
+        GuardConfig(sigma=sigma)
+
+
+def test_what_a_rollback_leaves_out():
+    bad = [{"clock": clock, "batch": 4} for clock in (8, 40, 44, 60)]
+    assert offending(bad, since=20, until=64) == [(40, 48), (60, 64)], "the run ended on steps that were refused"
+    assert offending(bad, since=20, until=80) == [(20, 80)], "it did not: the guard has not seen what spoiled it"
+    assert offending([], since=20, until=80) == [(20, 80)]
+    assert offending([], since=20, until=20) == []
+    assert merged([(40, 48), (0, 4), (46, 50), (4, 8)]) == [(0, 8), (40, 50)]
+    ranges = [(40, 48)]
+    assert [clock for clock in range(32, 60, 4) if left_out(ranges, clock, 4)] == [40, 44]
+    assert [clock for clock in range(32, 64, 8) if left_out(ranges, clock, 8)] == [40]
+    assert [clock for clock in range(30, 64, 6) if left_out(ranges, clock, 6)] == [36, 42], "another batch size"
+
+
+@pytest.mark.gloo
+def test_a_step_that_is_not_taken_changes_nothing():
+    """NaN on one rank, then an objection to a finite norm: weights, moments, averages as if the steps never were."""
+    cases = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (2, "bf16"), (3, "bf16")]
+    for results in run_ranks(spoiled_on_a_rank, 2, cases):
+        for case, (with_them, without, told) in zip(cases, results, strict=True):
+            assert [bool(why) for _, why in told] == [False, True, True, False], case
+            assert not math.isfinite(told[1][0]) and told[2][0] > 0, case
+            assert with_them.keys() == without.keys() and len(without) > 4, case
+            for name, value in without.items():
+                assert torch.equal(with_them[name], value), (case, name)
