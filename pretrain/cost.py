@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -50,6 +51,13 @@ def linear_flops(config: ModelConfig, frames: int, height: int, width: int) -> i
         per_layer += 2 * config.width**2
     ends = 2 * config.channels * config.patch**2 * config.width
     return 2 * tokens * (config.depth * per_layer + ends)
+
+
+def block_flops(config: ModelConfig, frames: int, rows: int, columns: int) -> int:
+    """Forward and backward of one (unshifted) block for one clip of frames of `rows × columns` tokens."""
+    one = replace(config, depth=1, channels=0)
+    height, width = rows * config.patch, columns * config.patch
+    return 3 * (attention_flops(one, frames, height, width) + linear_flops(one, frames, height, width))
 
 
 def step_flops(config: ModelConfig, frames: int, height: int, width: int) -> int:
