@@ -261,12 +261,15 @@ def attend_windows(
     B, U, frames, H, W, h, d = q_BUFHWhd.shape
     rows, columns = spatial_windows(H, window, shifted), spatial_windows(W, window, shifted)
 
+    one = len(rows) == len(columns) == 1
+
     def cut(x: Tensor, row: tuple[int, int, int], column: tuple[int, int, int]) -> Tensor:
         """One region of equal windows: `[B, R, F, H, W, h, d] -> [B·windows, R, n, h, d]`."""
         (y, ny, sy), (x0, nx, sx) = row, column
         x = x[:, :, :, y : y + ny * sy, x0 : x0 + nx * sx]
         x = x.unflatten(4, (nx, sx)).unflatten(3, (ny, sy))  # B R F ny sy nx sx h d
-        return x.permute(0, 3, 5, 1, 2, 4, 6, 7, 8).flatten(0, 2).flatten(2, 4)
+        x = x.permute(0, 3, 5, 1, 2, 4, 6, 7, 8).flatten(0, 2).flatten(2, 4)
+        return x if one else x.contiguous()  # a view of a small region would keep all of the keys alive
 
     bands = []
     for row in rows:
