@@ -89,7 +89,13 @@ class Run:
 
 
 def activation_bytes(
-    config: ModelConfig, run: Run, rows: int, columns: int, batch: int = 1, value_bytes: int = 4, recompute: bool = False
+    config: ModelConfig,
+    run: Run,
+    rows: int,
+    columns: int,
+    batch: int = 1,
+    value_bytes: int = 4,
+    recompute: bool = False,
 ) -> int:
     """Bytes that autograd keeps for the backward pass of a run of units with frames of `rows × columns` tokens.
 

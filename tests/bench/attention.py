@@ -47,7 +47,8 @@ def medians(runs: int, *contenders: Callable[[], object]) -> list[float]:
     """Median seconds of each after a warm-up; they take turns, so that a slow spell of the machine hits all."""
     for run in contenders:
         run()
-    return [statistics.median(times) for times in zip(*([seconds(run) for run in contenders] for _ in range(runs)))]
+    rounds = [[seconds(run) for run in contenders] for _ in range(runs)]
+    return [statistics.median(times) for times in zip(*rounds, strict=True)]
 
 
 def make(config: ModelConfig, frames: int) -> tuple[Block, list[View], Tensor, Tensor]:
