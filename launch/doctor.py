@@ -243,14 +243,21 @@ def is_missing(module: str, reason: str) -> bool:
 
 
 def attention_check() -> Check:
+    """Which kernel "auto" picks, and which can be asked for by name."""
     try:
         with quiet():
             import torch
 
+            from msc.pretrain import flash
             from msc.pretrain.backends import choose_backend
 
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            return Check("attention", "ok", f"{choose_backend(device)} on {device}")
+            named = ["sdpa", "flex"] if device == "cuda" else ["sdpa"]
+            with contextlib.suppress(ValueError):
+                if device == "cuda":
+                    named.append(f"flash ({flash.load(flash.capability())[0]})")
+            found = f"{choose_backend(device)} on {device}; parallel.attention may be {', '.join(named)}"
+            return Check("attention", "ok", found)
     except Exception as error:  # whatever it is, training would meet it too
         return Check("attention", "broken", f"{type(error).__name__}: {error}", "report this with the text above")
 

@@ -16,11 +16,10 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .backends import Attend, Backend, Blocks, Masks, attend
 from .gate import NODES, ON_KEYS, GatePlace, effective_log_snr, log_gate, log_gate_at_nodes, node_weights
-from .rope import Rope
+from .rope import Rope, normalise_and_rotate
 from .scales import Scale, spatial_windows
 from .view import View
 
@@ -102,14 +101,11 @@ class MultiScaleAttention(nn.Module):
         if view.placement is not None:
             x = view.placement.enter(x)
             delta_h = None if delta_h is None else delta_h[view.placement.heads]
-        kv = x[..., 1:, :, :]
+        q, kv = x.split((1, 2), -3)  # on the way back a split costs one pass, slices cost several
         past = view.timeline.ask(("past", *key), kv, scale.fresh_before, scale.fresh_kept)
-        q = place(x[..., 0, :, :], self.q_gain, view.rope_own)
-        k, v = place(kv[..., 0, :, :], self.k_gain, view.rope_own), kv[..., 1, :, :]
-        k_past, v_past = self._gated(k, v, view.log_snr_own, view.constants.rho, delta_h)
-        if self.gate in ON_KEYS:
-            q, k = self._asking(q, view.log_snr_query), self._ungated(k)
-        return Part(key, view, delta_h, q, kv, k_past, v_past, k, v, past)
+        q = place(q.squeeze(-3), self.q_gain, view.rope_own, self._asking(q, view.log_snr_query))
+        k, v = self._gated(kv, view.rope_own, view.log_snr_own, view.constants.rho, delta_h)
+        return Part(key, view, delta_h, q, kv, k, v, self._ungated(k), kv.unbind(-3)[1], past)
 
     def _attend_late(self, part: Part) -> Tensor | None:
         """Output of the units that need nothing from before the run."""
@@ -125,8 +121,7 @@ class MultiScaleAttention(nn.Module):
         past = part.past()
         k, v = [], []
         if past is not None:
-            k_past, v_past = place(past[..., 0, :, :], self.k_gain, view.rope_past), past[..., 1, :, :]
-            k_past, v_past = self._gated(k_past, v_past, view.log_snr_past, view.constants.rho, part.delta_h)
+            k_past, v_past = self._gated(past, view.rope_past, view.log_snr_past, view.constants.rho, part.delta_h)
             k, v = [k_past], [v_past]
         if scale.time == 1:
             return k, v, None
@@ -134,14 +129,16 @@ class MultiScaleAttention(nn.Module):
         pooled = self._pool_time(fresh, view, part.delta_h)
         key, before = ("pooled past", *part.key), scale.pooled_before
         groups = view.timeline.ask(key, pooled, before, scale.window, every=scale.time)
-        return [pooled[..., 0, :, :], *k], [pooled[..., 1, :, :], *v], groups
+        k_pooled, v_pooled = pooled.unbind(-3)
+        return [k_pooled, *k], [v_pooled, *v], groups
 
     def _attend_early(self, part: Part, k: list[Tensor], v: list[Tensor], groups: Callable | None) -> Tensor:
         """Output of the units that see what lies before the run."""
         early = part.view.early
         if groups is not None and (earlier := groups()) is not None:
-            k, v = [earlier[..., 0, :, :], *k], [earlier[..., 1, :, :], *v]
-        k, v = [*k, part.k_past[:, :early]], [*v, part.v_past[:, :early]]
+            k_pooled, v_pooled = earlier.unbind(-3)
+            k, v = [k_pooled, *k], [v_pooled, *v]
+        k, v = [*k, _cut(part.k_past, slice(early))], [*v, _cut(part.v_past, slice(early))]
         return self._attend(part, slice(early), k, v, part.view.blocks_early, part.view.masks_early)
 
     def _attend(
@@ -150,11 +147,11 @@ class MultiScaleAttention(nn.Module):
         """Key blocks lie as Scale.key_blocks orders them: [pooled groups | unpooled units | own units, ungated]."""
         view = part.view
         if self.gate in ON_KEYS:
-            k, v = [*k, part.k_own[:, units]], [*v, part.v_own[:, units]]
+            k, v = [*k, _cut(part.k_own, units)], [*v, _cut(part.v_own, units)]
         elsewhere = None if view.placement is None else view.placement.attend
         kernel = elsewhere or partial(attend, backend=self.backend, masks=masks)
         k_row, v_row = (x[0] if len(x) == 1 else torch.cat(x, 1) for x in (k, v))
-        return attend_windows(part.q[:, units], k_row, v_row, blocks, view.scale.patch_window, self.shifted, kernel)
+        return attend_windows(_cut(part.q, units), k_row, v_row, blocks, view.scale.patch_window, self.shifted, kernel)
 
     def _pool_time(self, fresh: Tensor, view: View, delta_h: Tensor | None) -> Tensor:
         """Keys and values of the groups that own units complete: `[B, groups, F, H, W, 2, h, d]`."""
@@ -162,45 +159,51 @@ class MultiScaleAttention(nn.Module):
             return fresh[:, :0]
         time, frames = view.scale.time, fresh.shape[2]
         finished = view.rope_groups.frames // frames
-        members = fresh[:, : finished * time].flatten(1, 2)
-        k, v = members.unflatten(1, (-1, time)).mean(2).unflatten(1, (-1, frames)).unbind(-3)
-        k = place(k, self.k_gain, view.rope_groups)
-        k, v = self._gated(k, v, view.log_snr_groups, view.constants.rho_pooled, delta_h)
-        return torch.stack((k, v), -3)
+        members = _cut(fresh, slice(finished * time)).flatten(1, 2)
+        kv = members.unflatten(1, (-1, time)).mean(2).unflatten(1, (-1, frames))
+        kv = self._gated(kv, view.rope_groups, view.log_snr_groups, view.constants.rho_pooled, delta_h)
+        return torch.stack(kv, -3)
 
     # The gate of the logits rides in the last channels of a head, which carry no position; no kernel needs to
     # know of it, and no head grows wider. "logits": the query holds 1 in two channels, a key √d·log g split into
     # a coarse and a fine half so that bf16 keeps it to 2^-16. "pair": one channel per node.
 
     def _gated(
-        self, k: Tensor, v: Tensor, log_snr_BF: Tensor | None, rho: float, delta_h: Tensor | None
+        self, kv: Tensor, rope: Rope, log_snr_BF: Tensor | None, rho: float, delta_h: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Past keys and values `[B, U, F, H, W, h, d]` with the gate on them."""
-        if self.gate not in ON_KEYS:
-            return k, v
-        assert log_snr_BF is not None and delta_h is not None
-        delta_h, like = delta_h.to(log_snr_BF.dtype), k.shape[1:3]
-        if self.gate == "pair":
-            bias = log_gate_at_nodes(effective_log_snr(log_snr_BF, rho), delta_h) * self.head_width**0.5
-            return _with_tail(k, bias.unflatten(1, like)[:, :, :, None, None]), v
-        log_g = log_gate(log_snr_BF, delta_h).unflatten(1, like)[:, :, :, None, None, :, None]  # [B, U, F, 1, 1, h, 1]
-        if self.gate == "values":
-            return k, v * log_g.exp().to(v.dtype)
-        bias = log_g * self.head_width**0.5
-        coarse = bias.to(k.dtype)
-        return _with_tail(k, torch.cat((coarse, (bias - coarse).to(k.dtype)), -1)), v
+        """Past keys, placed, and values `[B, U, F, H, W, h, d]` with the gate on them; from raw ones."""
+        k, v = kv.unbind(-3)
+        tail = None
+        if self.gate in ON_KEYS:
+            assert log_snr_BF is not None and delta_h is not None
+            delta_h = delta_h.to(log_snr_BF.dtype)
+            if self.gate == "pair":
+                tail = log_gate_at_nodes(effective_log_snr(log_snr_BF, rho), delta_h) * self.head_width**0.5
+            else:
+                log_g = log_gate(log_snr_BF, delta_h).unsqueeze(-1)
+                if self.gate == "values":
+                    v = v * log_g.exp().to(v.dtype).unflatten(1, k.shape[1:3])[:, :, :, None, None]
+                else:
+                    bias = log_g * self.head_width**0.5
+                    coarse = bias.to(k.dtype)
+                    tail = torch.cat((coarse, bias - coarse), -1)
+        return place(k, self.k_gain, rope, tail), v
 
     def _ungated(self, k: Tensor) -> Tensor:
-        tail = unrotated(self.gate)
-        return k if self.gate == "values" else F.pad(k[..., :-tail], (0, tail))
+        if self.gate not in ("logits", "pair"):
+            return k
+        kept = k.new_ones(self.head_width)
+        kept[-unrotated(self.gate) :] = 0
+        return k * kept
 
-    def _asking(self, q: Tensor, log_snr_BT: Tensor | None) -> Tensor:
-        if self.gate == "values":
-            return q
+    def _asking(self, q: Tensor, log_snr_BT: Tensor | None) -> Tensor | None:
+        """What queries carry in the last channels: `[B, frames, 1, channels]`."""
         if self.gate == "logits":
-            return F.pad(q[..., :-2], (0, 2), value=1.0)
-        assert log_snr_BT is not None
-        return _with_tail(q, node_weights(log_snr_BT).unflatten(1, q.shape[1:3])[:, :, :, None, None, None])
+            return q.new_ones(1, 1, 1, 1)
+        if self.gate == "pair":
+            assert log_snr_BT is not None
+            return node_weights(log_snr_BT).unsqueeze(2)
+        return None
 
     def _mixed(self, outs: list[Tensor], views: Sequence[View], deltas: Sequence[Tensor | None]) -> list[Tensor]:
         """Outputs `[B, T, H, W, h, d]` of the scales, weighed by what each still tells at the frame's own noise."""
@@ -216,27 +219,24 @@ def _own_log_gate(view: View, delta_h: Tensor | None) -> Tensor:
     return log_gate(view.log_snr_query, delta_h.to(view.log_snr_query.dtype))
 
 
-def _with_tail(x: Tensor, tail: Tensor) -> Tensor:
-    """Replace the last channels of every head."""
-    width = tail.shape[-1]
-    return torch.cat((x[..., :-width], tail.to(x.dtype).expand(*x.shape[:-1], width)), -1)
+def _cut(x: Tensor, units: slice) -> Tensor:
+    """`x[:, units]`; all of it as it is, because on the way back even a whole slice costs a pass."""
+    start, stop, _ = units.indices(x.shape[1])
+    return x if (start, stop) == (0, x.shape[1]) else x[:, units]
 
 
-def place(x_BUFHWhd: Tensor, gain_d: Tensor, rope: Rope) -> Tensor:
-    """Normalised and rotated to where the units lie."""
-    return rope.rotate(normalise(x_BUFHWhd, gain_d).flatten(1, 2)).unflatten(1, x_BUFHWhd.shape[1:3])
-
-
-def normalise(x: Tensor, gain_d: Tensor) -> Tensor:
-    """Root mean square 1 over the last dimension, times a gain per channel."""
-    return F.rms_norm(x, gain_d.shape, gain_d, 1e-6)
+def place(x_BUFHWhd: Tensor, gain_d: Tensor, rope: Rope, tail_BThc: Tensor | None = None) -> Tensor:
+    """Normalised and rotated to where the units lie; `tail` takes the place of the last channels."""
+    tail = None if tail_BThc is None else tail_BThc[:, :, None, None]
+    return normalise_and_rotate(x_BUFHWhd.flatten(1, 2), gain_d, rope, tail).unflatten(1, x_BUFHWhd.shape[1:3])
 
 
 def pool_space(x_BTHW: Tensor, space: int) -> Tensor:
     """Mean over `space × space` tokens of a frame: `[B, T, H, W, ...] -> [B, T, H/space, W/space, ...]`."""
     if space == 1:
         return x_BTHW
-    return x_BTHW.unflatten(3, (-1, space)).unflatten(2, (-1, space)).mean((3, 5))
+    rows = x_BTHW.unflatten(2, (-1, space)).mean(3)  # one axis at a time: on a CPU three times as fast
+    return rows.unflatten(3, (-1, space)).mean(4)
 
 
 def repeat_space(x_BTHWhd: Tensor, space: int) -> Tensor:
@@ -261,12 +261,15 @@ def attend_windows(
     B, U, frames, H, W, h, d = q_BUFHWhd.shape
     rows, columns = spatial_windows(H, window, shifted), spatial_windows(W, window, shifted)
 
+    one = len(rows) == len(columns) == 1
+
     def cut(x: Tensor, row: tuple[int, int, int], column: tuple[int, int, int]) -> Tensor:
         """One region of equal windows: `[B, R, F, H, W, h, d] -> [B·windows, R, n, h, d]`."""
         (y, ny, sy), (x0, nx, sx) = row, column
         x = x[:, :, :, y : y + ny * sy, x0 : x0 + nx * sx]
         x = x.unflatten(4, (nx, sx)).unflatten(3, (ny, sy))  # B R F ny sy nx sx h d
-        return x.permute(0, 3, 5, 1, 2, 4, 6, 7, 8).flatten(0, 2).flatten(2, 4)
+        x = x.permute(0, 3, 5, 1, 2, 4, 6, 7, 8).flatten(0, 2).flatten(2, 4)
+        return x if one else x.contiguous()  # a view of a small region would keep all of the keys alive
 
     bands = []
     for row in rows:

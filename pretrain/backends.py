@@ -6,6 +6,7 @@ list is all a kernel needs to know of causality, windows and pooling, so no N×N
 
 from __future__ import annotations
 
+import importlib.util
 from collections import defaultdict
 from collections.abc import Callable, Collection
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 Blocks = tuple[tuple[int, ...], ...]
 Attend = Callable[[Tensor, Tensor, Tensor, Blocks], Tensor]
-Backend = Literal["auto", "sdpa", "flex"]
+Backend = Literal["auto", "sdpa", "flex", "flash"]
 Masks = dict[int, Any]  # FlexAttention's block masks, by tokens of a block
 
 
@@ -36,12 +37,16 @@ def attend(
     """
     assert len(blocks) == q_BUnhd.shape[1] and all(blocks), "every query unit needs at least its own keys"
     if backend == "auto":
-        backend = choose_backend(q_BUnhd.device.type, q_BUnhd.shape[-1])
+        backend = choose_backend(q_BUnhd.device.type, q_BUnhd.shape[-1], q_BUnhd.dtype)
     if backend == "flex":
         from . import flex  # its import costs seconds that the other kernels need not pay
 
         mask = (masks or {}).get(q_BUnhd.shape[2])
         return flex.attend(q_BUnhd, k_BRnhd, v_BRnhd, blocks, mask)
+    if backend == "flash":
+        from . import flash
+
+        return flash.attend(q_BUnhd, k_BRnhd, v_BRnhd, blocks)
     return _Rectangles.apply(q_BUnhd, k_BRnhd, v_BRnhd, blocks)
 
 
@@ -59,13 +64,32 @@ def prepare(blocks: Blocks, sizes: Collection[int], device: torch.device, head_w
     return {n: flex.block_mask(blocks, n, str(device)) for n in sizes}
 
 
-def choose_backend(device_type: str, head_width: int = 64) -> Backend:
+def choose_backend(device_type: str, head_width: int = 64, dtype: torch.dtype = torch.bfloat16) -> Backend:
     """The kernel that "auto" means on a device ("cpu", "cuda").
 
-    FlexAttention has no backward pass on a CPU and needs heads of 16 channels; on a GPU it is several times
-    faster, as one launch covers all units (docs/benchmarks.md). It compiles once per shape, minutes in all.
+    FlexAttention has no backward pass on a CPU and needs Triton and heads of 16 channels; on a GPU it is several
+    times faster than `sdpa`, as one launch covers all units (docs/benchmarks.md), and it copies no keys. It compiles
+    once per shape, minutes in all. Where it cannot run, flash-attn does, if there is one that takes the heads.
     """
-    return "flex" if device_type == "cuda" and head_width >= 16 else "sdpa"
+    if device_type != "cuda":
+        return "sdpa"
+    if head_width >= 16 and importlib.util.find_spec("triton") is not None:
+        return "flex"
+    from . import flash
+
+    try:
+        flash.check(head_width, dtype)
+    except ValueError:
+        return "sdpa"
+    return "flash"
+
+
+def check_backend(backend: Backend, head_width: int, dtype: torch.dtype) -> None:
+    """ValueError if a kernel that was asked for by name cannot run."""
+    if backend == "flash":
+        from . import flash
+
+        flash.check(head_width, dtype)
 
 
 class _Rectangles(torch.autograd.Function):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
+from .attention import unrotated
+from .gate import ON_KEYS
 from .model import ModelConfig, MSCTransformer
 from .scales import Scale, spatial_windows
 
@@ -52,6 +55,13 @@ def linear_flops(config: ModelConfig, frames: int, height: int, width: int) -> i
     return 2 * tokens * (config.depth * per_layer + ends)
 
 
+def block_flops(config: ModelConfig, frames: int, rows: int, columns: int) -> int:
+    """Forward and backward of one (unshifted) block for one clip of frames of `rows × columns` tokens."""
+    one = replace(config, depth=1, channels=0)
+    height, width = rows * config.patch, columns * config.patch
+    return 3 * (attention_flops(one, frames, height, width) + linear_flops(one, frames, height, width))
+
+
 def step_flops(config: ModelConfig, frames: int, height: int, width: int) -> int:
     """Forward and backward of one clip; recomputation is not counted, as is usual for MFU."""
     return 3 * (attention_flops(config, frames, height, width) + linear_flops(config, frames, height, width))
@@ -68,17 +78,90 @@ def state_bytes(count: int, stage: int, ranks: int, bf16: bool) -> int:
     return sum(size * count // (ranks if stage >= sharded else 1) for size, sharded in parts)
 
 
-def activation_bytes(config: ModelConfig, tokens: int, bf16: bool, recompute: bool) -> int:
-    """Estimate of what one rank keeps for the backward pass of `tokens` tokens.
+@dataclass(frozen=True)
+class Run:
+    """The units of a video that one rank holds: their number and the first of them. sharded: other ranks hold others
+    (a halo layout), so that what a run lacks of the past is received."""
 
-    Counted in values of the model's width per token and block: norm input and output twice, q k v, attention's
-    keys and values as gathered per scale, its output, and the feed-forward's two hidden rows.
+    units: int
+    first: int = 0
+    sharded: bool = False
+
+
+def activation_bytes(
+    config: ModelConfig,
+    run: Run,
+    rows: int,
+    columns: int,
+    batch: int = 1,
+    value_bytes: int = 4,
+    recompute: bool = False,
+) -> int:
+    """Bytes that autograd keeps for the backward pass of a run of units with frames of `rows × columns` tokens.
+
+    What grows with the tokens is counted exactly for the `sdpa` kernel (tests/test_cost.py counts the tensors);
+    what frames and text keep is left out. Parameters are not counted. value_bytes: of weights and activations.
+    With recomputation every layer keeps its input, and one at a time all of its own.
     """
-    gathered = sum(
-        scale.heads / config.heads / scale.space**2 * 2 * (2 + (scale.window or 1) / scale.time)
-        for scale in config.scales
-    )
-    values = 4 + 3 + gathered + 2 + 2 * config.mlp_ratio
-    per_block = tokens * config.width * values * (2 if bf16 else 4)
-    kept = tokens * config.width * (2 if bf16 else 4)
-    return int(config.depth * kept + per_block if recompute else config.depth * per_block)
+    tokens = batch * run.units * config.frames_per_unit * rows * columns
+    layer = layer_activation_bytes(config, run, rows, columns, batch, value_bytes)
+    # ends: patches in; the last tokens, these normalised, and the same modulated
+    ends = tokens * (config.channels * config.patch**2 + 3 * config.width) * value_bytes
+    tables = 2 * 4 * _pairs(config) * sum(_positions(scale, config, run, rows, columns) for scale in config.scales)
+    if not recompute:
+        return config.depth * layer + ends + tables
+    return config.depth * tokens * config.width * value_bytes + layer + ends + tables
+
+
+def layer_activation_bytes(
+    config: ModelConfig, run: Run, rows: int, columns: int, batch: int, value_bytes: int
+) -> int:
+    """One block's part of `activation_bytes`."""
+    tokens = batch * run.units * config.frames_per_unit * rows * columns
+    # Both halves: the input, it normalised, it modulated, and the branch's output. Attention: its output before the
+    # last projection. Feed-forward: both sides of its nonlinearity. Mean and deviation of both norms.
+    values = tokens * (9 * config.width + 2 * config.hidden)
+    statistics = tokens * 4
+    if config.text_width:  # input, it normalised, the queries raw, normalised and with their gain, the output
+        values += tokens * 6 * config.width
+        statistics += tokens * (2 + 2 * config.heads)
+    if any(scale.space == 1 for scale in config.scales):
+        values += tokens * 3 * config.width  # the first projection's output, of which the rest is a view
+    for scale in config.scales:
+        kept, sums = _scale_activations(scale, config, run, rows, columns)
+        values += batch * kept
+        statistics += batch * sums
+    return values * value_bytes + statistics * 4
+
+
+def _scale_activations(scale: Scale, config: ModelConfig, run: Run, rows: int, columns: int) -> tuple[int, int]:
+    """(values, fp32 statistics) that the attention of one scale keeps per clip, besides a view of the projection."""
+    size = config.frames_per_unit * (rows // scale.space) * (columns // scale.space) * scale.heads
+    gated, past, finished = config.gate in ON_KEYS, scale.fresh_before(run.first), scale.finished(run.first, run.units)
+    whole = scale.patch_window is None or max(rows, columns) // scale.space <= scale.patch_window
+    early = run.units
+    if run.sharded and scale.time == 1 and scale.window:
+        early = min(early, scale.window)
+    late = run.units - early
+    k_early = scale.pooled_before(run.first) + finished + past + early * (1 + gated)
+    k_late = run.units + late * gated if late else 0
+    # Keys always lie in rows of their own; values do, unless all there are is a view of the projection.
+    v_early = k_early if gated or not whole or run.sharded or scale.time > 1 or past else 0
+    v_late = k_late if gated or not whole else 0
+    raw = (3 * run.units if scale.space > 1 else 0) + 2 * past + 2 * finished
+    values = raw + 2 * run.units + k_early + k_late + v_early + v_late  # 2: queries and output
+    if config.gate == "mix" and (scale.space > 1 or not whole):
+        values += run.units * scale.space**2
+    # inverse norms of queries and keys, and the log-sum-exp
+    statistics = 2 * run.units + past + finished + run.units
+    return values * size * config.head_width, statistics * size
+
+
+def _pairs(config: ModelConfig) -> int:
+    return (config.head_width - unrotated(config.gate)) // 2
+
+
+def _positions(scale: Scale, config: ModelConfig, run: Run, rows: int, columns: int) -> int:
+    """Positions that a scale has tables of cosines and sines for; all layers share them."""
+    units = run.units + scale.fresh_before(run.first) + scale.finished(run.first, run.units)
+    return units * config.frames_per_unit * (rows // scale.space) * (columns // scale.space)

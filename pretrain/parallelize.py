@@ -16,7 +16,7 @@ from msc.parallel.temporal import ShardedTimeline, bounds
 from msc.parallel.ulysses import Ulysses
 from msc.parallel.zero import Precision, ZeroConfig, check_zero, make_engine
 
-from .backends import Backend, attend_part, differentiate_part
+from .backends import Backend, attend_part, check_backend, differentiate_part
 from .layers import Block
 from .layout import Choice, Clip, Layout, check_choice, choose
 from .model import ModelConfig, MSCTransformer
@@ -38,9 +38,9 @@ __all__ = [
 class ParallelConfig:
     """sp: ranks that share one video along time; the rest of the world is data parallel. recompute: activation
     checkpointing per block. compile: torch.compile per block. timeout: seconds in which all ranks end when one
-    is lost or stuck. attention: the kernel ("auto", "sdpa", "flex"; see backends.py). layout: how scales are shared
-    out along time ("auto", "halo", "ulysses", "ring"; see layout.py); "auto" takes for each scale what is cheapest
-    between ranks that compute flops_per_s and send bytes_per_s."""
+    is lost or stuck. attention: the kernel ("auto", "sdpa", "flex", "flash"; see backends.py). layout: how scales
+    are shared out along time ("auto", "halo", "ulysses", "ring"; see layout.py); "auto" takes for each scale what is
+    cheapest between ranks that compute flops_per_s and send bytes_per_s."""
 
     sp: int = 1
     precision: Precision = "bf16"
@@ -108,6 +108,8 @@ def parallelize(
     device: torch.device,
 ) -> Any:
     """The DeepSpeed engine that trains `model`; every rank must hold the same weights."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
+    check_backend(config.attention, model.config.head_width, dtype)
     model.to(device)
     model.recompute = config.recompute
     for block in model.blocks:

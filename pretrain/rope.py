@@ -6,9 +6,11 @@ A pooled token sits at the centre of what it covers, so that scales share one co
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 @dataclass(frozen=True)
@@ -22,16 +24,6 @@ class Rope:
     def frames(self) -> int:
         return self.cos.shape[0]
 
-    def last(self, frames: int) -> Rope:
-        return Rope(self.cos[-frames:], self.sin[-frames:])
-
-    def rotate(self, x_BTHWhd: Tensor) -> Tensor:
-        """Rotate the first `2·pairs` channels of every head; the rest carry no position."""
-        pairs = self.cos.shape[-1]
-        a, b, rest = x_BTHWhd.split([pairs, pairs, x_BTHWhd.shape[-1] - 2 * pairs], -1)
-        # In bf16 the angle's cosine would lose what tells distant frames apart: rotate in the table's type.
-        rotated = (a * self.cos - b * self.sin, b * self.cos + a * self.sin)
-        return torch.cat((*(part.to(x_BTHWhd.dtype) for part in rotated), rest), -1)
 
 
 def rope_angles(
@@ -53,3 +45,52 @@ def rope_angles(
     sizes = [len(position) for position in positions]
     full = torch.cat([angle.expand(*sizes, 1, angle.shape[-1]) for angle in angles], -1)
     return Rope(full.cos().to(dtype), full.sin().to(dtype))
+
+
+def normalise_and_rotate(x_BTHWhd: Tensor, gain_d: Tensor, rope: Rope, tail: Tensor | None = None) -> Tensor:
+    """Every head's root mean square becomes 1, times a gain per channel; then its first `2·pairs` channels rotate.
+
+    The channels after them carry no position; `tail`, broadcast to them, takes their place if given. One function
+    with its own backward pass, as it acts on all queries and keys: autograd's would keep and move several times
+    as much. In bf16 an angle's cosine would lose what tells distant frames apart, so all of it is done in
+    the tables' type.
+    """
+    return _NormaliseAndRotate.apply(x_BTHWhd, gain_d, rope.cos, rope.sin, tail)
+
+
+class _NormaliseAndRotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, tail: Tensor | None) -> Tensor:
+        inverse = x.to(cos.dtype).square().mean(-1, keepdim=True).add_(1e-6).rsqrt_()
+        out = _rotate((x * inverse).mul_(gain), cos, sin)
+        if tail is not None:
+            out[..., 2 * cos.shape[-1] :] = tail
+        ctx.save_for_backward(x, gain, cos, sin, inverse)
+        ctx.tail_shape = None if tail is None else tail.shape
+        return out.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, gain, cos, sin, inverse = ctx.saved_tensors
+        grad, grad_tail = grads[0].to(cos.dtype, copy=True), None
+        if ctx.tail_shape is not None:
+            grad_tail = grads[0][..., 2 * cos.shape[-1] :].sum_to_size(ctx.tail_shape)
+            grad[..., 2 * cos.shape[-1] :] = 0
+        grad = _rotate(grad, cos, -sin)
+        unit = x * inverse
+        product = grad * unit
+        grad_gain = product.flatten(0, -2).sum(0)
+        along = (product @ gain.to(product.dtype)).unsqueeze(-1).mul_(inverse).div_(-x.shape[-1])
+        grad_x = grad.mul_(gain).mul_(inverse).addcmul_(unit, along)
+        return grad_x.to(x.dtype), grad_gain.to(gain.dtype), None, None, grad_tail
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate in place the pairs that channels i and i + pairs make."""
+    pairs = cos.shape[-1]
+    a, b = x[..., :pairs], x[..., pairs : 2 * pairs]
+    rest = a * sin
+    a.mul_(cos).addcmul_(b, sin, value=-1)
+    b.mul_(cos).add_(rest)
+    return x

@@ -26,6 +26,7 @@ from msc.datasets.files import write_atomically
 from msc.datasets.shards import Index, read_index
 from msc.datasets.statistics import Statistics
 from msc.parallel import agreement, desync, fp8, process, zero
+from msc.parallel.temporal import bounds
 from msc.parallel.watch import watching
 
 from . import checkpoint, cost, guard, rollback, shelf
@@ -397,12 +398,15 @@ def describe(config: Config, processes: int = 1) -> str:
     count = cost.parameters(config.model)
     tokens = index.frames * cost.tokens_per_frame(config.model, index.height, index.width)
     state = cost.state_bytes(count, config.parallel.zero.stage, processes, bf16)
-    activations = cost.activation_bytes(
-        config.model,
-        config.train.micro * math.ceil(tokens / config.parallel.sp),
-        bf16,
-        config.parallel.recompute,
-    )
+    edges = bounds(index.frames // config.model.frames_per_unit, config.parallel.sp)
+    grid = (index.height // config.model.patch, index.width // config.model.patch)
+    activations = max(
+        cost.activation_bytes(
+            config.model, cost.Run(end - first, first, config.parallel.sp > 1), *grid,
+            config.train.micro, 2 if bf16 else 4, config.parallel.recompute,
+        )
+        for first, end in zip(edges, edges[1:], strict=False)
+    )  # fmt: skip
     start = 4 * count  # every rank builds the whole model in fp32 before it is sharded
     flops = cost.step_flops(config.model, index.frames, index.height, index.width)
     attention = 3 * cost.attention_flops(config.model, index.frames, index.height, index.width)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from reference import reference_attention
 from torch.nn import functional as F
 
-from msc.pretrain.attention import MultiScaleAttention, normalise, unrotated
+from msc.pretrain.attention import MultiScaleAttention, unrotated
 from msc.pretrain.gate import GateConstants
+from msc.pretrain.rope import normalise_and_rotate
 from msc.pretrain.scales import Scale, spatial_windows
 from msc.pretrain.timeline import WholeVideo
 from msc.pretrain.view import view_frames
@@ -103,7 +104,7 @@ def test_one_plain_scale_is_dense_causal_attention():
     module, x, t, constants = build(((scale,), "none", False, 1, 4, (2, 3), 16))
     q, k, v = module.qkv(x).unflatten(-1, (3, 4, 16)).unbind(-3)
     view = view_frames(scale, 0, t, (2, 3), 1, 14, THETA, "none", None, WholeVideo())
-    q, k = (view.rope_own.rotate(normalise(y, gain)) for gain, y in ((module.q_gain, q), (module.k_gain, k)))
+    q, k = (normalise_and_rotate(y, gain, view.rope_own) for gain, y in ((module.q_gain, q), (module.k_gain, k)))
     q, k, v = (y.flatten(1, 3).transpose(1, 2) for y in (q, k, v))
     frame = torch.arange(4).repeat_interleave(6)
     dense = F.scaled_dot_product_attention(q, k, v, attn_mask=frame[:, None] >= frame)

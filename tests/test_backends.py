@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import pytest
 import torch
 
-from msc.pretrain import flex
+from msc.pretrain import backends, flash, flex
 from msc.pretrain.backends import attend, choose_backend
 from msc.pretrain.model import ModelConfig, MSCTransformer
 from msc.pretrain.scales import Scale, default_scales
@@ -25,9 +28,14 @@ def draw(scale, units, n, dtype=torch.float32):
     return q, k, v, blocks
 
 
-def test_a_cpu_uses_the_kernel_with_a_backward_pass():
-    assert choose_backend("cpu") == "sdpa"
+def test_each_device_gets_the_kernel_that_can_run_there(monkeypatch):
+    assert choose_backend("cpu") == "sdpa"  # the one with a backward pass
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object())
     assert choose_backend("cuda", 64) == "flex" and choose_backend("cuda", 8) == "sdpa"
+    monkeypatch.setattr(flash, "load", lambda capability: ("flash-attn 2", None))
+    assert choose_backend("cuda", 8) == "flash" and choose_backend("cuda", 8, torch.float32) == "sdpa"
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)  # no Triton
+    assert choose_backend("cuda", 64) == "flash" and choose_backend("cuda", 20) == "sdpa"
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -81,3 +89,62 @@ def test_the_hand_written_backward_is_the_gradient(scale, units, n):
     q, k, v, blocks = draw(scale, min(units, 4), 3, torch.float64)
     inputs = [x.requires_grad_() for x in (q, k, v)]
     assert torch.autograd.gradcheck(lambda *x: attend(*x, blocks, "sdpa"), inputs, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale, units, n", [*CASES, (Scale(2), 12, 4), (Scale(2, 1, 3, None), 40, 2)])
+def test_flash_calls_equal_sdpa_forward_and_gradients(scale, units, n):
+    """Everything but flash-attn itself: packing, gathering, cumulative lengths, recomputation."""
+    q, k, v, blocks = draw(scale, units, n, torch.float64)
+    calls = []
+
+    def varlen(q, k, v, ends_q, ends_k, longest_q, longest_k, softmax_scale):
+        """Plain torch in place of flash-attn's function of the same signature."""
+        assert ends_q.dtype == ends_k.dtype == torch.int32 and (ends_q[-1], ends_k[-1]) == (len(q), len(k))
+        assert (longest_q, longest_k) == (ends_q.diff().max(), ends_k.diff().max())
+        calls.append(len(k))
+        outs = []
+        for a, b, c, d in zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False):
+            logits = torch.einsum("qhd,khd->hqk", q[a:b], k[c:d]) * softmax_scale
+            outs.append(torch.einsum("hqk,khd->qhd", logits.softmax(-1), v[c:d]))
+        return torch.cat(outs), None
+
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    direction = torch.randn_like(q)
+    found = flash.attend(*inputs, blocks, varlen)
+    assert max(calls) <= flash.COPIES * k[:, :, :, 0, 0].numel()
+    windowed = scale.time == 1 and scale.window is not None
+    assert len(calls) == 1 or not windowed
+    expected = attend(*inputs, blocks, "sdpa")
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+    for a, b in zip(
+        torch.autograd.grad((found * direction).sum(), inputs),
+        torch.autograd.grad((expected * direction).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_asking_for_flash_where_there_is_none_says_so():
+    q, k, v, blocks = draw(Scale(2, 1, 1, 2), 3, 4)
+    with pytest.raises(ValueError, match=r"parallel\.attention flash needs.*flash-attn 2: No module.*use auto"):
+        attend(q, k, v, blocks, "flash")
+
+
+def test_flash_names_the_heads_it_does_not_take(monkeypatch):
+    monkeypatch.setattr(flash, "load", lambda capability: ("flash-attn 2", None))
+    flash.check(64, torch.bfloat16)
+    for width, dtype, message in ((64, torch.float32, "float32 of 64"), (20, torch.bfloat16, "bfloat16 of 20")):
+        with pytest.raises(ValueError, match=message):
+            flash.check(width, dtype)
+
+
+@pytest.mark.parametrize("name", ["flash-attn 2", "flash-attn 3", "flash-attn 4"])
+def test_any_flash_attn_that_loads_is_used(name, monkeypatch):
+    """Only one is installed, here as a stand-in under the module's real name."""
+    flash.load.cache_clear()
+    module = types.ModuleType(flash.MODULES[name])
+    module.flash_attn_varlen_func = lambda *arguments: None
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    capability = {"flash-attn 2": 8, "flash-attn 3": 9, "flash-attn 4": 10}[name]
+    assert flash.load(capability) == (name, module.flash_attn_varlen_func)
+    flash.load.cache_clear()

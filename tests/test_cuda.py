@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from sharded import SCALES, change_after, make
 from torch.nn import functional as F
 
+from msc.pretrain import flash
 from msc.pretrain.backends import attend
 from msc.pretrain.scales import Scale
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def flash_attn_loads() -> bool:
+    with contextlib.suppress(ValueError):
+        return bool(flash.load(flash.capability()))
+    return False
+
+
+KERNELS = [
+    "sdpa", "flex", pytest.param("flash", marks=pytest.mark.skipif(not flash_attn_loads(), reason="no flash-attn"))
+]  # fmt: skip
 CASES = [
     (Scale(4, 1, 1, 2), 6, 256),
     (Scale(4, 2, 1, 8), 12, 64),
@@ -32,7 +46,7 @@ def relative(a, b):
     return float((a.detach().double() - b.detach()).norm() / b.detach().norm())
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("scale, units, n", CASES)
 def test_kernels_equal_the_float64_reference(scale, units, n, backend):
     torch.manual_seed(0)
@@ -52,7 +66,7 @@ def test_kernels_equal_the_float64_reference(scale, units, n, backend):
         assert relative(grad, wanted) < 1e-2
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("name", ["default", "dense"])
 def test_causality_is_bit_identical(name, backend):
     model, x, t, text, labels, _ = make(SCALES[name], 8, 1, dtype=torch.float32, width=128)
