@@ -206,7 +206,7 @@ def test_a_signal_saves_and_asks_for_more(shards, tmp_path):
     assert read_meta(latest(run))["step"] == steps
 
 
-def wait_for(condition, seconds=90, every=0.2):
+def wait_for(condition, seconds=180, every=0.2):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
