@@ -67,8 +67,8 @@ class Samples:
             text = None
             if self.index.has_text is not None:
                 text = load(read_part(path, sample, "text.safetensors"))["text"]
-                if text.dim() != 2 or text.shape[1] != self.index.has_text:
-                    raise ValueError(f"text is {list(text.shape)}, expected [L, {self.index.has_text}]")
+                if text.dim() != 2 or not len(text) or text.shape[1] != self.index.has_text:
+                    raise ValueError(f"text is {list(text.shape)}, expected [L, {self.index.has_text}], L at least 1")
         except (ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ValueError(f"sample {sample.key} of {path}: {error}") from None
         return sample.key, media, text, label
