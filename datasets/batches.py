@@ -52,7 +52,8 @@ class Batch:
 
     samples: index of each clip in its split; with `epochs` and the frame it names the noise. keys: names in
     the tars. video: uint8 [B, Tv, 3, H, W], or latents: float32 [B, T, C, h, w], as stored, not normalised.
-    text: [B, L, E] embeddings, padded with zeros to the longest. labels: int64 [B]. broken: (sample, why) of those met that could not be read.
+    text: [B, L, E] embeddings, padded with zeros to the longest. labels: int64 [B]. broken: (sample, why) of those
+    met that could not be read.
     """
 
     samples: list[int]

@@ -24,9 +24,11 @@ def convert(args: Namespace) -> int:
     from msc.datasets.convert import ConvertConfig
     from msc.datasets.convert import convert as convert_videos
     from msc.pretrain.autoencoder import open_autoencoder
+    from msc.pretrain.text import open_text_encoder
 
     height, width = args.size or (None, None)
     names = ("frames", "fps", "stride", "held_out", "autoencoder", "store", "workers", "clips_per_shard")
+    names += ("text", "scenes", "min_brightness", "min_motion", "crop")
     config = ConvertConfig(
         sources=tuple(args.sources),
         out=str(args.out),
@@ -35,9 +37,12 @@ def convert(args: Namespace) -> int:
     )
     autoencoder = open_autoencoder(config.autoencoder)
     autoencoder.check(config.frames, config.height, config.width)
-    report = convert_videos(config, autoencoder.encode, autoencoder.temporal_factor)
+    embed = open_text_encoder(config.text) if config.text else None
+    how = {"embed": embed, "part": args.part, "merge": args.merge}
+    report = convert_videos(config, autoencoder.encode, autoencoder.temporal_factor, **how)
     print(report.text)
-    print(f"a few of the clips: {write_contact_sheet(args.out, autoencoder)}")
+    if args.part is None:
+        print(f"a few of the clips: {write_contact_sheet(args.out, autoencoder)}")
     return 0
 
 
