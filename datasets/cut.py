@@ -1,12 +1,12 @@
 """The part of a conversion that workers do: one source in, its clips as mp4 files out."""
 
+import hashlib
 import math
 import multiprocessing
 import os
 import shutil
 import signal
 import threading
-import zlib
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -142,10 +142,10 @@ def _clips(
 
 def _cropped(task: Task, start: int, clip: np.ndarray) -> np.ndarray:
     """A clip [T, H, W, 3] cut to the task's size, at a place that depends on nothing but its source and start."""
-    place = zlib.crc32(f"{task.source.name} {start}".encode("utf-8", "surrogateescape"))
+    place = hashlib.sha256(f"{task.source.name} {start}".encode("utf-8", "surrogateescape")).digest()
     height, width = task.size
-    top = (place & 0xFFFF) * (clip.shape[1] - height + 1) >> 16
-    left = (place >> 16) * (clip.shape[2] - width + 1) >> 16
+    top = int.from_bytes(place[:4]) * (clip.shape[1] - height + 1) >> 32
+    left = int.from_bytes(place[4:8]) * (clip.shape[2] - width + 1) >> 32
     return np.ascontiguousarray(clip[:, top : top + height, left : left + width])
 
 

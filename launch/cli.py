@@ -132,6 +132,11 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     who.add_argument("--merge", action="store_true", help="make the index once all parts are done")
     new.add_argument("--overwrite", action="store_true", help="replace an earlier conversion in DIR")
 
+    new = command("inspect", commands.inspect, "say what is inside a folder of shards")
+    new.add_argument("shards", type=Path, metavar="SHARDS", help="folder that `msc convert` wrote")
+    new.add_argument("--verify", action="store_true", help="read everything and compare the checksums")
+    new.add_argument("--picture", type=Path, metavar="FILE", help="a few of the clips (default: contact.png in SHARDS)")
+
     new = command("train", commands.train, "train a model, or resume training")
     new.add_argument(
         "items",

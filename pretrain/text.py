@@ -16,25 +16,29 @@ def open_text_encoder(folder: str, device: torch.device | str | None = None) -> 
     """A function from a caption to its embeddings `[L, E]`, float16, without padding.
 
     folder: tokenizer and weights (safetensors only; nothing is downloaded, no code in the folder is run). Of a model
-    with encoder and decoder the encoder is taken, of CLIP and its like the text model. Longer captions are cut.
+    with encoder and decoder the encoder is taken, of one for pictures and text the text model. Longer captions are
+    cut.
     Raises FileNotFoundError where there is no such folder, ValueError where it cannot be used.
     """
     path = Path(folder).expanduser()
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path} has no config.json: expected the folder of a text encoder of Hugging Face")
     try:
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
+        from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING as ENCODERS
     except ImportError:
         raise ValueError("captions need the package transformers: pip install 'msc-video[text]'") from None
     options = {"local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        model = AutoModel.from_pretrained(path, use_safetensors=True, **options)
+        config = AutoConfig.from_pretrained(path, **options)
+        loader = AutoModelForTextEncoding if type(config) in ENCODERS else AutoModel
+        model, report = loader.from_pretrained(path, use_safetensors=True, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(f"{path} is not usable as text encoder: {str(error).splitlines()[0]}") from None
-    if model.config.is_encoder_decoder:
-        model = model.get_encoder()
-    model = getattr(model, "text_model", model)
+    model = getattr(model, "text_model", model)  # of CLIP and its like
+    if missing := [name for name in report["missing_keys"] if name.removeprefix("text_model.") in model.state_dict()]:
+        raise ValueError(f"{path} is not usable as text encoder: it has no {', '.join(missing[:3])}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device).eval()
     longest = min(MAX_TOKENS, tokenizer.model_max_length)
