@@ -69,7 +69,7 @@ def convert(
         raise ValueError(f"text is {config.text}, but no source has a caption: give a manifest with captions")
     # Before any work, so that a size the autoencoder refuses is refused here.
     latents = encode(torch.zeros(config.frames, 3, config.height, config.width, dtype=torch.uint8))
-    unknown = torch.zeros_like(embed("")[:1]) if embed is not None else None  # like a text that is dropped
+    unknown = torch.zeros_like(embed("a")[:1]) if embed is not None else None  # like a text that is dropped
     todo = groups(listing.sources, config.clips_per_shard)
     settings = _settings(config)
     same = {name: settings[name] for name in settings if name != "max_bad"}  # which may be raised to go on
@@ -77,7 +77,8 @@ def convert(
     with working_folder(out, alone=part is None) as partial:
         check_plan(partial, plan, part is None, config.overwrite)
         with own_folder(partial, alone=part is None) as own:
-            keep(own, partial / WORK / "plan.json", plan)
+            if not (partial / WORK / "plan.json").is_file():
+                keep(own, partial / WORK / "plan.json", plan)
             found = {number: read_record(partial, number) for number in range(len(todo))}
             records = {number: record for number, record in found.items() if record is not None}
             mine = [n for n in found if n not in records and (part is None or n % part[1] == part[0])]

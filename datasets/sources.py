@@ -111,7 +111,7 @@ def _manifest(file: Path) -> Iterator[tuple[Source, Any]]:
         if not isinstance(row, dict) or None in row or set(row) - set(COLUMNS):
             extra = sorted(map(str, set(row) - set(COLUMNS))) if isinstance(row, dict) else row
             raise ValueError(f"{place}: {extra} unknown, the columns are {', '.join(COLUMNS)}")
-        row = {name: value for name, value in row.items() if value not in (None, "")}
+        row = {name: value for name, value in row.items() if value is not None and str(value).strip()}
         if not isinstance(row.get("path"), str):
             raise ValueError(f"{place}: has no path")
         try:

@@ -10,6 +10,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import socket
 from collections.abc import Iterator
@@ -94,16 +95,19 @@ def own_folder(partial: Path, alone: bool) -> Iterator[Path]:
     """A folder for this process's unfinished files, removed at the end; those of killed processes go now."""
     host = socket.gethostname()
     for left in (partial / WORK).glob("process-*" if alone else f"process-{host}-*"):
-        descriptor = os.open(left, os.O_RDONLY)
+        try:
+            descriptor = os.open(left, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # another process was faster
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left)
+            shutil.rmtree(left, ignore_errors=True)
         except BlockingIOError:
             pass  # its process lives
         finally:
             os.close(descriptor)
-    new, own = (partial / WORK / f"{kind}-{host}-{os.getpid()}" for kind in ("new", "process"))
-    shutil.rmtree(new, ignore_errors=True)
+    word = secrets.token_hex(4)  # numbers of processes are not unique where containers share a host's name
+    new, own = (partial / WORK / f"{kind}-{host}-{word}" for kind in ("new", "process"))
     new.mkdir()
     lock = os.open(new, os.O_RDONLY)
     try:

@@ -43,7 +43,7 @@ def open_text_encoder(folder: str, device: torch.device | str | None = None) -> 
     model = model.to(device).eval()
     longest = min(MAX_TOKENS, tokenizer.model_max_length)
 
-    @lru_cache(maxsize=1024)  # the clips of a video follow one another
+    @lru_cache(maxsize=16)  # the clips of a video follow one another
     @torch.inference_mode()
     def embed(caption: str) -> Tensor:
         tokens = tokenizer(caption, truncation=True, max_length=longest, return_tensors="pt").to(device)
