@@ -1,6 +1,6 @@
 """Conversion against FFmpeg alone, and the loader against bare reading: ratios of medians in one run.
 
-    python tests/bench/data.py [--clips N] [--repeats N]
+    python tests/bench/data.py [--videos N] [--repeats N]
 
 Conversion: frames per second of `msc convert` with one process (decode, scale, encode to mp4, write, measure)
 against decoding and scaling the same frames through PyAV, and against that and encoding them alike. Loader: clips
