@@ -52,7 +52,8 @@ class Batch:
 
     samples: index of each clip in its split; with `epochs` and the frame it names the noise. keys: names in
     the tars. video: uint8 [B, Tv, 3, H, W], or latents: float32 [B, T, C, h, w], as stored, not normalised.
-    text: [B, L, E] embeddings. labels: int64 [B]. broken: (sample, why) of those met that could not be read.
+    text: [B, L, E] embeddings, padded with zeros to the longest. labels: int64 [B]. broken: (sample, why) of those
+    met that could not be read.
     """
 
     samples: list[int]
@@ -265,7 +266,7 @@ def _collate(items: list[_Item]) -> Batch:
         keys=[item.key for item in items],
         video=media if media.dtype == torch.uint8 else None,
         latents=None if media.dtype == torch.uint8 else media,
-        text=torch.stack(texts) if texts else None,
+        text=torch.nn.utils.rnn.pad_sequence(texts, batch_first=True) if texts else None,
         labels=torch.tensor(labels) if labels else None,
         broken=broken,
     )

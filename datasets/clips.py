@@ -23,10 +23,27 @@ def border(shown: Sequence[int], held_out: float) -> tuple[int, int]:
     return end, start
 
 
-def split(shown: Sequence[int], frames: int, stride: int, held_out: float) -> dict[str, list[int]]:
-    """Starts of the clips of each split on one source's timeline; none straddles the border."""
-    end, start = border(shown, held_out)
-    return {
-        "train": starts(0, end, frames, stride),
-        "held_out": starts(start, len(shown), frames, stride),
-    }
+def runs(
+    shown: Sequence[int], held_out: float, part: tuple[int, int] | None = None, span: tuple[int, int] | None = None
+) -> dict[str, tuple[int, int]]:
+    """Ticks [first, last) of each split in `part` of a timeline (default: all); a split may be empty.
+
+    The border is that of `span`, in which all parts taken from the timeline lie: parts that overlap never show
+    the same frame on both sides.
+    """
+    lowest, highest = span or (0, len(shown))
+    first, last = part or (lowest, highest)
+    end, start = (lowest + tick for tick in border(shown[lowest:highest], held_out))
+    return {"train": (first, max(first, min(last, end))), "held_out": (min(last, max(first, start)), last)}
+
+
+def split(
+    shown: Sequence[int],
+    frames: int,
+    stride: int,
+    held_out: float,
+    part: tuple[int, int] | None = None,
+    span: tuple[int, int] | None = None,
+) -> dict[str, list[int]]:
+    """Starts of the clips of each split; none straddles the border. `part` and `span` as for `runs`."""
+    return {name: starts(*run, frames, stride) for name, run in runs(shown, held_out, part, span).items()}

@@ -1,12 +1,14 @@
 """The part of a conversion that workers do: one source in, its clips as mp4 files out."""
 
+import hashlib
+import math
 import multiprocessing
 import os
 import shutil
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -14,42 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from msc.datasets.clips import SPLITS, split
-from msc.datasets.decode import SUFFIXES, Video, pictures, probe, timeline, to_mp4
-
-
-def find_sources(sources: tuple[str, ...]) -> list[tuple[str, Path]]:
-    """(name, path) of every video: files as given, folders through all levels in sorted order.
-
-    Hidden files and folders are left out, and a file reached twice counts once. Raises FileNotFoundError
-    for what does not exist, ValueError for addresses and for folders without videos.
-    """
-    found: dict[Path, str] = {}
-    for given in sources:
-        if "://" in given or given.startswith("pipe:"):
-            raise ValueError(f"source {given!r} is an address or a command; only local files are read")
-        path = Path(given).expanduser().resolve()
-        if path.is_file():
-            found.setdefault(path, path.name)
-        elif path.is_dir():
-            inside = list(_videos(path))
-            if not inside:
-                raise ValueError(f"no videos in {given}: looked for {' '.join(sorted(SUFFIXES))}")
-            for video in inside:
-                found.setdefault(video.resolve(), f"{path.name}/{video.relative_to(path)}")
-        else:
-            raise FileNotFoundError(f"no such file or folder: {given}")
-    return [(name, path) for path, name in found.items()]
-
-
-def _videos(folder: Path) -> Iterator[Path]:
-    for current, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
-                yield Path(current, name)
+from msc.datasets.clips import SPLITS, runs, starts
+from msc.datasets.decode import Video, pictures, probe, timeline, to_mp4
+from msc.datasets.scenes import brightness, change, content, motion
+from msc.datasets.sources import Source
 
 
 @dataclass(frozen=True)
@@ -57,14 +28,17 @@ class Task:
     """One source to cut into clips of `frames` frames; its files go into `spool`, named by `number`."""
 
     number: int
-    name: str
-    path: Path
+    source: Source
     spool: Path
     frames: int
     size: tuple[int, int]  # height, width
     fps: float
     stride: int
     held_out: float
+    scenes: float  # change between frames that is a cut, 0 for none; see scenes.py
+    min_brightness: float
+    min_motion: float
+    random_crop: bool
     crf: int
     threads: int  # of the decoder, 0 for one per core
 
@@ -77,60 +51,110 @@ class Task:
 class Cut:
     """What a source gave: (start, file) of its clips per split, or why it was skipped.
 
-    ticks: frames on its timeline. broken: the file is at fault, it is not only too short.
+    ticks: frames on its timeline. broken: the file is at fault, it is not only too short. left_out: its clips
+    that the filters left out, and why.
     """
 
-    name: str
+    source: Source
     ticks: int
     clips: dict[str, list[tuple[int, Path]]]
     skipped: str = ""
     broken: bool = False
+    left_out: tuple[str, ...] = ()
 
 
 def cut(task: Task) -> Cut:
     """Decode a source once and spool its clips; a source that breaks anywhere gives none of its clips."""
-    nothing: dict[str, list[tuple[int, Path]]] = {name: [] for name in SPLITS}
+    source = task.source
+    clips: dict[str, list[tuple[int, Path]]] = {name: [] for name in SPLITS}
+    left_out: list[str] = []
     ticks = 0
     try:
-        video = probe(task.path, task.name)
+        video = probe(source.path, source.name)
         shown = timeline(video, task.fps)
-        ticks = len(shown)
-        plan = split(shown, task.frames, task.stride, task.held_out)
-        if not any(plan.values()):
+        part, span = (_ticks(seconds, task.fps, len(shown)) for seconds in ((source.start, source.end), source.span))
+        ticks = part[1] - part[0]
+        plan = runs(shown, task.held_out, part, span)
+        if not any(starts(*run, task.frames, task.stride) for run in plan.values()):
             why = f"is too short: {ticks} frames at {task.fps:g} fps, a clip needs {task.frames}"
-            return Cut(task.name, ticks, nothing, why)
-        for start, clip in _clips(task, video, shown, sorted(s for name in SPLITS for s in plan[name])):
-            task.file(start).write_bytes(to_mp4(clip, task.fps, task.crf))
+            return Cut(source, ticks, clips, why)
+        for name, start, clip in _clips(task, video, shown, plan):
+            if why := _unwanted(task, clip):
+                left_out.append(f"clip at {start / task.fps:.2f} s {why}")
+                continue
+            task.file(start).write_bytes(to_mp4(torch.from_numpy(clip).permute(0, 3, 1, 2), task.fps, task.crf))
+            clips[name].append((start, task.file(start)))
     except ValueError as error:
         for file in task.spool.glob(f"{task.number:08d}-*.mp4"):
             file.unlink()
-        return Cut(task.name, ticks, nothing, str(error).removeprefix(f"{task.name}: "), broken=True)
-    return Cut(task.name, ticks, {name: [(s, task.file(s)) for s in plan[name]] for name in SPLITS})
+        why = str(error).removeprefix(f"{source.name}: ")
+        return Cut(source, ticks, {name: [] for name in SPLITS}, why, broken=True)
+    why = ""
+    if not any(clips.values()):
+        why = "gives no clip that is wanted" if left_out else f"has no scene of {task.frames} frames"
+    return Cut(source, ticks, clips, why, left_out=tuple(left_out))
 
 
-def _clips(task: Task, video: Video, shown: list[int], starts: list[int]) -> Iterator[tuple[int, Tensor]]:
-    """(start, uint8 [T, 3, H, W]) of every clip, in one pass over the source with one clip in memory."""
+def _ticks(seconds: tuple[float, float], fps: float, ticks: int) -> tuple[int, int]:
+    """The ticks that lie inside a part of a timeline of `ticks`."""
+    first, last = (min(second * fps, ticks) for second in seconds)
+    return math.ceil(first - 1e-6), math.floor(last + 1e-6)
+
+
+def _unwanted(task: Task, clip: np.ndarray) -> str:
+    """Why a clip is left out, or nothing."""
+    if task.min_brightness and (light := brightness(clip)) < task.min_brightness:
+        return f"is too dark ({light:.4f}, min_brightness is {task.min_brightness:g})"
+    if task.min_motion and (moved := motion(clip)) < task.min_motion:
+        return f"is too static ({moved:.4f}, min_motion is {task.min_motion:g})"
+    return ""
+
+
+def _clips(
+    task: Task, video: Video, shown: list[int], plan: dict[str, tuple[int, int]]
+) -> Iterator[tuple[str, int, np.ndarray]]:
+    """(split, start, uint8 [T, H, W, 3]) of every clip, in one pass over the source with one clip in memory."""
     length = task.frames
-    needed = sorted({tick for start in starts for tick in range(start, start + length)})
-    decoded = pictures(task.path, video, [shown[tick] for tick in needed], task.size, task.threads)
-    held: dict[int, np.ndarray] = {}
-    coming = deque(starts)
-    for tick, picture in zip(needed, decoded, strict=True):
-        held[tick] = picture
-        if tick == coming[0] + length - 1:
-            start = coming.popleft()
-            clip = np.stack([held[t] for t in range(start, start + length)])
-            yield start, torch.from_numpy(clip).permute(0, 3, 1, 2)
-            first = coming[0] if coming else tick + 1
-            held = {t: x for t, x in held.items() if t >= first}
+    needed: dict[str, Sequence[int]] = {name: range(*run) for name, run in plan.items()}
+    if not task.scenes:
+        needed = {
+            name: sorted({t for start in starts(*run, length, task.stride) for t in range(start, start + length)})
+            for name, run in plan.items()
+        }
+    ticks = [shown[tick] for name in needed for tick in needed[name]]
+    decoded = pictures(task.source.path, video, ticks, task.size, task.threads, crop=not task.random_crop)
+    for name, (start, _) in plan.items():
+        held: dict[int, np.ndarray] = {}
+        before: np.ndarray | None = None
+        for tick, picture in zip(needed[name], decoded, strict=False):
+            if task.scenes:
+                now = content(picture)
+                if before is not None and change(before, now) > task.scenes:
+                    start, held = tick, {}  # clips begin anew behind a cut
+                before = now
+            held[tick] = picture
+            if tick == start + length - 1:
+                clip = np.stack([held[t] for t in range(start, start + length)])
+                yield name, start, _cropped(task, start, clip) if task.random_crop else clip
+                start += task.stride
+                held = {t: x for t, x in held.items() if t >= start}
 
 
-def cut_all(tasks: list[Task], workers: int) -> Iterator[Cut]:
+def _cropped(task: Task, start: int, clip: np.ndarray) -> np.ndarray:
+    """A clip [T, H, W, 3] cut to the task's size, at a place that depends on nothing but its source and start."""
+    place = hashlib.sha256(f"{task.source.name} {start}".encode("utf-8", "surrogateescape")).digest()
+    height, width = task.size
+    top = int.from_bytes(place[:4]) * (clip.shape[1] - height + 1) >> 32
+    left = int.from_bytes(place[4:8]) * (clip.shape[2] - width + 1) >> 32
+    return np.ascontiguousarray(clip[:, top : top + height, left : left + width])
+
+
+def cut_all(tasks: list[Task], workers: int) -> Generator[Cut, None, None]:
     """Results in the order of the tasks, however many workers; a few sources ahead, to bound the spool.
 
     Raises ValueError where a worker dies.
     """
-    if workers == 1:
+    if workers == 1 or not tasks:
         yield from map(cut, tasks)
         return
     # spawn: forked children of a process that has run OpenMP or CUDA may hang
@@ -142,7 +166,7 @@ def cut_all(tasks: list[Task], workers: int) -> Iterator[Cut]:
         while ahead or waiting:
             while ahead and len(waiting) < 2 * workers:
                 task = ahead.popleft()
-                waiting.append((task.name, pool.submit(cut, task)))
+                waiting.append((task.source.name, pool.submit(cut, task)))
             name, future = waiting[0]
             try:
                 yield future.result()

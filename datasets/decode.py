@@ -140,9 +140,16 @@ def frames(
 
 
 def pictures(
-    source: Source, video: Video, shown: Sequence[int], size: tuple[int, int] | None, threads: int = 0
+    source: Source,
+    video: Video,
+    shown: Sequence[int],
+    size: tuple[int, int] | None,
+    threads: int = 0,
+    crop: bool = True,
 ) -> Iterator[np.ndarray]:
     """The frames with the (ascending) numbers `shown`, one after another, as uint8 [H, W, 3].
+
+    Scaled to cover `size`, and cropped to it around the centre unless not to `crop`.
 
     One pass with one frame in memory, begun at the key picture before the first. Repeated numbers give the
     same array again: do not write into it. Raises ValueError where one of them cannot be decoded.
@@ -166,7 +173,7 @@ def pictures(
                     break  # the one wanted is missing, or the seek went too far
                 if frame.is_corrupt:
                     raise ValueError(f"{video.name}: is damaged at {_time(video, wanted[position])}")
-                picture = _picture(scaler, frame, size, aspect, video.name)
+                picture = _picture(scaler, frame, size, aspect, crop, video.name)
                 while position < len(wanted) and wanted[position] == frame.pts:
                     yield picture
                     position += 1
@@ -232,9 +239,14 @@ def _opened(source: Source, name: str) -> Iterator[tuple[InputContainer, VideoSt
 
 
 def _picture(
-    scaler: VideoReformatter, frame: av.VideoFrame, size: tuple[int, int] | None, aspect: Fraction, name: str
+    scaler: VideoReformatter,
+    frame: av.VideoFrame,
+    size: tuple[int, int] | None,
+    aspect: Fraction,
+    crop: bool,
+    name: str,
 ) -> np.ndarray:
-    """One frame as uint8 [H, W, 3], upright, scaled to cover `size` and cropped around the centre."""
+    """One frame as uint8 [H, W, 3], upright, scaled to cover `size` and, with `crop`, cropped around the centre."""
     turns = _turns(frame)
     if size is None:
         height, width = across, along = frame.height, frame.width
@@ -257,8 +269,10 @@ def _picture(
         src_colorspace=Colorspace.ITU709 if unsaid else None,
         interpolation=Interpolation.AREA if scale < 1 else Interpolation.BICUBIC,
     ).to_ndarray()
-    top, left = (across - height) // 2, (along - width) // 2
-    return np.ascontiguousarray(np.rot90(rgb[top : top + height, left : left + width], turns))
+    if crop:
+        top, left = (across - height) // 2, (along - width) // 2
+        rgb = rgb[top : top + height, left : left + width]
+    return np.ascontiguousarray(np.rot90(rgb, turns))
 
 
 def _turns(frame: av.VideoFrame) -> int:

@@ -59,17 +59,19 @@ class Samples:
         path, sample = self._find(number)
         try:
             about = json.loads(read_part(path, sample, "json"))
-            label = int(about["label"]) if self.index.classes else None
+            label = about["label"] if self.index.classes else None
+            if self.index.classes and not (isinstance(label, int) and 0 <= label < self.index.classes):
+                raise ValueError(f"label is {label!r}, expected 0 to {self.index.classes - 1}")
             if self.index.store == "video":
                 media = self._video(path, sample, about)
             else:
                 media = self._latents(path, sample)
             text = None
             if self.index.has_text is not None:
-                text = load(read_part(path, sample, "text.safetensors"))["text"]
-                if text.dim() != 2 or text.shape[1] != self.index.has_text:
-                    raise ValueError(f"text is {list(text.shape)}, expected [L, {self.index.has_text}]")
-        except (ValueError, KeyError, TypeError, SafetensorError) as error:
+                text = load(read_part(path, sample, "text.safetensors"))["text"].float()
+                if text.dim() != 2 or not len(text) or text.shape[1] != self.index.has_text:
+                    raise ValueError(f"text is {list(text.shape)}, expected [L, {self.index.has_text}], L at least 1")
+        except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
             raise ValueError(f"sample {sample.key} of {path}: {error}") from None
         return sample.key, media, text, label
 

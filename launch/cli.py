@@ -111,7 +111,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
         return made
 
     new = command("convert", commands.convert, "turn videos into shards for training")
-    new.add_argument("sources", nargs="+", metavar="SOURCE", help="video file, or folder to search")
+    new.add_argument("sources", nargs="+", metavar="SOURCE", help="video, folder, or list (.txt .csv .jsonl .parquet)")
     new.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the shards")
     new.add_argument("--frames", type=positive, metavar="N", help="video frames of a clip")
     new.add_argument("--size", type=size, metavar="HxW", help="height and width of the clips in pixels")
@@ -122,7 +122,20 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     new.add_argument("--store", choices=("auto", "video", "latent"), help="what the shards hold")
     new.add_argument("--workers", type=positive, metavar="N", help="processes that decode and encode")
     new.add_argument("--clips-per-shard", type=positive, metavar="N")
+    new.add_argument("--text", metavar="DIR", help="text encoder of Hugging Face that captions go through")
+    new.add_argument("--scenes", type=float, nargs="?", const=27.0, metavar="X", help="no clip over a cut (27)")
+    new.add_argument("--min-brightness", type=float, metavar="X", help="leave out darker clips (0 to 1)")
+    new.add_argument("--min-motion", type=float, metavar="X", help="leave out more static clips (0 to 1)")
+    new.add_argument("--crop", choices=("centre", "random"), help="what is kept of frames of another shape")
+    who = new.add_mutually_exclusive_group()
+    who.add_argument("--part", type=part, metavar="I/N", help="convert part I of N, from 0; then --merge")
+    who.add_argument("--merge", action="store_true", help="make the index once all parts are done")
     new.add_argument("--overwrite", action="store_true", help="replace an earlier conversion in DIR")
+
+    new = command("inspect", commands.inspect, "say what is inside a folder of shards")
+    new.add_argument("shards", type=Path, metavar="SHARDS", help="folder that `msc convert` wrote")
+    new.add_argument("--verify", action="store_true", help="read everything and compare the checksums")
+    new.add_argument("--picture", type=Path, metavar="FILE", help="a few of the clips (default: contact.png in SHARDS)")
 
     new = command("train", commands.train, "train a model, or resume training")
     new.add_argument(
@@ -186,6 +199,14 @@ def positive(text: str) -> int:
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return number
+
+
+def part(text: str) -> tuple[int, int]:
+    """`I/N` as (I, N)."""
+    number, slash, parts = text.partition("/")
+    if not (slash and number.isdecimal() and parts.isdecimal() and int(number) < int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N-1")
+    return int(number), int(parts)
 
 
 def size(text: str) -> tuple[int, int]:

@@ -24,9 +24,11 @@ def convert(args: Namespace) -> int:
     from msc.datasets.convert import ConvertConfig
     from msc.datasets.convert import convert as convert_videos
     from msc.pretrain.autoencoder import open_autoencoder
+    from msc.pretrain.text import open_text_encoder
 
     height, width = args.size or (None, None)
-    names = ("frames", "fps", "stride", "held_out", "autoencoder", "store", "workers", "clips_per_shard")
+    names = ["frames", "fps", "stride", "held_out", "autoencoder", "store", "workers", "clips_per_shard"]
+    names += ["text", "scenes", "min_brightness", "min_motion", "crop"]
     config = ConvertConfig(
         sources=tuple(args.sources),
         out=str(args.out),
@@ -35,14 +37,34 @@ def convert(args: Namespace) -> int:
     )
     autoencoder = open_autoencoder(config.autoencoder)
     autoencoder.check(config.frames, config.height, config.width)
-    report = convert_videos(config, autoencoder.encode, autoencoder.temporal_factor)
+    embed = open_text_encoder(config.text) if config.text else None
+    how = {"embed": embed, "part": args.part, "merge": args.merge}
+    report = convert_videos(config, autoencoder.encode, autoencoder.temporal_factor, **how)
     print(report.text)
-    print(f"a few of the clips: {write_contact_sheet(args.out, autoencoder)}")
+    if args.part is None:
+        print(f"a few of the clips: {write_contact_sheet(args.out, autoencoder, args.out / 'contact.png')}")
     return 0
 
 
-def write_contact_sheet(folder: Path, autoencoder: Any) -> Path:
-    """A picture of random training clips as they were stored, `contact.png` beside the shards."""
+def inspect(args: Namespace) -> int:
+    from msc.datasets.contents import damaged, describe
+    from msc.datasets.shards import read_index
+    from msc.pretrain.autoencoder import open_autoencoder
+
+    index = read_index(args.shards)
+    print(describe(args.shards, index))
+    bad = damaged(args.shards, index) if args.verify else []
+    if args.verify:
+        print("\n".join(bad) if bad else "every shard is whole and what was written")
+    picture = args.picture or args.shards / "contact.png"
+    if not bad and (args.picture or not picture.is_file()):
+        write_contact_sheet(args.shards, open_autoencoder(index.autoencoder), picture)
+    print(f"a few of the clips: {picture}" if picture.is_file() else "no picture, as shards are damaged")
+    return 1 if bad else 0
+
+
+def write_contact_sheet(folder: Path, autoencoder: Any, path: Path) -> Path:
+    """A picture of random training clips as they were stored."""
     from msc.datasets.batches import loader
     from msc.datasets.shards import read_index
     from msc.pretrain.autoencoder import to_uint8
@@ -54,7 +76,6 @@ def write_contact_sheet(folder: Path, autoencoder: Any) -> Path:
     batches = loader(folder, index, "train", seed=0, clock=0, clips=clips, frames=whole, workers=0, prefetch=0)
     batch = next(iter(batches))
     videos = batch.video if batch.video is not None else to_uint8(autoencoder.decode(batch.latents))
-    path = folder / "contact.png"
     contact_sheet(list(zip(batch.keys, videos, strict=True)), path)
     return path
 

@@ -50,7 +50,10 @@ class FeedForward(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of video tokens to text embeddings `[B, L, D]` (already projected to the model's width)."""
+    """Attention of video tokens to text embeddings `[B, L, D]` (already projected to the model's width).
+
+    `seen_BL` (bool) is False for padding, which then has no part in the result; True at least once per row.
+    """
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -62,11 +65,14 @@ class CrossAttention(nn.Module):
         self.q_norm = nn.RMSNorm(width // heads, eps=1e-6)
         self.k_norm = nn.RMSNorm(width // heads, eps=1e-6)
 
-    def forward(self, x_BTHWD: Tensor, text_BLD: Tensor) -> Tensor:
+    def forward(self, x_BTHWD: Tensor, text_BLD: Tensor, seen_BL: Tensor) -> Tensor:
         q = self.q(self.norm(x_BTHWD)).flatten(1, 3).unflatten(-1, (self.heads, -1))
         k, v = self.kv(text_BLD).unflatten(-1, (2, self.heads, -1)).unbind(-3)
         out = F.scaled_dot_product_attention(
-            self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
+            self.q_norm(q).transpose(1, 2),
+            self.k_norm(k).transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=seen_BL[:, None, None],
         )
         return self.out(out.transpose(1, 2).flatten(-2)).reshape(x_BTHWD.shape)
 
@@ -87,7 +93,7 @@ class Block(nn.Module):
         self,
         x_BTHWD: Tensor,
         modulation_BT6D: Tensor,
-        text_BLD: Tensor | None,
+        text: tuple[Tensor, Tensor] | None,
         views: Sequence[View],
         layer: int,
     ) -> Tensor:
@@ -97,7 +103,7 @@ class Block(nn.Module):
         h = self.attention_norm(x_BTHWD) * (1 + scale_a) + shift_a
         x = x_BTHWD + gate_a * self.attention(h, views, layer)
         if self.cross_attention is not None:
-            assert text_BLD is not None
-            x = x + self.cross_attention(x, text_BLD)
+            assert text is not None
+            x = x + self.cross_attention(x, *text)
         h = self.feed_forward_norm(x) * (1 + scale_f) + shift_f
         return x + gate_f * self.feed_forward(h)

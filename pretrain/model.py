@@ -161,7 +161,7 @@ class MSCTransformer(nn.Module):
         """Velocity `ε - x` of every frame, `[B, T, C, H, W]` in the type of x.
 
         x: noisy normalised latents of the own frames; t: their noise levels in [0, 1]; text: embeddings
-        (zeros where dropped); labels: class numbers, `classes` meaning none; timeline: where the frames
+        (zeros where dropped or padded); labels: class numbers, `classes` meaning none; timeline: where the frames
         lie in their video and where to get the past from (default: the whole video is here).
         """
         config, timeline = self.config, timeline or WholeVideo()
@@ -176,7 +176,11 @@ class MSCTransformer(nn.Module):
         if self.text is not None:
             if text_BLE is None:
                 text_BLE = x_BTCHW.new_zeros(x_BTCHW.shape[0], 1, config.text_width)
-            text = self.text(text_BLE.to(kind))
+            # Clips' texts differ in length and are padded with zeros. A dropped text is a single zero token,
+            # however long its row, so that it is the same in every batch.
+            seen_BL = (text_BLE != 0).any(-1)
+            seen_BL = torch.cat((torch.ones_like(seen_BL[:, :1]), seen_BL[:, 1:]), 1)
+            text = (self.text(text_BLE.to(kind)), seen_BL)
         modulation = self.modulate(torch.nn.functional.silu(embedding)).unflatten(-1, (6, -1))
         for layer, block in enumerate(self.blocks):
             arguments = (tokens, modulation, text, views, layer)

@@ -394,6 +394,20 @@ def test_text_and_labels_come_along(tmp_path):
     assert plain.labels is None
 
 
+def test_texts_of_different_lengths_are_padded_with_zeros(tmp_path):
+    samples = video_samples(3)
+    text = [torch.randn(length, 7) for length in (2, 5, 3)]
+    for i, (_, parts) in enumerate(samples):
+        parts["text.safetensors"] = save({"text": text[i]})
+    index = small_index(tmp_path, samples, has_text=7)
+    batch = next(loader(tmp_path, index, "train", seed=0, clock=0, clips=3, workers=0))
+    assert batch.text is not None
+    assert batch.text.shape == (3, 5, 7)
+    for row, sample in zip(batch.text, batch.samples, strict=True):
+        assert torch.equal(row[: len(text[sample])], text[sample])
+        assert not row[len(text[sample]) :].any()
+
+
 def test_a_hostile_shard_is_not_read(tmp_path):
     index = small_index(tmp_path, video_samples(2))
     with tarfile.open(tmp_path / "train-000000.tar", "w") as tar:

@@ -26,7 +26,9 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 # -- help and usage
 
 
-@pytest.mark.parametrize("command", ["", "convert", "train", "checkpoints", "evaluate", "sample", "export", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["", "convert", "inspect", "train", "checkpoints", "evaluate", "sample", "export", "doctor"]
+)
 def test_help_names_everything(command: str, capsys) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main([*command.split(), "--help"])
@@ -65,6 +67,8 @@ def test_version() -> None:
         (["convert", "a.mp4"], "--out"),
         (["convert", "a.mp4", "--out", "x", "--size", "64"], "HEIGHTxWIDTH"),
         (["convert", "a.mp4", "--out", "x", "--size", "0x64"], "at least 1"),
+        (["convert", "a.mp4", "--out", "x", "--part", "3/3"], "'3/3' is not I/N with I from 0 to N-1"),
+        (["convert", "a.mp4", "--out", "x", "--part", "0/2", "--merge"], "not allowed with"),
         (["sample", "run", "--video", "a.mp4", "--clip", "1"], "not allowed with"),
         (["evaluate", "run", "--weights", "best"], "ema"),
         (["evaluate", "run", "other"], "unrecognized arguments: other"),

@@ -97,6 +97,7 @@ def test_hostile_keys_are_not_written(tmp_path, key):
         ("a.pkl", "only .json"),
         ("a.pickle", "only .json"),
         ("a.pth", "only .json"),
+        ("a.pyd", "only .json"),
         ("a.latent.pyd", "only .json"),
         ("noextension", "only .json"),
         (".json", "only .json"),

@@ -1,0 +1,57 @@
+"""What a folder of shards holds, in words."""
+
+from pathlib import Path
+
+from msc.datasets.shards import STORES, Index, scan, verify
+
+SHOWN = 10  # reasons for skipping that are quoted
+
+
+def describe(folder: str | Path, index: Index) -> str:
+    """Splits, sizes, measured statistics and what was skipped, as lines of text; reads no shard."""
+    lines = [str(folder)]
+    for name, shards in index.splits.items():
+        clips = index.samples(name)
+        seconds = clips * index.video_frames / index.fps
+        size = sum(shard.bytes for shard in shards)
+        lines.append(f"{name}: {clips} clips ({seconds:.0f} s) in {len(shards)} shards, {size / 1e6:.1f} MB")
+    video = f"{index.video_frames} frames at {index.fps:g} fps, {index.video_height}x{index.video_width}"
+    lines.append(f"clip: {video}, stored as {index.store} (.{STORES[index.store]})")
+    latents = f"{index.frames} x {index.channels} x {index.height} x {index.width}"
+    lines.append(f"latents: {latents} ({index.autoencoder}, {index.temporal_factor} video frames each)")
+    text = f"text embeddings of width {index.has_text} ({index.settings.get('text')})" if index.has_text else "no text"
+    lines.append(f"conditions: {text}, {index.classes or 'no'} classes" + _names(index))
+    found = index.statistics
+    lines.append(f"statistics of {found.clips} training clips:" if found.measured else "statistics, not measured:")
+    lines.append("  " + " ".join(f"{name:>8}" for name in ("side", "R", "D", *(f"rho({lag})" for lag in found.lags))))
+    for side in found.spaces:
+        detail = f"{found.detail(side):.3g}" if 2 * side <= found.spaces[-1] else "-"
+        row = [str(side), f"{found.ratio(side):.3f}", detail]
+        row += [f"{found.correlation(side, lag):.3f}" for lag in found.lags]
+        lines.append("  " + " ".join(f"{cell:>8}" for cell in row))
+    skipped = Path(folder, "skipped.txt")
+    lines.append(f"skipped: {index.skipped} videos")
+    if skipped.is_file():
+        reasons = skipped.read_text("utf-8", "surrogateescape").splitlines()
+        lines += [f"  {reason}" for reason in reasons[:SHOWN]]
+        if len(reasons) > SHOWN:
+            lines.append(f"  and {len(reasons) - SHOWN} more lines in {skipped}")
+    return "\n".join(lines)
+
+
+def damaged(folder: str | Path, index: Index) -> list[str]:
+    """One line for each shard that is not what was written, or holds what no shard may. Reads every byte."""
+    changed = verify(folder, index)
+    lines = [f"{name}: its checksum is not the one in the index; copy it again" for name in changed]
+    for shard in (shard for shards in index.splits.values() for shard in shards):
+        try:
+            if (found := len(scan(Path(folder, shard.name)))) != shard.samples:
+                lines.append(f"{shard.name}: holds {found} samples, its index says {shard.samples}")
+        except ValueError as error:
+            lines.append(str(error))
+    return lines
+
+
+def _names(index: Index) -> str:
+    names = index.settings.get("labels", [])
+    return f" ({', '.join(names[:8])}{', …' if len(names) > 8 else ''})" if names else ""

@@ -1,0 +1,204 @@
+"""What to convert: files, folders and manifests to a list of sources, the same on every machine.
+
+A manifest is a `.csv`, `.jsonl` or `.parquet` file with a column `path` and optional columns `caption`, `label`,
+`licence`, `start`, `end` (seconds); a `.txt` file holds one path a line. Paths in it are relative to its folder.
+"""
+
+import csv
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from msc.datasets.decode import SUFFIXES
+
+MANIFESTS = (".csv", ".jsonl", ".parquet", ".txt")
+COLUMNS = ("path", "caption", "label", "licence", "start", "end")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One video, or the part [start, end) of it in seconds, and what is known about it.
+
+    span: the part of the file that all sources taken from it lie in; its end is what is held out.
+    """
+
+    name: str
+    path: Path
+    caption: str | None = None
+    label: int | None = None
+    licence: str | None = None
+    start: float = 0.0
+    end: float = math.inf
+    span: tuple[float, float] = (0.0, math.inf)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """All sources in order; `classes`: number of labels, 0 for none; `names` of the labels where they have any."""
+
+    sources: list[Source]
+    classes: int = 0
+    names: tuple[str, ...] = ()
+
+
+def find_sources(given: tuple[str, ...]) -> Listing:
+    """Every source: video files as given, folders through all levels in sorted order, the rows of manifests.
+
+    Hidden files and folders are left out, and a source reached twice counts once. Labels are whole numbers, or
+    words that are numbered in alphabetical order; all sources have one or none has. Raises FileNotFoundError for
+    what does not exist, ValueError for addresses, folders without videos and rows that make no sense.
+    """
+    found: dict[tuple[Path, float, float], tuple[Source, Any]] = {}
+    for item in given:
+        for source, label in _sources(item):
+            found.setdefault((source.path, source.start, source.end), (source, label))
+    spans: dict[Path, tuple[float, float]] = {}
+    for path, start, end in found:
+        first, last = spans.get(path, (start, end))
+        spans[path] = (min(first, start), max(last, end))
+    labels, names = _number([(source.name, label) for source, label in found.values()])
+    sources = [
+        dataclasses.replace(source, span=spans[source.path], label=label)
+        for (source, _), label in zip(found.values(), labels, strict=True)
+    ]
+    return Listing(sources, max((label for label in labels if label is not None), default=-1) + 1, names)
+
+
+def _sources(given: str) -> Iterator[tuple[Source, Any]]:
+    """(source, label as written) of what one argument names."""
+    path = _local(given, given)
+    if path.is_file() and path.suffix.lower() in MANIFESTS:
+        yield from _manifest(path)
+    elif path.is_file():
+        yield Source(path.name, path), None
+    elif path.is_dir():
+        inside = list(_videos(path))
+        if not inside:
+            raise ValueError(f"no videos in {given}: looked for {' '.join(sorted(SUFFIXES))}")
+        for video in inside:
+            yield Source(f"{path.name}/{video.relative_to(path)}", video.resolve()), None
+    else:
+        raise FileNotFoundError(f"no such file or folder: {given}")
+
+
+def _local(given: str, whence: str, folder: Path | None = None) -> Path:
+    if "://" in given or given.startswith("pipe:"):
+        raise ValueError(f"source {whence!r} is an address or a command; only local files are read")
+    return ((folder or Path()) / Path(given).expanduser()).resolve()
+
+
+def _videos(folder: Path) -> Iterator[Path]:
+    for current, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
+                yield Path(current, name)
+
+
+# --- manifests ---------------------------------------------------------------------------------------------
+
+
+def _manifest(file: Path) -> Iterator[tuple[Source, Any]]:
+    rows = 0
+    for place, row in _rows(file):
+        if not isinstance(row, dict) or None in row or set(row) - set(COLUMNS):
+            extra = sorted(map(str, set(row) - set(COLUMNS))) if isinstance(row, dict) else row
+            raise ValueError(f"{place}: {extra} unknown, the columns are {', '.join(COLUMNS)}")
+        row = {name: value for name, value in row.items() if value is not None and str(value).strip()}
+        if not isinstance(row.get("path"), str):
+            raise ValueError(f"{place}: has no path")
+        try:
+            start, end = float(row.get("start", 0)), float(row.get("end", math.inf))
+        except (TypeError, ValueError):
+            wrong = [row[name] for name in ("start", "end") if name in row]
+            raise ValueError(f"{place}: start and end are in seconds, not {wrong}") from None
+        if not 0 <= start < end:
+            raise ValueError(f"{place}: start {start:g} and end {end:g}: expected 0 <= start < end in seconds")
+        path = _local(row["path"], f"{row['path']} ({place})", file.parent)
+        part = f"[{start:g}-{end:g}]" if "start" in row or "end" in row else ""
+        caption, licence = (str(row[name]) if name in row else None for name in ("caption", "licence"))
+        source = Source(row["path"] + part, path, caption, licence=licence, start=start, end=end)
+        yield source, row.get("label")
+        rows += 1
+    if not rows:
+        raise ValueError(f"{file} lists no videos")
+
+
+def _rows(file: Path) -> Iterator[tuple[str, Any]]:
+    """(where, row) of a manifest. A text file without table is a column of paths."""
+    kind = file.suffix.lower()
+    if kind == ".parquet":
+        try:
+            from pyarrow import ArrowInvalid, parquet
+        except ImportError:
+            raise ValueError(f"{file}: reading Parquet needs pyarrow: pip install pyarrow, or write CSV") from None
+        try:
+            rows = parquet.read_table(file).to_pylist()
+        except ArrowInvalid as error:
+            raise ValueError(f"{file} is not readable as Parquet: {error}") from None
+        yield from ((f"{file} row {i}", row) for i, row in enumerate(rows, 1))
+        return
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as lines:
+            if kind == ".csv":
+                table = csv.DictReader(lines, restkey=None)
+                yield from ((f"{file} line {table.line_num}", row) for row in table)
+                return
+            for number, line in enumerate(lines, 1):
+                if line := line.strip():
+                    yield f"{file} line {number}", json.loads(line) if kind == ".jsonl" else {"path": line}
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text ({error})") from None
+    except (csv.Error, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} is not readable as {kind[1:]}: {error}") from None
+
+
+def _number(labels: list[tuple[str, Any]]) -> tuple[list[int | None], tuple[str, ...]]:
+    """Numbers of the labels of (source, label) pairs, and their names where they are words."""
+    without = [name for name, label in labels if label is None]
+    if len(without) == len(labels):
+        return [None] * len(labels), ()
+    if without:
+        raise ValueError(f"{len(without)} of {len(labels)} sources have no label, among them {without[0]}: label all")
+    words = [str(label) for _, label in labels]
+    if all(word.isdecimal() for word in words):
+        return [int(word) for word in words], ()
+    names = tuple(sorted(set(words)))
+    number = {word: i for i, word in enumerate(names)}
+    return [number[word] for word in words], names
+
+
+# --- copies ------------------------------------------------------------------------------------------------
+
+
+def copies(sources: list[Source]) -> dict[int, str]:
+    """Number of every source whose content an earlier one has -> name of that one. Only files of equal size are
+    read, by SHA-256; files that cannot be read are no copies.
+    """
+    sizes: dict[int, set[Path]] = defaultdict(set)
+    for path in {source.path for source in sources}:
+        if path.is_file():
+            sizes[path.stat().st_size].add(path)
+    alike = {path: _sha256(path) for paths in sizes.values() if len(paths) > 1 for path in paths}
+    first: dict[tuple[str, float, float], str] = {}
+    found = {}
+    for number, source in enumerate(sources):
+        if source.path in alike:
+            key = (alike[source.path], source.start, source.end)
+            if key in first:
+                found[number] = first[key]
+            else:
+                first[key] = source.name
+    return found
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,172 @@
+"""A conversion on its way: what is done, what is left, and who may write.
+
+The sources are divided into groups that do not depend on who converts them; a group's shards hold its clips
+alone. Work on `out` lies in the hidden folder `.NAME.partial` beside it: finished shards, and in `.work` the plan,
+one record per finished group and a folder per process. A record is written last and proves its group done, so
+that processes may be killed, added and started again at will: whoever converts a group writes the same bytes.
+"""
+
+import dataclasses
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from msc.datasets.files import sync_folder, write_atomically
+from msc.datasets.shards import ShardInfo
+from msc.datasets.sources import Source
+
+WORK = ".work"
+GROUP_BYTES = 1 << 30  # of source files, after which a group ends: what a killed process does again, at most
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a source: clips per split, or why it was skipped.
+
+    ticks: frames on its timeline. broken: the file is at fault. left_out: which of its clips are not used, and why.
+    """
+
+    name: str
+    ticks: int
+    clips: dict[str, int]
+    skipped: str = ""
+    broken: bool = False
+    left_out: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a finished group holds."""
+
+    shards: dict[str, list[ShardInfo]]
+    outcomes: list[Outcome]
+
+
+def groups(sources: list[Source], clips_per_shard: int) -> list[range]:
+    """Numbers of the sources of each group: about a shard's worth of sources that give a clip each, fewer where
+    they are large. Sources from the same file count its size once.
+    """
+    made, first, size = [], 0, 0
+    for number, source in enumerate(sources):
+        if number == first or source.path != sources[number - 1].path:
+            size += source.path.stat().st_size if source.path.is_file() else 0
+        if size >= GROUP_BYTES or number + 1 - first >= clips_per_shard or number + 1 == len(sources):
+            made.append(range(first, number + 1))
+            first, size = number + 1, 0
+    return made
+
+
+@contextmanager
+def working_folder(out: Path, alone: bool) -> Iterator[Path]:
+    """The folder in which `out` is made, with what earlier processes finished; removed on an error if that is
+    nothing. `alone`: no other process may be working in it, else only those that are alone are refused.
+
+    FileExistsError where another process is in the way.
+    """
+    partial = out.with_name(f".{out.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(f"another process is writing {out}: wait for it to end") from None
+        (partial / WORK).mkdir(exist_ok=True)
+        try:
+            yield partial
+        except BaseException:
+            if alone and not list((partial / WORK).glob("group-*.json")):
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+    finally:
+        os.close(lock)
+
+
+@contextmanager
+def own_folder(partial: Path, alone: bool) -> Iterator[Path]:
+    """A folder for this process's unfinished files, removed at the end; those of killed processes go now."""
+    host = socket.gethostname()
+    for left in (partial / WORK).glob("process-*" if alone else f"process-{host}-*"):
+        try:
+            descriptor = os.open(left, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # another process was faster
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left, ignore_errors=True)
+        except BlockingIOError:
+            pass  # its process lives
+        finally:
+            os.close(descriptor)
+    word = secrets.token_hex(4)  # numbers of processes are not unique where containers share a host's name
+    new, own = (partial / WORK / f"{kind}-{host}-{word}" for kind in ("new", "process"))
+    new.mkdir()
+    lock = os.open(new, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        new.rename(own)  # locked before it has a name that others look for
+        yield own
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+        os.close(lock)
+
+
+def check_plan(partial: Path, plan: dict[str, Any], alone: bool, overwrite: bool) -> None:
+    """Check that `plan` is what was begun here. Other work is dropped by whoever is alone, if nothing of it was
+    finished or with `overwrite`. Raises ValueError that names the difference.
+    """
+    path = partial / WORK / "plan.json"
+    old = json.loads(path.read_text()) if path.is_file() else plan
+    if not (differ := _difference(old, json.loads(json.dumps(plan)))):
+        return
+    if not alone or (not overwrite and list(path.parent.glob("group-*.json"))):
+        raise ValueError(
+            f"{partial} holds unfinished work with another {differ}: give the same settings and sources to go on "
+            "with it, or remove that folder to begin anew"
+        )
+    for left in partial.iterdir():
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    path.parent.mkdir()
+
+
+def keep(own: Path, path: Path, value: Any) -> None:
+    """Write `value` as JSON to `path`, whole or not at all, whoever else writes it at this moment."""
+    write_atomically(own / path.name, json.dumps(value, indent=1, sort_keys=True).encode())
+    os.replace(own / path.name, path)
+    sync_folder(path.parent)
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The first thing in which two plans differ."""
+    plans = [{**{k: v for k, v in plan.items() if k != "settings"}, **plan.get("settings", {})} for plan in (old, new)]
+    names = sorted(set(plans[0]) | set(plans[1]))
+    differ = [name for name in names if plans[0].get(name) != plans[1].get(name)]
+    return f"{differ[0]} ({plans[0].get(differ[0])} then, {plans[1].get(differ[0])} now)" if differ else ""
+
+
+def finish_group(own: Path, partial: Path, number: int, record: Record) -> None:
+    """Move a group's shards from the process's folder into place, then prove them done."""
+    for shards in record.shards.values():
+        for shard in shards:
+            os.replace(own / shard.name, partial / shard.name)
+    sync_folder(partial)
+    keep(own, partial / WORK / f"group-{number:06d}.json", dataclasses.asdict(record))
+
+
+def read_record(partial: Path, number: int) -> Record | None:
+    """The record of a finished group; None where it is not finished."""
+    path = partial / WORK / f"group-{number:06d}.json"
+    if not path.is_file():
+        return None
+    fields = json.loads(path.read_text())
+    shards = {name: [ShardInfo(**shard) for shard in shards] for name, shards in fields["shards"].items()}
+    outcomes = [Outcome(**{**fields, "left_out": tuple(fields["left_out"])}) for fields in fields["outcomes"]]
+    return Record(shards, outcomes)

@@ -1,0 +1,149 @@
+"""Conversion against FFmpeg alone, and the loader against bare reading: ratios of medians in one run.
+
+    python tests/bench/data.py [--videos N] [--repeats N]
+
+Conversion: frames per second of `msc convert` with one process (decode, scale, encode to mp4, write, measure)
+against decoding and scaling the same frames through PyAV, and against that and encoding them alike. Loader: clips
+per second from latents and from mp4, against webdataset reading (and decoding) the same shards in the same number
+of workers.
+"""
+
+import argparse
+import io
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import torch
+import webdataset
+from av.video.reformatter import Interpolation
+from safetensors.torch import load
+
+from msc.datasets.batches import loader
+from msc.datasets.convert import ConvertConfig, convert
+from msc.datasets.decode import to_mp4
+from msc.datasets.pack import CRF
+from msc.datasets.shards import read_index
+from msc.datasets.synthetic import moving_textures
+
+FRAMES, SIZE, FPS, WORKERS, BATCH = 16, 128, 12, 2, 8
+SOURCE = (288, 288)
+
+
+def encode(video: torch.Tensor) -> torch.Tensor:
+    return video.float() / 127.5 - 1
+
+
+def write_sources(folder: Path, videos: int) -> None:
+    folder.mkdir()
+    for i in range(videos):
+        video = moving_textures(i, 1, 10 * FRAMES, *SOURCE)[0]
+        (folder / f"{i:03d}.mp4").write_bytes(to_mp4(video, FPS, crf=20))
+
+
+def plain(folder: Path, write: bool) -> None:
+    """Decode and scale every frame of every video; `write`: encode clips of them too."""
+    for path in sorted(folder.iterdir()):
+        with av.open(str(path)) as container:
+            container.streams.video[0].thread_type = "AUTO"
+            clip = []
+            for frame in container.decode(video=0):
+                picture = frame.reformat(SIZE, SIZE, "rgb24", interpolation=Interpolation.AREA).to_ndarray()
+                clip.append(torch.from_numpy(picture).permute(2, 0, 1))
+                if len(clip) == FRAMES:
+                    if write:
+                        to_mp4(torch.stack(clip), FPS, CRF)
+                    clip = []
+
+
+def convert_all(folder: Path, out: Path, store: str) -> None:
+    config = ConvertConfig((str(folder),), str(out), FRAMES, SIZE, SIZE, FPS, held_out=0.0, autoencoder="pixels",
+                           store=store, clips_per_shard=32, overwrite=True)  # fmt: skip
+    convert(config, encode, 1)
+
+
+def read_ours(folder: Path, clips: int) -> None:
+    index = read_index(folder)
+    options = {"seed": 0, "clock": 0, "clips": BATCH, "stop": clips, "workers": WORKERS}
+    for batch in loader(folder, index, "train", **options):
+        assert len(batch.samples) == BATCH
+
+
+def tensor_of(sample: dict[str, bytes]) -> torch.Tensor:
+    if "latent.safetensors" in sample:
+        return load(sample["latent.safetensors"])["latent"].float()
+    with av.open(io.BytesIO(sample["mp4"])) as container:
+        container.streams.video[0].thread_type = "NONE"
+        pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    return torch.stack([torch.from_numpy(picture) for picture in pictures]).permute(0, 3, 1, 2).contiguous()
+
+
+def as_stored(sample: dict[str, bytes]) -> int:
+    return sum(len(value) for value in sample.values() if isinstance(value, bytes))
+
+
+def read_webdataset(folder: Path, clips: int, decode: bool) -> None:
+    urls = [str(path) for path in sorted(folder.glob("train-*.tar"))]
+    dataset = webdataset.WebDataset(urls, shardshuffle=False, workersplitter=webdataset.split_by_worker)
+    dataset = dataset.map(tensor_of if decode else as_stored)
+    options = {"batch_size": BATCH, "num_workers": WORKERS}
+    seen = sum(len(batch) for batch in torch.utils.data.DataLoader(dataset, **options))
+    assert seen == clips, (seen, clips)
+
+
+def medians(repeats: int, **runs: Callable[[], None]) -> dict[str, float]:
+    """Median seconds of each, taken in turns after one round to warm up."""
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(repeats + 1):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            if turn:
+                taken[name].append(time.perf_counter() - began)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--videos", type=int, default=16, help="of ten clips each; a multiple of 8")
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    clips, frames = options.videos * 10, options.videos * 10 * FRAMES
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        sources, mp4, latent = folder / "sources", folder / "mp4", folder / "latent"
+        write_sources(sources, options.videos)
+        found = medians(
+            options.repeats,
+            convert=lambda: convert_all(sources, mp4, "video"),
+            decode_and_scale=lambda: plain(sources, False),
+            decode_scale_encode=lambda: plain(sources, True),
+        )
+        print(f"{'convert':28s} {'frames/s':>10s} {'ratio':>7s}")
+        for name, seconds in found.items():
+            print(f"{name:28s} {frames / seconds:10.0f} {seconds / found['convert']:7.2f}")
+        convert_all(sources, latent, "latent")
+        for kind, shards in (("latent", latent), ("mp4", mp4)):
+            read = medians(
+                options.repeats,
+                loader=lambda shards=shards: read_ours(shards, clips),
+                webdataset=lambda shards=shards: read_webdataset(shards, clips, True),
+                webdataset_undecoded=lambda shards=shards: read_webdataset(shards, clips, False),
+            )
+            print(f"{'loader, ' + kind:28s} {'clips/s':>10s} {'ratio':>7s}")
+            for name, seconds in read.items():
+                print(f"{name:28s} {clips / seconds:10.0f} {seconds / read['loader']:7.2f}")
+            found |= {f"{kind} {name}": seconds for name, seconds in read.items()}
+    about = {"videos": options.videos, "machine": platform.processor(), "python": sys.version.split()[0]}
+    print(json.dumps({"seconds": found, **about, "torch": torch.__version__}))
+
+
+if __name__ == "__main__":
+    main()
