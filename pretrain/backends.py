@@ -7,7 +7,6 @@ list is all a kernel needs to know of causality, windows and pooling, so no N×N
 from __future__ import annotations
 
 import importlib.util
-from collections import defaultdict
 from collections.abc import Callable, Collection
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 Blocks = tuple[tuple[int, ...], ...]
 Attend = Callable[[Tensor, Tensor, Tensor, Blocks], Tensor]
 Backend = Literal["auto", "sdpa", "flex", "flash"]
+CPU_UNITS = 16  # units of a call on a CPU, see _calls
 Masks = dict[int, Any]  # FlexAttention's block masks, by tokens of a block
 
 
@@ -119,7 +119,7 @@ def attend_part(q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, blocks: Block
     out, sums = _attend_calls(q_BUnhd, k_BRnhd, v_BRnhd, blocks, _forward_with_sum)
     B, U, n, h, _ = q_BUnhd.shape
     log_sum = q_BUnhd.new_full((B, U, h, n), -torch.inf, dtype=sums[0].dtype)
-    for (units, _), part in zip(_calls(blocks), sums, strict=True):
+    for (units, _), part in zip(_calls(blocks, q_BUnhd.device), sums, strict=True):
         log_sum[:, units] = part.unflatten(0, (B, -1))
     return out, log_sum
 
@@ -128,7 +128,7 @@ def differentiate_part(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_BUhn: Tensor, blocks: Blocks
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from part of the keys, given the output and log-sum-exp of all parts together."""
-    sums = [log_sum_BUhn[:, units].flatten(0, 1) for units, _ in _calls(blocks)]
+    sums = [log_sum_BUhn[:, units].flatten(0, 1) for units, _ in _calls(blocks, q.device)]
     return _differentiate_calls(grad_out, q, k, v, out, sums, blocks, _backward_with_sum)
 
 
@@ -140,7 +140,7 @@ def _attend_calls(
 ) -> tuple[Tensor, list[Tensor]]:
     out = torch.empty_like(q) if all(blocks) else torch.zeros_like(q)
     statistics = []
-    for units, seen in _calls(blocks):
+    for units, seen in _calls(blocks, q.device):
         out_call, log_sum = rectangle(_fold(q, units), _gather(k, seen), _gather(v, seen))
         out[:, units] = _unfold(out_call, q.shape[0], q.shape[2])
         statistics.append(log_sum)
@@ -154,7 +154,7 @@ def _differentiate_calls(
     grad_q = torch.empty_like(q) if all(blocks) else torch.zeros_like(q)
     grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
     batch, tokens = q.shape[0], q.shape[2]
-    for (units, seen), log_sum in zip(_calls(blocks), statistics, strict=True):
+    for (units, seen), log_sum in zip(_calls(blocks, q.device), statistics, strict=True):
         dq, dk, dv = rectangle(
             _fold(grad_out, units), _fold(q, units), _gather(k, seen), _gather(v, seen), _fold(out, units), log_sum
         )
@@ -164,17 +164,21 @@ def _differentiate_calls(
     return grad_q, grad_k, grad_v
 
 
-def _calls(blocks: Blocks) -> list[tuple[slice, list[tuple[int, ...]]]]:
-    """Group neighbouring units that see the same number of blocks; those that see none are left out."""
-    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-    run = 0
+def _calls(blocks: Blocks, device: torch.device) -> list[tuple[slice, list[tuple[int, ...]]]]:
+    """Group neighbouring units that see the same number of blocks; those that see none are left out.
+
+    On a GPU all of them, for fewer launches. On a CPU a few at a time: copies of their keys then stay small enough
+    for the allocator to use the same memory again, where fresh memory costs a page fault every 4 KB.
+    """
+    most = CPU_UNITS if device.type == "cpu" else len(blocks)
+    calls: list[tuple[slice, list[tuple[int, ...]]]] = []
     for unit, seen in enumerate(blocks):
-        if unit and len(seen) != len(blocks[unit - 1]):
-            run += 1
-        groups[run, len(seen)].append(unit)
-    return [
-        (slice(units[0], units[-1] + 1), [blocks[u] for u in units]) for (_, seen), units in groups.items() if seen
-    ]
+        if calls and unit == calls[-1][0].stop and len(seen) == len(calls[-1][1][0]) and len(calls[-1][1]) < most:
+            units, lists = calls[-1]
+            calls[-1] = (slice(units.start, unit + 1), [*lists, seen])
+        elif seen:
+            calls.append((slice(unit, unit + 1), [seen]))
+    return calls
 
 
 def _fold(x_BUnhd: Tensor, units: slice) -> Tensor:

@@ -1,6 +1,10 @@
 """What multi-scale attention costs on a CPU, as ratios of medians in one run: a table in markdown.
 
-    OMP_NUM_THREADS=1 python tests/bench/attention.py --frames 128 256
+    export OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
+    python tests/bench/attention.py --frames 128 256
+
+The two MALLOC settings make glibc keep freed memory, as the allocator on a GPU does. Without them it hands every
+large tensor back to the system, and each page of the next one costs a fault.
 
 1. A training step (forward and backward) of one transformer block, multi-scale against dense causal. Dense is the
    best that a CPU can do: unmasked SDPA of every frame over its prefix, never an N×N mask; that is what the module
@@ -14,6 +18,7 @@ Width 256, 4 heads, frames of 16 × 16 tokens, fp32, batch 1, the default scales
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import statistics
 import time
@@ -168,8 +173,9 @@ def main() -> None:
     parser.add_argument("--dense-runs", type=int, default=1, help="of the dense block, after a warm-up of 16 frames")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    kept = "keeps" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else "returns"
     print(f"{platform.machine()}, {args.threads} thread(s), torch {torch.__version__}, medians of {args.runs}", end="")
-    print(f" (dense of {args.dense_runs})\n")
+    print(f" (dense of {args.dense_runs}); malloc {kept} large blocks\n")
 
     ours, plain = medians(args.runs, *dense_attention(32))
     print(f"Dense attention, 32 frames: ours {ours:.2f} s, plain torch {plain:.2f} s ({plain / ours:.2f})\n")
