@@ -183,8 +183,9 @@ def main() -> None:
     print("| tokens | multi-scale s | dense s | time ratio | FLOP ratio | quotient | growth | module / pure work |")
     print("| -----: | ------------: | ------: | ---------: | ---------: | -------: | -----: | -----------------: |")
     before: tuple[int, float] | None = None
-    for frames in args.frames:
-        (fast,) = medians(args.runs, block_step(MULTI_SCALE, frames))
+    # All lengths take turns, as growth is a ratio too.
+    steps = medians(args.runs, *(block_step(MULTI_SCALE, frames) for frames in args.frames))
+    for frames, fast in zip(args.frames, steps, strict=True):
         block_step(DENSE, 16)()
         dense_step = block_step(DENSE, frames)
         dense = statistics.median(seconds(dense_step) for _ in range(args.dense_runs))
