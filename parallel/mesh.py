@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -24,8 +25,9 @@ def make_mesh(world: int, sp: int, device_type: str) -> Mesh:
     dp = rows(world, sp)
     mesh = init_device_mesh(device_type, (dp, sp), mesh_dim_names=("dp", "sp"))
     if sp > 1:
-        # NCCL connects a group in its first call, which none may miss; messages along time are not for all ranks
-        dist.barrier(mesh.get_group("sp"))
+        # NCCL connects a group in its first call, which none may miss; messages along time are not for all ranks.
+        # Not a barrier: in a group that also has gloo that would be gloo's.
+        dist.all_reduce(torch.zeros(1, device=device_type), group=mesh.get_group("sp"))
     return Mesh(dp, sp, mesh.get_local_rank("dp"), mesh.get_local_rank("sp"), mesh.get_group("sp"))
 
 

@@ -119,8 +119,9 @@ def attend_part(q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, blocks: Block
     out, sums = _attend_calls(q_BUnhd, k_BRnhd, v_BRnhd, blocks, _forward_with_sum)
     B, U, n, h, _ = q_BUnhd.shape
     log_sum = q_BUnhd.new_full((B, U, h, n), -torch.inf, dtype=sums[0].dtype)
-    for (units, _), part in zip(_calls(blocks, q_BUnhd.device), sums, strict=True):
-        log_sum[:, units] = part.unflatten(0, (B, -1))
+    for (units, seen), part in zip(_calls(blocks, q_BUnhd.device), sums, strict=True):
+        joined = part.unflatten(-1, (-1, n)).transpose(1, 2)
+        log_sum[:, units] = joined if len(seen) == 1 else part.unflatten(0, (B, -1))
     return out, log_sum
 
 
@@ -128,11 +129,15 @@ def differentiate_part(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_BUhn: Tensor, blocks: Blocks
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from part of the keys, given the output and log-sum-exp of all parts together."""
-    sums = [log_sum_BUhn[:, units].flatten(0, 1) for units, _ in _calls(blocks, q.device)]
+    sums = [
+        log_sum_BUhn[:, units].transpose(1, 2).flatten(2) if len(seen) == 1 else log_sum_BUhn[:, units].flatten(0, 1)
+        for units, seen in _calls(blocks, q.device)
+    ]
     return _differentiate_calls(grad_out, q, k, v, out, sums, blocks, _backward_with_sum)
 
 
-# Units that see equally many blocks run as one batched call; each call is an unmasked rectangle.
+# Units that see equally many blocks run as one batched call, units that see the same blocks as one with more queries;
+# each call is an unmasked rectangle.
 
 
 def _attend_calls(
@@ -141,7 +146,7 @@ def _attend_calls(
     out = torch.empty_like(q) if all(blocks) else torch.zeros_like(q)
     statistics = []
     for units, seen in _calls(blocks, q.device):
-        out_call, log_sum = rectangle(_fold(q, units), _gather(k, seen), _gather(v, seen))
+        out_call, log_sum = rectangle(_fold(q, units, seen), _gather(k, seen), _gather(v, seen))
         out[:, units] = _unfold(out_call, q.shape[0], q.shape[2])
         statistics.append(log_sum)
     return out, statistics
@@ -156,8 +161,9 @@ def _differentiate_calls(
     batch, tokens = q.shape[0], q.shape[2]
     for (units, seen), log_sum in zip(_calls(blocks, q.device), statistics, strict=True):
         dq, dk, dv = rectangle(
-            _fold(grad_out, units), _fold(q, units), _gather(k, seen), _gather(v, seen), _fold(out, units), log_sum
-        )
+            _fold(grad_out, units, seen), _fold(q, units, seen), _gather(k, seen), _gather(v, seen),
+            _fold(out, units, seen), log_sum,
+        )  # fmt: skip
         grad_q[:, units] = _unfold(dq, batch, tokens)
         _scatter_add(grad_k, dk, seen)
         _scatter_add(grad_v, dv, seen)
@@ -167,23 +173,33 @@ def _differentiate_calls(
 def _calls(blocks: Blocks, device: torch.device) -> list[tuple[slice, list[tuple[int, ...]]]]:
     """Group neighbouring units that see the same number of blocks; those that see none are left out.
 
+    Each call is its units and their lists; one list alone is that of all its units (in a ring, a run of units sees
+    the same of another rank's keys: a copy of them for each unit would be many times the keys).
     On a GPU all of them, for fewer launches. On a CPU a few at a time: copies of their keys then stay small enough
     for the allocator to use the same memory again, where fresh memory costs a page fault every 4 KB.
     """
     most = CPU_UNITS if device.type == "cpu" else len(blocks)
     calls: list[tuple[slice, list[tuple[int, ...]]]] = []
     for unit, seen in enumerate(blocks):
-        if calls and unit == calls[-1][0].stop and len(seen) == len(calls[-1][1][0]) and len(calls[-1][1]) < most:
+        if not seen:
+            continue
+        if calls and unit == calls[-1][0].stop:
             units, lists = calls[-1]
-            calls[-1] = (slice(units.start, unit + 1), [*lists, seen])
-        elif seen:
-            calls.append((slice(unit, unit + 1), [seen]))
+            count = units.stop - units.start
+            if lists == [seen]:
+                calls[-1] = (slice(units.start, unit + 1), lists)
+                continue
+            if len(seen) == len(lists[0]) and len(lists) == count < most:
+                calls[-1] = (slice(units.start, unit + 1), [*lists, seen])
+                continue
+        calls.append((slice(unit, unit + 1), [seen]))
     return calls
 
 
-def _fold(x_BUnhd: Tensor, units: slice) -> Tensor:
-    """Units of a call join the batch: `[B, U, n, h, d] -> [B·U, h, n, d]`."""
-    return x_BUnhd[:, units].flatten(0, 1).transpose(1, 2)
+def _fold(x_BUnhd: Tensor, units: slice, seen: list[tuple[int, ...]]) -> Tensor:
+    """Units of a call join the batch, `[B, U, n, h, d] -> [B·U, h, n, d]`, or as more queries, `[B, h, U·n, d]`."""
+    x = x_BUnhd[:, units]
+    return (x.flatten(1, 2) if len(seen) == 1 else x.flatten(0, 1)).transpose(1, 2)
 
 
 def _unfold(x_Bhnd: Tensor, batch: int, tokens: int) -> Tensor:

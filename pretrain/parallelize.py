@@ -108,7 +108,7 @@ def parallelize(
     device: torch.device,
 ) -> Any:
     """The DeepSpeed engine that trains `model`; every rank must hold the same weights."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
+    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
     check_backend(config.attention, model.config.head_width, dtype)
     model.to(device)
     model.recompute = config.recompute

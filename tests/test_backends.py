@@ -158,3 +158,25 @@ def test_any_flash_attn_that_loads_is_used(name, monkeypatch):
     capability = {"flash-attn 2": 8, "flash-attn 3": 9, "flash-attn 4": 10}[name]
     assert flash.load(capability) == (name, module.flash_attn_varlen_func)
     flash.load.cache_clear()
+
+
+def test_parts_of_the_keys_and_what_sees_the_same_of_them():
+    """Units that see the same blocks share one copy of them; units that see nothing have no part in the sum."""
+    blocks = ((), (0, 1), (0, 1), (0, 1), (2, 4), (1, 3))
+    calls = [(units.start, units.stop, seen) for units, seen in backends._calls(blocks, torch.device("cpu"))]
+    assert calls == [(1, 4, [(0, 1)]), (4, 6, [(2, 4), (1, 3)])]
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, units, 3, 2, 8, dtype=torch.float64) for units in (6, 5, 5))
+    out, log_sum = backends.attend_part(q, k, v, blocks)
+    assert (out[:, 0] == 0).all() and (log_sum[:, 0] == -torch.inf).all()
+    for unit, seen in enumerate(blocks[1:], 1):
+        logits = torch.einsum("bnhd,bkhd->bhnk", q[:, unit], k[:, list(seen)].flatten(1, 2)) / 8**0.5
+        torch.testing.assert_close(log_sum[:, unit], logits.logsumexp(-1))
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    whole = attend(q[:, 1:], k, v, blocks[1:], "sdpa")
+    torch.testing.assert_close(out[:, 1:], whole)
+    grad = torch.randn_like(q)
+    expected = torch.autograd.grad((whole * grad[:, 1:]).sum(), inputs)
+    found = backends.differentiate_part(grad, q, k, v, out, log_sum, blocks)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)

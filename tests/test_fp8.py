@@ -7,7 +7,10 @@ import torch
 from torch import nn
 
 from msc.parallel import fp8
+from msc.pretrain import parallelize
 from msc.pretrain.layers import Block
+from msc.pretrain.model import ModelConfig, MSCTransformer
+from msc.pretrain.optimizer import OptimizerConfig
 from msc.pretrain.scales import Scale
 
 
@@ -39,6 +42,11 @@ def test_what_cannot_run_is_refused(engine, cuda, stage, recompute, tokens, mess
         fp8.check_fp8(stage, recompute, tokens)
 
 
-def test_other_precisions_need_nothing():
-    with fp8.autocast(enabled=False):
-        pass
+def test_every_block_is_converted_before_the_engine_takes_the_model(monkeypatch):
+    model = MSCTransformer(ModelConfig(width=64, depth=2, scales=(Scale(4),), patch=1, channels=2))
+    converted = []
+    monkeypatch.setattr(fp8, "convert", lambda block, skip: converted.append(block))
+    monkeypatch.setattr(parallelize, "make_engine", lambda model, *rest: (model, list(converted)))
+    config = parallelize.ParallelConfig(precision="fp8")
+    _, done = parallelize.parallelize(model, config, OptimizerConfig(), 1, torch.device("cpu"))
+    assert done == list(model.blocks)
