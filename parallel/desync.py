@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch.distributed as dist
+from .agreement import gather
 
 SHOWN = 5
 
@@ -28,9 +28,7 @@ def disagreements(facts: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def agree(facts: Mapping[str, Any]) -> None:
     """ValueError on all ranks of the world if any two differ in a fact, naming the rank and the fact."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, dict(facts))
-    found = disagreements(everyone)
+    found = disagreements(gather(dict(facts)))
     if found:
         more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
         raise ValueError(f"the ranks do not run the same: {'; '.join(found[:SHOWN])}{more}")

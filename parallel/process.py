@@ -23,7 +23,7 @@ class World:
 
 def patience(timeout_s: float) -> float:
     """Seconds that a collective may wait, so that what follows a failure is over after `timeout_s`."""
-    return max(timeout_s / 2, timeout_s - 8)
+    return max(timeout_s / 2, timeout_s - 16)
 
 
 def join(timeout_s: float) -> World:

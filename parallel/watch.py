@@ -2,8 +2,9 @@
 
 A collective that fails says "connection closed" or "timed out" on the ranks that waited, and nothing of the one
 that they waited for. So each rank writes a beat, its step and its phase to the TCP store of the process group,
-from a thread. A rank whose collective fails, or whose main thread stands still, reads what all have written, says
-in one line who is silent, failed or behind, leaves the same line in the store for the others, and ends.
+from a thread. A rank whose collective fails reads what all have written, says in one line who is silent, failed or
+behind, leaves the same line in the store for the others, and ends. Where a stuck collective does not fail, rank 0
+and the rank before the missing one do this.
 """
 
 from __future__ import annotations
@@ -14,18 +15,20 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
+from . import agreement
 from .exchange import first_line
 
 GRACE = 5.0  # seconds in which a rank that learns of a failure may still find its own words
+SILENCE = 10.0  # seconds without a beat; a loaded machine or a busy interpreter lock may well cost a few
 EXIT = 1
+UNANSWERED = "rank 0, which keeps the store, does not answer"
 # torchrun keeps one store over its restarts
 PREFIX = f"msc/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 VERDICT = f"{PREFIX}/verdict"
@@ -33,7 +36,8 @@ VERDICT = f"{PREFIX}/verdict"
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank is. count: phases entered so far, in which all ranks agree; beat: grows while it lives."""
+    """Where a rank is. count: phases entered so far, the same for all ranks; beat: grows while it lives; stood:
+    seconds in this phase, by its own clock."""
 
     rank: int
     host: str
@@ -42,6 +46,7 @@ class Place:
     phase: str = "starting"
     count: int = 0
     beat: int = 0
+    stood: float = 0.0
 
     def __str__(self) -> str:
         return f"rank {self.rank} (process {self.pid} on {self.host})"
@@ -51,48 +56,49 @@ class Place:
         return f"step {self.step}, {self.phase}"
 
 
-def verdict(before: dict[int, Place], now: dict[int, Place], size: int) -> str:
-    """Who keeps the others waiting, from two readings some beats apart; "" if nobody stands out.
+def verdict(judge: int, before: dict[int, Place], now: dict[int, Place], size: int, timeout: float) -> str:
+    """Whom rank `judge` finds to keep the others waiting, from two readings some beats apart; "" if nobody stands out.
 
-    First ranks that have gone silent; if none has, ranks that are behind.
+    First ranks that have gone silent; if none has, ranks behind one that has stood for more than `timeout` seconds
+    where nobody is ahead of it: a phase may last longer than that, a wait may not. A rank never judges itself.
     """
+    others = [p for rank, p in now.items() if rank != judge]
     absent = [rank for rank in range(size) if rank not in now]
-    silent = [p for rank, p in now.items() if rank in before and p.beat == before[rank].beat]
+    silent = [p for p in others if p.rank in before and p.beat == before[p.rank].beat]
     if absent or silent:
         names = [f"{p} is silent, last heard of in {p.where}" for p in silent]
         return "; ".join(names + [f"rank {rank} has never been heard of" for rank in absent])
     most = max(p.count for p in now.values())
-    behind = [p for p in now.values() if p.count < most]
-    return "; ".join(f"{p} is alive but stays behind in {p.where}" for p in behind)
+    if max(p.stood for p in now.values() if p.count == most) <= timeout:
+        return ""
+    return "; ".join(f"{p} is alive but stays behind in {p.where}" for p in others if p.count < most)
 
 
 class Watch:
     """This rank's place, told to the others from a thread; and a second thread that ends a rank that is stuck.
 
-    timeout: seconds that a rank may stand still, or a neighbour be silent, before somebody must be missing.
+    timeout: seconds that a rank may wait for another, or the next rank or the store be silent.
     """
 
     def __init__(self, rank: int, size: int, timeout: float):
         self.size, self.timeout, self.interval = size, timeout, min(1.0, timeout / 10)
+        self.silence = min(SILENCE, timeout / 2)
         self.place = Place(rank, socket.gethostname(), os.getpid())
         self._moved = self._answered = self._neighbour_beat_at = time.monotonic()
         self._neighbour: Place | None = None
         self._beats = 0
         self._heard: tuple[str, float] | None = None  # a verdict in the store, and when it was seen
         self._over = threading.Event()
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         # A connection of its own: a blocking call of the process group's must not hold up the beats.
-        self._store = dist.TCPStore(
-            *address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=max(timeout, 1))
-        )
+        self._store = agreement.open_store(max(timeout, 1.0))
         self._tell()
         for target in (self._beat, self._look):
             threading.Thread(target=target, daemon=True, name=f"watch-{target.__name__}").start()
 
     def at(self, step: int, phase: str) -> None:
         """Where the main thread is now. All ranks must call it in the same order."""
+        self._moved = time.monotonic()  # before the place: nobody must read a new place with an old time
         self.place = replace(self.place, step=step, phase=phase, count=self.place.count + 1)
-        self._moved = time.monotonic()
 
     def failed(self, error: BaseException) -> None:
         """Tell the others that this rank ends, and why."""
@@ -104,7 +110,10 @@ class Watch:
         """One line on a collective of this rank that failed; the others are told the same."""
         if self._over.is_set():  # the other thread is saying it
             time.sleep(GRACE)
-        found = self._judge() or "all ranks answer and none is behind; they may have called different collectives"
+        found = self._judge()
+        if not found:
+            same = "all ranks answer and none is late; they may have called different collectives"
+            found = UNANSWERED if found is None else same
         self._linger()
         return f"rank {self.place.rank}: {found}; waited for in {self.place.where}: {first_line(error)}"
 
@@ -115,15 +124,20 @@ class Watch:
 
     def _tell(self) -> None:
         self._beats += 1
-        place = replace(self.place, beat=self._beats)  # a copy: the main thread moves on meanwhile
+        place = self.place  # the main thread moves on meanwhile
+        place = replace(place, beat=self._beats, stood=time.monotonic() - self._moved)
         self._store.set(f"{PREFIX}/{place.rank}", json.dumps(asdict(place)))
 
-    def _read(self, rank: int) -> Place | None:
-        key = f"{PREFIX}/{rank}"
-        return Place(**json.loads(self._store.get(key))) if self._store.check([key]) else None
+    def _read(self, ranks: Iterable[int]) -> dict[int, Place]:
+        """Where those ranks are that have ever told: two requests, however many they are."""
+        keys = [f"{PREFIX}/{rank}" for rank in ranks]
+        if not self._store.check(keys):  # at the start only: each rank tells at once
+            keys = [key for key in keys if self._store.check([key])]
+        places = [Place(**json.loads(told)) for told in self._store.multi_get(keys)] if keys else []
+        return {place.rank: place for place in places}
 
     def _read_all(self) -> dict[int, Place]:
-        return {rank: place for rank in range(self.size) if (place := self._read(rank)) is not None}
+        return self._read(range(self.size))
 
     def _hear(self) -> None:
         if self._heard is None and self._store.check([VERDICT]):
@@ -134,7 +148,8 @@ class Watch:
         with suppress(RuntimeError):
             while not self._over.wait(self.interval):
                 self._tell()
-                neighbour = self._read((self.place.rank + 1) % self.size)
+                rank = (self.place.rank + 1) % self.size
+                neighbour = self._read([rank]).get(rank)
                 if neighbour != self._neighbour:
                     self._neighbour, self._neighbour_beat_at = neighbour, time.monotonic()
                 self._hear()
@@ -145,23 +160,32 @@ class Watch:
             now = time.monotonic()
             if self._heard is not None and now - self._heard[1] > GRACE:
                 return self._stop(self._heard[0])
-            late = now - min(self._moved + GRACE, self._answered, self._neighbour_beat_at) > self.timeout
-            if late and (found := self._judge()):
+            if now - self._answered > self.timeout:
+                return self._stop(UNANSWERED)
+            if self._suspects(now) and (found := self._judge()):
                 return self._stop(found)
         return None
 
-    def _judge(self) -> str:
-        """A verdict of an earlier rank, or this one's own; left in the store for all."""
+    def _suspects(self, now: float) -> bool:
+        """Whether to read where all are. In a long phase all ranks would at once, so most leave it to a few."""
+        neighbour, stands = self._neighbour, now - self._moved > self.timeout + GRACE
+        behind = neighbour is not None and neighbour.count < self.place.count
+        return now - self._neighbour_beat_at > self.timeout or (stands and (self.place.rank == 0 or behind))
+
+    def _judge(self) -> str | None:
+        """A verdict of an earlier rank, or this one's own, left in the store for all; None if the store is mute."""
         before = self._bounded(self._read_all)
-        for _ in range(5 if before else 0):
-            if self._heard is not None:
-                return self._heard[0]
+        # after a failure all ranks get here together: rank 0 is the first to judge, the others hear it
+        until = time.monotonic() + self.silence + (2 * self.interval if self.place.rank else 0)
+        while self._heard is None and time.monotonic() < until:
             time.sleep(self.interval / 2)
             self._bounded(self._hear)
+        if self._heard is not None:
+            return self._heard[0]
         now = self._bounded(self._read_all) if before else None
         if not before or not now:
-            return "rank 0, which keeps the store, does not answer"
-        found = verdict(before, now, self.size)
+            return None
+        found = verdict(self.place.rank, before, now, self.size, self.timeout)
         if found:
             self._announce(found)
         return found

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from processes import free_port
 
+from msc.parallel import agreement, watch
 from msc.parallel.desync import disagreements
-from msc.parallel.watch import Place, verdict
+from msc.parallel.watch import Place, Watch, verdict
 
 TIMEOUT = 4.0
 SLACK = 8.0  # seconds: the beats to be compared, the grace, a busy machine
@@ -56,6 +61,61 @@ def test_the_others_end_in_time_and_name_the_rank(what):
 
 
 @pytest.mark.gloo
+def test_a_phase_longer_than_the_timeout_goes_on():
+    for process in start("slow"):
+        _, said = process.communicate(timeout=60)
+        assert (process.returncode, said) == (0, "")
+
+
+class Store(dist.HashStore):
+    """200 ranks in one long phase, all alive; a request takes `seconds`, and none is answered while `mute`."""
+
+    def __init__(self, seconds):
+        super().__init__()
+        self.seconds, self.mute = seconds, threading.Event()
+
+    def _wait(self):
+        time.sleep(self.seconds)
+        while self.mute.is_set():
+            time.sleep(0.1)
+
+    def set(self, key, value):
+        self._wait()
+
+    def check(self, keys):
+        self._wait()
+        return keys != [watch.VERDICT]
+
+    def multi_get(self, keys):
+        self._wait()
+        ranks = [int(key.rsplit("/", 1)[1]) for key in keys]
+        return [json.dumps(asdict(Place(r, "host", 7, count=1, beat=time.monotonic_ns(), stood=9.0))) for r in ranks]
+
+    def get(self, key):
+        return self.multi_get([key])[0]
+
+
+@pytest.mark.parametrize("rank", [0, 7])
+def test_a_slow_store_ends_nobody_before_it_is_mute_for_the_timeout(rank, monkeypatch):
+    store, stopped = Store(seconds=0.05), []
+    monkeypatch.setattr(agreement, "open_store", lambda timeout: store)
+    monkeypatch.setattr(watch, "GRACE", 0.0)
+    monkeypatch.setattr(Watch, "_stop", lambda self, found: stopped.append((found, time.monotonic())))
+    watched = Watch(rank, 200, 3.0)
+    watched.at(0, "long")
+    time.sleep(6.5)  # all ranks are late, and have been read twice
+    assert not stopped
+    store.mute.set()
+    began = time.monotonic()
+    time.sleep(4.5)
+    store.mute.clear()
+    watched.end()
+    (found, at), *_ = stopped
+    assert found == watch.UNANSWERED
+    assert at - began > 2.0
+
+
+@pytest.mark.gloo
 def test_ranks_that_differ_are_named_before_anything_starts():
     for process in start("differ"):
         _, said = process.communicate(timeout=60)
@@ -70,12 +130,15 @@ def test_the_majority_is_right():
 
 
 def test_a_verdict_names_the_silent_before_the_slow():
-    def place(rank, count, beat):
-        return Place(rank, "host", 7, 1, "here", count, beat)
+    def place(rank, count, beat, stood=9.0):
+        return Place(rank, "host", 7, 1, "here", count, beat, stood)
 
     before = {0: place(0, 5, 1), 1: place(1, 4, 1), 2: place(2, 5, 1)}
     alive = {rank: place(rank, p.count, 2) for rank, p in before.items()}
-    assert verdict(before, alive, 3) == "rank 1 (process 7 on host) is alive but stays behind in step 1, here"
-    assert verdict(before, {**alive, 2: before[2]}, 3).startswith("rank 2 (process 7 on host) is silent")
-    assert verdict(before, alive, 4) == "rank 3 has never been heard of"
-    assert verdict(before, {rank: place(rank, 5, 2) for rank in before}, 3) == ""
+    assert verdict(0, before, alive, 3, 8.0) == "rank 1 (process 7 on host) is alive but stays behind in step 1, here"
+    assert verdict(1, before, alive, 3, 8.0) == ""  # not of itself
+    assert verdict(0, before, alive, 3, 10.0) == ""  # nobody has waited so long
+    assert verdict(0, before, {**alive, 2: before[2]}, 3, 8.0).startswith("rank 2 (process 7 on host) is silent")
+    assert verdict(2, before, {**alive, 2: before[2]}, 3, 10.0) == ""
+    assert verdict(0, before, alive, 4, 8.0) == "rank 3 has never been heard of"
+    assert verdict(0, before, {rank: place(rank, 5, 2) for rank in before}, 3, 8.0) == ""

@@ -11,12 +11,14 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from msc.parallel import process
+from msc.parallel import process, watch
 from msc.parallel.desync import agree
 from msc.parallel.watch import watching
 
 
 def main(what: str, timeout: float) -> None:
+    if what == "slow":
+        watch.GRACE = 0.5
     world = process.join(60)
     group = dist.new_group(timeout=timedelta(seconds=timeout))
     with watching(world.rank, world.size, timeout) as at:
@@ -27,8 +29,12 @@ def main(what: str, timeout: float) -> None:
                 time.sleep(1.0)  # a beat, which tells the others that we got here
                 print(f"at {time.time()}", flush=True)
                 happen(what)
+            if what == "slow" and step == 1:  # longer than the timeout and the grace, but nobody waits so long
+                time.sleep(timeout + (4.5 if world.rank == 0 else 2.5))
             at(step, "backward")
             dist.all_reduce(torch.ones(1), group=group)
+            if what == "slow" and step == 2:
+                return
 
 
 def happen(what: str) -> None:
