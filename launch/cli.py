@@ -150,6 +150,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     new.add_argument(
         "--rollback", metavar="N|PATH", help="resume from that checkpoint (step or folder), without the clips after it"
     )
+    new.add_argument("--again", action="store_true", help="go back with --rollback even if the run did so before")
     new.add_argument("--processes", type=positive, metavar="N", help="ranks to start (default: one per GPU)")
     new.add_argument("--dry-run", action="store_true", help="print the resolved settings, train nothing")
 

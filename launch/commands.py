@@ -119,19 +119,21 @@ def train(args: Namespace) -> int:
         return local.run([sys.executable, "-c", PROGRAM, *args.argv], processes, run / "logs")
     if not started:
         os.environ.update(local.rank_environment(os.environ, 0, 1, local.free_port()))
-    return training.train(config, run, resume, **given(back_to=back_to))
+    return training.train(config, run, resume, **given(back_to=back_to, again=args.again or None))
 
 
 def rollback(args: Namespace, run: Path) -> str | None:
-    """The checkpoint to go back to, if there is such a one; None in a job that was requeued after it went back."""
+    """The checkpoint to go back to; ValueError if there is no such. Whether the run has already done so, and only goes
+    on, rank 0 decides for all (rollback.py)."""
     if args.rollback is None:
+        if args.again:
+            raise ValueError("--again goes back once more to the checkpoint of --rollback: name it with --rollback N")
         return None
-    from msc.pretrain import shelf
+    if "RANK" not in os.environ:
+        from msc.pretrain import rollback, shelf
 
-    if int(os.environ.get("SLURM_RESTART_COUNT") or 0) or int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0):
-        print("msc: started again by the scheduler: goes on from the newest checkpoint, not back", file=sys.stderr)
-        return None
-    shelf.find(run, args.rollback)
+        if args.again or not rollback.done(run, args.rollback):  # it may have been pruned since
+            shelf.find(run, args.rollback)
     return str(args.rollback)
 
 

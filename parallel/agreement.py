@@ -39,6 +39,14 @@ def on_first(function: Callable[[], T]) -> T:
     return box[0]
 
 
+def wait_for_all(store: dist.Store, key: str) -> None:
+    """Until every rank has called this with `key`, however long that takes: before a collective, after work that may
+    take some ranks longer than its timeout. A rank that is lost meanwhile is found by watch.py."""
+    store.add(key, 1)
+    while store.add(key, 0) < dist.get_world_size():
+        time.sleep(POLL_SECONDS)
+
+
 def open_store(timeout_s: float) -> dist.Store:
     """An own connection to the store at MASTER_ADDR and MASTER_PORT, for one thread of this rank."""
     return dist.TCPStore(

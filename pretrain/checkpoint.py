@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import platform
 import sys
+import uuid
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -28,6 +29,9 @@ from . import shelf
 from .shelf import latest, read_meta
 
 __all__ = ["CheckpointConfig", "Slices", "latest", "load", "load_newest", "read_meta", "weights"]
+
+STORE_S = 60.0  # seconds that the store may take to answer
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:
@@ -77,8 +81,12 @@ def load_newest(run: Path, engine: Any) -> dict[str, Any]:
     One that is damaged is named, with the reason, and the one before it is taken. ValueError if none is whole.
     """
     bad: list[tuple[Path, list[str]]] = []
-    for path in agreement.on_first(lambda: shelf.candidates(run)):
-        shares = agreement.gather(shelf.damage(path, (dist.get_rank(), dist.get_world_size())))
+    topic, there = agreement.on_first(lambda: (f"msc/load/{uuid.uuid4().hex}", shelf.candidates(run)))
+    store = agreement.open_store(STORE_S)
+    for path in there:
+        share = shelf.damage(path, (dist.get_rank(), dist.get_world_size()))
+        agreement.wait_for_all(store, f"{topic}/{path.name}")  # hashing may take longer than a collective waits
+        shares = agreement.gather(share)
         if problems := sorted({problem for share in shares for problem in share}):
             bad.append((path, problems))
             continue

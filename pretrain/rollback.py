@@ -1,7 +1,8 @@
 """The steps that were not taken, going back before them, and the clips that are left out from then on.
 
     run/skipped.jsonl     the steps that the guard did not take, with their clips
-    run/left_out.json     ranges [start, stop) of the sample clock that are passed over without training
+    run/left_out.json     ranges [start, stop) of the sample clock that are passed over without training, and the
+                          checkpoint that the run last went back to
 
 The order of clips is fixed, so what is left out is named by the sample clock; every later resume reads the same.
 """
@@ -56,11 +57,14 @@ def note_skipped(
 def too_many(run: Path, count: int, why: str) -> str:
     lines = read_lines(run / "skipped.jsonl")[-count:]
     names = ", ".join(str(clip["sample"]) for line in lines for clip in line["clips"])
-    there = shelf.candidates(run)
-    back = f"msc train --run {run} --rollback {shelf.step_of(there[0])}" if there else "a new run"
+    there = [path.name for path in shelf.candidates(run)]
+    steps = ", ".join(str(int(name.removeprefix("step-"))) for name in there[:8])
+    again = " (--again for the one gone back to before)" if read_state(run)[1] in there else ""
+    back = f"msc train --run {run} --rollback N, N one of {steps}{again}" if there else "a new run"
     return (
         f"{count} steps in a row were not taken, the last for its {why}; weights are as before them. Samples: {names}. "
-        f"Look at these clips; go on without them: {back}"
+        "Look at these clips and at the loss: what spoiled the run may lie well before them, also before the newest "
+        f"checkpoint. Go back to where it was still sound, without all clips since: {back}"
     )
 
 
@@ -83,33 +87,39 @@ def merged(ranges: Sequence[Range]) -> list[Range]:
     return found
 
 
-def offending(skipped: Sequence[dict[str, Any]], since: int, until: int) -> list[Range]:
-    """What a rollback to sample clock `since` leaves out of a run whose last report was at `until`.
+def reached(run: Path) -> int:
+    """The sample clock that the run is known to have come to: its reports, refused steps and newest checkpoint."""
+    clocks = [line["clock"] for line in read_lines(run / "log.jsonl")]
+    clocks += [line["clock"] + line["batch"] for line in read_lines(run / "skipped.jsonl")]
+    return max([*clocks, (shelf.newest_meta(run) or {}).get("clock", 0)])
 
-    Where the run ended on steps that were not taken, all such steps in between. Otherwise the guard has not seen
-    what spoiled the run, and everything in between is left out.
+
+def done(run: Path, wanted: str) -> bool:
+    """Whether that checkpoint is the one that the run last went back to: a command that is repeated, by a scheduler or
+    because of its exit code, must not undo what was trained since."""
+    return read_state(run)[1] == shelf.named(wanted)
+
+
+def roll_back(run: Path, wanted: str, again: bool = False) -> None:
+    """Make a checkpoint, named by step or folder, the one that the run goes on from, and leave out all clips since.
+
+    Not only those of steps that were refused: what spoiled the weights may have been finite, and would do it again.
+    Later checkpoints are renamed to `undone-step-…`. Nothing happens if this was `done` before, unless `again`; that
+    is noted last, so that after a crash in between the same command does the rest.
     """
-    bad = [(int(line["clock"]), int(line["clock"]) + int(line["batch"])) for line in skipped if line["clock"] >= since]
-    if bad and max(stop for _, stop in bad) >= until:
-        return merged(bad)
-    return [(since, until)] if until > since else []
-
-
-def roll_back(run: Path, wanted: str) -> None:
-    """Make a checkpoint, named by step or folder, the one that the run goes on from, and say what is left out.
-
-    Later ones are renamed to `undone-step-…`. What is left out is written first: after a crash in between, the
-    same command does the rest.
-    """
+    if done(run, wanted) and not again:
+        text = f"msc: {run} has gone back to {shelf.named(wanted)} before: "
+        print(text + "goes on from the newest checkpoint; --again goes back again", file=sys.stderr, flush=True)
+        return
     target = shelf.find(run, wanted)
-    meta = shelf.read_meta(target)
-    reached = [line["clock"] for line in read_lines(run / "log.jsonl")]
-    ranges = offending(read_lines(run / "skipped.jsonl"), meta["clock"], max(reached, default=meta["clock"]))
-    write_atomically(run / "left_out.json", json.dumps(merged([*read_left_out(run), *ranges])).encode())
+    meta, until, (before, last) = shelf.read_meta(target), reached(run), read_state(run)
+    ranges = [(meta["clock"], until)] if until > meta["clock"] else []
+    _write_state(run, merged([*before, *ranges]), last)
     shelf.point_to(run, target)
     later = [path for path in shelf.checkpoints(run) if shelf.step_of(path) > meta["step"]]
     for path in later:
         shelf.set_aside(path, "undone")
+    _write_state(run, merged([*before, *ranges]), target.name)
     clips = ", ".join(f"{start}-{stop - 1}" for start, stop in ranges) or "none"
     undone = f"; {len(later)} later checkpoints renamed to undone-…, remove them when you like" if later else ""
     text = f"msc: back to step {meta['step']}; clips left out from now on, by sample clock: {clips}{undone}"
@@ -120,8 +130,18 @@ def roll_back(run: Path, wanted: str) -> None:
 
 
 def read_left_out(run: Path) -> list[Range]:
+    return read_state(run)[0]
+
+
+def read_state(run: Path) -> tuple[list[Range], str]:
+    """Ranges that are left out, and the name of the checkpoint last gone back to ("": none)."""
     file = run / "left_out.json"
-    return [(start, stop) for start, stop in json.loads(file.read_text())] if file.is_file() else []
+    state = json.loads(file.read_text()) if file.is_file() else {"clips": [], "back_to": ""}
+    return [(start, stop) for start, stop in state["clips"]], state["back_to"]
+
+
+def _write_state(run: Path, ranges: list[Range], back_to: str) -> None:
+    write_atomically(run / "left_out.json", json.dumps({"clips": ranges, "back_to": back_to}).encode())
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

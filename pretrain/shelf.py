@@ -62,9 +62,14 @@ def latest(run: Path) -> Path | None:
     return path
 
 
+def named(wanted: str) -> str:
+    """The name of the checkpoint that a user names by step or folder."""
+    return name_of(int(wanted)) if wanted.isdecimal() else Path(wanted).name
+
+
 def find(run: Path, wanted: str) -> Path:
     """The checkpoint of a run that a user names by step or folder; ValueError if there is no such."""
-    name = name_of(int(wanted)) if wanted.isdecimal() else Path(wanted).name
+    name = named(wanted)
     for path in checkpoints(run):
         if path.name == name and (wanted.isdecimal() or path.resolve() == Path(wanted).resolve()):
             return path

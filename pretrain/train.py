@@ -26,7 +26,7 @@ from msc.datasets.shards import Index, read_index
 from msc.datasets.statistics import Statistics
 from msc.parallel import agreement, desync, fp8, process, zero
 from msc.parallel.temporal import bounds
-from msc.parallel.watch import watching
+from msc.parallel.watch import of_communication, watching
 
 from . import checkpoint, cost, guard, rollback, shelf
 from .autoencoder import open_autoencoder
@@ -48,20 +48,21 @@ from .writer import Writer
 REQUEUE = 75  # exit code of a run that was stopped, has saved, and wants to go on (EX_TEMPFAIL)
 
 
-def train(config: Config, run: Path, resume: bool, back_to: str | None = None) -> int:
+def train(config: Config, run: Path, resume: bool, back_to: str | None = None, again: bool = False) -> int:
     """Train in this process, one of the world that RANK and WORLD_SIZE describe; returns the exit code.
 
-    back_to: step or folder of a checkpoint to go back to first, leaving out the clips that spoiled the run.
+    back_to: step or folder of a checkpoint to go back to first, leaving out all clips since. again: also if the run
+    last went back to that one already.
     """
     with stop_signals() as stopping:
         world = process.join(config.parallel.timeout)
         with watching(world.rank, world.size, process.patience(config.parallel.timeout)) as at:
-            return _train(config, run, resume, back_to, stopping, world, at)
+            return _train(config, run, resume, back_to, again, stopping, world, at)
 
 
 def _train(
-    config: Config, run: Path, resume: bool, back_to: str | None, stopping: list[int], world: process.World,
-    at: Callable[[int, str], None],
+    config: Config, run: Path, resume: bool, back_to: str | None, again: bool, stopping: list[int],
+    world: process.World, at: Callable[[int, str], None],
 ) -> int:  # fmt: skip
     # The world: who we are, and which part of every clip is ours ------------------------------------
     index = read_index(config.data.shards)
@@ -69,7 +70,7 @@ def _train(
     versions = {**checkpoint.versions(), **code_version()}
     desync.agree(
         {**flat(config), **versions, "run": str(run.absolute()), "index.json": index_checksum(config.data.shards),
-         "resume from": [str(path) for path in shelf.candidates(run)] if resume else None, "back to": back_to}
+         "resume": resume, "back to": back_to, "again": again}
     )  # fmt: skip
     mesh = make_mesh(world.size, config.parallel.sp, world.device.type)
     per_unit = config.model.frames_per_unit
@@ -85,7 +86,7 @@ def _train(
     # Where we are: the sample clock counts clips over all ranks and is all that order and schedules need
     writer = Writer(run, config.checkpoint, config.parallel.timeout)
     if back_to is not None:
-        agreement.on_first(partial(rollback.roll_back, run, back_to))
+        agreement.on_first(partial(rollback.roll_back, run, back_to, again))
     left_out = agreement.on_first(partial(rollback.read_left_out, run))
     before = checkpoint.load_newest(run, engine) if resume else {}
     clock, step, history = before.get("clock", 0), before.get("step", 0), guard.History.read(before.get("guard"))
@@ -255,13 +256,14 @@ def _train(
     except KeyboardInterrupt:
         state = "KILLED"
         raise
+    except Exception as error:
+        writer.leave(others_live=not of_communication(error))
+        raise
     finally:
         bar.close()
         clips.close()
         if log is not None:
             log.close()
-        if state == "FAILED":
-            writer.leave()
         tracker.finish(state)
         if state != "FAILED":  # after a failure the others may hang in a collective: do not wait for them
             process.leave()

@@ -29,6 +29,7 @@ from .checkpoint import CheckpointConfig, say
 
 CHUNK = 1 << 23  # bytes written at a time; writing and hashing them lets other threads run
 SLOWEST = 3600.0  # seconds by which a rank's disk may be slower than another's; one that died ends training before
+LAST_CHANCE = 3.0  # seconds for what is being written when another rank seems lost
 
 
 class Writer:
@@ -99,10 +100,10 @@ class Writer:
             self._thread.join()
         return self._failure
 
-    def leave(self) -> None:
-        """Before a failed run ends: give what is being written a last chance, if the other ranks still live."""
+    def leave(self, others_live: bool) -> None:
+        """Before a failed run ends: give what is being written a last chance, a short one if a rank seems lost."""
         if self._thread is not None:
-            self._thread.join(self.timeout_s)
+            self._thread.join(self.timeout_s if others_live else LAST_CHANCE)
 
     def _copy(self, engine: Any) -> dict[str, tuple[int, int]]:
         """Copy this rank's slices into the host buffer; where each begins and ends, in elements."""
@@ -146,32 +147,40 @@ class Writer:
         try:
             aside.mkdir(parents=True, exist_ok=True)
             report["bytes"], report["sha256"] = write_slices(aside / report["file"], self._buffer, layout)
-        except OSError as error:
+        except Exception as error:  # whatever it is, rank 0 waits for this report
             report["error"] = f"rank {self.rank}: {error}"
         topic = f"msc/checkpoint/{self.session}/{self._begun}"
         self.store.set(f"{topic}/{self.rank}", json.dumps(report))
         if self.rank != 0:
-            (verdict,) = agreement.await_keys(self.store, [f"{topic}/verdict"], SLOWEST)
+            (verdict,) = agreement.await_keys(self.store, [f"{topic}/verdict"], 2 * SLOWEST)  # rank 0 waits for all
             return verdict.decode()
-        keys = [f"{topic}/{rank}" for rank in range(self.world)]
-        reports = [json.loads(told) for told in agreement.await_keys(self.store, keys, SLOWEST)]
-        failure = "; ".join(r["error"] for r in reports if "error" in r)
-        if not failure:
-            files = {r["file"]: r["sha256"] for r in reports}
-            try:
-                sealed = shelf.sealed({**meta, "files": files, "bytes": {r["file"]: r["bytes"] for r in reports}})
-                write_atomically(aside / "meta.json", sealed)
-                shelf.publish(self.run, aside, step)
-            except OSError as error:
-                failure = f"rank 0: {error}"
-        if failure:
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            shelf.prune(self.run, step, self.config.keep, self.config.keep_every)
-        self.store.set(f"{topic}/verdict", failure)
-        for key in keys:
-            self.store.delete_key(key)
+        keys, failure = [f"{topic}/{rank}" for rank in range(self.world)], "rank 0 has ended"
+        try:
+            failure = self._publish(aside, step, meta, keys)
+        except Exception as error:
+            failure = f"rank 0: {error}"
+        finally:  # the others wait for it
+            if failure:
+                shutil.rmtree(aside, ignore_errors=True)
+            self.store.set(f"{topic}/verdict", failure)
+        try:
+            if not failure:
+                shelf.prune(self.run, step, self.config.keep, self.config.keep_every)
+            for key in keys:
+                self.store.delete_key(key)
+        except Exception as error:  # the others know the verdict already: it stays
+            say(f"cleaning up after the checkpoint of step {step} failed: {error}")
         return failure
+
+    def _publish(self, aside: Path, step: int, meta: dict[str, Any], keys: list[str]) -> str:
+        """On rank 0: once all ranks have reported under `keys`, publish their files, or say what went wrong."""
+        reports = [json.loads(told) for told in agreement.await_keys(self.store, keys, SLOWEST)]
+        if failure := "; ".join(r["error"] for r in reports if "error" in r):
+            return failure
+        files, sizes = ({r["file"]: r[fact] for r in reports} for fact in ("sha256", "bytes"))
+        write_atomically(aside / "meta.json", shelf.sealed({**meta, "files": files, "bytes": sizes}))
+        shelf.publish(self.run, aside, step)
+        return ""
 
 
 def write_slices(path: Path, buffer: Tensor, layout: dict[str, tuple[int, int]]) -> tuple[int, str]:

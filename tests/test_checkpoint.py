@@ -56,6 +56,14 @@ def test_a_failed_write_is_told_tried_again_and_then_raised_on_every_rank(tmp_pa
     assert not list(shelf.folder(tmp_path).glob(".*")), "nothing unfinished stays"
 
 
+@pytest.mark.gloo
+def test_what_fails_on_rank_0_is_known_to_all(tmp_path, capfd):
+    for told in run_ranks(writing.fail_on_rank_0, 2, str(tmp_path)):
+        assert "rank 0: stale handle" in told[0] and told[1] == ""
+    assert [path.name for path in shelf.checkpoints(tmp_path)] == ["step-00000002"]
+    assert "cleaning up after the checkpoint of step 2 failed: stale handle" in capfd.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     run = tmp_path_factory.mktemp("written") / "run"
@@ -123,6 +131,11 @@ def test_the_newest_whole_checkpoint_is_used_and_the_others_are_named(written, t
     for step, why in run_ranks(writing.go_on_from_damaged, 2, str(run)):
         assert step is None and "no checkpoint of" in why and why.count("is missing") == 2
     assert len(shelf.checkpoints(run)) == 2, "nothing is moved where nothing is whole"
+
+
+@pytest.mark.gloo
+def test_checksums_may_take_longer_than_a_collective_waits(written):
+    assert run_ranks(writing.hash_slowly, 2, str(written)) == [5, 5]
 
 
 def test_candidates_begin_at_the_one_that_is_named(written, tmp_path):

@@ -300,21 +300,25 @@ def test_resume_reads_the_runs_own_configuration(calls: Calls, capsys) -> None:
     assert calls.train == [("checked", Path("x"), True)]
 
 
-def test_a_rollback_is_a_resume_and_happens_once(calls: Calls, monkeypatch, capsys) -> None:
+def test_a_rollback_is_a_resume(calls: Calls, capsys) -> None:
     Path("x/checkpoints/step-00000005").mkdir(parents=True)
     Path("x/config.yaml").touch()
     assert cli.main(["train", "--run", "x", "--rollback", "6"]) == 2
     assert "6 is not a checkpoint of x; it has those of steps: 5" in capsys.readouterr().err
     for wanted in ("5", "x/checkpoints/step-00000005"):
         assert cli.main(["train", "--run", "x", "--rollback", wanted]) == 5
-    for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"):
-        monkeypatch.setitem(os.environ, name, "0")
-    assert cli.main(["train", "--run", "x", "--rollback", "5"]) == 5
-    os.environ["SLURM_RESTART_COUNT"] = "1"  # the scheduler repeats the command line after a preemption
-    assert cli.main(["train", "--run", "x", "--rollback", "5"]) == 5
-    assert "not back" in capsys.readouterr().err
+    Path("x/left_out.json").write_text('{"clips": [[8, 12]], "back_to": "step-00000006"}')
+    os.environ.pop("RANK")  # what the calls before left in this process
+    assert cli.main(["train", "--run", "x", "--rollback", "6"]) == 5  # gone back to before it was pruned
+    os.environ.pop("RANK")
+    assert cli.main(["train", "--run", "x", "--rollback", "6", "--again"]) == 2
+    assert cli.main(["train", "--run", "x", "--rollback", "5", "--again"]) == 5
+    assert cli.main(["train", "--run", "x", "--resume", "--again"]) == 2
+    assert "--rollback N" in capsys.readouterr().err
     assert [arguments[2] for arguments in calls.check] == [True] * 4
-    assert calls.options == [{"back_to": "5"}, {"back_to": "x/checkpoints/step-00000005"}, {"back_to": "5"}, {}]
+    five = {"back_to": "5"}
+    expected = [five, {"back_to": "x/checkpoints/step-00000005"}, {"back_to": "6"}, {**five, "again": True}]
+    assert calls.options == expected
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict
 
@@ -10,8 +11,9 @@ import torch
 from processes import run_ranks
 from spoiled import spoiled_on_a_rank
 
+from msc.pretrain import shelf
 from msc.pretrain.guard import GuardConfig, History, after, objection
-from msc.pretrain.rollback import left_out, merged, offending
+from msc.pretrain.rollback import left_out, merged, read_left_out, roll_back, too_many
 
 RULE = GuardConfig(sigma=4, window=16)
 CALM = History(tuple(1 + 0.01 * (-1) ** i for i in range(16)), tuple(0.5 + 0.1 * (-1) ** i for i in range(16)))
@@ -55,12 +57,56 @@ def test_a_rule_that_refuses_good_steps_is_refused(sigma):
         GuardConfig(sigma=sigma)
 
 
-def test_what_a_rollback_leaves_out():
-    bad = [{"clock": clock, "batch": 4} for clock in (8, 40, 44, 60)]
-    assert offending(bad, since=20, until=64) == [(40, 48), (60, 64)], "the run ended on steps that were refused"
-    assert offending(bad, since=20, until=80) == [(20, 80)], "it did not: the guard has not seen what spoiled it"
-    assert offending([], since=20, until=80) == [(20, 80)]
-    assert offending([], since=20, until=20) == []
+def made_run(run, steps, clock_of_last_report, refused=()):
+    """A run folder with checkpoints of these steps, four clips a step."""
+    for step in steps:
+        shelf.folder(run).joinpath(shelf.name_of(step)).mkdir(parents=True)
+        meta = {"format": shelf.FORMAT, "step": step, "clock": 4 * step}
+        shelf.folder(run).joinpath(shelf.name_of(step), "meta.json").write_bytes(shelf.sealed(meta))
+    (run / "log.jsonl").write_text(json.dumps({"step": 1, "clock": clock_of_last_report}) + "\n")
+    lines = [{"step": c // 4 + 1, "clock": c, "batch": 4, "clips": [{"sample": c}]} for c in refused]
+    (run / "skipped.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize(
+    ("reported", "refused", "until"),
+    [
+        (80, (), 80),
+        (80, (8, 64), 80),
+        (60, (60, 64, 68), 72),  # ended on refused steps: what spoiled the weights before them was finite
+        (4, (), 48),  # stopped before the next report, known from the newest checkpoint
+    ],
+)
+def test_a_rollback_leaves_out_everything_since(reported, refused, until, tmp_path):
+    made_run(tmp_path, (4, 10, 12), reported, refused)
+    roll_back(tmp_path, "4")
+    assert read_left_out(tmp_path) == [(16, until)]
+    assert [shelf.step_of(path) for path in shelf.candidates(tmp_path)] == [4]
+
+
+def test_the_same_rollback_only_happens_again_if_told_so(tmp_path, capfd, monkeypatch):
+    """Also where it was cut short, and where the checkpoint has been pruned since."""
+    made_run(tmp_path, (4, 10), 60)
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="power"):
+        patched.setattr(shelf, "set_aside", lambda *_: (_ for _ in ()).throw(OSError("power cut")))
+        roll_back(tmp_path, "4")
+    roll_back(tmp_path, "4")
+    assert [shelf.step_of(path) for path in shelf.checkpoints(tmp_path)] == [4]
+    made_run(tmp_path, (12, 16), 72, refused=(68, 72))
+    for wanted in ("4", str(shelf.find(tmp_path, "4"))):
+        roll_back(tmp_path, wanted)
+    assert read_left_out(tmp_path) == [(16, 60)] and len(shelf.checkpoints(tmp_path)) == 3
+    assert capfd.readouterr().err.count("goes on from the newest checkpoint; --again") == 2
+    shelf.point_to(tmp_path, shelf.find(tmp_path, "16"))
+    assert "--rollback N, N one of 16, 12, 4 (--again for" in too_many(tmp_path, 2, "loss nan")
+    roll_back(tmp_path, "12")
+    assert read_left_out(tmp_path) == [(16, 76)]
+    roll_back(tmp_path, "12", again=True)
+    shelf.set_aside(shelf.find(tmp_path, "12"), "undone")
+    roll_back(tmp_path, "12")
+
+
+def test_ranges_that_are_left_out():
     assert merged([(40, 48), (0, 4), (46, 50), (4, 8)]) == [(0, 8), (40, 50)]
     ranges = [(40, 48)]
     assert [clock for clock in range(32, 60, 4) if left_out(ranges, clock, 4)] == [40, 44]

@@ -151,28 +151,53 @@ def test_nan_on_one_rank_costs_that_step_and_nothing_else(shards, tmp_path):
 
 
 @pytest.mark.gloo
-def test_too_many_in_a_row_stop_the_run_and_a_rollback_leaves_them_out(shards, tmp_path):
+def test_too_many_in_a_row_stop_the_run_and_a_rollback_leaves_out_all_since(shards, tmp_path):
     run = Run(tmp_path, shards, "guard.stop_after=3", "checkpoint.keep=9", steps=12, sp=2, nan=[1, [16, 20, 24]])
     said = run.go(code=2)
     samples = [sample for line in run.consumed() if line.get("clock") in (16, 20, 24) for sample in line["samples"]]
     assert "3 steps in a row were not taken" in said and "Traceback" not in said
     assert all(re.search(rf"Samples: .*\b{sample}\b", said) for sample in samples)
-    assert f"msc train --run {run.run} --rollback 6" in said
+    assert f"msc train --run {run.run} --rollback N, N one of 6, 4, 2" in said
     newest = shelf.latest(run.run)
     assert newest.name == "step-00000006" and not shelf.damage(newest)
     assert run.go("--rollback", "5", code=2).startswith("msc: 5 is not a checkpoint of")
 
-    said = run.go("--rollback", "4")
-    assert "back to step 4; clips left out from now on, by sample clock: 16-27; 1 later checkpoints" in said
-    assert json.loads((run.run / "left_out.json").read_text()) == [[16, 28]]
+    said = run.go("--rollback", "2")
+    assert "back to step 2; clips left out from now on, by sample clock: 8-27; 2 later checkpoints" in said
+    assert json.loads((run.run / "left_out.json").read_text()) == {"clips": [[8, 28]], "back_to": "step-00000002"}
     meta = shelf.read_meta(shelf.latest(run.run))
-    assert (meta["step"], meta["clock"], meta["adam_steps"], meta["guard"]["skipped"]) == (12, 48, 9, 0)
+    assert (meta["step"], meta["clock"], meta["adam_steps"], meta["guard"]["skipped"]) == (12, 48, 7, 0)
     assert (shelf.folder(run.run) / "undone-step-00000006").is_dir()
 
-    expected = final_weights(run.run)  # a later resume from before them leaves them out as well
-    shelf.point_to(run.run, shelf.find(run.run, "4"))
-    assert "not taken" not in run.go()
+    expected = final_weights(run.run)  # the same command again only resumes, and leaves out the same
+    shelf.point_to(run.run, shelf.find(run.run, "2"))
+    said = run.go("--rollback", "2")
+    assert "goes on from the newest checkpoint" in said and "not taken" not in said
     assert all(torch.equal(value, expected[name]) for name, value in final_weights(run.run).items())
+
+
+@pytest.mark.gloo
+def test_a_rank_is_lost_while_a_checkpoint_is_written(shards, tmp_path):
+    """The other one does not wait for that checkpoint, which can never be whole, but ends and says who is missing."""
+    run = Run(tmp_path, shards, "parallel.timeout=60", steps=500, step_s=0.05, chunk_s=0.5)
+    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = []
+    try:
+        with pytest.MonkeyPatch.context() as patched:  # as another launcher starts them, which leaves them alone
+            for rank in range(2):
+                for name, value in {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}.items():
+                    patched.setenv(name, value)
+                ranks.append(run.start())
+        wait_for(lambda: len(list(shelf.folder(run.run).glob(".step-*/rank-*"))) == 2, every=0.01)
+        ranks[1].kill()
+        began = time.monotonic()
+        said, _ = ranks[0].communicate(timeout=100)
+        assert time.monotonic() - began < 30 and ranks[0].returncode == 1, said
+        assert re.search(r"msc: rank 0: rank 1 \(process \d+ on .*\) is silent, last heard of in step", said), said
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
 
 
 @pytest.mark.gloo

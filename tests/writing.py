@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import resource
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -93,6 +94,35 @@ def fail_on_one_rank(rank, ranks, folder):
         told.append(str(error))
     destroy_process_group()
     return told
+
+
+def fail_on_rank_0(rank, ranks, folder):
+    """Save with errors that are none of the disk's on rank 0, while publishing and then while pruning."""
+    init_process_group("gloo")
+    writer.SLOWEST = 10.0
+    out, told = made(Path(folder)), []
+    for step, name in ((1, "publish"), (2, "prune")):
+        before = getattr(shelf, name)
+        setattr(shelf, name, broken)
+        out.save(engine(1.0), step, FACTS)
+        told.append(out._join())
+        setattr(shelf, name, before)
+    destroy_process_group()
+    return told
+
+
+def broken(*_):
+    raise RuntimeError("stale handle")
+
+
+def hash_slowly(rank, ranks, folder):
+    """Load where rank 1 takes longer to read its files than a collective waits; the step that was loaded."""
+    init_process_group("gloo", timeout=timedelta(seconds=3))
+    digest = shelf.digest
+    shelf.digest = lambda file: (time.sleep(5.0 if rank == 1 else 0.0), digest(file))[1]
+    step = checkpoint.load_newest(Path(folder), engine(0.0))["step"]
+    destroy_process_group()
+    return step
 
 
 def go_on_from_damaged(rank, ranks, folder):
