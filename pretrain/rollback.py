@@ -136,7 +136,7 @@ def read_left_out(run: Path) -> list[Range]:
 def read_state(run: Path) -> tuple[list[Range], str]:
     """Ranges that are left out, and the name of the checkpoint last gone back to ("": none)."""
     file = run / "left_out.json"
-    state = json.loads(file.read_text()) if file.is_file() else {"clips": [], "back_to": ""}
+    state: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"clips": [], "back_to": ""}
     return [(start, stop) for start, stop in state["clips"]], state["back_to"]
 
 
