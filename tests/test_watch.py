@@ -68,14 +68,15 @@ def test_a_phase_longer_than_the_timeout_goes_on():
 
 
 class Store(dist.HashStore):
-    """200 ranks in one long phase, all alive; a request takes `seconds`, and none is answered while `mute`."""
+    """200 ranks in one long phase, all alive. A request takes 50 ms and `per_key` seconds more for each key that is
+    read; none is answered while `mute`. most: keys read at once."""
 
-    def __init__(self, seconds):
+    def __init__(self, per_key):
         super().__init__()
-        self.seconds, self.mute = seconds, threading.Event()
+        self.per_key, self.mute, self.most = per_key, threading.Event(), 0
 
-    def _wait(self):
-        time.sleep(self.seconds)
+    def _wait(self, keys=0):
+        time.sleep(0.05 + self.per_key * keys)
         while self.mute.is_set():
             time.sleep(0.1)
 
@@ -87,7 +88,8 @@ class Store(dist.HashStore):
         return keys != [watch.VERDICT]
 
     def multi_get(self, keys):
-        self._wait()
+        self.most = max(self.most, len(keys))
+        self._wait(len(keys))
         ranks = [int(key.rsplit("/", 1)[1]) for key in keys]
         return [json.dumps(asdict(Place(r, "host", 7, count=1, beat=time.monotonic_ns(), stood=9.0))) for r in ranks]
 
@@ -95,16 +97,17 @@ class Store(dist.HashStore):
         return self.multi_get([key])[0]
 
 
-@pytest.mark.parametrize("rank", [0, 7])
-def test_a_slow_store_ends_nobody_before_it_is_mute_for_the_timeout(rank, monkeypatch):
-    store, stopped = Store(seconds=0.05), []
+@pytest.mark.parametrize(("rank", "per_key"), [(0, 0.0), (0, 0.0125), (7, 0.0)])  # 2.5 s: longer than a judge waits
+def test_a_slow_store_ends_nobody_before_it_is_mute_for_the_timeout(rank, per_key, monkeypatch):
+    store, stopped = Store(per_key), []
     monkeypatch.setattr(agreement, "open_store", lambda timeout: store)
     monkeypatch.setattr(watch, "GRACE", 0.0)
     monkeypatch.setattr(Watch, "_stop", lambda self, found: stopped.append((found, time.monotonic())))
     watched = Watch(rank, 200, 3.0)
     watched.at(0, "long")
-    time.sleep(6.5)  # all ranks are late, and have been read twice
+    time.sleep(7.5)  # all ranks are late, and rank 0 has tried to read them twice
     assert not stopped
+    assert store.most == (200 if rank == 0 else 1)
     store.mute.set()
     began = time.monotonic()
     time.sleep(4.5)
