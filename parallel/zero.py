@@ -8,6 +8,7 @@ the global loss, at any (dp, sp) and any stage. (Its own sequence-parallel setti
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import math
 import os
@@ -15,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -50,6 +52,7 @@ def make_engine(
     check_zero(config, precision)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        load_shm_op()
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -74,6 +77,25 @@ def make_engine(
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return engine
+
+
+def load_shm_op() -> None:
+    """Compile or load what DeepSpeed's CPU backend would compile anyway, past a lock that a killed process left.
+
+    torch's lock for compiling is a file without an owner: a process that is killed meanwhile leaves it, and every
+    later start waits for it forever. Under a lock that ends with its process, whatever lies there is stale.
+    """
+    from deepspeed.accelerator import get_accelerator
+    from torch.utils.cpp_extension import _get_build_directory
+
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is None or not builder.is_compatible(verbose=False):
+        return
+    folder = Path(_get_build_directory(builder.name, verbose=False))
+    with (folder / "msc.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        builder.load(verbose=False)
 
 
 def base_optimizer(engine: Any) -> torch.optim.Optimizer:

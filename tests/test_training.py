@@ -383,3 +383,29 @@ def test_a_damaged_checkpoint_is_found_by_its_checksum(shards, tmp_path):
     file.write_bytes(content)
     done = msc_train(shards, run, steps=4, resume=True, check=False)
     assert done.returncode == 2 and "checksum" in done.stderr and file.name in done.stderr
+
+
+def test_a_lock_that_a_killed_process_left_holds_nobody(tmp_path, monkeypatch):
+    import deepspeed.accelerator
+    from torch.utils import cpp_extension
+
+    from msc.parallel import zero
+
+    class Builder:
+        name = "op"
+        loaded = False
+
+        def is_compatible(self, verbose):
+            return True
+
+        def load(self, verbose):
+            assert not (tmp_path / "lock").exists(), "torch would wait for it forever"
+            self.loaded = True
+
+    builder = Builder()
+    accelerator = type("Accelerator", (), {"create_op_builder": lambda self, name: builder})()
+    monkeypatch.setattr(deepspeed.accelerator, "get_accelerator", lambda: accelerator)
+    monkeypatch.setattr(cpp_extension, "_get_build_directory", lambda name, verbose: str(tmp_path))
+    (tmp_path / "lock").touch()
+    zero.load_shm_op()
+    assert builder.loaded
