@@ -67,7 +67,7 @@ class ShardedTimeline:
         return self.placements.get(scale)
 
     def ask(
-        self, key: tuple[str | int, ...], x_BU: Tensor, before: Before, kept: int | None, every: int = 1
+        self, key: tuple[object, ...], x_BU: Tensor, before: Before, kept: int | None, every: int = 1
     ) -> Callable[[], Tensor | None]:
         """Post the messages at once; the result waits for the earlier items. Differentiable."""
         messages = transfers(self.bounds, before, every)
@@ -78,7 +78,7 @@ class ShardedTimeline:
         return lambda: _Arrive.apply(ticket, trip)
 
 
-def _words(key: tuple[str | int, ...]) -> str:
+def _words(key: tuple[object, ...]) -> str:
     what, *layer, scale = key
     return f"{what} of scale {scale}" + (f" in layer {layer[0]}" if layer else "")
 

@@ -21,7 +21,10 @@ from .backends import Attend, Backend, Blocks, Masks, attend
 from .gate import NODES, ON_KEYS, GatePlace, effective_log_snr, log_gate, log_gate_at_nodes, node_weights
 from .rope import Rope, normalise_and_rotate
 from .scales import Scale, spatial_windows
+from .timeline import Layer
 from .view import View
+
+FIRST = Layer(0)
 
 
 def unrotated(gate: GatePlace) -> int:
@@ -33,7 +36,7 @@ def unrotated(gate: GatePlace) -> int:
 class Part:
     """One scale of one call, between asking for its past and attending to it. `[B, U, F, H, W, h, d]`."""
 
-    key: tuple[int, int]  # layer and scale
+    key: tuple[Layer, int]  # and scale
     view: View
     delta_h: Tensor | None
     q: Tensor
@@ -73,7 +76,7 @@ class MultiScaleAttention(nn.Module):
         self.k_gain = nn.Parameter(torch.ones(self.head_width))
         self.delta = nn.Parameter(torch.zeros(self.heads)) if gate != "none" else None
 
-    def forward(self, x_BTHWD: Tensor, views: Sequence[View], layer: int = 0) -> Tensor:
+    def forward(self, x_BTHWD: Tensor, views: Sequence[View], layer: Layer = FIRST) -> Tensor:
         qkv = self.qkv(x_BTHWD).unflatten(-1, (3, self.heads, self.head_width))
         frames = x_BTHWD.shape[1]
         sizes = [scale.heads for scale in self.scales]
@@ -94,7 +97,7 @@ class MultiScaleAttention(nn.Module):
             outs = self._mixed(outs, views, deltas)
         return self.out(torch.cat(outs, dim=-2).flatten(-2))
 
-    def _ask(self, key: tuple[int, int], qkv_BTHW3hd: Tensor, view: View, delta_h: Tensor | None) -> Part:
+    def _ask(self, key: tuple[Layer, int], qkv_BTHW3hd: Tensor, view: View, delta_h: Tensor | None) -> Part:
         """Queries and keys of the own units; asks for the earlier ones."""
         scale = view.scale
         x = pool_space(qkv_BTHW3hd, scale.space).unflatten(1, (-1, view.frames_per_unit))
@@ -109,11 +112,10 @@ class MultiScaleAttention(nn.Module):
 
     def _attend_late(self, part: Part) -> Tensor | None:
         """Output of the units that need nothing from before the run."""
-        early = part.view.early
-        if early == part.q.shape[1]:
+        view, units = part.view, part.q.shape[1]
+        if view.early == units:
             return None
-        view = part.view
-        return self._attend(part, slice(early, None), [part.k_past], [part.v_past], view.blocks_late, view.masks_late)
+        return self._attend(part, view.early, units, [part.k_past], [part.v_past], view.blocks_late, view.masks_late)
 
     def _receive(self, part: Part) -> tuple[list[Tensor], list[Tensor], Callable | None]:
         """Keys and values of the units before the run and of the groups pooled in time; asks for earlier groups."""
@@ -138,20 +140,25 @@ class MultiScaleAttention(nn.Module):
         if groups is not None and (earlier := groups()) is not None:
             k_pooled, v_pooled = earlier.unbind(-3)
             k, v = [k_pooled, *k], [v_pooled, *v]
-        k, v = [*k, _cut(part.k_past, slice(early))], [*v, _cut(part.v_past, slice(early))]
-        return self._attend(part, slice(early), k, v, part.view.blocks_early, part.view.masks_early)
+        k, v = [*k, _cut(part.k_past, 0, early)], [*v, _cut(part.v_past, 0, early)]
+        return self._attend(part, 0, early, k, v, part.view.blocks_early, part.view.masks_early)
 
     def _attend(
-        self, part: Part, units: slice, k: list[Tensor], v: list[Tensor], blocks: Blocks, masks: Masks
+        self, part: Part, start: int, stop: int, k: list[Tensor], v: list[Tensor], blocks: Blocks, masks: Masks
     ) -> Tensor:
-        """Key blocks lie as Scale.key_blocks orders them: [pooled groups | unpooled units | own units, ungated]."""
+        """Output of the units from `start` to `stop`.
+
+        Key blocks lie as Scale.key_blocks orders them: [pooled groups | unpooled units | own units, ungated].
+        """
         view = part.view
         if self.gate in ON_KEYS:
-            k, v = [*k, _cut(part.k_own, units)], [*v, _cut(part.v_own, units)]
+            k, v = [*k, _cut(part.k_own, start, stop)], [*v, _cut(part.v_own, start, stop)]
         elsewhere = None if view.placement is None else view.placement.attend
         kernel = elsewhere or partial(attend, backend=self.backend, masks=masks)
         k_row, v_row = (x[0] if len(x) == 1 else torch.cat(x, 1) for x in (k, v))
-        return attend_windows(_cut(part.q, units), k_row, v_row, blocks, view.scale.patch_window, self.shifted, kernel)
+        return attend_windows(
+            _cut(part.q, start, stop), k_row, v_row, blocks, view.scale.patch_window, self.shifted, kernel
+        )
 
     def _pool_time(self, fresh: Tensor, view: View, delta_h: Tensor | None) -> Tensor:
         """Keys and values of the groups that own units complete: `[B, groups, F, H, W, 2, h, d]`."""
@@ -159,7 +166,7 @@ class MultiScaleAttention(nn.Module):
             return fresh[:, :0]
         time, frames = view.scale.time, fresh.shape[2]
         finished = view.rope_groups.frames // frames
-        members = _cut(fresh, slice(finished * time)).flatten(1, 2)
+        members = _cut(fresh, 0, finished * time).flatten(1, 2)
         kv = members.unflatten(1, (-1, time)).mean(2).unflatten(1, (-1, frames))
         kv = self._gated(kv, view.rope_groups, view.log_snr_groups, view.constants.rho_pooled, delta_h)
         return torch.stack(kv, -3)
@@ -219,10 +226,9 @@ def _own_log_gate(view: View, delta_h: Tensor | None) -> Tensor:
     return log_gate(view.log_snr_query, delta_h.to(view.log_snr_query.dtype))
 
 
-def _cut(x: Tensor, units: slice) -> Tensor:
-    """`x[:, units]`; all of it as it is, because on the way back even a whole slice costs a pass."""
-    start, stop, _ = units.indices(x.shape[1])
-    return x if (start, stop) == (0, x.shape[1]) else x[:, units]
+def _cut(x: Tensor, start: int, stop: int) -> Tensor:
+    """`x[:, start:stop]`; all of it as it is, because on the way back even a whole slice costs a pass."""
+    return x if (start, stop) == (0, x.shape[1]) else x[:, start:stop]
 
 
 def place(x_BUFHWhd: Tensor, gain_d: Tensor, rope: Rope, tail_BThc: Tensor | None = None) -> Tensor:

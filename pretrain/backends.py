@@ -17,6 +17,7 @@ from torch.nn import functional as F
 Blocks = tuple[tuple[int, ...], ...]
 Attend = Callable[[Tensor, Tensor, Tensor, Blocks], Tensor]
 Backend = Literal["auto", "sdpa", "flex", "flash"]
+VARIANTS = 256  # shapes that a function is compiled for
 CPU_UNITS = 16  # units of a call on a CPU, see _calls
 Masks = dict[int, Any]  # FlexAttention's block masks, by tokens of a block
 
@@ -35,14 +36,17 @@ def attend(
     `blocks[u]` names the blocks unit u sees, never none. Logits are scaled by `d**-0.5`. `masks` are those that
     `prepare` made for the blocks, if it was asked. Returns `[B, U, n, h, d]`.
     """
-    assert len(blocks) == q_BUnhd.shape[1] and all(blocks), "every query unit needs at least its own keys"
     if backend == "auto":
         backend = choose_backend(q_BUnhd.device.type, q_BUnhd.shape[-1], q_BUnhd.dtype)
     if backend == "flex":
         from . import flex  # its import costs seconds that the other kernels need not pay
 
-        mask = (masks or {}).get(q_BUnhd.shape[2])
-        return flex.attend(q_BUnhd, k_BRnhd, v_BRnhd, blocks, mask)
+        mask = masks.get(q_BUnhd.shape[2]) if masks else None
+        # Who has a mask need not look at the blocks: a compiled model would check each of their numbers at every call.
+        return flex.attend(
+            q_BUnhd, k_BRnhd, v_BRnhd, mask or flex.block_mask(blocks, q_BUnhd.shape[2], str(q_BUnhd.device))
+        )
+    assert len(blocks) == q_BUnhd.shape[1] and all(blocks), "every query unit needs at least its own keys"
     if backend == "flash":
         from . import flash
 
@@ -82,6 +86,13 @@ def choose_backend(device_type: str, head_width: int = 64, dtype: torch.dtype = 
     except ValueError:
         return "sdpa"
     return "flash"
+
+
+def many_shapes() -> None:
+    """Let torch compile a function for more shapes than its default of 8, before it runs it uncompiled."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, VARIANTS)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, VARIANTS)
 
 
 def check_backend(backend: Backend, head_width: int, dtype: torch.dtype) -> None:
@@ -285,9 +296,7 @@ def _backward_with_sum(
     if _flash(q):
         op = torch.ops.aten._scaled_dot_product_flash_attention_backward
         seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of a dropout that there is not
-        return op(
-            grad, q, k, v, out, log_sum.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, False, seed, seed
-        )
+        return op(grad, q, k, v, out, log_sum.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, False, seed, seed)
     scale = q.shape[-1] ** -0.5
     weights = (_wide(q) @ _wide(k).mT * scale - log_sum[..., None]).exp()
     rest = _wide(grad) @ _wide(v).mT - (_wide(grad) * out).sum(-1, keepdim=True)

@@ -13,23 +13,20 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from .backends import many_shapes
+
 TILE = 128
-VARIANTS = 256  # shapes compiled before torch would fall back to full score matrices; its default is 8
 
 
 @lru_cache(maxsize=1)
 def compiled() -> Callable[..., Tensor]:
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
-    torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, VARIANTS)
+    many_shapes()
     return torch.compile(flex_attention, dynamic=False)
 
 
-def attend(
-    q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, blocks: tuple[tuple[int, ...], ...], mask: BlockMask | None
-) -> Tensor:
-    """See backends.attend; the mask is that of `blocks`, made here if not given."""
+def attend(q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, mask: BlockMask) -> Tensor:
+    """See backends.attend; the mask is `block_mask` of the blocks."""
     units, n = q_BUnhd.shape[1:3]
-    mask = mask or block_mask(blocks, n, str(q_BUnhd.device))
     q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (q_BUnhd, k_BRnhd, v_BRnhd))
     inside = torch.compiler.is_compiling() or not q.is_cuda  # of a compiled model it becomes a part
     out = flex_attention(q, k, v, block_mask=mask) if inside else compiled()(q, k, v, block_mask=mask)

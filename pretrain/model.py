@@ -20,7 +20,7 @@ from .attention import unrotated
 from .gate import GateConstants, GatePlace
 from .layers import Block, NoiseEmbedding
 from .scales import Scale, check_scales
-from .timeline import Timeline, WholeVideo
+from .timeline import Layer, Timeline, WholeVideo
 from .view import View, view_frames
 
 
@@ -182,8 +182,8 @@ class MSCTransformer(nn.Module):
             seen_BL = torch.cat((torch.ones_like(seen_BL[:, :1]), seen_BL[:, 1:]), 1)
             text = (self.text(text_BLE.to(kind)), seen_BL)
         modulation = self.modulate(torch.nn.functional.silu(embedding)).unflatten(-1, (6, -1))
-        for layer, block in enumerate(self.blocks):
-            arguments = (tokens, modulation, text, views, layer)
+        for number, block in enumerate(self.blocks):
+            arguments = (tokens, modulation, text, views, Layer(number))
             if self.recompute and torch.is_grad_enabled():
                 tokens = checkpoint(block, *arguments, use_reentrant=False)
             else:

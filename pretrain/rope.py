@@ -25,7 +25,6 @@ class Rope:
         return self.cos.shape[0]
 
 
-
 def rope_angles(
     positions: tuple[Tensor, Tensor, Tensor], rotated: int, theta: float, dtype: torch.dtype = torch.float32
 ) -> Rope:

@@ -8,15 +8,25 @@ generation cache provide them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from .backends import Attend
 
-# What is asked for: its name, and layer and scale or the scale alone. Numbers, which a compiler need not know, as
-# text would make it compile every layer anew.
-Key = tuple[str | int, ...]
+
+@dataclass(frozen=True)
+class Layer:
+    """Number of a layer, inside of something: a compiler would compile anew for every bare number."""
+
+    number: int
+
+    def __str__(self) -> str:
+        return str(self.number)
+
+
+Key = tuple[str | Layer | int, ...]  # what is asked for: its name, and layer and scale or the scale alone
 
 
 class Placement(Protocol):

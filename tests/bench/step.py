@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -25,8 +26,10 @@ from msc.pretrain.scales import Scale
 SIDE = 32  # latents: 16 x 16 tokens with patch 2
 
 
-def measure(config: ModelConfig, frames: int, backend: str, compiled: bool, recompute: bool, runs: int) -> dict:
-    """Median seconds of a step, peak memory in bytes, FLOPs."""
+def training_step(
+    config: ModelConfig, frames: int, backend: str, compiled: bool, recompute: bool
+) -> Callable[[], None]:
+    """A function that makes one forward and backward pass and returns when the device is done."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
@@ -39,23 +42,53 @@ def measure(config: ModelConfig, frames: int, backend: str, compiled: bool, reco
             block.compile()
     x = torch.randn(1, frames, config.channels, SIDE, SIDE, device=device)
     t = torch.rand(1, frames, device=device)
-    times = []
-    for _ in range(runs + 2):  # two warm-ups
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
+
+    def step() -> None:
         model(x, t).float().square().mean().backward()
+        model.zero_grad(set_to_none=True)
         if device.type == "cuda":
             torch.cuda.synchronize()
+
+    return step
+
+
+def measure(
+    config: ModelConfig, frames: int, backend: str, compiled: bool, recompute: bool, runs: int, top: int = 0
+) -> dict:
+    """Median seconds of a step, peak memory in bytes, FLOPs; with `top`, a list of so many kernels."""
+    torch._dynamo.reset()
+    step, on_gpu = training_step(config, frames, backend, compiled, recompute), torch.cuda.is_available()
+    for _ in range(2):
+        step()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        step()
         times.append(time.perf_counter() - start)
-        model.zero_grad(set_to_none=True)
-    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     return {
-        "seconds": statistics.median(times[2:]),
-        "memory": memory,
+        "seconds": statistics.median(times),
+        "memory": torch.cuda.max_memory_allocated() if on_gpu else 0,
         "flops": cost.step_flops(config, frames, SIDE, SIDE),
+        "kernels": kernels(step, top) if top else "",
     }
+
+
+def kernels(step: Callable[[], None], top: int) -> str:
+    """The GPU's kernels of one step: the longest by name, all of them, and how long the GPU did nothing."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        start = time.perf_counter()
+        step()
+        wall = time.perf_counter() - start
+    found = [e for e in profiler.key_averages() if e.self_device_time_total > 0]
+    found.sort(key=lambda e: -e.self_device_time_total)
+    busy = sum(e.self_device_time_total for e in found) / 1e6
+    lines = [f"  {e.self_device_time_total / 1e3:9.2f} ms {e.count:6} x {e.key[:110]}" for e in found[:top]]
+    count = sum(e.count for e in found)
+    return "\n".join(
+        [*lines, f"  {busy * 1e3:9.2f} ms {count:6} x in all, {wall * 1e3:.2f} ms of a step with the profiler"]
+    )
 
 
 def main() -> None:
@@ -64,10 +97,14 @@ def main() -> None:
     parser.add_argument("--frames", type=int, nargs="+", default=[16, 32])
     parser.add_argument("--backends", nargs="+", default=["sdpa"])
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--keep", action="store_true", help="keep all activations instead of recomputing them")
     parser.add_argument("--depth", type=int, help="fewer layers, for a quick look")
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--models", nargs="+", default=["multi-scale", "dense"], choices=["multi-scale", "dense"])
+    parser.add_argument("--profile", type=int, metavar="N", help="also list the GPU's N longest kernels")
     args = parser.parse_args()
     preset = PRESETS[args.preset]()
+    recompute = preset.parallel.recompute and not args.keep
     model = replace(preset.model, channels=16, patch=2, depth=args.depth or preset.model.depth)
     dense = replace(model, scales=(Scale(model.heads),), gate="none")
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
@@ -77,10 +114,11 @@ def main() -> None:
     print(f"{'tokens':>8} {'model':<12} {'kernel':<6} {columns}  time ratio / FLOP ratio")
     for frames in args.frames:
         best: dict[str, dict] = {}
-        for label, config in (("multi-scale", model), ("dense", dense)):
+        for label in args.models:
+            config = {"multi-scale": model, "dense": dense}[label]
             for backend in args.backends:
                 try:
-                    found = measure(config, frames, backend, args.compile, preset.parallel.recompute, args.runs)
+                    found = measure(config, frames, backend, args.compile, recompute, args.runs, args.profile)
                 except torch.OutOfMemoryError:
                     print(f"{frames * 256:>8} {label:<12} {backend:<6} out of memory", flush=True)
                     continue
@@ -96,6 +134,8 @@ def main() -> None:
                     f"{found['memory'] / 1e9:>7.2f} {flops / 1e12:>8.2f} {'' if share is None else f'{share:.1%}':>6}",
                     flush=True,
                 )
+                if args.profile:
+                    print(found["kernels"], flush=True)
         if len(best) == 2:
             times, flops = (best["dense"][key] / best["multi-scale"][key] for key in ("seconds", "flops"))
             print(f"{'':>72} {times:.2f} / {flops:.2f} = {times / flops:.0%}", flush=True)
