@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import reference_attention
-from sharded import compiled_gradients
+from sharded import SCALES, compiled_gradients
 from torch.nn import functional as F
 
 from msc.pretrain.attention import MultiScaleAttention, unrotated
@@ -164,4 +164,4 @@ def test_spatial_windows_tile_the_side(side, window, shifted):
 @pytest.mark.slow  # a minute of tracing
 @pytest.mark.parametrize("gate", ["logits", "pair"])
 def test_compiled_blocks_have_the_gradients_of_eager_ones(gate):
-    assert compiled_gradients(gate, "sdpa", "cpu", "aot_eager") < 1e-5
+    assert compiled_gradients(SCALES["default"], gate, "sdpa", "cpu", "aot_eager") < 1e-5

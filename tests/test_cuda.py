@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,8 +92,11 @@ def test_bf16_weights_train():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "flex"])
-@pytest.mark.parametrize("gate", ["none", "logits", "values", "pair", "mix"])
-def test_compiled_blocks_have_the_gradients_of_eager_ones(gate, kernel):
-    """Torch 2.11 once lost the gradients of q and k here while outputs were right."""
-    assert compiled_gradients(gate, kernel, "cuda", "inductor") < 1e-4
+@pytest.mark.parametrize("gate", ["logits", "none", "values", "pair", "mix"])
+def test_compiled_blocks_have_the_gradients_of_eager_ones(gate):
+    """Torch 2.11 once lost the gradients of q and k here while outputs were right.
+
+    Without windows in space: each size of window would be another kernel to compile.
+    """
+    scales = [replace(scale, patch_window=None) for scale in SCALES["default"]]
+    assert compiled_gradients(tuple(scales), gate, "flex", "cuda", "inductor") < 1e-4

@@ -1,0 +1,217 @@
+"""Multi-scale against dense attention at equal wall time, on video with far memory.
+
+    python tests/bench/race.py FOLDER --seconds 120
+
+The data are moving textures in which a disc hides for a third of the clip. Both models have the same width, depth and
+learning rate; each trains alone for so many seconds, compiled, and is looked at now and then while its clock stands
+still. FOLDER gets race.jsonl (held-out loss by training time), PSNR by horizon of held-out clips continued from
+their first half, and a contact sheet of one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from msc.datasets.statistics import measure
+from msc.datasets.synthetic import moving_textures
+from msc.pretrain.diffusion import add_noise, frame_losses
+from msc.pretrain.evaluate import psnr
+from msc.pretrain.gate import gate_constants
+from msc.pretrain.layers import Block
+from msc.pretrain.model import ModelConfig, MSCTransformer
+from msc.pretrain.pictures import contact_sheet
+from msc.pretrain.sampler import generate
+from msc.pretrain.scales import Scale, default_scales
+
+PATCH, HEADS = 2, 4
+
+
+def levels(shape: tuple[int, int], source: torch.Generator) -> Tensor:
+    """Noise of training: independent per frame, a quarter of the frames clean, `[B, T]`."""
+    t = torch.sigmoid(1 + 1.5 * torch.randn(shape, generator=source))
+    clean = torch.rand(shape, generator=source) < 0.25
+    clean[:, -1] = False
+    return t.masked_fill(clean, 0.0)
+
+
+def losses(model: MSCTransformer, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """Mean over supervised frames."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+        velocity = model(add_noise(x, noise, t), t)
+    supervised = t > 0
+    return (frame_losses(velocity.float(), x, noise) * supervised).sum() / supervised.sum()
+
+
+@torch.no_grad()
+def held_out_loss(model: MSCTransformer, clips: Tensor, batch: int) -> float:
+    source, found = torch.Generator().manual_seed(77), []
+    for x in clips.split(batch):
+        t = levels((x.shape[0], x.shape[1]), source).to(x.device)
+        noise = torch.randn(x.shape, generator=source).to(x.device)
+        found.append(float(losses(model, x, t, noise)))
+    return sum(found) / len(found)
+
+
+def race(model: MSCTransformer, train: Tensor, rest: Tensor, args: argparse.Namespace) -> Iterator[dict]:
+    """Train until the time is over; yields what was seen now and then. Compiling is not counted."""
+    device, average = rest.device, {name: p.detach().clone() for name, p in model.named_parameters()}
+    source = torch.Generator().manual_seed(1)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), args.lr, (0.9, 0.95), weight_decay=0.01, fused=device.type == "cuda"
+    )
+
+    def step(number: int) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1.0, (number + 1) / 100)
+        x = train[torch.randint(len(train), (args.batch,), generator=source)].to(device, non_blocking=True)
+        t = levels((args.batch, x.shape[1]), source).to(device)
+        losses(model, x, t, torch.randn_like(x)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        keep = 0.5 ** (1 / min(args.halflife, 1 + number / 10))
+        torch._foreach_lerp_(list(average.values()), list(model.parameters()), 1 - keep)
+
+    def averaged(look: Callable[[], float]) -> float:
+        own = {name: p.detach().clone() for name, p in model.named_parameters()}
+        load(model, average)
+        found = look()
+        load(model, own)
+        return found
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    start_weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    step(0)  # compiles
+    held_out_loss(model, rest[: args.batch], args.batch)
+    load(model, start_weights)
+    load_into(average, start_weights)
+    optimizer.state.clear()
+    wait()
+    number, spent, last = 0, 0.0, 0.0
+    began = time.perf_counter()
+    while spent < args.seconds:
+        step(number)
+        number += 1
+        if number % 10 == 0:
+            wait()
+            spent = last + time.perf_counter() - began
+            if spent - last >= args.look or spent >= args.seconds:
+                loss = averaged(lambda: held_out_loss(model, rest, args.batch))
+                yield {"seconds": spent, "steps": number, "loss": loss}
+                wait()
+                last, began = spent, time.perf_counter()
+    load(model, average)
+
+
+def load(model: MSCTransformer, weights: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
+
+
+def load_into(target: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+    for name, value in weights.items():
+        target[name].copy_(value)
+
+
+@torch.no_grad()
+def continued(model: MSCTransformer, x: Tensor, steps: int) -> Tensor:
+    """Held-out clips from their first half on, normalised: `[B, T, C, H, W]`."""
+    for block in model.blocks:  # many shapes: not compiled
+        assert isinstance(block, Block)
+        block.attention.backend = "sdpa"
+        block._compiled_call_impl = None
+    given = x.shape[1] // 2
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+        new = list(generate(model, x[:, :given], x.shape[1] - given, steps=steps, seed=5))
+    return torch.cat([x[:, :given], *new], 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seconds", type=float, default=120, help="of training, for each model")
+    parser.add_argument("--look", type=float, default=10, help="seconds between looks at the held-out loss")
+    parser.add_argument("--models", nargs="+", default=["multi-scale", "dense"])
+    parser.add_argument("--frames", type=int, default=128)
+    parser.add_argument("--side", type=int, default=32)
+    parser.add_argument("--clips", type=int, default=480)
+    parser.add_argument("--held-out", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--depth", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--halflife", type=float, default=200, help="of the averaged weights, in steps")
+    parser.add_argument("--steps", type=int, default=8, help="of sampling")
+    parser.add_argument("--compile", action="store_true")
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_float32_matmul_precision("high")
+    train, rest = (
+        moving_textures(seed, clips, args.frames, args.side, args.side).float()
+        for seed, clips in ((100, args.clips), (9000, args.held_out))
+    )
+    statistics = measure(train[:64])
+    mean, std = (torch.tensor(x)[:, None, None] for x in (statistics.mean, statistics.std))
+    train, rest = (train - mean) / std, ((rest - mean) / std).to(device)
+    train = train.pin_memory() if device.type == "cuda" else train
+
+    def pixels(x: Tensor) -> Tensor:  # in [-1, 1]
+        return ((x.float().cpu() * std + mean) / 127.5 - 1).clamp(-1, 1)
+
+    results = args.folder / "race.jsonl"
+    results.unlink(missing_ok=True)
+    rows, given = [("truth", pixels(rest[0]))], args.frames // 2
+    for name in args.models:
+        scales = (Scale(HEADS),) if name == "dense" else default_scales(HEADS, None)
+        torch.manual_seed(0)
+        config = ModelConfig(
+            width=args.width, depth=args.depth, scales=scales, patch=PATCH, channels=3,
+            gate="none" if name == "dense" else "logits", gate_constants=gate_constants(scales, PATCH, 1, statistics),
+        )  # fmt: skip
+        model = MSCTransformer(config).to(device)
+        if args.compile:
+            torch._dynamo.reset()
+            for block in model.blocks:
+                block.compile()
+        for seen in race(model, train, rest, args):
+            with results.open("a") as file:
+                file.write(json.dumps({"model": name, **seen}) + "\n")
+            print(
+                f"{name:<12} {seen['seconds']:7.1f} s {seen['steps']:6} steps  held-out loss {seen['loss']:.4f}",
+                flush=True,
+            )
+        for which, steps in (("mean prediction", 1), ("sample", args.steps)):
+            video = continued(model, rest, steps)
+            quality = psnr(pixels(video)[:, given:], pixels(rest)[:, given:]).mean(0).tolist()
+            with results.open("a") as file:
+                file.write(json.dumps({"model": name, "psnr": which, "by_horizon": quality}) + "\n")
+            print(f"{name:<12} PSNR of {which}: " + " ".join(f"{quality[h - 1]:.2f}" for h in horizons(len(quality))))
+        rows.append((name, pixels(video[0])))
+        sheet = [(label, ((clip + 1) * 127.5).round().to(torch.uint8)) for label, clip in rows]
+        contact_sheet(sheet, args.folder / "race.png", context=given)
+    truth = pixels(rest)
+    quality = psnr(truth[:, given - 1 : given].expand_as(truth[:, given:]), truth[:, given:]).mean(0).tolist()
+    with results.open("a") as file:
+        file.write(json.dumps({"model": "copy last", "psnr": "copy last", "by_horizon": quality}) + "\n")
+    print("copy last    PSNR: " + " ".join(f"{quality[h - 1]:.2f}" for h in horizons(len(quality))))
+
+
+def horizons(count: int) -> list[int]:
+    """1, 2, 4, ... up to count."""
+    return [2**i for i in range(count.bit_length()) if 2**i <= count]
+
+
+if __name__ == "__main__":
+    main()
