@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from msc.launch.job import Job, attend
 from msc.launch.sites import Site, one_line
+from msc.launch.supervisor import Job, attend
 
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "STAGE_OUT")
 
@@ -67,7 +67,7 @@ def parameters(
         "ntasks_per_node": tasks_per_node,
         "wckey": None,  # submitit's own default is refused where such keys are checked
         "stderr_to_stdout": True,
-        "use_srun": False,  # job.py starts the ranks and looks after them
+        "use_srun": False,  # supervisor.py starts the ranks and looks after them
         "setup": ["export PYTHONSAFEPATH=1", *site.setup],
         # To the ranks, not to the batch script; USR1 for they may get TERM as well, and two of a kind end at once.
         "additional_parameters": {**extra, "signal": f"USR1@{site.signal_seconds}", "requeue": True},

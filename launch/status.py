@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 
-from msc.launch import jobs, slurm
-from msc.launch.jobs import Record
+from msc.launch import ledger, slurm
+from msc.launch.ledger import Record
 from msc.launch.slurm import State
 from msc.launch.submit import is_active, process_of
 from msc.pretrain import heartbeat, shelf
@@ -44,7 +44,7 @@ class Facts:
 
 def read(run: Path) -> Facts:
     """ValueError if `run` is neither a run folder nor one with jobs."""
-    records = jobs.records(jobs.folder(run))
+    records = ledger.records(ledger.folder(run))
     record = next((r for r in reversed(records) if r.words[0] == "train"), records[-1] if records else None)
     config = run / "config.yaml"
     if not config.is_file():
@@ -162,7 +162,7 @@ def runs_here() -> list[Path]:
 
 def log_of(run: Path, rank: int | None) -> Path:
     """Where a rank of the last job writes, or a part of the last conversion; FileNotFoundError says what there is."""
-    records = jobs.records(jobs.folder(run))
+    records = ledger.records(ledger.folder(run))
     arrays = [record for record in records if record.parts]
     if arrays and rank is not None:
         path = Path(arrays[-1].log.replace("_0_0_log.out", f"_{rank}_0_log.out"))
@@ -196,7 +196,7 @@ def show_log(run: Path, rank: int | None, follow: bool, lines: int) -> None:
 
 def cancel(run: Path) -> str:
     """End the jobs of a run that are still in the queue or alive, wait until they are gone; what was done, as text."""
-    active = [record for record in jobs.records(jobs.folder(run)) if is_active(record)]
+    active = [record for record in ledger.records(ledger.folder(run)) if is_active(record)]
     if not active:
         raise ValueError(f"no job of {run} is in the queue or running")
     for record in active:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import psutil
 
-from msc.launch import commands, job, jobs, local, sites, slurm
-from msc.launch.job import Job
-from msc.launch.jobs import Record
+from msc.launch import commands, ledger, local, sites, slurm, supervisor
+from msc.launch.ledger import Record
 from msc.launch.sites import Site
+from msc.launch.supervisor import Job
 
 # Of the command line over the site's own, by the names that both have.
 OVER_SITE = ("partition", "account", "qos", "constraint", "time", "mem", "cpus_per_task")
@@ -59,20 +59,20 @@ def submit(args: Namespace) -> int:
     )  # fmt: skip
     if args.cluster == "debug":
         os.environ.update(site.variables)
-        return job.attempts(made, [])
+        return supervisor.attempts(made, [])
     if args.cluster == "local":
         records = [start_here(made, site)]
     else:
         try:
             records = send(made, args, site, name, per_node)
         except ValueError:
-            if not jobs.records(where):
+            if not ledger.records(where):
                 shutil.rmtree(where, ignore_errors=True)  # what submitit wrote for it
             if inner.command == "train" and not (inner.resume or inner.rollback):
                 (folder / "config.yaml").unlink()  # a new run is still none
             raise
     for record in records:
-        jobs.write(where, record)
+        ledger.write(where, record)
     print(report(made, records, where))
     return 0
 
@@ -105,7 +105,7 @@ def prepare_training(inner: Namespace, args: Namespace, tasks: int) -> tuple[Pat
     run = asked.run.absolute()
     if args.cluster == "slurm":
         slurm.check_path(run)
-    active = [r for r in jobs.records(run / "jobs") if r.words[0] == "train" and is_active(r)]
+    active = [r for r in ledger.records(run / "jobs") if r.words[0] == "train" and is_active(r)]
     if active:
         raise ValueError(f"job {active[-1].id} is training in {run}: wait for it, or end it with `msc cancel {run}`")
 
@@ -172,7 +172,7 @@ def start_here(made: Job, site: Site) -> Record:
     environment = {**local.process_environment(os.environ), **site.variables}
     with starting.open("ab") as out:
         process = subprocess.Popen(
-            [sys.executable, "-c", job.LOCAL_PROGRAM, job.to_json(made)], stdin=subprocess.DEVNULL,
+            [sys.executable, "-c", supervisor.LOCAL_PROGRAM, supervisor.to_json(made)], stdin=subprocess.DEVNULL,
             stdout=out, stderr=subprocess.STDOUT, start_new_session=True, env=environment,
         )  # fmt: skip
     log = starting.rename(where / f"{process.pid}_0_log.out")

@@ -22,7 +22,7 @@ from test_metrics import free_port, server
 from test_stopping import Run
 from test_training import MSC, SMALL, curve, final_weights, shards, wait_for  # noqa: F401
 
-from msc.launch import jobs, slurm
+from msc.launch import ledger, slurm
 from msc.pretrain.tracking import read_identity
 
 
@@ -68,7 +68,7 @@ class Sent:
                  "--preset", "demo", f"data.shards={shards}", *SMALL, "parallel.sp=2", f"train.clips={4 * steps}",
                  "checkpoint.every=4", *settings]  # fmt: skip
         self.said = self.msc(*words)
-        (self.record,) = jobs.records(self.run / "jobs")
+        (self.record,) = ledger.records(self.run / "jobs")
         self.job = self.record.id
 
     def msc(self, *words: object) -> str:
@@ -124,7 +124,7 @@ def test_preempted_twice_and_the_same_run(sent, shards, tmp_path):
     run.until(lambda: len(run.steps()) > 5, "five steps")
     control("scancel", "--signal=USR1", run.job)  # what --signal makes Slurm send
     run.until_queued_again()
-    assert jobs.notes(run.run / "jobs", run.job)[-1]["verdict"] == "again"
+    assert ledger.notes(run.run / "jobs", run.job)[-1]["verdict"] == "again"
     run.until(lambda: len(run.steps()) > 9, "more steps")
     control("scontrol", "requeue", run.job)
     run.until_queued_again()
@@ -158,7 +158,7 @@ def test_a_real_time_limit_and_a_preemption_by_another_job(sent):
         pytest.skip("there is no partition `urgent` that preempts")
     run = sent(step_s=0.5, steps=2000, options=["--time", "2"])
     run.until(lambda: run.state() == "PENDING", "the time limit", 240)
-    first = jobs.notes(run.run / "jobs", run.job)[-1]
+    first = ledger.notes(run.run / "jobs", run.job)[-1]
     assert (first["code"], first["verdict"]) == (75, "again") and first["to"] > 0
     control("scontrol", "update", f"jobid={run.job}", "starttime=now", "timelimit=10")
     before = len(run.steps())
@@ -167,7 +167,7 @@ def test_a_real_time_limit_and_a_preemption_by_another_job(sent):
                      "--wrap=sleep 5").strip()  # fmt: skip
     try:
         run.until(lambda: run.state() == "PENDING", "the preemption")
-        second = jobs.notes(run.run / "jobs", run.job)[-1]
+        second = ledger.notes(run.run / "jobs", run.job)[-1]
         assert second["to"] > first["to"], "it has saved"
     finally:
         control("scancel", urgent)
@@ -240,7 +240,7 @@ def test_a_conversion_in_parts(tmp_path):
     words = ["convert", tmp_path / "my videos", *shape, "--workers", "1", "--autoencoder", "pixels"]
     out = tmp_path / "the shards"
     msc("submit", *words, "--out", out, "--parts", "2", "--time", "5")
-    array, merge = jobs.records(jobs.folder(out))
+    array, merge = ledger.records(ledger.folder(out))
     try:
         wait_for(lambda: slurm.states([merge.id])[merge.id][0].name == "COMPLETED")
     finally:

@@ -16,10 +16,10 @@ import pytest
 import yaml
 from test_training import SMALL, shards, wait_for  # noqa: F401
 
-from msc.launch import cli, job, jobs, rendezvous, sites, slurm, status, submit
-from msc.launch.job import Job, decide
-from msc.launch.jobs import Record
+from msc.launch import cli, ledger, rendezvous, sites, slurm, status, submit, supervisor
+from msc.launch.ledger import Record
 from msc.launch.slurm import State
+from msc.launch.supervisor import Job, decide
 from msc.pretrain import heartbeat
 
 # Where a rank is ---------------------------------------------------------------------------------------------
@@ -169,10 +169,10 @@ def test_what_becomes_of_a_job(code, fruitless, stepped, verdict):
 
 
 def test_starts_without_a_new_checkpoint_are_counted_from_the_last():
-    assert jobs.fruitless([], 0) == 0
-    assert jobs.fruitless([0, 0, 40], 40) == 1
-    assert jobs.fruitless([0, 40, 40, 40], 40) == 3
-    assert jobs.fruitless([0, 40, 40], 80) == 0
+    assert ledger.fruitless([], 0) == 0
+    assert ledger.fruitless([0, 0, 40], 40) == 1
+    assert ledger.fruitless([0, 40, 40, 40], 40) == 3
+    assert ledger.fruitless([0, 40, 40], 80) == 0
 
 
 @pytest.fixture
@@ -186,12 +186,12 @@ def local_job(tmp_path, monkeypatch):
             code, clock[0] = left.pop(0)
             return code
 
-        monkeypatch.setattr(job, "run_ranks", ranks)
-        monkeypatch.setattr(job, "reached", lambda made: clock[0])
-        monkeypatch.setattr(job, "took_a_step", lambda made, since, start: clock[0] > start)
-        monkeypatch.setattr(job, "settle", lambda made, code: None)
+        monkeypatch.setattr(supervisor, "run_ranks", ranks)
+        monkeypatch.setattr(supervisor, "reached", lambda made: clock[0])
+        monkeypatch.setattr(supervisor, "took_a_step", lambda made, since, start: clock[0] > start)
+        monkeypatch.setattr(supervisor, "settle", lambda made, code: None)
         made = Job(words, str(tmp_path / "run"), str(tmp_path / "run/jobs"), "local")
-        code = job.attempts(made, [])
+        code = supervisor.attempts(made, [])
         return code, left
 
     return run
@@ -208,14 +208,14 @@ def test_a_job_goes_on_while_it_gets_further_and_is_given_up_when_it_does_not(lo
 
 def test_a_job_that_slurm_starts_again_and_again_is_given_up(tmp_path, local_job, capsys):
     for _ in range(3):
-        jobs.note(tmp_path / "run/jobs", str(os.getpid()), **{"from": 40})
+        ledger.note(tmp_path / "run/jobs", str(os.getpid()), **{"from": 40})
     assert local_job((0, 80), before=40) == (1, [(0, 80)])
     assert "given up" in capsys.readouterr().err
     assert local_job((0, 80), before=60)[0] == 0
 
 
 def test_a_job_that_has_changed_code_says_so(capsys):
-    job.say_changes(Job(("train",), "x", "x", "local", code=(("mlflow.source.git.commit", "0" * 40),)))
+    supervisor.say_changes(Job(("train",), "x", "x", "local", code=(("mlflow.source.git.commit", "0" * 40),)))
     assert "the code is not what was submitted: mlflow.source.git.commit 000" in capsys.readouterr().err
 
 
@@ -314,7 +314,7 @@ def test_hostile_names_and_secrets_on_the_whole_way(shards, stand_ins, tmp_path,
     command = ["submit", *words, "--run", str(run), "--site", str(file), "--nodes", "1", "--tasks-per-node", "2"]
     assert cli.main(command) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
-    wait_for(lambda: jobs.notes(run / "jobs", "77")[1:], seconds=60)
+    wait_for(lambda: ledger.notes(run / "jobs", "77")[1:], seconds=60)
 
     argv, environment = json.loads((stand_ins / "rank").read_text())
     assert argv[2:] == ["train", "--resume", "--run", str(run)]
@@ -337,7 +337,7 @@ def test_hostile_names_and_secrets_on_the_whole_way(shards, stand_ins, tmp_path,
     assert name.removeprefix("--job-name=").replace("_", "").isalnum()
     assert not list(tmp_path.rglob("PWNED"))
 
-    (record,) = jobs.records(run / "jobs")
+    (record,) = ledger.records(run / "jobs")
     assert (record.id, record.cluster, record.tasks) == ("77", "slurm", 2) and "msc.version" in record.code
     capsys.readouterr()
     assert cli.main(["status", str(run)]) == 0  # Slurm has forgotten it
@@ -365,7 +365,7 @@ def test_a_job_in_the_background_is_watched_ended_and_saved(shards, tmp_path, ca
     assert cli.main(["submit", *where, "--preset", "demo", f"data.shards={shards}", *SMALL, "train.clips=40000"]) == 0
     said = capfd.readouterr().out
     assert f"msc submit --cluster local --resume --run {run}" in said
-    (record,) = jobs.records(run / "jobs")
+    (record,) = ledger.records(run / "jobs")
     wait_for(lambda: (status.last_line(run / "log.jsonl") or {}).get("step", 0) > 3, seconds=120)
     wait_for(lambda: heartbeat.read(run)["phase"] != "starting", seconds=20)
     assert cli.main(["status", str(run)]) == 0

@@ -17,13 +17,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from msc.launch import jobs, local
+from msc.launch import ledger, local
 from msc.launch.commands import PROGRAM
-from msc.launch.jobs import Cluster
+from msc.launch.ledger import Cluster
 from msc.pretrain import heartbeat, shelf
 
 # A detached job on this machine: a process of its own that is given the Job as JSON.
-LOCAL_PROGRAM = "import sys; from msc.launch import job; job.attend(job.from_json(sys.argv[1]))"
+LOCAL_PROGRAM = "import sys; from msc.launch import supervisor; supervisor.attend(supervisor.from_json(sys.argv[1]))"
 STOPPED = 75  # train.py's REQUEUE; that module imports torch
 MISTAKE, INTERRUPTED = 2, 130  # of the user's, in settings or files (but a file system may stumble too); Ctrl-C
 PATIENCE = (1, 4, 15, 40)  # seconds between tries to reach a busy Slurm
@@ -80,18 +80,18 @@ def attempts(job: Job, received: list[int]) -> int:
     say_changes(job)
     while True:
         since, start = time.time(), reached(job)
-        began = [line["from"] for line in jobs.notes(folder, number) if "from" in line]
-        if jobs.fruitless(began, start) >= job.starts:  # it was Slurm that started it again
+        began = [line["from"] for line in ledger.notes(folder, number) if "from" in line]
+        if ledger.fruitless(began, start) >= job.starts:  # it was Slurm that started it again
             say(f"{job.starts} starts without a new checkpoint: given up. The log above says why")
             return end(job, 1)
-        jobs.note(folder, number, **{"from": start}, host=os.uname().nodename)
+        ledger.note(folder, number, **{"from": start}, host=os.uname().nodename)
         code = run_ranks(job, received)
-        fruitless = jobs.fruitless([*began, start], reached(job))
+        fruitless = ledger.fruitless([*began, start], reached(job))
         worked = start > 0 or (took_a_step(job, since, start) if job.trains else reached(job) > 0)
         verdict, why = decide(code, fruitless, job.starts, worked)
         if verdict == "again" and not may_start_again(job, number, code, received):
             verdict, why = "over", "stopped from outside: cancelled, or put back into the queue"
-        jobs.note(folder, number, code=code, to=reached(job), verdict=verdict, why=why)
+        ledger.note(folder, number, code=code, to=reached(job), verdict=verdict, why=why)
         say(f"exit code {code}: {why}")
         if verdict != "again":
             return end(job, code)
