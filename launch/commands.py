@@ -131,13 +131,15 @@ def train(args: Namespace) -> int:
     asked = training_request(args)
     config, run, resume = asked.config, asked.run, asked.resume
 
-    from msc.pretrain import preflight
+    from msc.pretrain import heartbeat, preflight
 
     if args.dry_run:
         print(preflight.describe(config, processes))
         return 0
     if local.LAUNCHED not in os.environ:
         config = preflight.check(config, run, resume, processes)
+        if os.environ.get("RANK", "0") == "0":
+            heartbeat.check_free(run, said)
         if 0 < local.visible_gpus(os.environ) < processes and not started:
             raise ValueError(
                 f"{processes} processes but {local.visible_gpus(os.environ)} GPUs: start one per GPU, or hide the GPUs "
@@ -152,6 +154,10 @@ def train(args: Namespace) -> int:
     expected = expectation(args.plan, config, processes)
     how = given(back_to=asked.back_to, again=args.again or None, expected=expected)
     return training.train(config, run, resume, **how)
+
+
+def said(text: str) -> None:
+    print(f"msc: {text}", file=sys.stderr, flush=True)
 
 
 def enter_step(args: Namespace) -> None:

@@ -55,7 +55,7 @@ def submit(args: Namespace) -> int:
     made = Job(
         words=words, folder=str(folder), jobs=str(where), cluster=args.cluster, tasks=tasks, starts=site.starts,
         python=site.python or sys.executable, container=site.container, srun=site.srun,
-        code=tuple(code_version().items()), again=again,
+        code=tuple(code_version().items()), again=again, part=getattr(inner, "part", None),
     )  # fmt: skip
     if args.cluster == "debug":
         os.environ.update(site.variables)
@@ -110,10 +110,11 @@ def prepare_training(inner: Namespace, args: Namespace, tasks: int) -> tuple[Pat
         raise ValueError(f"job {active[-1].id} is training in {run}: wait for it, or end it with `msc cancel {run}`")
 
     from msc.datasets.files import write_atomically
-    from msc.pretrain import preflight
+    from msc.pretrain import heartbeat, preflight
     from msc.pretrain.config import dump
 
     config = preflight.check(asked.config, run, asked.resume, tasks)
+    heartbeat.check_free(run, commands.said)
     run.mkdir(parents=True, exist_ok=True)
     write_atomically(run / "config.yaml", dump(config).encode())
     words = ("train", "--resume", "--run", str(run))
@@ -157,7 +158,8 @@ def send(made: Job, args: Namespace, site: Site, name: str, per_node: int) -> li
 
     if not args.parts:
         return [sent([made])]
-    cut = [replace(made, words=(*made.words, "--part", f"{i}/{args.parts}")) for i in range(args.parts)]
+    parts = args.parts
+    cut = [replace(made, words=(*made.words, "--part", f"{i}/{parts}"), part=(i, parts)) for i in range(parts)]
     first = sent(cut)
     merge = replace(made, words=(*made.words, "--merge"))
     return [first, sent([merge], dependency=f"afterok:{first.id}")]

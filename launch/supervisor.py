@@ -17,8 +17,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from msc.datasets.work import count_finished
 from msc.launch import ledger, local
 from msc.launch.commands import PROGRAM
+from msc.launch.commands import said as say
 from msc.launch.ledger import Cluster
 from msc.pretrain import heartbeat, shelf
 
@@ -36,7 +38,7 @@ Verdict = Literal["done", "again", "over"]
 class Job:
     """words: what every task runs, of msc. folder: of the run, or of the shards. jobs: where starts are noted. starts:
     how many in a row may bring no new checkpoint. code: version and commit that it was sent with. again: the command
-    that goes on after it is over."""
+    that goes on after it is over. part: of a conversion, (i, N)."""
 
     words: tuple[str, ...]
     folder: str
@@ -49,6 +51,7 @@ class Job:
     srun: tuple[str, ...] = ()
     code: tuple[tuple[str, str], ...] = ()
     again: str = ""
+    part: tuple[int, int] | None = None
 
     @property
     def trains(self) -> bool:
@@ -78,6 +81,12 @@ def attempts(job: Job, received: list[int]) -> int:
     folder, number = Path(job.jobs), os.environ["SLURM_JOB_ID"] if job.cluster == "slurm" else str(os.getpid())
     os.environ[heartbeat.JOB] = number
     say_changes(job)
+    try:
+        if job.trains:
+            heartbeat.check_free(Path(job.folder), say)
+    except ValueError as error:  # nor is its MLflow run ours to end
+        say(f"{error}. This job ends without a start")
+        return MISTAKE
     while True:
         since, start = time.time(), reached(job)
         began = [line["from"] for line in ledger.notes(folder, number) if "from" in line]
@@ -138,11 +147,11 @@ def run_ranks(job: Job, received: list[int]) -> int:
 
 
 def reached(job: Job) -> int:
-    """How far the work has come, as far as a new start would find it done: clips trained on, groups converted."""
+    """How far the work has come, as far as a new start would find it done: clips trained on, groups converted (of a
+    part of a conversion, its own)."""
     if job.trains:
         return int((shelf.newest_meta(Path(job.folder)) or {}).get("clock", 0))
-    out = Path(job.folder)
-    return len(list(out.with_name(f".{out.name}.partial").glob(".work/group-*.json")))
+    return count_finished(Path(job.folder), job.part)
 
 
 def took_a_step(job: Job, since: float, start: int) -> bool:
@@ -202,7 +211,3 @@ def say_changes(job: Job) -> None:
     now = code_version()
     if changed := [f"{name} {old} -> {now.get(name)}" for name, old in job.code if now.get(name) != old]:
         say(f"the code is not what was submitted: {', '.join(changed)}")
-
-
-def say(text: str) -> None:
-    print(f"msc: {text}", file=sys.stderr, flush=True)

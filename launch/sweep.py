@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from msc.datasets.files import write_atomically
 from msc.launch import local
-from msc.launch.commands import PROGRAM
+from msc.launch.commands import PROGRAM, said
 from msc.launch.ladder import Run, Sweep
 from msc.pretrain.config import dump
 from msc.pretrain.metrics import Tracker
@@ -243,7 +243,3 @@ def attempts(folder: Path) -> list[dict[str, Any]]:
 def last_code(folder: Path, run: Run) -> int | None:
     codes = [attempt["code"] for attempt in attempts(folder) if attempt["run"] == run.name]
     return codes[-1] if codes else None
-
-
-def said(text: str) -> None:
-    print(f"msc: {text}", file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import socket
 import sys
 import time
 from dataclasses import replace
@@ -212,6 +213,35 @@ def test_a_job_that_slurm_starts_again_and_again_is_given_up(tmp_path, local_job
     assert local_job((0, 80), before=40) == (1, [(0, 80)])
     assert "given up" in capsys.readouterr().err
     assert local_job((0, 80), before=60)[0] == 0
+
+
+def test_a_part_of_a_conversion_is_judged_by_its_own_groups(tmp_path):
+    work = tmp_path / ".shards.partial/.work"
+    work.mkdir(parents=True)
+    for number in (0, 1, 3, 4, 6):
+        (work / f"group-{number:06d}.json").touch()
+    of = Job(("convert",), str(tmp_path / "shards"), "x", "slurm")
+    assert [supervisor.reached(replace(of, part=part)) for part in (None, (0, 3), (1, 3), (2, 3))] == [5, 3, 2, 0]
+
+
+def test_a_job_does_not_start_beside_another_one_in_its_run(tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    monkeypatch.setattr(supervisor, "run_ranks", lambda made, received: pytest.fail("started"))
+    made = Job(("train",), str(run), str(run / "jobs"), "local")
+    with heartbeat.beating(run, 2, seconds=0.05):
+        wait_for(lambda: heartbeat.read(run), seconds=10)
+        assert supervisor.attempts(made, []) == supervisor.MISTAKE
+    assert f"{run} is being trained: process {os.getpid()} on " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("beat", [
+    {"phase": "ended"}, {"time": 0.0}, {"pid": 2**22 + 1}, {"host": "elsewhere", "time": time.time() - 58},
+])  # fmt: skip
+def test_a_run_that_has_ended_or_was_killed_may_go_on(beat, tmp_path):
+    """Ended by itself; long silent; killed on this machine; and on another, where only waiting tells."""
+    here = {"time": time.time(), "phase": "report", "host": socket.gethostname(), "pid": os.getpid(), "step": 3}
+    (tmp_path / "heartbeat.json").write_text(json.dumps(here | beat))
+    heartbeat.check_free(tmp_path, print, seconds=0.05)
 
 
 def test_a_job_that_has_changed_code_says_so(capsys):
@@ -441,6 +471,18 @@ def test_the_heartbeat_tells_the_phase_and_the_end(tmp_path):
     assert heartbeat.read(tmp_path) == {}
 
 
+def test_a_slurm_that_does_not_answer_is_not_taken_for_an_empty_queue(stand_ins, tmp_path, capsys):
+    (stand_ins / "squeue").write_text("#!/bin/sh\necho 'cannot reach the controller' >&2\nexit 1\n")
+    run = tmp_path / "run"
+    ledger.write(run / "jobs", Record("5", "slurm", ("train",), "x"))
+    (run / "config.yaml").write_text("train: {clips: 4, batch: 1}")
+    assert cli.main(["submit", "--resume", "--run", str(run)]) == 1
+    assert "squeue fails, so what has become of jobs is not known; try again: cannot reach" in capsys.readouterr().err
+    assert cli.main(["status", str(run)]) == 0
+    shown = capsys.readouterr()
+    assert "NOT STARTED" in shown.out and "squeue fails" in shown.err
+
+
 def test_slurm_is_asked_once_and_understood(stand_ins):
     (stand_ins / "squeue").write_text(
         "#!/bin/sh\nprintf '5|RUNNING|None|2026-01-01T00:00:00\\n6|PENDING|Resources|N/A\\n6|RUNNING|None|N/A\\n'\n"
@@ -453,3 +495,4 @@ def test_slurm_is_asked_once_and_understood(stand_ins):
     assert [s.name for s in got["6"]] == ["PENDING", "RUNNING"] and got["6"][0].reason == "Resources"
     assert got["7"] == [State("CANCELLED", exit="0:15")] and not got["7"][0].active
     assert [s.name for s in got["8"]] == ["FAILED", "COMPLETED"] and "9" not in got
+    assert slurm.states(["8_1"]) == {"8_1": [State("COMPLETED", exit="0:0")]}
