@@ -20,7 +20,7 @@ import yaml
 from msc.launch import commands, ledger, slurm
 from msc.launch.ledger import Record
 from msc.launch.slurm import State
-from msc.launch.submit import is_active, process_of
+from msc.launch.submit import is_active, part_log, process_of
 from msc.pretrain import heartbeat, shelf
 
 STANDS = 120.0  # seconds in one phase after which that is worth saying
@@ -165,7 +165,7 @@ def log_of(run: Path, rank: int | None) -> Path:
     records = ledger.records(ledger.folder(run))
     arrays = [record for record in records if record.parts]
     if arrays and rank is not None:
-        path = Path(arrays[-1].log.replace("_0_0_log.out", f"_{rank}_0_log.out"))
+        path = Path(part_log(arrays[-1], rank))
     elif rank:
         path = run / "logs" / f"rank_{rank}.log"
     elif records:

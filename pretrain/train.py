@@ -324,7 +324,7 @@ def stop_signals() -> Iterator[list[int]]:
     def handler(number: int, _: Any) -> None:
         received.append(number)
         if number in once and received.count(number) > 1:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(f"{signal.Signals(number).name} came twice")
 
     before = {number: signal.signal(number, handler) for number in watched}
     try:

@@ -17,12 +17,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from faults import PROGRAM
 from test_metrics import free_port, server
 from test_stopping import Run
 from test_training import MSC, SMALL, curve, final_weights, shards, wait_for  # noqa: F401
 
-from msc.launch import ledger, slurm
+from msc.launch import ledger, slurm, sweep
+from msc.launch.ladder import read_sweep
 from msc.pretrain.tracking import read_identity
 
 
@@ -229,6 +231,68 @@ def nodes() -> list[str]:
     return sorted(set(control("sinfo", "-h", "-N", "-o", "%N").split()))
 
 
+# Arrays ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.gloo
+def test_a_sweep_as_an_array(shards, tmp_path):
+    """Of three runs one fails: sent again, it alone is repeated. Then two of them are evaluated, as an array."""
+    folder, programs = tmp_path / "runs" / "a sweep", tmp_path / "programs"
+    programs.mkdir()
+    (programs / "broken").touch()
+    (programs / "python").write_text(
+        f"#!/bin/sh\ncase \"$*\" in *seed1*) [ -e '{programs}/broken' ] && exit 1;; esac\n"
+        f'exec {sys.executable} "$@"\n'
+    )
+    (programs / "python").chmod(0o755)
+    site, file = tmp_path / "site.yaml", tmp_path / "sweep.yaml"
+    site.write_text(f"python: '{programs}/python'\ntime: '5'\n")
+    settings = {key: yaml.safe_load(value) for key, value in (s.split("=", 1) for s in SMALL)}
+    settings |= {"data.shards": str(shards), "train.clips": 16, "metrics.tracking_uri": f"sqlite:///{tmp_path}/m.db"}
+    file.write_text(yaml.safe_dump({"preset": "demo", "set": settings, "grid": {"train.seed": [0, 1, 2]}}))
+    words = ["sweep", file, "--out", folder, "--cluster", "slurm", "--site", site]
+    plan, environment = read_sweep(file), {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def states() -> list[str]:
+        queue = sweep.in_queue(folder, plan)
+        return [sweep.state(folder, plan, run, queue) for run in plan.runs]
+
+    msc(*words, "--jobs", "2", environment=environment)
+    first = ledger.records(folder / "jobs")[-1]
+    try:
+        assert first.parts == 3 and set(states()) <= {"queued", "running"}
+        assert not sweep.pending(folder, plan), "a second sweep leaves them alone"
+        wait_for(lambda: not {"queued", "running"} & set(states()), seconds=180, every=1)
+        assert states() == ["finished", "failed", "finished"], msc("logs", folder, "--rank", "0")
+        assert "2 finished, 1 failed" in msc(*words, "--status")
+        assert "1 FAILED, 2 COMPLETED" in (said := msc("status", folder)) or "2 COMPLETED, 1 FAILED" in said
+        (programs / "broken").unlink()
+        msc(*words, environment=environment)
+        wait_for(lambda: states() == ["finished"] * 3, seconds=120, every=1)
+        assert [len(ledger.ended(folder / run.name / "jobs")) for run in plan.runs] == [1, 2, 1]
+        wait_for(lambda: not slurm.states([ledger.records(folder / "jobs")[-1].id]).popitem()[1][0].active)
+        msc(*words)
+        assert len(ledger.records(folder / "jobs")) == 2, "nothing is sent when all is done"
+    finally:
+        subprocess.run(["scancel", *(record.id for record in ledger.records(folder / "jobs"))], capture_output=True)
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/m.db")
+    parent = read_identity(folder)["run_id"]
+    found = client.search_runs([client.get_experiment_by_name("msc").experiment_id])
+    assert {run.info.run_name: run.info.status for run in found} == {
+        "a sweep": "FINISHED", "seed0": "FINISHED", "seed1": "FINISHED", "seed2": "FINISHED"
+    }  # fmt: skip
+    assert {run.data.tags.get("mlflow.parentRunId") for run in found} == {None, parent}
+
+    runs = [folder / "seed0", folder / "seed2"]
+    msc("submit", "evaluate", *runs, "--clips", "2", "--site", site, environment=environment)
+    wait_for(lambda: all("held-out" in msc("logs", run) for run in runs), seconds=120, every=2)
+    assert all(json.loads((run / "evaluation.json").read_text())["clips"] == 2 for run in runs)
+
+
 # Conversions -------------------------------------------------------------------------------------------------
 
 
@@ -276,8 +340,6 @@ tracker.finish("KILLED" if stopping else "FINISHED", timeout=60)
 
 @pytest.mark.slow
 def test_twenty_jobs_write_to_one_server(tmp_path):
-    from mlflow import MlflowClient
-
     port = free_port()
     uri = f"http://127.0.0.1:{port}"
     (tmp_path / "tracked.py").write_text(TRACKED)
@@ -287,6 +349,8 @@ def test_twenty_jobs_write_to_one_server(tmp_path):
         job = control("sbatch", "--parsable", "--array=0-19", "--time=10", "--mem-per-cpu=300", "--ntasks=1",
                       f"--output={tmp_path}/%a.log", f"--wrap=srun {command}").strip()  # fmt: skip
         try:
+            from mlflow import MlflowClient
+
             client = MlflowClient(uri)
 
             def found() -> list:
