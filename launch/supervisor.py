@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -78,7 +79,7 @@ def attend(job: Job) -> None:
 
 
 def attempts(job: Job, received: list[int]) -> int:
-    folder, number = Path(job.jobs), os.environ["SLURM_JOB_ID"] if job.cluster == "slurm" else str(os.getpid())
+    folder, number = Path(job.jobs), slurm_number(os.environ) if job.cluster == "slurm" else str(os.getpid())
     os.environ[heartbeat.JOB] = number
     say_changes(job)
     try:
@@ -107,6 +108,12 @@ def attempts(job: Job, received: list[int]) -> int:
         settle(job, code)
         if job.cluster == "slurm":
             return requeue(number, code)
+
+
+def slurm_number(environment: Mapping[str, str]) -> str:
+    """Of a part of an array `17_3`: one part has the number of the whole array for its own, and would speak for all."""
+    array = environment.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{environment['SLURM_ARRAY_TASK_ID']}" if array else environment["SLURM_JOB_ID"]
 
 
 def end(job: Job, code: int) -> int:

@@ -237,13 +237,15 @@ def nodes() -> list[str]:
 @pytest.mark.slow
 @pytest.mark.gloo
 def test_a_sweep_as_an_array(shards, tmp_path):
-    """Of three runs one fails: sent again, it alone is repeated. Then two of them are evaluated, as an array."""
+    """Of three runs one is killed and requeued, alone, though it has the array's own number; one fails: sent again, it
+    alone is repeated. Then two of them are evaluated, as an array."""
     folder, programs = tmp_path / "runs" / "a sweep", tmp_path / "programs"
     programs.mkdir()
     (programs / "broken").touch()
+    (programs / "once").touch()
     (programs / "python").write_text(
-        f"#!/bin/sh\ncase \"$*\" in *seed1*) [ -e '{programs}/broken' ] && exit 1;; esac\n"
-        f'exec {sys.executable} "$@"\n'
+        f"#!/bin/sh\ncd '{programs}'\ncase \"$*\" in\n*seed1*) [ -e broken ] && exit 1;;\n"
+        f'*seed2*) rm once 2>/dev/null && exit 137;;\nesac\nexec {sys.executable} "$@"\n'
     )
     (programs / "python").chmod(0o755)
     site, file = tmp_path / "site.yaml", tmp_path / "sweep.yaml"
@@ -261,8 +263,14 @@ def test_a_sweep_as_an_array(shards, tmp_path):
     msc(*words, "--jobs", "2", environment=environment)
     first = ledger.records(folder / "jobs")[-1]
     try:
-        assert first.parts == 3 and set(states()) <= {"queued", "running"}
-        assert not sweep.pending(folder, plan), "a second sweep leaves them alone"
+        assert first.parts == 3
+        left = {run.name for run in sweep.pending(folder, plan)}
+        assert left <= {"seed1"}, "a second sweep leaves alone what is queued or running"
+        last = f"{first.id}_2"
+        wait_for(lambda: ledger.notes(folder / "seed2/jobs", last)[1:], seconds=120)
+        wait_for(lambda: slurm.states([last])[last][0].name == "PENDING", seconds=30)
+        time.sleep(2)  # as in until_queued_again
+        control("scontrol", "update", f"jobid={last}", "starttime=now")
         wait_for(lambda: not {"queued", "running"} & set(states()), seconds=180, every=1)
         assert states() == ["finished", "failed", "finished"], msc("logs", folder, "--rank", "0")
         assert "2 finished, 1 failed" in msc(*words, "--status")
@@ -270,7 +278,7 @@ def test_a_sweep_as_an_array(shards, tmp_path):
         (programs / "broken").unlink()
         msc(*words, environment=environment)
         wait_for(lambda: states() == ["finished"] * 3, seconds=120, every=1)
-        assert [len(ledger.ended(folder / run.name / "jobs")) for run in plan.runs] == [1, 2, 1]
+        assert [len(ledger.ended(folder / run.name / "jobs")) for run in plan.runs] == [1, 2, 2]
         wait_for(lambda: not slurm.states([ledger.records(folder / "jobs")[-1].id]).popitem()[1][0].active)
         msc(*words)
         assert len(ledger.records(folder / "jobs")) == 2, "nothing is sent when all is done"

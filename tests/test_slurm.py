@@ -244,6 +244,12 @@ def test_a_run_that_has_ended_or_was_killed_may_go_on(beat, tmp_path):
     heartbeat.check_free(tmp_path, print, seconds=0.05)
 
 
+def test_a_part_of_an_array_speaks_for_itself():
+    array = {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3"}
+    assert supervisor.slurm_number({"SLURM_JOB_ID": "17", **array}) == "17_3"
+    assert supervisor.slurm_number({"SLURM_JOB_ID": "17"}) == "17"
+
+
 def test_a_job_that_has_changed_code_says_so(capsys):
     supervisor.say_changes(Job(("train",), "x", "x", "local", code=(("mlflow.source.git.commit", "0" * 40),)))
     assert "the code is not what was submitted: mlflow.source.git.commit 000" in capsys.readouterr().err
