@@ -114,11 +114,11 @@ def _best(axes: Any, found: Study) -> None:
             axes.fill_between(C, low, high, color=colour, alpha=0.2, lw=0)
     for index, (name, colour) in enumerate(zip("ND", ("C0", "C1"), strict=True)):
         if minima := found.flops.minima:
-            C, values = [m.at[2] for m in minima], [m.at[index] for m in minima]
-            axes.plot(C, values, "s", color=colour, label=f"{name}, IsoFLOP")
-        if power := found.flops.powers.get(name):
-            label = f"{name} ∝ C^{power.exponents['C']:.2f}"
-            axes.plot(C, [power(C=c) for c in C], ":", color=colour, label=label)
+            at, values = [m.at[2] for m in minima], [m.at[index] for m in minima]
+            axes.plot(at, values, "s", color=colour, label=f"{name}, IsoFLOP")
+            if power := found.flops.powers.get(name):
+                label = f"{name} ∝ C^{power.exponents['C']:.2f}"
+                axes.plot(at, [power(C=C) for C in at], ":", color=colour, label=label)
     axes.set(xscale="log", yscale="log")
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
