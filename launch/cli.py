@@ -27,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = args.function(args)
         sys.stdout.flush()
         return int(code)
-    except KeyboardInterrupt:
-        print("msc: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"msc: interrupted{f': {error}' if str(error) else ''}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `msc … | head`: whoever read has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -178,7 +178,10 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     new = command("sweep", commands.sweep, "train many runs that differ in their settings, or say where they are")
     new.add_argument("file", type=Path, metavar="FILE", help="what varies: grid, list, ladder (docs/scaling.md)")
     new.add_argument("--out", type=Path, metavar="DIR", help="sweep folder (default: runs/ and the file's name)")
-    new.add_argument("--jobs", type=positive, metavar="N", help="runs at a time on this machine (default: 1)")
+    new.add_argument("--jobs", type=positive, metavar="N", help="runs at a time (default: 1; under Slurm all)")
+    new.add_argument("--cluster", choices=("local", "slurm"), default="local", help="local: here and now, the default; "
+                     "slurm: an array of jobs, with the options that follow")  # fmt: skip
+    job_options(new)
     what = new.add_mutually_exclusive_group()
     what.add_argument("--status", action="store_true", help="only print where the runs are")
     what.add_argument("--dry-run", action="store_true", help="only print what would be run")
@@ -197,14 +200,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     new.usage = "msc submit [train|convert|evaluate|sample|export] WORDS OF THAT COMMAND [options]"
     new.add_argument("--cluster", choices=("slurm", "local", "debug"), default="slurm", help="local: in the background "
                      "of this machine; debug: here and now (default: slurm)")  # fmt: skip
-    new.add_argument("--nodes", type=positive, metavar="N", help="nodes (default: 1)")
-    new.add_argument("--gpus-per-node", type=positive, metavar="G", help="GPUs of each node, a rank for each")
-    new.add_argument("--tasks-per-node", type=positive, metavar="N", help="ranks of each node, if not one per GPU")
-    new.add_argument("--cpus-per-task", type=positive, metavar="N", help="cores of each rank")
-    for name, text in (("partition", "P"), ("account", "A"), ("qos", "Q"), ("constraint", "C"), ("mem", "SIZE")):
-        new.add_argument(f"--{name}", metavar=text, help="as sbatch takes it")
-    new.add_argument("--time", metavar="T", help="limit: minutes, H:MM:SS or D-HH:MM:SS")
-    new.add_argument("--site", type=Path, metavar="FILE", help="settings for all jobs (~/.config/msc/site.yaml)")
+    job_options(new)
     new.add_argument("--parts", type=positive, metavar="N", help="of convert: an array of N jobs, then one that merges")
 
     new = command("status", commands.status, "say how runs are doing: state, step, loss, speed, time left")
@@ -223,7 +219,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     new.add_argument("run", type=Path, metavar="RUN", help="run folder")
     new.add_argument("--verify", action="store_true", help="read all of them and compare checksums")
 
-    new = run_command(command("evaluate", commands.evaluate, "measure the loss on the held-out clips of a run"))
+    new = run_command(command("evaluate", commands.evaluate, "measure the loss on the held-out clips of runs"), "+")
     new.add_argument("--clips", type=positive, metavar="N", help="at most that many clips")
 
     new = run_command(command("sample", commands.sample, "continue a video, or make one from nothing"))
@@ -246,8 +242,20 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     return parser, parsers
 
 
-def run_command(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+def job_options(new: argparse.ArgumentParser) -> None:
+    """What each job is to get."""
+    new.add_argument("--nodes", type=positive, metavar="N", help="nodes (default: 1)")
+    new.add_argument("--gpus-per-node", type=positive, metavar="G", help="GPUs of each node, a rank for each")
+    new.add_argument("--tasks-per-node", type=positive, metavar="N", help="ranks of each node, if not one per GPU")
+    new.add_argument("--cpus-per-task", type=positive, metavar="N", help="cores of each rank")
+    for name, text in (("partition", "P"), ("account", "A"), ("qos", "Q"), ("constraint", "C"), ("mem", "SIZE")):
+        new.add_argument(f"--{name}", metavar=text, help="as sbatch takes it")
+    new.add_argument("--time", metavar="T", help="limit: minutes, H:MM:SS or D-HH:MM:SS")
+    new.add_argument("--site", type=Path, metavar="FILE", help="settings for all jobs (~/.config/msc/site.yaml)")
+
+
+def run_command(parser: argparse.ArgumentParser, many: str | None = None) -> argparse.ArgumentParser:
+    parser.add_argument("run", type=Path, nargs=many, metavar="RUN", help="run folder")
     parser.add_argument("--weights", choices=("ema", "raw"), help="averaged or last weights (default: ema)")
     return parser
 

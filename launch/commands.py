@@ -131,13 +131,15 @@ def train(args: Namespace) -> int:
     asked = training_request(args)
     config, run, resume = asked.config, asked.run, asked.resume
 
-    from msc.pretrain import preflight
+    from msc.pretrain import heartbeat, preflight
 
     if args.dry_run:
         print(preflight.describe(config, processes))
         return 0
     if local.LAUNCHED not in os.environ:
         config = preflight.check(config, run, resume, processes)
+        if os.environ.get("RANK", "0") == "0":
+            heartbeat.check_free(run, said)
         if 0 < local.visible_gpus(os.environ) < processes and not started:
             raise ValueError(
                 f"{processes} processes but {local.visible_gpus(os.environ)} GPUs: start one per GPU, or hide the GPUs "
@@ -152,6 +154,10 @@ def train(args: Namespace) -> int:
     expected = expectation(args.plan, config, processes)
     how = given(back_to=asked.back_to, again=args.again or None, expected=expected)
     return training.train(config, run, resume, **how)
+
+
+def said(text: str) -> None:
+    print(f"msc: {text}", file=sys.stderr, flush=True)
 
 
 def enter_step(args: Namespace) -> None:
@@ -249,14 +255,23 @@ def default_run(preset: str | None, file: Path | None) -> Path:
 
 def sweep(args: Namespace) -> int:
     from msc.launch import sweep as sweeping
+    from msc.launch import sweep_array
     from msc.launch.ladder import read_sweep
+    from msc.launch.submit import OPTIONS
 
     plan = read_sweep(args.file)
     folder = args.out or Path("runs") / args.file.stem
     if args.dry_run:
         print("\n".join(f"{run.name}: {' '.join(run.overrides)}" for run in plan.runs))
         return 0
-    code = 0 if args.status else sweeping.run_all(folder, plan, **given(jobs=args.jobs))
+    if args.cluster != "slurm" and (unused := [name for name in OPTIONS if name != "cluster" and getattr(args, name)]):
+        raise ValueError(f"--{unused[0].replace('_', '-')} is for jobs: add --cluster slurm, or leave it out")
+    if args.status:
+        code = 0
+    elif args.cluster == "slurm":
+        code = sweep_array.send(folder, plan, args)
+    else:
+        code = sweeping.run_all(folder, plan, **given(jobs=args.jobs))
     print(sweeping.table(folder, plan))
     return code
 
@@ -281,7 +296,8 @@ def checkpoints(args: Namespace) -> int:
 def evaluate(args: Namespace) -> int:
     from msc.pretrain.evaluate import evaluate as evaluate_run
 
-    print(evaluate_run(args.run, **given(clips=args.clips, weights=args.weights)))
+    for run in args.run:
+        print(evaluate_run(run, **given(clips=args.clips, weights=args.weights)))
     return 0
 
 

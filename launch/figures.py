@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,10 @@ MOST_NAMES = 10  # in a legend
 def draw(found: Study, folder: Path) -> list[Path]:
     """Write fit.png and fit.pdf: losses and the law over compute, predicted against measured, the compute-optimal
     size and tokens, and the losses that learning rates, batches or equal compute were tried for."""
+    from msc.launch.fit import usable
+
+    if not usable(found):
+        found = replace(found, fit=None)  # a law that was refused
     with matplotlib.rc_context(STYLE):
         from matplotlib.figure import Figure
 
@@ -34,6 +39,8 @@ def draw(found: Study, folder: Path) -> list[Path]:
         _minima(minima, found)
         written = [folder / "fit.png", folder / "fit.pdf"]
         _losses(curves.yaxis, parity.xaxis, parity.yaxis, minima.yaxis)
+        for axes in (curves, best, minima):
+            axes.xaxis.set_minor_formatter("")  # over less than a decade they would be written over each other
         for path in written:
             figure.savefig(path)
     return written
@@ -66,9 +73,11 @@ def _curves(axes: Any, found: Study) -> None:
             C, found.fit.law.loss(*found.fit.law.optimal(C, found.per_token[0])), "k--", lw=0.8, label="best size"
         )
     axes.set(
-        xscale="log", yscale="log", xlabel="training compute C (FLOPs)", ylabel="loss L", title="losses and the law"
+        xscale="log", yscale="log", xlabel="training compute C (FLOPs)", ylabel="loss L",
+        title="losses and the law" if found.fit else "losses",
     )
-    axes.legend()
+    axes.set_ylim(top=2 * max(point.L for point in points))
+    axes.legend(loc="upper right", ncols=2)
 
 
 def _parity(axes: Any, found: Study) -> None:
@@ -104,11 +113,12 @@ def _best(axes: Any, found: Study) -> None:
             low, high = np.array([found.fit.interval(row) for row in draws]).T
             axes.fill_between(C, low, high, color=colour, alpha=0.2, lw=0)
     for index, (name, colour) in enumerate(zip("ND", ("C0", "C1"), strict=True)):
-        minima = found.flops.minima
-        if minima:
-            axes.plot(
-                [m.at[2] for m in minima], [m.at[index] for m in minima], "s", color=colour, label=f"{name}, IsoFLOP"
-            )
+        if minima := found.flops.minima:
+            at, values = [m.at[2] for m in minima], [m.at[index] for m in minima]
+            axes.plot(at, values, "s", color=colour, label=f"{name}, IsoFLOP")
+            if power := found.flops.powers.get(name):
+                label = f"{name} ∝ C^{power.exponents['C']:.2f}"
+                axes.plot(at, [power(C=C) for C in at], ":", color=colour, label=label)
     axes.set(xscale="log", yscale="log")
     if axes.get_legend_handles_labels()[0]:
         axes.legend()

@@ -13,6 +13,7 @@ import numpy as np
 
 from msc.launch.points import Point, Points, grouped
 
+NEAR = 1.25  # of runs with equal compute, those whose loss is at most so many times the least lie on the parabola
 EQUAL_COMPUTE = 0.1  # runs whose FLOPs differ by less (relative) lie on one parabola
 
 
@@ -57,13 +58,14 @@ def iso_flop(points: Points) -> Optima:
         C = math.exp(sum(math.log(point.C) for point in group) / len(group))
         if len({point.N for point in group}) < 3:
             continue
-        found = _parabola([(point.N, point.L) for point in group])
+        near = near_minimum(group)
+        found = _parabola([(point.N, point.L) for point in near])
         if isinstance(found, str):
             refused.append(f"IsoFLOP at {C:.2e}: {found}")
             continue
         N, loss, curve = found
         per_token = sum(point.C / point.N / point.D for point in group) / len(group)
-        minima.append(Minimum((N, C / per_token / N, C), {"N": N}, loss, len(group), curve))
+        minima.append(Minimum((N, C / per_token / N, C), {"N": N}, loss, len(near), curve))
     if not minima and not refused:
         return Optima(refused=("IsoFLOP: no three sizes were trained with equal compute",))
     powers = {}
@@ -74,6 +76,14 @@ def iso_flop(points: Points) -> Optima:
         else:
             powers[name] = found_power
     return Optima(tuple(minima), powers, tuple(refused))
+
+
+def near_minimum(group: Sequence[Point]) -> list[Point]:
+    """The runs that a parabola may go through: far from its minimum the curve levels off, as a run with too few steps
+    has learned nothing whatever its size. The least three where fewer are near."""
+    ordered = sorted(group, key=lambda point: point.L)
+    near = [point for point in ordered if point.L <= NEAR * ordered[0].L]
+    return near if len({point.N for point in near}) >= 3 else ordered[:3]
 
 
 def learning_rate_and_batch(points: Points) -> Optima:

@@ -25,6 +25,7 @@ LEAST_VALUES = 3  # of N, and of D: two cannot tell an exponent from a floor
 LEAST_RATIO = 2.0  # between the largest and the smallest N, and D
 MOST_CORRELATION = 0.98  # of log N and log D; beyond, A/N^α and B/D^β stand in for each other
 FARTHEST = 100.0  # times the largest compute of the fit, for statements about larger runs
+MOST_SPREAD = 10.0  # between the ends of an exponent's interval
 PARAMETERS = ("E", "A", "B", "alpha", "beta")
 
 
@@ -146,6 +147,11 @@ def check_fit(found: Fit) -> None:
             raise ValueError(
                 f"the interval of {name} is {low:.3f} to {high:.3f}: these runs do not show that {what} matters; "
                 "vary it more, or repeat runs with other seeds"
+            )
+        if high > MOST_SPREAD * low:
+            raise ValueError(
+                f"the interval of {name} is {low:.3g} to {high:.3g}: these runs do not pin it down; more of them, over "
+                "wider ranges, would"
             )
 
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from msc.launch.job import Job, attend
 from msc.launch.sites import Site, one_line
+from msc.launch.supervisor import Job, attend
 
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "STAGE_OUT")
 
@@ -67,7 +67,7 @@ def parameters(
         "ntasks_per_node": tasks_per_node,
         "wckey": None,  # submitit's own default is refused where such keys are checked
         "stderr_to_stdout": True,
-        "use_srun": False,  # job.py starts the ranks and looks after them
+        "use_srun": False,  # supervisor.py starts the ranks and looks after them
         "setup": ["export PYTHONSAFEPATH=1", *site.setup],
         # To the ranks, not to the batch script; USR1 for they may get TERM as well, and two of a kind end at once.
         "additional_parameters": {**extra, "signal": f"USR1@{site.signal_seconds}", "requeue": True},
@@ -105,26 +105,37 @@ def added(environment: Mapping[str, str]) -> Iterator[None]:
 
 
 def states(numbers: Sequence[str]) -> dict[str, list[State]]:
-    """What Slurm knows of jobs by their numbers, a State for each part of an array; none for those it has forgotten."""
+    """What Slurm knows of jobs by their numbers: of an array a State for each part, of a part (`17_3`) its own; none
+    for those it has forgotten. ConnectionError where it does not answer."""
     if not numbers:
         return {}
     found: dict[str, list[State]] = {}
-    for line in _ask(["squeue", "--noheader", "--array", "--states=all", "--format=%F|%T|%r|%S"]):
+
+    def add(number: str, state: State) -> None:
+        for name in {number, number.partition("_")[0]}:
+            found.setdefault(name, []).append(state)
+
+    for line in _ask(["squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%r|%S"]):
         number, name, reason, start = line.split("|")
-        found.setdefault(number, []).append(
-            State(name, reason if reason != "None" else "", start if start != "N/A" else "")
-        )
+        add(number, State(name, reason if reason != "None" else "", start if start != "N/A" else ""))
     if missing := [number for number in numbers if number not in found]:
         what = ["--format=JobID,State,ExitCode", f"--jobs={','.join(missing)}"]
-        for line in _ask(["sacct", "--noheader", "--allocations", "--parsable2", *what]):
+        for line in _ask(["sacct", "--noheader", "--allocations", "--parsable2", *what], needed=False):
             number, name, code = line.split("|")
-            found.setdefault(number.partition("_")[0], []).append(State(name.partition(" ")[0], exit=code))
+            add(number, State(name.partition(" ")[0], exit=code))
     return {number: found[number] for number in numbers if number in found}
 
 
-def _ask(command: Sequence[str]) -> list[str]:
-    """Lines that a program of Slurm's prints, none if it is not there or knows nothing (no accounting)."""
+def _ask(command: Sequence[str], needed: bool = True) -> list[str]:
+    """Lines that a program of Slurm's prints, none where there is no such program. needed: ConnectionError if it fails;
+    otherwise it may (there may be no accounting)."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.splitlines()
-    except (OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except OSError:
         return []
+    except subprocess.TimeoutExpired:
+        done = subprocess.CompletedProcess(command, 1, "", "no answer within 60 s")
+    if done.returncode and needed:
+        reason = done.stderr.strip()
+        raise ConnectionError(f"{command[0]} fails, so what has become of jobs is not known; try again: {reason}")
+    return done.stdout.splitlines()

@@ -17,13 +17,12 @@ from typing import Any
 
 import yaml
 
-from msc.launch import jobs, slurm
-from msc.launch.jobs import Record
+from msc.launch import commands, ledger, slurm
+from msc.launch.ledger import Record
 from msc.launch.slurm import State
-from msc.launch.submit import is_active, process_of
+from msc.launch.submit import is_active, part_log, process_of
 from msc.pretrain import heartbeat, shelf
 
-FRESH = 60.0  # seconds without a heartbeat after which a rank 0 that says nothing is taken for dead
 STANDS = 120.0  # seconds in one phase after which that is worth saying
 CANCEL_SECONDS = 90  # Slurm sends SIGKILL KillWait (30) seconds after SIGTERM
 
@@ -44,7 +43,7 @@ class Facts:
 
 def read(run: Path) -> Facts:
     """ValueError if `run` is neither a run folder nor one with jobs."""
-    records = jobs.records(jobs.folder(run))
+    records = ledger.records(ledger.folder(run))
     record = next((r for r in reversed(records) if r.words[0] == "train"), records[-1] if records else None)
     config = run / "config.yaml"
     if not config.is_file():
@@ -81,7 +80,7 @@ def last_line(path: Path) -> dict[str, Any] | None:
 def state(facts: Facts, queue: Sequence[State], alive: bool, now: float) -> str:
     """One phrase on what the run is doing. queue: what Slurm says of its job; alive: its process, for a local one."""
     record, beat = facts.record, facts.beat
-    if facts.saved is not None and facts.saved[1] >= facts.clips and not (beat and is_fresh(beat, now)):
+    if facts.saved is not None and facts.saved[1] >= facts.clips and not (beat and heartbeat.is_fresh(beat, now)):
         return "FINISHED"
     if record is not None and record.cluster == "slurm" and queue:
         if len(queue) > 1:
@@ -92,7 +91,7 @@ def state(facts: Facts, queue: Sequence[State], alive: bool, now: float) -> str:
             return f"PENDING ({found.reason}{start})"
         if found.name != "RUNNING":
             return found.name + (f" (exit {found.exit})" if found.exit not in ("", "0:0") else "")
-    lives = beat is not None and is_fresh(beat, now)
+    lives = beat is not None and heartbeat.is_fresh(beat, now)
     if beat is None or (not lives and beat["phase"] == heartbeat.ENDED):
         waiting = alive or any(s.name == "RUNNING" for s in queue)
         return "STARTING" if waiting else "STOPPED" if facts.saved or beat else "NOT STARTED"
@@ -102,10 +101,6 @@ def state(facts: Facts, queue: Sequence[State], alive: bool, now: float) -> str:
         return "STARTING"
     stands = now - beat["since"]
     return "RUNNING" + (f" ({beat['phase']} for {duration(stands)})" if stands > STANDS else "")
-
-
-def is_fresh(beat: Mapping[str, Any], now: float) -> bool:
-    return bool(beat["phase"] != heartbeat.ENDED and now - beat["time"] < FRESH)
 
 
 def row(facts: Facts, word: str, now: float) -> list[str]:
@@ -142,7 +137,12 @@ HEAD = ["run", "job", "step", "loss", "tokens/s", "left", "checkpoint", "state"]
 def table(runs: Sequence[Path]) -> str:
     all_facts = [read(run) for run in runs]
     numbers = [f.record.id for f in all_facts if f.record is not None and f.record.cluster == "slurm"]
-    queue, now, rows = slurm.states(numbers), time.time(), [HEAD]
+    try:
+        queue = slurm.states(numbers)
+    except ConnectionError as error:
+        queue = {}
+        commands.said(f"{error}; states are those of the run folders")
+    now, rows = time.time(), [HEAD]
     for facts in all_facts:
         alive = facts.record is not None and process_of(facts.record) is not None
         rows.append(row(facts, state(facts, queue.get(facts.record.id, []) if facts.record else [], alive, now), now))
@@ -162,10 +162,10 @@ def runs_here() -> list[Path]:
 
 def log_of(run: Path, rank: int | None) -> Path:
     """Where a rank of the last job writes, or a part of the last conversion; FileNotFoundError says what there is."""
-    records = jobs.records(jobs.folder(run))
+    records = ledger.records(ledger.folder(run))
     arrays = [record for record in records if record.parts]
     if arrays and rank is not None:
-        path = Path(arrays[-1].log.replace("_0_0_log.out", f"_{rank}_0_log.out"))
+        path = Path(part_log(arrays[-1], rank))
     elif rank:
         path = run / "logs" / f"rank_{rank}.log"
     elif records:
@@ -196,7 +196,7 @@ def show_log(run: Path, rank: int | None, follow: bool, lines: int) -> None:
 
 def cancel(run: Path) -> str:
     """End the jobs of a run that are still in the queue or alive, wait until they are gone; what was done, as text."""
-    active = [record for record in jobs.records(jobs.folder(run)) if is_active(record)]
+    active = [record for record in ledger.records(ledger.folder(run)) if is_active(record)]
     if not active:
         raise ValueError(f"no job of {run} is in the queue or running")
     for record in active:

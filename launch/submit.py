@@ -14,10 +14,10 @@ from pathlib import Path
 
 import psutil
 
-from msc.launch import commands, job, jobs, local, sites, slurm
-from msc.launch.job import Job
-from msc.launch.jobs import Record
+from msc.launch import commands, ledger, local, sites, slurm, supervisor
+from msc.launch.ledger import Record
 from msc.launch.sites import Site
+from msc.launch.supervisor import Job
 
 # Of the command line over the site's own, by the names that both have.
 OVER_SITE = ("partition", "account", "qos", "constraint", "time", "mem", "cpus_per_task")
@@ -44,37 +44,70 @@ def submit(args: Namespace) -> int:
         if tasks > 1:
             more = "; --parts N makes an array of jobs" if inner.command == "convert" else ""
             raise ValueError(f"`msc {inner.command}` is one process, but {tasks} tasks were asked for{more}")
-        folder = (inner.out if inner.command == "convert" else inner.run).absolute()
-        where = folder.with_name(f"{folder.name}.jobs") if inner.command == "convert" else folder / "jobs"
-        if inner.command != "convert" and not (folder / "config.yaml").is_file():
-            raise FileNotFoundError(f"{folder} is not a run folder: it has no config.yaml")
+        if inner.command == "evaluate" and len(inner.run) > 1:
+            return evaluate_each(inner, args, site)
+        run = inner.run[0] if inner.command == "evaluate" else getattr(inner, "run", None)
+        folder = (run or inner.out).absolute()
+        where = folder / "jobs" if run else folder.with_name(f"{folder.name}.jobs")
+        if run:
+            check_run(folder)
         words, again = tuple(inner.argv), shlex.join(["msc", "submit", *options(args), *inner.argv])
         name = f"{inner.command}-{folder.name}"
-    from msc.pretrain.tracking import code_version
-
-    made = Job(
-        words=words, folder=str(folder), jobs=str(where), cluster=args.cluster, tasks=tasks, starts=site.starts,
-        python=site.python or sys.executable, container=site.container, srun=site.srun,
-        code=tuple(code_version().items()), again=again,
-    )  # fmt: skip
+    made = job_of(args, site, words, folder, where, tasks, again, getattr(inner, "part", None))
     if args.cluster == "debug":
         os.environ.update(site.variables)
-        return job.attempts(made, [])
+        return supervisor.attempts(made, [])
     if args.cluster == "local":
         records = [start_here(made, site)]
     else:
         try:
-            records = send(made, args, site, name, per_node)
+            records = send_one(made, args, site, name, per_node)
         except ValueError:
-            if not jobs.records(where):
+            if not ledger.records(where):
                 shutil.rmtree(where, ignore_errors=True)  # what submitit wrote for it
             if inner.command == "train" and not (inner.resume or inner.rollback):
                 (folder / "config.yaml").unlink()  # a new run is still none
             raise
     for record in records:
-        jobs.write(where, record)
-    print(report(made, records, where))
+        ledger.write(where, record)
+    print(report(made, records))
     return 0
+
+
+def job_of(
+    args: Namespace, site: Site, words: Sequence[str], folder: Path, where: Path, tasks: int = 1, again: str = "",
+    part: tuple[int, int] | None = None,
+) -> Job:  # fmt: skip
+    from msc.pretrain.tracking import code_version
+
+    return Job(
+        words=tuple(words), folder=str(folder), jobs=str(where), cluster=args.cluster, tasks=tasks, starts=site.starts,
+        python=site.python or sys.executable, container=site.container, srun=site.srun,
+        code=tuple(code_version().items()), again=again, part=part,
+    )  # fmt: skip
+
+
+def evaluate_each(inner: Namespace, args: Namespace, site: Site) -> int:
+    """Several evaluations: an array with a job for each run."""
+    if args.cluster != "slurm":
+        raise ValueError("several runs make an array, which needs Slurm; `msc evaluate` does them one after another")
+    asked = [f"--{name}={value}" for name in ("weights", "clips") if (value := getattr(inner, name)) is not None]
+    parts = []
+    for run in map(Path.absolute, inner.run):
+        check_run(run)
+        words = ["evaluate", str(run), *asked]
+        again = shlex.join(["msc", "submit", *options(args), *words])
+        parts.append(job_of(args, site, words, run, run / "jobs", again=again))
+    record = send(parts, Path(parts[0].jobs), args, site, "evaluate", 1)
+    for part, own in zip(parts, each(record, parts), strict=True):
+        ledger.write(Path(part.jobs), own)
+        print(report(part, [own]))
+    return 0
+
+
+def check_run(folder: Path) -> None:
+    if not (folder / "config.yaml").is_file():
+        raise FileNotFoundError(f"{folder} is not a run folder: it has no config.yaml")
 
 
 def settings(args: Namespace) -> Site:
@@ -88,7 +121,7 @@ def options(args: Namespace) -> list[str]:
     """The options of `msc submit` as they were given, to repeat them."""
     found = []
     for name in (*OPTIONS, "parts"):
-        value = getattr(args, name)
+        value = getattr(args, name, None)
         if value and (name, value) != ("cluster", "slurm"):
             found += ["--" + name.replace("_", "-"), str(value)]
     return found
@@ -105,15 +138,16 @@ def prepare_training(inner: Namespace, args: Namespace, tasks: int) -> tuple[Pat
     run = asked.run.absolute()
     if args.cluster == "slurm":
         slurm.check_path(run)
-    active = [r for r in jobs.records(run / "jobs") if r.words[0] == "train" and is_active(r)]
+    active = [r for r in ledger.records(run / "jobs") if r.words[0] == "train" and is_active(r)]
     if active:
         raise ValueError(f"job {active[-1].id} is training in {run}: wait for it, or end it with `msc cancel {run}`")
 
     from msc.datasets.files import write_atomically
-    from msc.pretrain import preflight
+    from msc.pretrain import heartbeat, preflight
     from msc.pretrain.config import dump
 
     config = preflight.check(asked.config, run, asked.resume, tasks)
+    heartbeat.check_free(run, commands.said)
     run.mkdir(parents=True, exist_ok=True)
     write_atomically(run / "config.yaml", dump(config).encode())
     words = ("train", "--resume", "--run", str(run))
@@ -143,24 +177,44 @@ def process_of(record: Record) -> psutil.Process | None:
 # Sending --------------------------------------------------------------------------------------------------
 
 
-def send(made: Job, args: Namespace, site: Site, name: str, per_node: int) -> list[Record]:
-    where = Path(made.jobs)
+def send(
+    parts: Sequence[Job], where: Path, args: Namespace, site: Site, name: str, per_node: int, dependency: str = "",
+    parallel: int = 0,
+) -> Record:  # fmt: skip
+    """To Slurm: one job, or an array of several, at most `parallel` of them at a time (0: all). where: for its logs."""
     slurm.check_path(where)
+    gpus = args.gpus_per_node or 0
+    chosen = slurm.parameters(site, name, args.nodes or 1, per_node, gpus, dependency, parallel)
+    number = slurm.send(parts, where, chosen, site.variables)
+    several = len(parts) > 1
+    log = str(where / f"{number}{'_0' if several else ''}_0_log.out")
+    first = parts[0]
+    return Record(number, "slurm", first.words, log, first.tasks, several * len(parts), code=dict(first.code))
 
-    def sent(parts: Sequence[Job], dependency: str = "") -> Record:
-        chosen = slurm.parameters(site, name, args.nodes or 1, per_node, args.gpus_per_node or 0, dependency)
-        number = slurm.send(parts, where, chosen, site.variables)
-        array = "_0" if len(parts) > 1 else ""
-        log = str(where / f"{number}{array}_0_log.out")
-        count = len(parts) if len(parts) > 1 else 0
-        return Record(number, "slurm", parts[0].words, log, made.tasks, count, code=dict(made.code))
 
-    if not args.parts:
-        return [sent([made])]
-    cut = [replace(made, words=(*made.words, "--part", f"{i}/{args.parts}")) for i in range(args.parts)]
-    first = sent(cut)
+def each(record: Record, parts: Sequence[Job]) -> list[Record]:
+    """The parts of an array as jobs of their own, for the folders that they work in."""
+    if not record.parts:
+        return [record]
+    return [
+        replace(record, id=f"{record.id}_{i}", words=part.words, log=part_log(record, i), parts=0)
+        for i, part in enumerate(parts)
+    ]
+
+
+def part_log(record: Record, part: int) -> str:
+    return record.log.removesuffix("_0_0_log.out") + f"_{part}_0_log.out"
+
+
+def send_one(made: Job, args: Namespace, site: Site, name: str, per_node: int) -> list[Record]:
+    """A job, or a conversion in parts and the job that merges them."""
+    where, parts = Path(made.jobs), args.parts
+    if not parts:
+        return [send([made], where, args, site, name, per_node)]
+    cut = [replace(made, words=(*made.words, "--part", f"{i}/{parts}"), part=(i, parts)) for i in range(parts)]
+    first = send(cut, where, args, site, name, per_node)
     merge = replace(made, words=(*made.words, "--merge"))
-    return [first, sent([merge], dependency=f"afterok:{first.id}")]
+    return [first, send([merge], where, args, site, name, per_node, dependency=f"afterok:{first.id}")]
 
 
 def start_here(made: Job, site: Site) -> Record:
@@ -172,7 +226,7 @@ def start_here(made: Job, site: Site) -> Record:
     environment = {**local.process_environment(os.environ), **site.variables}
     with starting.open("ab") as out:
         process = subprocess.Popen(
-            [sys.executable, "-c", job.LOCAL_PROGRAM, job.to_json(made)], stdin=subprocess.DEVNULL,
+            [sys.executable, "-c", supervisor.LOCAL_PROGRAM, supervisor.to_json(made)], stdin=subprocess.DEVNULL,
             stdout=out, stderr=subprocess.STDOUT, start_new_session=True, env=environment,
         )  # fmt: skip
     log = starting.rename(where / f"{process.pid}_0_log.out")
@@ -182,7 +236,7 @@ def start_here(made: Job, site: Site) -> Record:
     )
 
 
-def report(made: Job, records: Sequence[Record], where: Path) -> str:
+def report(made: Job, records: Sequence[Record]) -> str:
     numbers = " and ".join(record.id for record in records)
     place = shlex.quote(str(Path(made.folder)))
     lines = [

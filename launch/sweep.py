@@ -1,8 +1,8 @@
-"""`msc sweep`: start the runs of a sweep file on this machine, and say where they are.
+"""`msc sweep`: start the runs of a sweep file on this machine, and say where all of them are.
 
 A sweep folder holds the runs' folders, `sweep.json` (which runs, with which settings), `attempts.jsonl` (what became of
 each start) and `logs/`. Where a run stands is read from its own folder, whoever ran it: `pending` says which still need
-a process and `command` what to run, which is all that another way of starting them (an array of cluster jobs) needs.
+a process and `words` what to run, which is all that an array of Slurm jobs (sweep_array.py) needs besides.
 """
 
 from __future__ import annotations
@@ -14,20 +14,22 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from msc.datasets.files import write_atomically
-from msc.launch import local
-from msc.launch.commands import PROGRAM
+from msc.launch import ledger, local, slurm
+from msc.launch.commands import PROGRAM, said
 from msc.launch.ladder import Run, Sweep
 from msc.pretrain.config import dump
 from msc.pretrain.metrics import Tracker
 from msc.pretrain.rollback import read_lines
 from msc.pretrain.train import REQUEUE
 
-State = Literal["finished", "running", "failed", "stopped", "waiting"]
+State = Literal["finished", "running", "queued", "failed", "stopped", "waiting"]
 
 
 def prepare(folder: Path, sweep: Sweep) -> None:
@@ -46,9 +48,21 @@ def prepare(folder: Path, sweep: Sweep) -> None:
     write_atomically(path, json.dumps({**known, **new}, indent=1).encode())
 
 
-def state(folder: Path, sweep: Sweep, run: Run) -> State:
-    """Where a run stands: finished means trained to its last clip, and evaluated if it is to be."""
+def state(folder: Path, sweep: Sweep, run: Run, queue: Mapping[str, slurm.State] = MappingProxyType({})) -> State:
+    """Where a run stands: finished means trained to its last clip, and evaluated if it is to be. queue: `in_queue`."""
+    if (job := queue.get(run.name)) is not None and job.active:
+        return "queued" if job.name == "PENDING" else "running"
     return "running" if is_held(folder, run) else reached(folder, sweep, run)
+
+
+def in_queue(folder: Path, sweep: Sweep) -> dict[str, slurm.State]:
+    """What Slurm says of the runs that were sent to it; one question for all. ConnectionError if it does not answer."""
+    sent = {}
+    for run in sweep.runs:
+        if records := [r for r in ledger.records(folder / run.name / "jobs") if r.cluster == "slurm"]:
+            sent[run.name] = records[-1].id
+    states = slurm.states(list(sent.values()))
+    return {name: states[number][0] for name, number in sent.items() if number in states}
 
 
 def reached(folder: Path, sweep: Sweep, run: Run) -> State:
@@ -67,24 +81,27 @@ def reached(folder: Path, sweep: Sweep, run: Run) -> State:
 
 def pending(folder: Path, sweep: Sweep) -> list[Run]:
     """The runs that need a process: not finished, and nobody is at them."""
-    return [run for run in sweep.runs if state(folder, sweep, run) not in ("finished", "running")]
+    queue = in_queue(folder, sweep)
+    return [run for run in sweep.runs if state(folder, sweep, run, queue) not in ("finished", "running", "queued")]
 
 
-def command(folder: Path, sweep: Sweep, run: Run, parent: str | None = None, uri: str | None = None) -> list[str]:
-    """What starts a run, or goes on with it. parent, uri: the MLflow run to be shown under, and its store."""
+def words(folder: Path, sweep: Sweep, run: Run, parent: str | None = None, uri: str | None = None) -> list[str]:
+    """The `msc train` that starts a run, or goes on with it. parent, uri: the MLflow run to be shown under, and its
+    store."""
     own = folder / run.name
-    words = ["train", "--run", str(own), "--processes", str(sweep.processes)]
+    words = ["train", "--run", str(own)]
     if (own / "config.yaml").is_file():
-        return [*program(), *words, "--resume"]
+        return [*words, "--resume"]
     words += ["--preset", sweep.preset] if sweep.preset else []
     words += [str(sweep.config)] if sweep.config else []
     tracking = [f"metrics.parent={parent}"] if parent else []
     tracking += [f"metrics.tracking_uri={uri}"] if uri else []
-    return [*program(), *words, *run.overrides, *tracking]
+    return [*words, *run.overrides, *tracking]
 
 
-def program() -> list[str]:
-    return [sys.executable, "-c", PROGRAM]
+def command(folder: Path, sweep: Sweep, run: Run, parent: str | None = None, uri: str | None = None) -> list[str]:
+    train = words(folder, sweep, run, parent, uri)
+    return [sys.executable, "-c", PROGRAM, *train, "--processes", str(sweep.processes)]
 
 
 @dataclass
@@ -102,13 +119,7 @@ def run_all(folder: Path, sweep: Sweep, jobs: int = 1) -> int:
     runs, which save and stop; what is left is done when the sweep is started again.
     """
     prepare(folder, sweep)
-    tracker = Tracker(sweep.configured(sweep.runs[0]).metrics)
-    tracker.start(folder, {"runs": len(sweep.runs)}, dump(sweep.base()), folder.name)
-    tracker.tags({"msc.sweep": folder.name})
-    tracker.flush()
-    if tracker.run_id is None and tracker.config.tracking_uri != "none":
-        print("msc: MLflow does not answer; the runs will not be shown under one parent", file=sys.stderr)
-    uri = None if tracker.config.tracking_uri == "none" else tracker.config.resolve(folder)
+    tracker, uri = open_parent(folder, sweep)
     waiting, running, failed = pending(folder, sweep), list[Started](), 0
     said(f"{len(sweep.runs)} runs, {len(sweep.runs) - len(waiting)} of them done or under way; {folder}")
     with local.caught_signals() as received:
@@ -140,6 +151,19 @@ def run_all(folder: Path, sweep: Sweep, jobs: int = 1) -> int:
     if received:
         return REQUEUE if signal.SIGINT not in received else 130
     return 1 if failed else 0
+
+
+def open_parent(folder: Path, sweep: Sweep) -> tuple[Tracker, str | None]:
+    """The MLflow run that all runs of the sweep are shown under, and the store that it is in, if there is one."""
+    tracker = Tracker(sweep.configured(sweep.runs[0]).metrics)
+    tracker.start(folder, {"runs": len(sweep.runs)}, dump(sweep.base()), folder.name)
+    tracker.tags({"msc.sweep": folder.name})
+    tracker.flush()
+    if tracker.config.tracking_uri == "none":
+        return tracker, None
+    if tracker.run_id is None:
+        said("MLflow does not answer; the runs will not be shown under one parent")
+    return tracker, tracker.config.resolve(folder)
 
 
 def start(folder: Path, sweep: Sweep, run: Run, jobs: int, lock: int, parent: str | None, uri: str | None) -> Started:
@@ -210,11 +234,16 @@ def table(folder: Path, sweep: Sweep) -> str:
         raise FileNotFoundError(f"{folder} holds no sweep yet; start it with msc sweep FILE")
     rows = [["run", "state", "clips", "loss", "held out", "seconds"]]
     counts: dict[str, int] = {}
+    try:
+        queue = in_queue(folder, sweep)
+    except ConnectionError as error:
+        queue = {}
+        said(f"{error}; states are those of the run folders")
     for run in sweep.runs:
-        own, now = folder / run.name, state(folder, sweep, run)
+        own, now = folder / run.name, state(folder, sweep, run, queue)
         counts[now] = counts.get(now, 0) + 1
         line, clips = last(own / "log.jsonl"), sweep.configured(run).train.clips
-        spent = sum(a["seconds"] for a in attempts(folder) if a["run"] == run.name)
+        spent = sum(attempt["seconds"] for attempt in attempts(folder, run))
         held_out = last(own / "held_out.jsonl").get("mean")
         numbers = (f"{value:.4f}" if value is not None else "" for value in (line.get("loss"), held_out))
         rows.append([run.name, now, f"{line.get('clock', 0)}/{clips}", *numbers, f"{spent:.0f}"])
@@ -236,14 +265,11 @@ def last_loss(run: Path) -> float:
     return float(last(run / "log.jsonl").get("loss", "nan"))
 
 
-def attempts(folder: Path) -> list[dict[str, Any]]:
-    return read_lines(folder / "attempts.jsonl")
+def attempts(folder: Path, run: Run) -> list[dict[str, Any]]:
+    """Every start of a run that has come to an end, here or as a job, oldest first."""
+    here = [attempt for attempt in read_lines(folder / "attempts.jsonl") if attempt["run"] == run.name]
+    return sorted([*here, *ledger.ended(folder / run.name / "jobs")], key=lambda attempt: attempt["began"])
 
 
 def last_code(folder: Path, run: Run) -> int | None:
-    codes = [attempt["code"] for attempt in attempts(folder) if attempt["run"] == run.name]
-    return codes[-1] if codes else None
-
-
-def said(text: str) -> None:
-    print(f"msc: {text}", file=sys.stderr, flush=True)
+    return found[-1]["code"] if (found := attempts(folder, run)) else None

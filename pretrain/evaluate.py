@@ -21,7 +21,7 @@ from .diffusion import frame_losses, frame_shift
 from .inputs import Feed, Inputs, latents_of
 from .metrics import Tracker
 from .model import MSCTransformer, precondition
-from .pictures import contact_sheet, write_mp4
+from .pictures import contact_sheet, enlarged, write_mp4
 from .runs import Trained, open_run
 from .sampler import generate
 
@@ -137,7 +137,8 @@ def held_out_losses(
 def preview(
     model: nn.Module, config: Config, shards: Shards, feeds: Sequence[Feed], run: Path, step: int, writing: bool
 ) -> list[Path]:
-    """Continue the first held-out clip from half of it; every rank computes the same, one writes."""
+    """Continue the first held-out clip from half of it, shown beside the truth; every rank computes the same, one
+    writes."""
     batch = held_out_clip(shards, 0)
     feed = feeds[batch.bucket]
     assert isinstance(model, MSCTransformer)
@@ -155,7 +156,7 @@ def preview(
     name.parent.mkdir(exist_ok=True)
     shown = feed.autoencoder.video_frames(given)
     contact_sheet([("truth", truth), ("continued", video)], name.with_suffix(".png"), context=shown)
-    write_mp4(name.with_suffix(".mp4"), video, shards.index.fps)
+    write_mp4(name.with_suffix(".mp4"), enlarged(torch.cat([truth, video], -1)), shards.index.fps)
     return [name.with_suffix(".png"), name.with_suffix(".mp4")]
 
 
@@ -219,9 +220,9 @@ def evaluate(run: Path, clips: int = 64, weights: str = "ema", steps: int = 16) 
     (run / "evaluation.json").write_text(json.dumps(result, indent=1))
     tracker = Tracker(config.metrics)
     tracker.start(run, {}, "", run.name, attach=True)
-    tracker.log(losses["model"].metrics("evaluate/loss_"), trained.step)
+    tracker.log(losses["model"].metrics("quality/loss_"), trained.step)
     tracker.log(
-        {f"evaluate/psnr_1_{name.replace(' ', '_')}": values[0] for name, values in psnr.items()},
+        {f"quality/psnr_1_{name.replace(' ', '_')}": values[0] for name, values in psnr.items()},
         trained.step,
     )
     tracker.artifact(run / "evaluation.json")

@@ -17,9 +17,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 SECONDS = 3.0
 JOB = "MSC_JOB"  # in the environment of ranks that a job started: its id
 ENDED = "ended"
+FRESH = 60.0  # seconds without a heartbeat after which a rank 0 that says nothing is taken for dead
 
 
 def job_of(environment: Mapping[str, str]) -> str:
@@ -73,3 +76,33 @@ def read(run: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def is_fresh(beat: Mapping[str, Any], now: float) -> bool:
+    """Whether it is of a run that goes on, as far as one look can tell."""
+    return bool(beat) and beat["phase"] != ENDED and now - beat["time"] < FRESH
+
+
+def check_free(run: Path, say: Callable[[str], None], seconds: float = 1.0) -> None:
+    """ValueError if somebody is training in `run`: two at once would overwrite each other's checkpoints.
+
+    A heartbeat that is fresh may be the last of a run that was killed. If its process was on this machine, that is
+    looked up; else we wait until it either beats again or is too old, a minute at most. Not for ranks other than the
+    first: that one may already beat.
+    """
+    first = read(run)
+    if not is_fresh(first, time.time()):
+        return
+    if first["host"] == socket.gethostname() and not psutil.pid_exists(first["pid"]):
+        return
+    say(f"{run} has a heartbeat {time.time() - first['time']:.0f} s old: waiting to see whether it is alive")
+    beat = first
+    while is_fresh(beat, time.time()):
+        time.sleep(seconds)
+        beat = read(run)
+        if is_fresh(beat, time.time()) and beat["time"] != first["time"]:
+            job = f" of job {beat['job']}" if beat.get("job") else ""
+            raise ValueError(
+                f"{run} is being trained: process {beat['pid']} on {beat['host']}{job} is in step {beat['step']}. Wait "
+                f"for it, or end it with `msc cancel {run}` (a job) or Ctrl-C; `msc status {run}` shows how it is doing"
+            )

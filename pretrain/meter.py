@@ -19,6 +19,19 @@ PEAK_FLOPS = (
     ("A100", 312e12),
 )
 
+# Of a training run, above its curves.
+DESCRIPTION = """\
+| metric | |
+| --- | --- |
+| `loss` | of the last steps' frames; `loss/t_0.4_0.6`: of those with a noise level between 0.4 and 0.6 |
+| `held_out/` | the same of the averaged weights, on held-out clips that always get the same noise |
+| `quality/` | what `msc evaluate` found: held-out loss, PSNR of the first frame that was made |
+| `clock`, `skipped`, `broken` | clips seen; steps not taken; clips that could not be read |
+| `data_wait` | share of a step in which no clip had come yet |
+| `saving/stall_s` | how long training stood still for a checkpoint |
+
+Sample videos and contact sheets are in `samples` of the artifacts, the settings in `config.yaml`."""
+
 
 def mfu(flops_per_second: float, device: str) -> float | None:
     """Share of a device's peak that the model's own FLOPs make up; None where the device is not in the table.

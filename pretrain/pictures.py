@@ -79,6 +79,13 @@ def contact_sheet(
         figure.savefig(partial, format="png", dpi=DPI, metadata={"Software": None})
 
 
+def enlarged(video: Tensor, side: int = 640) -> Tensor:
+    """`[T, 3, H, W]` grown by the largest whole factor that keeps both sides within `side`: pages show a video at its
+    own size, and one of 64 pixels not at all."""
+    factor = max(1, side // max(video.shape[-2:]))
+    return video.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
+
+
 def write_mp4(path: Path, video: Tensor, fps: float) -> None:
     """Write uint8 `[T, 3, H, W]` as H.264 (crf 18, 4:2:0, plays everywhere) at `fps` frames a second.
 

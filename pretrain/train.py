@@ -32,7 +32,7 @@ from .evaluate import Losses, held_out_losses, preview
 from .expect import Expected, deviation, ratios
 from .heartbeat import beating
 from .inputs import Feed, micro_batches
-from .meter import Meter
+from .meter import DESCRIPTION, Meter
 from .metrics import State, Tracker
 from .model import MSCTransformer
 from .optimizer import set_schedule
@@ -149,6 +149,8 @@ def _train(
     tracker = Tracker(config.metrics)
     mlflow = None if read_identity(run) else before.get("mlflow")  # the run folder knows better, if it knows
     tracker.start(run, flat(config), dump(config), run.name, resume=mlflow, enabled=world.first)
+    if step == 0:  # later it is the user's
+        tracker.tags({"mlflow.note.content": DESCRIPTION})
     log = (run / "log.jsonl").open("a") if world.first else None
     meter = Meter(world.device)
     tokens = [frames * cost.tokens_per_frame(config.model, height, width) for frames, height, width in sizes(shards)]
@@ -322,7 +324,7 @@ def stop_signals() -> Iterator[list[int]]:
     def handler(number: int, _: Any) -> None:
         received.append(number)
         if number in once and received.count(number) > 1:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(f"{signal.Signals(number).name} came twice")
 
     before = {number: signal.signal(number, handler) for number in watched}
     try:

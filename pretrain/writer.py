@@ -63,7 +63,7 @@ class Writer:
         failed = self._join()
         if step == self.step and not failed:
             return {}
-        seconds = {"checkpoint/write_s": self.seconds} if self.seconds else {}
+        seconds = {"saving/write_s": self.seconds} if self.seconds else {}
         layout = self._copy(engine)
         meta = {
             "format": shelf.FORMAT,
@@ -78,7 +78,7 @@ class Writer:
         self._thread.start()
         if failed:  # not twice in a row without stopping
             self.wait()
-        return {**seconds, "checkpoint/stall_s": time.perf_counter() - began}
+        return {**seconds, "saving/stall_s": time.perf_counter() - began}
 
     @property
     def writing(self) -> bool:

@@ -75,7 +75,7 @@ def test_version() -> None:
         (["convert", "a.mp4", "--out", "x", "--part", "0/2", "--merge"], "not allowed with"),
         (["sample", "run", "--video", "a.mp4", "--clip", "1"], "not allowed with"),
         (["evaluate", "run", "--weights", "best"], "ema"),
-        (["evaluate", "run", "other"], "unrecognized arguments: other"),
+        (["sample", "run", "other"], "unrecognized arguments: other"),
         (["nothing"], "invalid choice"),
         ([], "COMMAND"),
     ],

@@ -17,12 +17,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from faults import PROGRAM
 from test_metrics import free_port, server
 from test_stopping import Run
 from test_training import MSC, SMALL, curve, final_weights, shards, wait_for  # noqa: F401
 
-from msc.launch import jobs, slurm
+from msc.launch import ledger, slurm, sweep
+from msc.launch.ladder import read_sweep
 from msc.pretrain.tracking import read_identity
 
 
@@ -68,7 +70,7 @@ class Sent:
                  "--preset", "demo", f"data.shards={shards}", *SMALL, "parallel.sp=2", f"train.clips={4 * steps}",
                  "checkpoint.every=4", *settings]  # fmt: skip
         self.said = self.msc(*words)
-        (self.record,) = jobs.records(self.run / "jobs")
+        (self.record,) = ledger.records(self.run / "jobs")
         self.job = self.record.id
 
     def msc(self, *words: object) -> str:
@@ -124,7 +126,7 @@ def test_preempted_twice_and_the_same_run(sent, shards, tmp_path):
     run.until(lambda: len(run.steps()) > 5, "five steps")
     control("scancel", "--signal=USR1", run.job)  # what --signal makes Slurm send
     run.until_queued_again()
-    assert jobs.notes(run.run / "jobs", run.job)[-1]["verdict"] == "again"
+    assert ledger.notes(run.run / "jobs", run.job)[-1]["verdict"] == "again"
     run.until(lambda: len(run.steps()) > 9, "more steps")
     control("scontrol", "requeue", run.job)
     run.until_queued_again()
@@ -158,7 +160,7 @@ def test_a_real_time_limit_and_a_preemption_by_another_job(sent):
         pytest.skip("there is no partition `urgent` that preempts")
     run = sent(step_s=0.5, steps=2000, options=["--time", "2"])
     run.until(lambda: run.state() == "PENDING", "the time limit", 240)
-    first = jobs.notes(run.run / "jobs", run.job)[-1]
+    first = ledger.notes(run.run / "jobs", run.job)[-1]
     assert (first["code"], first["verdict"]) == (75, "again") and first["to"] > 0
     control("scontrol", "update", f"jobid={run.job}", "starttime=now", "timelimit=10")
     before = len(run.steps())
@@ -167,7 +169,7 @@ def test_a_real_time_limit_and_a_preemption_by_another_job(sent):
                      "--wrap=sleep 5").strip()  # fmt: skip
     try:
         run.until(lambda: run.state() == "PENDING", "the preemption")
-        second = jobs.notes(run.run / "jobs", run.job)[-1]
+        second = ledger.notes(run.run / "jobs", run.job)[-1]
         assert second["to"] > first["to"], "it has saved"
     finally:
         control("scancel", urgent)
@@ -220,13 +222,83 @@ def test_what_goes_wrong(what, sent, tmp_path):
         assert MlflowClient(uri).get_run(read_identity(run.run)["run_id"]).info.status == "FAILED"
         assert "was still RUNNING and is now FAILED" in log
     if what == "fails at once":
-        assert "failed before its first step" in log and run.msc("status", run.run).rstrip().endswith("FAILED")
+        assert "failed before it got anything done" in log and run.msc("status", run.run).rstrip().endswith("FAILED")
     if what == "cancelled":
         assert "stopped at step" in log
 
 
 def nodes() -> list[str]:
     return sorted(set(control("sinfo", "-h", "-N", "-o", "%N").split()))
+
+
+# Arrays ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.gloo
+def test_a_sweep_as_an_array(shards, tmp_path):
+    """Of three runs one is killed and requeued, alone, though it has the array's own number; one fails: sent again, it
+    alone is repeated. Then two of them are evaluated, as an array."""
+    folder, programs = tmp_path / "runs" / "a sweep", tmp_path / "programs"
+    programs.mkdir()
+    (programs / "broken").touch()
+    (programs / "once").touch()
+    (programs / "python").write_text(
+        f"#!/bin/sh\ncd '{programs}'\ncase \"$*\" in\n*seed1*) [ -e broken ] && exit 1;;\n"
+        f'*seed2*) rm once 2>/dev/null && exit 137;;\nesac\nexec {sys.executable} "$@"\n'
+    )
+    (programs / "python").chmod(0o755)
+    site, file = tmp_path / "site.yaml", tmp_path / "sweep.yaml"
+    site.write_text(f"python: '{programs}/python'\ntime: '5'\n")
+    settings = {key: yaml.safe_load(value) for key, value in (s.split("=", 1) for s in SMALL)}
+    settings |= {"data.shards": str(shards), "train.clips": 16, "metrics.tracking_uri": f"sqlite:///{tmp_path}/m.db"}
+    file.write_text(yaml.safe_dump({"preset": "demo", "set": settings, "grid": {"train.seed": [0, 1, 2]}}))
+    words = ["sweep", file, "--out", folder, "--cluster", "slurm", "--site", site]
+    plan, environment = read_sweep(file), {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def states() -> list[str]:
+        queue = sweep.in_queue(folder, plan)
+        return [sweep.state(folder, plan, run, queue) for run in plan.runs]
+
+    msc(*words, "--jobs", "2", environment=environment)
+    first = ledger.records(folder / "jobs")[-1]
+    try:
+        assert first.parts == 3
+        left = {run.name for run in sweep.pending(folder, plan)}
+        assert left <= {"seed1"}, "a second sweep leaves alone what is queued or running"
+        last = f"{first.id}_2"
+        wait_for(lambda: ledger.notes(folder / "seed2/jobs", last)[1:], seconds=120)
+        wait_for(lambda: slurm.states([last])[last][0].name == "PENDING", seconds=30)
+        time.sleep(2)  # as in until_queued_again
+        control("scontrol", "update", f"jobid={last}", "starttime=now")
+        wait_for(lambda: not {"queued", "running"} & set(states()), seconds=180, every=1)
+        assert states() == ["finished", "failed", "finished"], msc("logs", folder, "--rank", "0")
+        assert "2 finished, 1 failed" in msc(*words, "--status")
+        assert "1 FAILED, 2 COMPLETED" in (said := msc("status", folder)) or "2 COMPLETED, 1 FAILED" in said
+        (programs / "broken").unlink()
+        msc(*words, environment=environment)
+        wait_for(lambda: states() == ["finished"] * 3, seconds=120, every=1)
+        assert [len(ledger.ended(folder / run.name / "jobs")) for run in plan.runs] == [1, 2, 2]
+        wait_for(lambda: not slurm.states([ledger.records(folder / "jobs")[-1].id]).popitem()[1][0].active)
+        msc(*words)
+        assert len(ledger.records(folder / "jobs")) == 2, "nothing is sent when all is done"
+    finally:
+        subprocess.run(["scancel", *(record.id for record in ledger.records(folder / "jobs"))], capture_output=True)
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/m.db")
+    parent = read_identity(folder)["run_id"]
+    found = client.search_runs([client.get_experiment_by_name("msc").experiment_id])
+    assert {run.info.run_name: run.info.status for run in found} == {
+        "a sweep": "FINISHED", "seed0": "FINISHED", "seed1": "FINISHED", "seed2": "FINISHED"
+    }  # fmt: skip
+    assert {run.data.tags.get("mlflow.parentRunId") for run in found} == {None, parent}
+
+    runs = [folder / "seed0", folder / "seed2"]
+    msc("submit", "evaluate", *runs, "--clips", "2", "--site", site, environment=environment)
+    wait_for(lambda: all("held-out" in msc("logs", run) for run in runs), seconds=120, every=2)
+    assert all(json.loads((run / "evaluation.json").read_text())["clips"] == 2 for run in runs)
 
 
 # Conversions -------------------------------------------------------------------------------------------------
@@ -240,7 +312,7 @@ def test_a_conversion_in_parts(tmp_path):
     words = ["convert", tmp_path / "my videos", *shape, "--workers", "1", "--autoencoder", "pixels"]
     out = tmp_path / "the shards"
     msc("submit", *words, "--out", out, "--parts", "2", "--time", "5")
-    array, merge = jobs.records(jobs.folder(out))
+    array, merge = ledger.records(ledger.folder(out))
     try:
         wait_for(lambda: slurm.states([merge.id])[merge.id][0].name == "COMPLETED")
     finally:
@@ -276,8 +348,6 @@ tracker.finish("KILLED" if stopping else "FINISHED", timeout=60)
 
 @pytest.mark.slow
 def test_twenty_jobs_write_to_one_server(tmp_path):
-    from mlflow import MlflowClient
-
     port = free_port()
     uri = f"http://127.0.0.1:{port}"
     (tmp_path / "tracked.py").write_text(TRACKED)
@@ -287,6 +357,8 @@ def test_twenty_jobs_write_to_one_server(tmp_path):
         job = control("sbatch", "--parsable", "--array=0-19", "--time=10", "--mem-per-cpu=300", "--ntasks=1",
                       f"--output={tmp_path}/%a.log", f"--wrap=srun {command}").strip()  # fmt: skip
         try:
+            from mlflow import MlflowClient
+
             client = MlflowClient(uri)
 
             def found() -> list:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from msc.pretrain.pictures import CONTEXT_COLOUR, GAP, HEAD, MADE_COLOUR, contact_sheet, write_mp4
+from msc.pretrain.pictures import CONTEXT_COLOUR, GAP, HEAD, MADE_COLOUR, contact_sheet, enlarged, write_mp4
 
 
 def smooth(frames: int, height: int, width: int) -> torch.Tensor:
@@ -50,6 +50,13 @@ def test_rows_may_differ_and_labels_are_taken_literally(tmp_path):
     contact_sheet(rows, tmp_path / "again.png", context=1)
     first = (tmp_path / "made" / "here" / "sheet.png").read_bytes()
     assert first == (tmp_path / "again.png").read_bytes(), "the same rows must give the same bytes"
+
+
+def test_small_videos_are_enlarged_by_a_whole_factor():
+    video = smooth(2, 48, 128)
+    large = enlarged(video, side=640)
+    assert large.shape == (2, 3, 240, 640) and torch.equal(large[..., ::5, ::5], video)
+    assert enlarged(smooth(1, 16, 1000)).shape == (1, 3, 16, 1000)
 
 
 def test_one_frame_of_one_pixel(tmp_path):

@@ -136,6 +136,25 @@ def test_parabolas_of_equal_compute_find_the_optimum():
     assert not edge.minima and "try larger ones" in edge.refused[0]
 
 
+def test_runs_that_learned_nothing_do_not_bend_the_parabola():
+    """At 1 when untrained: with those points in it the parabola's minimum would lie beyond the sizes tried."""
+    losses = {1e5 / 3: 0.60, 1e5: 0.55, 3e5: 0.60, 1e6: 0.98, 3e6: 1.0, 1e7: 1.0}
+    found = iso_flop(Points(tuple(Point("", n, 1e13 / n, 1e13, loss) for n, loss in losses.items())))
+    assert found.minima[0].place["N"] == pytest.approx(1e5, rel=0.05) and found.minima[0].points == 3
+
+
+def test_an_exponent_that_is_not_pinned_down_is_refused():
+    """Sizes that matter only where they are smallest: any steep power says so as well as another."""
+    rng, sizes, budgets = np.random.default_rng(0), (3e4, 1e5, 3e5, 1e6), (1e5, 3e5, 1e6)
+    points = [
+        Point("", n, d, 6 * n * d, (0.2 + 0.3 * (n < 5e4) + 30 / d**0.4) * math.exp(rng.normal(0, 0.03)))
+        for n in sizes for d in budgets
+    ]  # fmt: skip
+    found = study(Points(tuple(points)), draws=100)
+    assert any("do not pin it down" in reason for reason in found.refused), found.refused
+    assert "optimal" not in results(found, [1e12])
+
+
 def bowls(batches):
     """Losses with the best learning rate at 2 N^-0.5 D^0.25 / 10 and the best batch at 8 (D / 1e6)^0.5."""
     for n in (1e4, 1e5, 1e6):

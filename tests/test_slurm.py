@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import socket
 import sys
 import time
 from dataclasses import replace
@@ -16,10 +17,10 @@ import pytest
 import yaml
 from test_training import SMALL, shards, wait_for  # noqa: F401
 
-from msc.launch import cli, job, jobs, rendezvous, sites, slurm, status, submit
-from msc.launch.job import Job, decide
-from msc.launch.jobs import Record
+from msc.launch import cli, ledger, rendezvous, sites, slurm, status, submit, supervisor
+from msc.launch.ledger import Record
 from msc.launch.slurm import State
+from msc.launch.supervisor import Job, decide
 from msc.pretrain import heartbeat
 
 # Where a rank is ---------------------------------------------------------------------------------------------
@@ -169,10 +170,10 @@ def test_what_becomes_of_a_job(code, fruitless, stepped, verdict):
 
 
 def test_starts_without_a_new_checkpoint_are_counted_from_the_last():
-    assert jobs.fruitless([], 0) == 0
-    assert jobs.fruitless([0, 0, 40], 40) == 1
-    assert jobs.fruitless([0, 40, 40, 40], 40) == 3
-    assert jobs.fruitless([0, 40, 40], 80) == 0
+    assert ledger.fruitless([], 0) == 0
+    assert ledger.fruitless([0, 0, 40], 40) == 1
+    assert ledger.fruitless([0, 40, 40, 40], 40) == 3
+    assert ledger.fruitless([0, 40, 40], 80) == 0
 
 
 @pytest.fixture
@@ -186,12 +187,12 @@ def local_job(tmp_path, monkeypatch):
             code, clock[0] = left.pop(0)
             return code
 
-        monkeypatch.setattr(job, "run_ranks", ranks)
-        monkeypatch.setattr(job, "reached", lambda made: clock[0])
-        monkeypatch.setattr(job, "took_a_step", lambda made, since, start: clock[0] > start)
-        monkeypatch.setattr(job, "settle", lambda made, code: None)
+        monkeypatch.setattr(supervisor, "run_ranks", ranks)
+        monkeypatch.setattr(supervisor, "reached", lambda made: clock[0])
+        monkeypatch.setattr(supervisor, "took_a_step", lambda made, since, start: clock[0] > start)
+        monkeypatch.setattr(supervisor, "settle", lambda made, code: None)
         made = Job(words, str(tmp_path / "run"), str(tmp_path / "run/jobs"), "local")
-        code = job.attempts(made, [])
+        code = supervisor.attempts(made, [])
         return code, left
 
     return run
@@ -208,14 +209,49 @@ def test_a_job_goes_on_while_it_gets_further_and_is_given_up_when_it_does_not(lo
 
 def test_a_job_that_slurm_starts_again_and_again_is_given_up(tmp_path, local_job, capsys):
     for _ in range(3):
-        jobs.note(tmp_path / "run/jobs", str(os.getpid()), **{"from": 40})
+        ledger.note(tmp_path / "run/jobs", str(os.getpid()), **{"from": 40})
     assert local_job((0, 80), before=40) == (1, [(0, 80)])
     assert "given up" in capsys.readouterr().err
     assert local_job((0, 80), before=60)[0] == 0
 
 
+def test_a_part_of_a_conversion_is_judged_by_its_own_groups(tmp_path):
+    work = tmp_path / ".shards.partial/.work"
+    work.mkdir(parents=True)
+    for number in (0, 1, 3, 4, 6):
+        (work / f"group-{number:06d}.json").touch()
+    of = Job(("convert",), str(tmp_path / "shards"), "x", "slurm")
+    assert [supervisor.reached(replace(of, part=part)) for part in (None, (0, 3), (1, 3), (2, 3))] == [5, 3, 2, 0]
+
+
+def test_a_job_does_not_start_beside_another_one_in_its_run(tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    monkeypatch.setattr(supervisor, "run_ranks", lambda made, received: pytest.fail("started"))
+    made = Job(("train",), str(run), str(run / "jobs"), "local")
+    with heartbeat.beating(run, 2, seconds=0.05):
+        wait_for(lambda: heartbeat.read(run), seconds=10)
+        assert supervisor.attempts(made, []) == supervisor.MISTAKE
+    assert f"{run} is being trained: process {os.getpid()} on " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("beat", [
+    {"phase": "ended"}, {"time": 0.0}, {"pid": 2**22 + 1}, {"host": "elsewhere", "time": time.time() - 58},
+])  # fmt: skip
+def test_a_run_that_has_ended_or_was_killed_may_go_on(beat, tmp_path):
+    """Ended by itself; long silent; killed on this machine; and on another, where only waiting tells."""
+    here = {"time": time.time(), "phase": "report", "host": socket.gethostname(), "pid": os.getpid(), "step": 3}
+    (tmp_path / "heartbeat.json").write_text(json.dumps(here | beat))
+    heartbeat.check_free(tmp_path, print, seconds=0.05)
+
+
+def test_a_part_of_an_array_speaks_for_itself():
+    array = {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3"}
+    assert supervisor.slurm_number({"SLURM_JOB_ID": "17", **array}) == "17_3"
+    assert supervisor.slurm_number({"SLURM_JOB_ID": "17"}) == "17"
+
+
 def test_a_job_that_has_changed_code_says_so(capsys):
-    job.say_changes(Job(("train",), "x", "x", "local", code=(("mlflow.source.git.commit", "0" * 40),)))
+    supervisor.say_changes(Job(("train",), "x", "x", "local", code=(("mlflow.source.git.commit", "0" * 40),)))
     assert "the code is not what was submitted: mlflow.source.git.commit 000" in capsys.readouterr().err
 
 
@@ -314,7 +350,7 @@ def test_hostile_names_and_secrets_on_the_whole_way(shards, stand_ins, tmp_path,
     command = ["submit", *words, "--run", str(run), "--site", str(file), "--nodes", "1", "--tasks-per-node", "2"]
     assert cli.main(command) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
-    wait_for(lambda: jobs.notes(run / "jobs", "77")[1:], seconds=60)
+    wait_for(lambda: ledger.notes(run / "jobs", "77")[1:], seconds=60)
 
     argv, environment = json.loads((stand_ins / "rank").read_text())
     assert argv[2:] == ["train", "--resume", "--run", str(run)]
@@ -337,7 +373,7 @@ def test_hostile_names_and_secrets_on_the_whole_way(shards, stand_ins, tmp_path,
     assert name.removeprefix("--job-name=").replace("_", "").isalnum()
     assert not list(tmp_path.rglob("PWNED"))
 
-    (record,) = jobs.records(run / "jobs")
+    (record,) = ledger.records(run / "jobs")
     assert (record.id, record.cluster, record.tasks) == ("77", "slurm", 2) and "msc.version" in record.code
     capsys.readouterr()
     assert cli.main(["status", str(run)]) == 0  # Slurm has forgotten it
@@ -365,7 +401,7 @@ def test_a_job_in_the_background_is_watched_ended_and_saved(shards, tmp_path, ca
     assert cli.main(["submit", *where, "--preset", "demo", f"data.shards={shards}", *SMALL, "train.clips=40000"]) == 0
     said = capfd.readouterr().out
     assert f"msc submit --cluster local --resume --run {run}" in said
-    (record,) = jobs.records(run / "jobs")
+    (record,) = ledger.records(run / "jobs")
     wait_for(lambda: (status.last_line(run / "log.jsonl") or {}).get("step", 0) > 3, seconds=120)
     wait_for(lambda: heartbeat.read(run)["phase"] != "starting", seconds=20)
     assert cli.main(["status", str(run)]) == 0
@@ -441,6 +477,18 @@ def test_the_heartbeat_tells_the_phase_and_the_end(tmp_path):
     assert heartbeat.read(tmp_path) == {}
 
 
+def test_a_slurm_that_does_not_answer_is_not_taken_for_an_empty_queue(stand_ins, tmp_path, capsys):
+    (stand_ins / "squeue").write_text("#!/bin/sh\necho 'cannot reach the controller' >&2\nexit 1\n")
+    run = tmp_path / "run"
+    ledger.write(run / "jobs", Record("5", "slurm", ("train",), "x"))
+    (run / "config.yaml").write_text("train: {clips: 4, batch: 1}")
+    assert cli.main(["submit", "--resume", "--run", str(run)]) == 1
+    assert "squeue fails, so what has become of jobs is not known; try again: cannot reach" in capsys.readouterr().err
+    assert cli.main(["status", str(run)]) == 0
+    shown = capsys.readouterr()
+    assert "NOT STARTED" in shown.out and "squeue fails" in shown.err
+
+
 def test_slurm_is_asked_once_and_understood(stand_ins):
     (stand_ins / "squeue").write_text(
         "#!/bin/sh\nprintf '5|RUNNING|None|2026-01-01T00:00:00\\n6|PENDING|Resources|N/A\\n6|RUNNING|None|N/A\\n'\n"
@@ -453,3 +501,4 @@ def test_slurm_is_asked_once_and_understood(stand_ins):
     assert [s.name for s in got["6"]] == ["PENDING", "RUNNING"] and got["6"][0].reason == "Resources"
     assert got["7"] == [State("CANCELLED", exit="0:15")] and not got["7"][0].active
     assert [s.name for s in got["8"]] == ["FAILED", "COMPLETED"] and "9" not in got
+    assert slurm.states(["8_1"]) == {"8_1": [State("COMPLETED", exit="0:0")]}

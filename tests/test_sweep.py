@@ -15,7 +15,7 @@ import yaml
 from test_training import SMALL, shards  # noqa: F401
 
 from msc.datasets.shards import read_index
-from msc.launch import cli, sweep
+from msc.launch import cli, ledger, slurm, sweep
 from msc.launch.ladder import Run, Sweep, nearest_power, read_sweep
 from msc.launch.points import read_points
 from msc.pretrain import cost
@@ -161,6 +161,31 @@ def test_the_command_shows_what_would_run_and_where_it_is(shards, tmp_path, caps
     assert capsys.readouterr().out.splitlines()[-1] == "2 waiting"
 
 
+def test_options_of_jobs_are_for_jobs(shards, tmp_path, capsys):  # noqa: F811
+    file = write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1]})
+    words = ["sweep", str(file), "--out", str(tmp_path / "runs"), "--nodes", "2"]
+    assert cli.main(words) == 2
+    assert "--nodes is for jobs: add --cluster slurm" in capsys.readouterr().err
+    assert cli.main([*words, "--cluster", "slurm"]) == 2
+    assert "the sweep file says processes: 1, but 2 tasks are asked for" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_where_runs_that_were_sent_are(shards, tmp_path, monkeypatch):  # noqa: F811
+    """By Slurm while it has them; by what they left behind, as here, once it has not."""
+    plan = read_sweep(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1, 2]}))
+    for number, run in enumerate(plan.runs):
+        jobs = tmp_path / run.name / "jobs"
+        ledger.write(jobs, ledger.Record(f"7_{number}", "slurm", ("train",), "x"))
+        ledger.note(jobs, f"{7 + number}", **{"from": 0})
+        ledger.note(jobs, f"{7 + number}", code=1)
+    states = {"7_0": [slurm.State("PENDING")], "7_1": [slurm.State("RUNNING")], "7_2": [slurm.State("FAILED")]}
+    monkeypatch.setattr(slurm, "states", lambda numbers: {number: states[number] for number in numbers})
+    queue = sweep.in_queue(tmp_path, plan)
+    assert [sweep.state(tmp_path, plan, run, queue) for run in plan.runs] == ["queued", "running", "failed"]
+    assert [run.name for run in sweep.pending(tmp_path, plan)] == ["seed2"]
+
+
 def test_a_run_that_somebody_has_is_left_to_them(shards, tmp_path, stand_in):  # noqa: F811
     plan = read_sweep(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 2]}))
     sweep.prepare(tmp_path, plan)
@@ -184,12 +209,12 @@ def test_a_run_that_has_begun_goes_on(tmp_path):
     plan, run = Sweep((), "demo", None, 2), Run("a", {"train.seed": 3})
     fresh = sweep.command(tmp_path, plan, run, "abc", "sqlite:///x.db")
     assert fresh[3:] == [
-        "train", "--run", str(tmp_path / "a"), "--processes", "2", "--preset", "demo", "train.seed=3",
-        "metrics.parent=abc", "metrics.tracking_uri=sqlite:///x.db",
+        "train", "--run", str(tmp_path / "a"), "--preset", "demo", "train.seed=3", "metrics.parent=abc",
+        "metrics.tracking_uri=sqlite:///x.db", "--processes", "2",
     ]  # fmt: skip
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "config.yaml").touch()
-    assert sweep.command(tmp_path, plan, run)[-1] == "--resume"
+    assert "--resume" in sweep.command(tmp_path, plan, run)
 
 
 @pytest.mark.slow

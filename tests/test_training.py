@@ -360,6 +360,7 @@ def test_mlflow_holds_one_finished_run_with_curves_and_files(trained):
     assert {"held_out/mean", "tokens_per_s", "data_wait", "grad_norm", "lr"} <= set(run.data.metrics)
     files = {f.path for f in client.list_artifacts(run.info.run_id, "samples")}
     assert "samples/step-00000008.mp4" in files
+    assert "held_out/" in run.data.tags["mlflow.note.content"]
 
 
 def test_evaluate_reports_loss_and_psnr(trained):

@@ -13,17 +13,20 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from msc.launch import jobs, local
+from msc.datasets.work import count_finished
+from msc.launch import ledger, local
 from msc.launch.commands import PROGRAM
-from msc.launch.jobs import Cluster
+from msc.launch.commands import said as say
+from msc.launch.ledger import Cluster
 from msc.pretrain import heartbeat, shelf
 
 # A detached job on this machine: a process of its own that is given the Job as JSON.
-LOCAL_PROGRAM = "import sys; from msc.launch import job; job.attend(job.from_json(sys.argv[1]))"
+LOCAL_PROGRAM = "import sys; from msc.launch import supervisor; supervisor.attend(supervisor.from_json(sys.argv[1]))"
 STOPPED = 75  # train.py's REQUEUE; that module imports torch
 MISTAKE, INTERRUPTED = 2, 130  # of the user's, in settings or files (but a file system may stumble too); Ctrl-C
 PATIENCE = (1, 4, 15, 40)  # seconds between tries to reach a busy Slurm
@@ -36,7 +39,7 @@ Verdict = Literal["done", "again", "over"]
 class Job:
     """words: what every task runs, of msc. folder: of the run, or of the shards. jobs: where starts are noted. starts:
     how many in a row may bring no new checkpoint. code: version and commit that it was sent with. again: the command
-    that goes on after it is over."""
+    that goes on after it is over. part: of a conversion, (i, N)."""
 
     words: tuple[str, ...]
     folder: str
@@ -49,6 +52,7 @@ class Job:
     srun: tuple[str, ...] = ()
     code: tuple[tuple[str, str], ...] = ()
     again: str = ""
+    part: tuple[int, int] | None = None
 
     @property
     def trains(self) -> bool:
@@ -75,29 +79,41 @@ def attend(job: Job) -> None:
 
 
 def attempts(job: Job, received: list[int]) -> int:
-    folder, number = Path(job.jobs), os.environ["SLURM_JOB_ID"] if job.cluster == "slurm" else str(os.getpid())
+    folder, number = Path(job.jobs), slurm_number(os.environ) if job.cluster == "slurm" else str(os.getpid())
     os.environ[heartbeat.JOB] = number
     say_changes(job)
+    try:
+        if job.trains:
+            heartbeat.check_free(Path(job.folder), say)
+    except ValueError as error:  # nor is its MLflow run ours to end
+        say(f"{error}. This job ends without a start")
+        return MISTAKE
     while True:
         since, start = time.time(), reached(job)
-        began = [line["from"] for line in jobs.notes(folder, number) if "from" in line]
-        if jobs.fruitless(began, start) >= job.starts:  # it was Slurm that started it again
+        began = [line["from"] for line in ledger.notes(folder, number) if "from" in line]
+        if ledger.fruitless(began, start) >= job.starts:  # it was Slurm that started it again
             say(f"{job.starts} starts without a new checkpoint: given up. The log above says why")
             return end(job, 1)
-        jobs.note(folder, number, **{"from": start}, host=os.uname().nodename)
+        ledger.note(folder, number, **{"from": start}, host=os.uname().nodename)
         code = run_ranks(job, received)
-        fruitless = jobs.fruitless([*began, start], reached(job))
+        fruitless = ledger.fruitless([*began, start], reached(job))
         worked = start > 0 or (took_a_step(job, since, start) if job.trains else reached(job) > 0)
         verdict, why = decide(code, fruitless, job.starts, worked)
         if verdict == "again" and not may_start_again(job, number, code, received):
             verdict, why = "over", "stopped from outside: cancelled, or put back into the queue"
-        jobs.note(folder, number, code=code, to=reached(job), verdict=verdict, why=why)
+        ledger.note(folder, number, code=code, to=reached(job), verdict=verdict, why=why)
         say(f"exit code {code}: {why}")
         if verdict != "again":
             return end(job, code)
         settle(job, code)
         if job.cluster == "slurm":
             return requeue(number, code)
+
+
+def slurm_number(environment: Mapping[str, str]) -> str:
+    """Of a part of an array `17_3`: one part has the number of the whole array for its own, and would speak for all."""
+    array = environment.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{environment['SLURM_ARRAY_TASK_ID']}" if array else environment["SLURM_JOB_ID"]
 
 
 def end(job: Job, code: int) -> int:
@@ -138,11 +154,11 @@ def run_ranks(job: Job, received: list[int]) -> int:
 
 
 def reached(job: Job) -> int:
-    """How far the work has come, as far as a new start would find it done: clips trained on, groups converted."""
+    """How far the work has come, as far as a new start would find it done: clips trained on, groups converted (of a
+    part of a conversion, its own)."""
     if job.trains:
         return int((shelf.newest_meta(Path(job.folder)) or {}).get("clock", 0))
-    out = Path(job.folder)
-    return len(list(out.with_name(f".{out.name}.partial").glob(".work/group-*.json")))
+    return count_finished(Path(job.folder), job.part)
 
 
 def took_a_step(job: Job, since: float, start: int) -> bool:
@@ -202,7 +218,3 @@ def say_changes(job: Job) -> None:
     now = code_version()
     if changed := [f"{name} {old} -> {now.get(name)}" for name, old in job.code if now.get(name) != old]:
         say(f"the code is not what was submitted: {', '.join(changed)}")
-
-
-def say(text: str) -> None:
-    print(f"msc: {text}", file=sys.stderr, flush=True)

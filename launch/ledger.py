@@ -85,6 +85,19 @@ def notes(jobs: Path, job: str) -> list[dict[str, Any]]:
     return found
 
 
+def ended(jobs: Path) -> list[dict[str, Any]]:
+    """Every start that has come to an end, of all jobs: its exit `code`, when it `began`, and its `seconds`."""
+    found = []
+    for path in jobs.glob("*.starts.jsonl"):
+        began = None
+        for line in notes(jobs, path.name.removesuffix(".starts.jsonl")):
+            if "from" in line:
+                began = line["time"]
+            elif began is not None:
+                found.append({"code": line["code"], "began": began, "seconds": line["time"] - began})
+    return sorted(found, key=lambda start: start["began"])
+
+
 def fruitless(starts: Sequence[int], reached: int) -> int:
     """How many of the last starts began where the work still is: at `reached`, in clips or whatever grows with it."""
     count = 0
