@@ -122,7 +122,7 @@ def build(values: Mapping[str, Any]) -> Config:
 
 def dump(config: Config) -> str:
     """The configuration as YAML that `load` reads back."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+    return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False)
 
 
 def flat(config: Config) -> dict[str, Any]:
@@ -134,13 +134,13 @@ def flat(config: Config) -> dict[str, Any]:
             found |= walk(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
         return found
 
-    return walk(_plain(dataclasses.asdict(config)), "")
+    return walk(plain(dataclasses.asdict(config)), "")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _merge(values: dict[str, Any], new: Any, kind: type, source: str, prefix: str) -> None:
