@@ -36,7 +36,8 @@ class TrainConfig:
     """clips: how many clips to train on in all; batch: clips per optimizer step over all ranks; micro: clips
     per rank and forward pass (the rest is gradient accumulation). seed: of weights, order and noise.
     report, evaluate: optimizer steps between reports and between held-out evaluations with a preview (0: never);
-    held_out: clips in such an evaluation."""
+    held_out: clips in such an evaluation. init_from: a folder of `msc export`, or a run, whose averaged weights this
+    one starts from (empty: from random ones); see warm.py."""
 
     clips: int = 100_000
     batch: int = 8
@@ -45,6 +46,7 @@ class TrainConfig:
     report: int = 10
     evaluate: int = 1000
     held_out: int = 64
+    init_from: str = ""
 
     def __post_init__(self):
         for name, least in {"clips": 1, "batch": 1, "micro": 1, "report": 1, "evaluate": 0, "held_out": 1}.items():

@@ -1,4 +1,4 @@
-"""`msc export`: a checkpoint as weights that need nothing of the run folder, with a proof that they are the trained ones.
+"""`msc export`: a checkpoint as weights that need nothing of the run folder, proved to be the trained ones.
 
 Tensor by tensor from the checkpoint's slices to the new files, in parts: one process and little memory are enough
 for a model of any size, from checkpoints of any number of ranks and any ZeRO stage.
@@ -184,7 +184,7 @@ def write_file(
                 converted = part.to(dtype)
                 if dtype == torch.float16 and not converted.isfinite().all() and part.isfinite().all():
                     raise ValueError(f"{name} holds values up to {part.abs().max():.3g}, too large for fp16: use bf16")
-                file.write(converted.view(torch.uint8).numpy())
+                file.write(converted.view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
 

@@ -69,8 +69,8 @@ __all__ = ["MSCPipeline"]
 
 
 def write_card(folder: Path, run: Path, facts: dict[str, Any], config: Config) -> None:
-    """README.md: training facts, figures of the run's evaluation, settings. No path of this machine is in it, but for an
-    autoencoder's folder, as config.json has it, too."""
+    """README.md: training facts, figures of the run's evaluation, settings. Of this machine it names at most the folder
+    of an autoencoder, which config.json must name, too."""
     data, training, model = facts["data"], facts["training"], config.model
     rows = {
         "steps": f"{training['step']:,}",

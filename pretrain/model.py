@@ -21,7 +21,7 @@ from .layers import Block, NoiseEmbedding
 from .scales import Scale, check_scales
 from .timeline import Layer, Timeline, WholeVideo
 from .view import View, view_frames
-from .weights import open_exported
+from .weights import Exported, open_exported
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ class ModelConfig:
             raise ValueError(f"unknown: {', '.join(unknown)}")
         if any(len(constants) != len(GateConstants._fields) for constants in values["gate_constants"]):
             raise ValueError(
-                f"gate_constants holds {len(values['gate_constants'][0])} numbers of every scale, as an earlier version "
-                f"measured them, and now needs {', '.join(GateConstants._fields)}: "
+                f"gate_constants holds {len(values['gate_constants'][0])} numbers of every scale, as an earlier "
+                f"version measured them, and now needs {', '.join(GateConstants._fields)}: "
                 "take them from what `msc train --dry-run` prints for the same shards and scales"
             )
         values["scales"] = tuple(Scale(**scale) for scale in values["scales"])
@@ -253,15 +253,22 @@ class MSCTransformer(nn.Module):
         Raises FileNotFoundError where files are missing, ValueError where they are damaged or do not match.
         """
         exported = open_exported(Path(folder), weights)
+        model = cls.described(exported)
+        model.load_state_dict(dict(exported.tensors(dtype)), assign=True)
+        return model.eval()
+
+    @classmethod
+    def described(cls, exported: Exported) -> MSCTransformer:
+        """The model of an exported folder, without its weights; ValueError if config.json does not describe them."""
         try:
             config = ModelConfig.from_dict(exported.facts["model"])
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"config.json in {folder} does not describe a model of this version: {error}") from None
+            where = exported.folder / "config.json"
+            raise ValueError(f"{where} does not describe a model of this version: {error}") from None
         with torch.device("meta"):
             model = cls(config)
         exported.check(model.shapes())
-        model.load_state_dict(dict(exported.tensors(dtype)), assign=True)
-        return model.eval()
+        return model
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of all that must be kept of the model."""

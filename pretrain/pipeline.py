@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
@@ -65,7 +66,7 @@ class MSCPipeline(DiffusionPipeline):
         self.register_to_config(data=data, diffusion=diffusion, autoencoder=autoencoder)
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls,
         folder: str | Path,
         weights: str | None = None,
@@ -97,9 +98,9 @@ class MSCPipeline(DiffusionPipeline):
         whole units. size: height and width in pixels (default: the training clips'). text: embeddings `[B, L, E]`;
         labels: `[B]`. sampling: further settings of `sampler.generate`. ValueError where something does not fit.
         """
-        model, space = self.transformer, self.config.data
+        model, space = self.transformer, self.config["data"]
         device, dtype = self.device, torch.float32  # frames stay in fp32 where weights are not
-        autoencoder = open_autoencoder(self.config.autoencoder or space["autoencoder"], device)
+        autoencoder = open_autoencoder(self.config["autoencoder"] or space["autoencoder"], device)
         if video is not None:
             context = model.normalise(autoencoder.encode(to_float(video)).to(device, dtype))
         else:
@@ -107,7 +108,7 @@ class MSCPipeline(DiffusionPipeline):
             factor = autoencoder.spatial_factor
             autoencoder.check(autoencoder.video_frames(1), height, width)
             context = torch.zeros(batch, 0, model.config.channels, height // factor, width // factor, device=device)
-        shift = frame_shift(DiffusionConfig(**self.config.diffusion), *context.shape[-2:])
+        shift = frame_shift(DiffusionConfig(**self.config["diffusion"]), *context.shape[-2:])
         text, labels = (None if value is None else value.to(device) for value in (text, labels))
         new = generate(model, context, units, num_inference_steps, seed, shift, text, labels, **sampling)
         x = torch.cat([context, *self.progress_bar(new, total=None)], 1)

@@ -71,7 +71,8 @@ def open_exported(folder: Path, weights: str | None = None) -> Exported:
     if listed and weights not in listed:
         raise ValueError(f"{folder} holds {' and '.join(listed)} weights, not {weights!r}: export again with --weights")
     stem = "model" if listed and weights == listed[0] else weights
-    index, placed = folder / f"{stem}.safetensors.index.json", {}
+    index = folder / f"{stem}.safetensors.index.json"
+    placed: Any = {}
     if index.is_file():
         placed = read_json(index).get("weight_map")
         if not isinstance(placed, dict) or any(Path(str(file)).name != file for file in placed.values()):
