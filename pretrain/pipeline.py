@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .autoencoder import open_autoencoder, to_float
 from .diffusion import DiffusionConfig, frame_shift
-from .model import MSCTransformer
+from .model import MSCTransformer, check_clip
 from .sampler import generate
 from .weights import read_facts
 
@@ -108,6 +108,7 @@ class MSCPipeline(DiffusionPipeline):
             factor = autoencoder.spatial_factor
             autoencoder.check(autoencoder.video_frames(1), height, width)
             context = torch.zeros(batch, 0, model.config.channels, height // factor, width // factor, device=device)
+        check_clip(model.config, *(context.shape[i] for i in (1, 3, 4)))
         shift = frame_shift(DiffusionConfig(**self.config["diffusion"]), *context.shape[-2:])
         text, labels = (None if value is None else value.to(device) for value in (text, labels))
         new = generate(model, context, units, num_inference_steps, seed, shift, text, labels, **sampling)
