@@ -410,7 +410,7 @@ def held_out(run):
     return {line["step"]: line["mean"] for line in lines}
 
 
-LOOK = ("train.evaluate=4", "train.held_out=3")
+LOOK = ("train.evaluate=4", "train.held_out=4")
 
 
 def test_a_run_starts_from_exported_weights_and_goes_on_without_them(trained, shards, tmp_path):
