@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from msc.pretrain import checkpoint, hub, shelf, weights
 from msc.pretrain import export as exports
-from msc.pretrain import hub, shelf, weights
 from msc.pretrain.export import export, split
 from msc.pretrain.model import MSCTransformer
 
@@ -70,6 +70,20 @@ def test_every_checkpoint_gives_the_trained_weights(ranks, cut, dtype, limit, tm
         assert all(torch.equal(stored[name], expected[name]) for name in expected)
         loaded = MSCTransformer.from_pretrained(tmp_path / "run" / "export", which, torch.float32)
         assert same(loaded, exporting.model_with(model, stored)) and not loaded.training
+
+
+def test_never_more_than_a_part_of_a_tensor_is_read(run, tmp_path, monkeypatch):
+    read, asked = checkpoint.Slices.read, []
+
+    def noting(self, name, key, start, numel):
+        asked.append(numel)
+        return read(self, name, key, start, numel)
+
+    monkeypatch.setattr(checkpoint.Slices, "read", noting)
+    monkeypatch.setattr(exports, "PART", 1000)
+    export(run.path, tmp_path / "out", max_shard_size=SMALL)
+    numel = sum(p.numel() for p in run.models["ema"].parameters())
+    assert max(asked) == 1000 and sum(asked) == 2 * numel, "once to write it, once to compare"
 
 
 def test_files_are_split_as_hugging_face_splits_them(run, exported):
