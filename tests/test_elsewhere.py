@@ -101,7 +101,7 @@ def test_a_diffusers_pipeline_computes_and_samples_the_same(exported, diffusers)
     with torch.no_grad():
         assert torch.equal(pipe.transformer(x, t), model(x, t))
     pipe.set_progress_bar_config(disable=True)
-    shift = (16 * 24 / 4096) ** 0.5 if exporting.configured()[0].diffusion.shift is None else 4.0
+    shift = exporting.configured()[0].diffusion.shift
     latents = torch.cat(list(generate(model, torch.zeros(2, 0, 3, 16, 24), 3, 2, 5, shift)), 1)
     assert torch.equal(pipe(units=3, batch=2, num_inference_steps=2, seed=5, output_type="latent").frames, latents)
     frames = pipe(units=3, batch=2, num_inference_steps=2, seed=5).frames
