@@ -56,7 +56,7 @@ def newest(folder, pattern):
     return max((run / folder).rglob(pattern), key=lambda path: path.stat().st_mtime)
 
 
-weights = run / "export" / "ema.safetensors"
+weights = run / "export" / "model.safetensors"
 print(f"""\
 it took        {seconds // 60} min {seconds % 60} s
 data           {clips["train"]} clips to train on, {clips["held_out"]} held out: {demo / "shards"}, to be seen in its contact.png

@@ -6,6 +6,7 @@ ends with one line and exit code 2; anything else is a bug and shows its traceba
 
 import argparse
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -236,6 +237,11 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     new = command("export", commands.export, "write a run's weights in a form that needs nothing of the run folder")
     new.add_argument("run", type=Path, metavar="RUN", help="run folder")
     new.add_argument("--out", type=Path, metavar="DIR", help="default: export/ in the run folder")
+    new.add_argument("--weights", choices=("ema", "raw", "both"), help="averaged or last weights (default: ema)")
+    new.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="what they are stored in (fp32)")
+    new.add_argument("--max-shard-size", type=bytes_of, metavar="SIZE", help="of a file, such as 5GB (the default)")
+    new.add_argument("--checkpoint", metavar="N|PATH", help="step or folder (default: the newest)")
+    new.add_argument("--push-to-hub", metavar="REPO", help="upload it to the Hugging Face Hub; new ones are private")
 
     new = command("doctor", commands.doctor, "say what is wrong with this machine, and how to put it right")
     new.add_argument("--json", action="store_true", help="the same for programs")
@@ -273,6 +279,14 @@ def positive(text: str) -> int:
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return number
+
+
+def bytes_of(text: str) -> int:
+    """`5GB` or `200MB` as bytes, in powers of 1000 as file sizes are."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]B)", text.strip().upper())
+    if not found or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 200MB")
+    return int(float(found[1]) * 1000 ** (1 + "KMGT".index(found[2][0])))
 
 
 def part(text: str) -> tuple[int, int]:

@@ -317,7 +317,9 @@ def sample(args: Namespace) -> int:
 def export(args: Namespace) -> int:
     from msc.pretrain.export import export as export_run
 
-    print(export_run(args.run, args.out))
+    names = ("weights", "dtype", "max_shard_size")
+    options = given(step=args.checkpoint, push_to=args.push_to_hub, **{name: getattr(args, name) for name in names})
+    print(export_run(args.run, args.out, **options))
     return 0
 
 

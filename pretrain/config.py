@@ -36,7 +36,8 @@ class TrainConfig:
     """clips: how many clips to train on in all; batch: clips per optimizer step over all ranks; micro: clips
     per rank and forward pass (the rest is gradient accumulation). seed: of weights, order and noise.
     report, evaluate: optimizer steps between reports and between held-out evaluations with a preview (0: never);
-    held_out: clips in such an evaluation."""
+    held_out: clips in such an evaluation. init_from: a folder of `msc export`, or a run, whose averaged weights this
+    one starts from (empty: from random ones); see warm.py."""
 
     clips: int = 100_000
     batch: int = 8
@@ -45,6 +46,7 @@ class TrainConfig:
     report: int = 10
     evaluate: int = 1000
     held_out: int = 64
+    init_from: str = ""
 
     def __post_init__(self):
         for name, least in {"clips": 1, "batch": 1, "micro": 1, "report": 1, "evaluate": 0, "held_out": 1}.items():
@@ -122,7 +124,7 @@ def build(values: Mapping[str, Any]) -> Config:
 
 def dump(config: Config) -> str:
     """The configuration as YAML that `load` reads back."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+    return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False)
 
 
 def flat(config: Config) -> dict[str, Any]:
@@ -134,13 +136,13 @@ def flat(config: Config) -> dict[str, Any]:
             found |= walk(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
         return found
 
-    return walk(_plain(dataclasses.asdict(config)), "")
+    return walk(plain(dataclasses.asdict(config)), "")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _merge(values: dict[str, Any], new: Any, kind: type, source: str, prefix: str) -> None:

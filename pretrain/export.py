@@ -1,70 +1,220 @@
-"""`msc export`: weights that need nothing of the run folder, with a proof that they are the trained ones."""
+"""`msc export`: a checkpoint as weights that need nothing of the run folder, proved to be the trained ones.
+
+Tensor by tensor from the checkpoint's slices to the new files, in parts: one process and little memory are enough
+for a model of any size, from checkpoints of any number of ranks and any ZeRO stage.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from torch import Tensor
 
-from msc.datasets.files import check_replaceable, partial_folder, publish
+from msc.datasets.files import check_replaceable, partial_folder, publish, write_atomically
 
+from . import checkpoint, hub, shelf
+from .config import Config
 from .model import MSCTransformer
-from .runs import Trained, open_run
+from .runs import LatentSpace, read_run
+from .weights import Shapes, header, open_safetensors, shortened
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+KEYS = {"ema": "ema", "raw": "weight"}  # what a checkpoint calls them
+PART = 1 << 23  # elements read, converted and written at a time
+SHARD = 5_000_000_000
 
 
-def export(run: Path, out: Path | None = None) -> str:
-    """Write `config.json`, `ema.safetensors` and `raw.safetensors` of a run's newest checkpoint.
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint to take weights from. shapes: of everything that the model keeps, in its order."""
 
-    The folder is loaded again with `MSCTransformer.from_pretrained` and must give bit-identical outputs.
+    path: Path
+    meta: dict[str, Any]
+    shapes: Shapes
+
+    def parts(self, slices: checkpoint.Slices, name: str, which: str) -> Iterator[Tensor]:
+        """The flattened fp32 values of a tensor, a part at a time."""
+        numel = math.prod(self.shapes[name])
+        for start in range(0, numel, PART):
+            yield slices.read(name, KEYS[which], start, min(PART, numel - start))
+
+    def open(self) -> checkpoint.Slices:
+        return checkpoint.Slices(self.path, self.meta)
+
+
+def export(
+    run: Path, out: Path | None = None, weights: str = "ema", dtype: str = "fp32", max_shard_size: int = SHARD,
+    step: str | None = None, push_to: str | None = None,
+) -> str:  # fmt: skip
+    """Write the weights of a run's newest checkpoint (or that of `step`) as safetensors; returns what was done.
+
+    weights: "ema", "raw" or "both". max_shard_size: bytes, above which they are split into files with an index.
+    push_to: repository of the Hugging Face Hub to upload the folder to afterwards; a new one is private.
+    All tensors are read again and compared. Weights that are not split are also loaded with
+    `MSCTransformer.from_pretrained` and must give bit-identical outputs if they are in fp32.
     """
     replace_own = out is None  # the run's own folder may be renewed; any other must be new or empty
     out = run / "export" if out is None else out
     check_replaceable(out, overwrite=replace_own, proof="config.json")
-    trained = {which: open_run(run, which) for which in ("ema", "raw")}
-    any_one = trained["ema"]
+    config, space = read_run(run)
+    source = open_source(run, config, step)
+    asked = ("ema", "raw") if weights == "both" else (weights,)
+    check_space(out, source, len(asked) * DTYPES[dtype].itemsize)
+    facts = describe(config, space, source.meta, asked, dtype)
+    told = []
     with partial_folder(out) as aside:
-        sizes = write(aside, trained)
+        write_atomically(aside / "config.json", json.dumps(facts, indent=1).encode())
+        for which in asked:
+            stem = "model" if which == asked[0] else which
+            files = write_weights(aside, stem, source, which, DTYPES[dtype], max_shard_size)
+            proof = "every tensor read again and compared"
+            if len(files) == 1 and dtype == "fp32":
+                check_outputs(source, which, config, aside)
+                proof += ", outputs of the loaded model bit-identical"
+            size = sum((aside / file).stat().st_size for file in files)
+            named = files[0] if len(files) == 1 else f"{files[0]} … {files[-1]}"
+            told.append(f"{which:<4} {named} ({size / 1e6:,.1f} MB): {proof}")
+        hub.write_card(aside, run, facts, config)
+        hub.write_pipeline(aside, facts)
         publish(aside, out)
-    count = sum(p.numel() for p in any_one.model.parameters())
-    return (
-        f"{count:,} parameters of step {any_one.step} written to {out}: "
-        + ", ".join(f"{which}.safetensors ({size / 1e6:.1f} MB)" for which, size in sizes.items())
-        + "\nloaded again with MSCTransformer.from_pretrained: outputs bit-identical"
-    )
+    count = sum(map(math.prod, source.shapes.values()))
+    told.insert(0, f"{count:,} parameters of step {source.meta['step']:,} in {dtype} written to {out}")
+    if push_to is not None:
+        told.append(hub.push(out, push_to, f"step {source.meta['step']}"))
+    return "\n".join(told)
 
 
-def write(aside: Path, trained: dict[str, Trained]) -> dict[str, int]:
-    """Fill an empty folder and prove that it loads to the same models; returns the files' sizes in bytes."""
-    any_one = trained["ema"]
-    facts = {
-        "model": any_one.model.config_dict(),
-        "data": asdict(any_one.space),
-        "training": {"step": any_one.step, "clips": any_one.clock},
+def open_source(run: Path, config: Config, step: str | None) -> Source:
+    """The checkpoint to export, checked by its checksums; ValueError if it is damaged or not of the run's model."""
+    path = shelf.latest(run) if step is None else shelf.find(run, step)
+    if path is None:
+        raise FileNotFoundError(f"{run} has no checkpoint yet; train longer, or set checkpoint.every lower")
+    if problems := shelf.damage(path):
+        raise ValueError(f"{'; '.join(problems)}: export another one with --checkpoint, `msc checkpoints` lists them")
+    meta = shelf.read_meta(path)
+    with torch.device("meta"):
+        shapes = MSCTransformer(config.model).shapes()
+    held = {name: tuple(shape) for name, shape in meta["parameters"].items()}
+    if lost := sorted(shapes.keys() ^ held.keys()):  # such as parameters that were frozen: they are not checkpointed
+        raise ValueError(f"{path} and the run's model do not hold the same tensors: {shortened(lost)}")
+    if other := [name for name in shapes if shapes[name] != held[name]]:
+        raise ValueError(f"{path} holds {shortened(other)} in another shape than the run's model")
+    return Source(path, meta, shapes)
+
+
+def check_space(out: Path, source: Source, each: int) -> None:
+    there = next(parent for parent in out.absolute().parents if parent.exists())
+    free, needed = shutil.disk_usage(there).free, each * sum(map(math.prod, source.shapes.values()))
+    if free < needed:
+        raise OSError(f"{there} has {free / 1e9:.1f} GB free; the weights take {needed / 1e9:.1f} GB")
+
+
+def describe(
+    config: Config, space: LatentSpace, meta: dict[str, Any], weights: tuple[str, ...], dtype: str
+) -> dict[str, Any]:
+    """config.json: what a reader of the weights must know, and where they come from."""
+    return {
+        "architectures": ["MSCTransformer"],
+        "weights": list(weights),
+        "dtype": dtype,
+        "model": asdict(config.model),
+        "data": asdict(space),
+        "diffusion": asdict(config.diffusion),
+        "training": {
+            "step": meta["step"],
+            "clips": meta["clock"],
+            "clips_in_set": meta.get("clips"),
+            "precision": config.parallel.precision,
+            "versions": meta.get("versions", {}),
+        },
     }
-    (aside / "config.json").write_text(json.dumps(facts, indent=1))
-    for which, loaded in trained.items():
-        save_file(
-            {name: value.contiguous() for name, value in loaded.model.state_dict().items()},
-            aside / f"{which}.safetensors",
-        )
-    sizes = {}
-    for which, loaded in trained.items():
-        check_same(loaded.model.cpu(), MSCTransformer.from_pretrained(aside, which), which)
-        sizes[which] = (aside / f"{which}.safetensors").stat().st_size
-    return sizes
+
+
+def write_weights(
+    folder: Path, stem: str, source: Source, which: str, dtype: torch.dtype, limit: int
+) -> list[str]:  # fmt: skip
+    """Write and compare all tensors; returns the names of the files. More than one have an index."""
+    groups = split({name: math.prod(shape) * dtype.itemsize for name, shape in source.shapes.items()}, limit)
+    of = f"-of-{len(groups):05d}"
+    files = [f"{stem}-{i + 1:05d}{of}.safetensors" for i in range(len(groups))]
+    files = files if len(groups) > 1 else [f"{stem}.safetensors"]
+    for file, names in zip(files, groups, strict=True):
+        # Opened for every file anew: what was read through a mapping stays in memory while it is open.
+        with source.open() as slices:
+            write_file(folder / file, source, slices, names, which, dtype)
+            compare_file(folder / file, source, slices, names, which, dtype)
+    if len(groups) > 1:
+        index = {
+            "metadata": {"total_size": sum(map(math.prod, source.shapes.values())) * dtype.itemsize},
+            "weight_map": {name: file for file, names in zip(files, groups, strict=True) for name in names},
+        }
+        write_atomically(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=1).encode())
+    return files
+
+
+def split(sizes: dict[str, int], limit: int) -> list[list[str]]:
+    """Cut tensors into runs of at most `limit` bytes; a larger tensor is alone."""
+    groups: list[list[str]] = []
+    held = limit + 1
+    for name, size in sizes.items():
+        if held + size > limit:
+            groups.append([])
+            held = 0
+        groups[-1].append(name)
+        held += size
+    return groups
+
+
+def write_file(
+    path: Path, source: Source, slices: checkpoint.Slices, names: list[str], which: str, dtype: torch.dtype
+) -> None:
+    """One safetensors file, without holding more than a part of a tensor. (The library's writer takes all at once.)"""
+    with path.open("wb") as file:
+        file.write(header({name: source.shapes[name] for name in names}, dtype))
+        for name in names:
+            for part in source.parts(slices, name, which):
+                converted = part.to(dtype)
+                if dtype == torch.float16 and not converted.isfinite().all() and part.isfinite().all():
+                    raise ValueError(f"{name} holds values up to {part.abs().max():.3g}, too large for fp16: use bf16")
+                file.write(converted.view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def compare_file(
+    path: Path, source: Source, slices: checkpoint.Slices, names: list[str], which: str, dtype: torch.dtype
+) -> None:
+    """RuntimeError unless the file, read by the safetensors library, holds exactly the checkpoint's tensors."""
+    with open_safetensors(path) as opened:
+        for name in names:
+            tensor = opened.get_tensor(name)
+            same, at = tensor.dtype == dtype and tuple(tensor.shape) == source.shapes[name], 0
+            for part in source.parts(slices, name, which):
+                stored = tensor.flatten()[at : at + part.numel()]
+                same = same and torch.equal(stored.view(torch.uint8), part.to(dtype).view(torch.uint8))
+                at += part.numel()
+            if not same:
+                raise RuntimeError(f"{path.name} does not hold {name} as the checkpoint does; please report this")
 
 
 @torch.no_grad()
-def check_same(trained: MSCTransformer, loaded: MSCTransformer, which: str) -> None:
-    """Raise RuntimeError unless both models compute the same on a small random clip."""
-    config = trained.config
-    side = config.patch * math.lcm(*(scale.space for scale in config.scales))
+def check_outputs(source: Source, which: str, config: Config, folder: Path) -> None:
+    """RuntimeError unless the exported model computes the same as the trained one, on a small random clip."""
+    with torch.device("meta"):
+        trained = MSCTransformer(config.model)
+    trained.load_state_dict(dict(checkpoint.weights(source.path, which)), assign=True)
+    model = config.model
+    side = model.patch * math.lcm(*(scale.space for scale in model.scales))
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 4 * config.frames_per_unit, config.channels, side, side, generator=generator)
-    t = torch.rand(1, 4, generator=generator).repeat_interleave(config.frames_per_unit, 1)
-    if not torch.equal(trained(x, t), loaded(x, t)):
+    x = torch.randn(1, 4 * model.frames_per_unit, model.channels, side, side, generator=generator)
+    t = torch.rand(1, 4, generator=generator).repeat_interleave(model.frames_per_unit, 1)
+    if not torch.equal(trained.eval()(x, t), MSCTransformer.from_pretrained(folder, which)(x, t)):
         raise RuntimeError(f"the exported {which} weights do not reproduce the trained model; please report this")

@@ -8,7 +8,6 @@ safetensors to load an exported folder; nothing else.
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from .layers import Block, NoiseEmbedding
 from .scales import Scale, check_scales
 from .timeline import Layer, Timeline, WholeVideo
 from .view import View, view_frames
+from .weights import Exported, open_exported
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,16 @@ class ModelConfig:
 
     @staticmethod
     def from_dict(values: dict) -> ModelConfig:
-        """From plain JSON values; unknown keys raise TypeError naming them."""
+        """From plain JSON values; ValueError names keys that are unknown, and constants of an earlier version."""
         values = dict(values)
+        if unknown := sorted(values.keys() - {field.name for field in dataclasses.fields(ModelConfig)}):
+            raise ValueError(f"unknown: {', '.join(unknown)}")
+        if any(len(constants) != len(GateConstants._fields) for constants in values["gate_constants"]):
+            raise ValueError(
+                f"gate_constants holds {len(values['gate_constants'][0])} numbers of every scale, as an earlier "
+                f"version measured them, and now needs {', '.join(GateConstants._fields)}: "
+                "take them from what `msc train --dry-run` prints for the same shards and scales"
+            )
         values["scales"] = tuple(Scale(**scale) for scale in values["scales"])
         for name in ("latent_mean", "latent_std"):
             values[name] = tuple(values[name])
@@ -236,21 +244,35 @@ class MSCTransformer(nn.Module):
     # Exported weights ------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, weights: str = "ema") -> MSCTransformer:
-        """Load a folder written by `msc export`: its `config.json` and `ema.safetensors` or `raw.safetensors`."""
-        from safetensors.torch import load_file
+    def from_pretrained(
+        cls, folder: str | Path, weights: str | None = None, dtype: torch.dtype | None = None
+    ) -> MSCTransformer:
+        """Load a folder that `msc export` wrote, for computing with it.
 
-        folder = Path(folder)
-        path = folder / f"{weights}.safetensors"
-        if not (folder / "config.json").is_file() or not path.is_file():
-            raise FileNotFoundError(f"{folder} holds no exported model: config.json and {path.name} are needed")
-        config = ModelConfig.from_dict(json.loads((folder / "config.json").read_text())["model"])
-        tensors = load_file(path)
+        weights: "ema" (averaged) or "raw" (None: the first that the folder has). dtype: None as stored.
+        Raises FileNotFoundError where files are missing, ValueError where they are damaged or do not match.
+        """
+        exported = open_exported(Path(folder), weights)
+        model = cls.described(exported)
+        model.load_state_dict(dict(exported.tensors(dtype)), assign=True)
+        return model.eval()
+
+    @classmethod
+    def described(cls, exported: Exported) -> MSCTransformer:
+        """The model of an exported folder, without its weights; ValueError if config.json does not describe them."""
+        try:
+            config = ModelConfig.from_dict(exported.facts["model"])
+        except (KeyError, TypeError, ValueError) as error:
+            where = exported.folder / "config.json"
+            raise ValueError(f"{where} does not describe a model of this version: {error}") from None
         with torch.device("meta"):
             model = cls(config)
-        model = model.to_empty(device="cpu").to(next(iter(tensors.values())).dtype)
-        model.load_state_dict(tensors)
-        return model.eval()
+        exported.check(model.shapes())
+        return model
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all that must be kept of the model."""
+        return {name: tuple(value.shape) for name, value in self.state_dict().items()}
 
     def config_dict(self) -> dict:
         return dataclasses.asdict(self.config)

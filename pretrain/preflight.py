@@ -12,7 +12,7 @@ from msc.datasets.remote import is_address
 from msc.datasets.shards import Index
 from msc.datasets.statistics import Statistics
 
-from . import cost, shelf
+from . import cost, shelf, warm
 from .autoencoder import open_autoencoder
 from .config import Config, dump, flat
 from .gate import gate_constants
@@ -50,7 +50,10 @@ def resolve(config: Config, index: Index) -> Config:
         gate_constants=config.model.gate_constants
         or gate_constants(config.model.scales, config.model.patch, config.model.frames_per_unit, index.statistics),
     )
-    return replace(config, model=model, data=absolute(config.data))
+    train = config.train
+    if train.init_from:
+        train = replace(train, init_from=str(Path(train.init_from).absolute()))
+    return replace(config, model=model, data=absolute(config.data), train=train)
 
 
 def absolute(data: DataConfig) -> DataConfig:
@@ -87,6 +90,8 @@ def check(config: Config, run: Path, resume: bool, processes: int) -> Config:
         raise FileNotFoundError(f"{run} has nothing to resume: no config.yaml in it")
     if resume and (meta := shelf.newest_meta(run)) is not None:
         check_same_model(config, meta["config"])
+    if config.train.init_from and not (resume and shelf.candidates(run)):
+        warm.differences(warm.find(Path(config.train.init_from)), config.model, index.autoencoder)
     if index.store == "video":
         autoencoder = open_autoencoder(index.autoencoder)
         if config.parallel.sp > 1 and not autoencoder.slices:
@@ -113,10 +118,10 @@ ASSUMED = Index(
 
 
 def check_same_model(config: Config, before: dict[str, Any]) -> None:
-    """ValueError if a run would go on with another model or seed than `before`, its saved flat settings."""
+    """ValueError if a run would go on with another model, seed or start than `before`, its saved flat settings."""
     now = flat(config)
     for name in sorted(now):
-        fixed = name.startswith("model.") or name == "train.seed"
+        fixed = name.startswith("model.") or name in ("train.seed", "train.init_from")
         if fixed and name in before and before[name] != now[name]:
             raise ValueError(
                 f"the run was trained with {name} = {before[name]}; it cannot go on with {now[name]}. "
@@ -139,7 +144,7 @@ def describe(config: Config, processes: int = 1) -> str:
     state = cost.state_bytes(count, config.parallel.zero.stage, processes, bf16)
     clip = clip_of(config.model, config.parallel, index.frames, index.height, index.width)
     activations = kept_activations(config.model, config.parallel, clip, config.train.micro, config.parallel.recompute)
-    start = 4 * count  # every rank builds the whole model in fp32 before it is sharded
+    init = 4 * count  # every rank builds the whole model in fp32 before it is sharded
     flops = cost.step_flops(config.model, index.frames, index.height, index.width)
     attention = 3 * cost.attention_flops(config.model, index.frames, index.height, index.width)
     facts = [
@@ -151,8 +156,11 @@ def describe(config: Config, processes: int = 1) -> str:
         ("processes", f"{processes} = dp {dp} × sp {config.parallel.sp}, {accumulate} micro-batches each"),
         ("training FLOPs per clip", f"{flops:.3e} ({attention / flops:.0%} attention)"),
         ("memory per process", f"about {(state + activations) / 1e9:.2f} GB (estimate): state {state / 1e9:.2f}, "
-                               f"activations {activations / 1e9:.2f}; {start / 1e9:.2f} at the start, before sharding"),
+                               f"activations {activations / 1e9:.2f}; {init / 1e9:.2f} at the start, before sharding"),
     ]  # fmt: skip
+    if config.train.init_from:
+        start = warm.find(Path(config.train.init_from))
+        facts += [("starts from", line) for line in warm.differences(start, config.model, index.autoencoder)]
     if config.parallel.sp > 1:
         rates = config.parallel.bytes_per_s, config.parallel.flops_per_s
         facts += table(config.model.scales, clip, config.parallel.sp, config.parallel.layout, *rates)

@@ -23,7 +23,7 @@ from msc.datasets.mixture import Shards, check_remote, open_shards
 from msc.parallel import agreement, desync, fp8, process, zero
 from msc.parallel.watch import of_communication, watching
 
-from . import checkpoint, cost, guard, rollback
+from . import checkpoint, cost, guard, rollback, shelf, warm
 from .autoencoder import open_autoencoder
 from .broken import Broken, read_broken
 from .config import Config, dump, flat
@@ -92,6 +92,10 @@ def _train(
     # The model, the same on every rank until DeepSpeed shards it -------------------------------------
     torch.manual_seed(config.train.seed)
     model = MSCTransformer(config.model)
+    if config.train.init_from and not (resume and agreement.on_first(lambda: bool(shelf.candidates(run)))):
+        begun = warm.start(model, Path(config.train.init_from), shards.index.autoencoder)
+        for line in begun if world.first else []:
+            checkpoint.say(line)
     engine = parallelize(model, config.parallel, config.optimizer, accumulate, world.device)
 
     # Where we are: the sample clock counts clips over all ranks and is all that order and schedules need

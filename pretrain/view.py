@@ -87,7 +87,8 @@ def view_frames(
         # As runs, made where they are needed: a list would be copied there, and the host wait for it.
         edges = [0, *(i for i in range(1, len(units)) if units[i] != units[i - 1] + 1), len(units)]
         runs = [(units[a] * frames_per_unit, (units[b - 1] + 1) * frames_per_unit) for a, b in pairwise(edges) if a < b]
-        return torch.cat([torch.arange(a, b, device=t_BT.device) for a, b in runs or [(0, 0)]])
+        parts = [torch.arange(a, b, device=t_BT.device) for a, b in runs or [(0, 0)]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     rope_groups = log_snr_past = log_snr_own = log_snr_groups = log_snr_query = None
     if finished:

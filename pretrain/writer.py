@@ -26,6 +26,7 @@ from msc.parallel import agreement, zero
 
 from . import shelf
 from .checkpoint import CheckpointConfig, say
+from .weights import header
 
 CHUNK = 1 << 23  # bytes written at a time; writing and hashing them lets other threads run
 SLOWEST = 3600.0  # seconds by which a rank's disk may be slower than another's; one that died ends training before
@@ -188,16 +189,11 @@ def write_slices(path: Path, buffer: Tensor, layout: dict[str, tuple[int, int]])
 
     Not safetensors' own writer, which holds on to Python's lock and so would stop the training that goes on.
     """
-    header: dict[str, Any] = {
-        name: {"dtype": "F32", "shape": [end - start], "data_offsets": [4 * start, 4 * end]}
-        for name, (start, end) in layout.items()
-    }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    head = header({name: (end - start,) for name, (start, end) in layout.items()})
     data = buffer.numpy().view(np.uint8).data
     sha = hashlib.sha256()
     with path.open("wb", buffering=0) as file:
-        for part in (len(text).to_bytes(8, "little") + text, data):
+        for part in (head, data):
             left = memoryview(part)
             while len(left):
                 written = file.write(left[:CHUNK])

@@ -368,7 +368,13 @@ def test_train_says_what_is_missing(words: list[str], said: str, calls: Calls, c
             ((Path("x"),), {"video": None, "clip": None, "steps": 4, "weights": "ema"}),
         ),
         ("export x", "export", "export", ((Path("x"), None), {})),
-        ("export x --out y", "export", "export", ((Path("x"), Path("y")), {})),
+        (
+            "export x --out y --weights both --dtype bf16 --max-shard-size 1.5GB --checkpoint 40 --push-to-hub me/it",
+            "export",
+            "export",
+            ((Path("x"), Path("y")), {"weights": "both", "dtype": "bf16", "max_shard_size": 1_500_000_000, "step": "40",
+                                      "push_to": "me/it"}),
+        ),
     ],
 )
 def test_commands_on_a_run(words: str, module: str, function: str, expected, monkeypatch, capsys) -> None:
@@ -384,6 +390,13 @@ def test_commands_on_a_run(words: str, module: str, function: str, expected, mon
     assert cli.main(words.split()) == 0
     assert got == [expected]
     assert capsys.readouterr().out == "what happened\n"
+
+
+@pytest.mark.parametrize("size", ["0GB", "5", "GB", "-1GB", "5GiB"])
+def test_a_size_that_is_none(size: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["export", "x", f"--max-shard-size={size}"])
+    assert "is not a size such as 5GB" in capsys.readouterr().err
 
 
 def test_nothing_has_no_context(capsys) -> None:

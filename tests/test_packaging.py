@@ -105,7 +105,7 @@ def test_every_import_is_declared() -> None:
     """What the code imports from outside is a requirement or an extra, so that a plain install is whole."""
     given = metadata.packages_distributions()
     declared = {canonical(Requirement(line).name) for line in metadata.requires("msc-video") or []}
-    brought = {"packaging", "pyarrow"}  # by torch's companions: deepspeed and mlflow
+    brought = {"packaging", "pyarrow", "huggingface-hub"}  # by deepspeed, mlflow and diffusers
     optional = {"flash_attn", "flash_attn_interface", "transformer_engine", "transformers"}
     for package in PACKAGES:
         for path in (ROOT / package).glob("*.py"):

@@ -22,6 +22,7 @@ from msc.datasets.convert import ConvertConfig, convert
 from msc.datasets.synthetic import write_videos
 from msc.pretrain.autoencoder import open_autoencoder
 from msc.pretrain.checkpoint import latest, read_meta, weights
+from msc.pretrain.model import MSCTransformer
 
 MSC = Path(sys.executable).with_name("msc")
 SMALL = [
@@ -392,22 +393,51 @@ def test_sample_refuses_a_context_that_the_video_does_not_have(trained):
     assert done.returncode == 2 and "held-out clips" in done.stderr
 
 
-def test_exported_weights_need_only_torch_and_safetensors(trained, tmp_path):
-    done = msc("export", trained, "--out", tmp_path / "out")
-    assert done.returncode == 0 and "bit-identical" in done.stdout, done.stderr
-    program = f"""
-import sys
-from msc.pretrain.model import MSCTransformer
-import torch
-model = MSCTransformer.from_pretrained({str(tmp_path / "out")!r}, "raw")
-print(sum(p.numel() for p in model.parameters()))
-heavy = {{"deepspeed", "mlflow", "pydantic", "yaml", "av", "webdataset", "matplotlib"}} & set(sys.modules)
-assert not heavy, heavy
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    exported = {p.name for p in (tmp_path / "out").iterdir()}
-    assert exported == {"config.json", "ema.safetensors", "raw.safetensors"}
+def test_exported_weights_are_those_of_the_checkpoint(trained, tmp_path):
+    done = msc("export", trained, "--out", tmp_path / "out", "--weights", "both", "--max-shard-size", "30KB")
+    assert done.returncode == 0 and "every tensor read again and compared" in done.stderr + done.stdout, done.stderr
+    for which in ("ema", "raw"):
+        model = MSCTransformer.from_pretrained(tmp_path / "out", which)
+        for name, value in weights(latest(trained), which):
+            assert torch.equal(model.state_dict()[name], value), name
+    assert {"config.json", "README.md", "model_index.json", "model.safetensors.index.json"} < {
+        path.name for path in (tmp_path / "out").iterdir()
+    }  # fmt: skip
+
+
+def held_out(run):
+    """Held-out losses of a run by step."""
+    lines = [json.loads(line) for line in (run / "held_out.jsonl").read_text().splitlines()]
+    return {line["step"]: line["mean"] for line in lines}
+
+
+LOOK = ("train.evaluate=4", "train.held_out=3")  # as `trained` does
+
+
+def test_a_run_starts_from_exported_weights_and_goes_on_without_them(trained, shards, tmp_path):
+    out, run = tmp_path / "out", tmp_path / "run"
+    assert msc("export", trained, "--out", out).returncode == 0
+    start = f"train.init_from={out}"
+    done = msc_train(shards, run, start, "model.width=64", check=False)
+    assert done.returncode == 2 and "model.width is 64 here and 32 there" in done.stderr and not run.exists()
+    done = msc_train(shards, run, start, *LOOK, steps=2, stage=3)
+    assert f"msc: starting from the exported weights of step 8 in {out}\n" in done.stderr
+    assert held_out(run)[0] == pytest.approx(held_out(trained)[8], rel=1e-5), "as when training ended"
+    assert f"init_from: {out}" in (run / "config.yaml").read_text()
+    shutil.rmtree(out)
+    done = msc_train(shards, run, start, *LOOK, steps=4, stage=3, resume=True)
+    assert "starting from" not in done.stderr and len(curve(run)) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "processes"), [(0, 2), (1, 4), (3, 4)])
+def test_exports_of_every_stage_compute_as_the_run_did(stage, processes, shards, tmp_path):
+    """The loss of the sharded model when training ended, against that of a run which starts from its export."""
+    run, look = tmp_path / "run", ("train.evaluate=4", "train.held_out=4")  # a clip for every rank
+    msc_train(shards, run, *look, stage=stage, processes=processes, steps=4)
+    assert msc("export", run, "--max-shard-size", "30KB").returncode == 0
+    msc_train(shards, tmp_path / "next", f"train.init_from={run / 'export'}", *look, steps=1)
+    assert held_out(tmp_path / "next")[0] == pytest.approx(held_out(run)[4], rel=1e-5)
 
 
 def test_export_never_replaces_what_is_not_its_own(trained, tmp_path):
