@@ -65,19 +65,23 @@ def write_space(run: Path, space: LatentSpace) -> None:
     (run / "data.json").write_text(json.dumps(asdict(space), indent=1))
 
 
+def read_settings(run: Path) -> tuple[Config, LatentSpace]:
+    """What a run was trained with, without its weights; FileNotFoundError where there is no run."""
+    for name in ("config.yaml", "data.json"):
+        if not (run / name).is_file():
+            raise FileNotFoundError(f"{run} is not a run folder: it has no {name}")
+    return load(file=run / "config.yaml"), LatentSpace(**json.loads((run / "data.json").read_text()))
+
+
 def open_run(run: Path, weights: str = "ema") -> Trained:
     """Load a run's newest checkpoint: its averaged ("ema") or last ("raw") weights, in fp32."""
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights is {weights!r}; it must be 'ema' (averaged) or 'raw' (as trained)")
-    for name in ("config.yaml", "data.json"):
-        if not (run / name).is_file():
-            raise FileNotFoundError(f"{run} is not a run folder: it has no {name}")
+    config, space = read_settings(run)
     path = checkpoint.latest(run)
     if path is None:
         raise FileNotFoundError(f"{run} has no checkpoint yet; train longer, or set checkpoint.every lower")
     meta = checkpoint.read_meta(path)
-    config = load(file=run / "config.yaml")
-    space = LatentSpace(**json.loads((run / "data.json").read_text()))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.device("meta"):
         model = MSCTransformer(config.model)
