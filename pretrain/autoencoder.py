@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 DIFFUSERS = "diffusers:"
-CHUNK, OVERLAP = 8, 8  # latent frames that `decode_parts` decodes at once, and how many it looks back
+CHUNK, OVERLAP = 14, 28  # latent frames that `decode_parts` decodes at once, and how many it looks back
 
 
 class Autoencoder:
@@ -153,8 +153,9 @@ def decode_parts(autoencoder: Autoencoder, parts: Iterable[Tensor]) -> Iterator[
     """Video uint8 `[B, T, 3, H, W]` of latents `[B, T', C, h, w]` that come in parts, in bounded memory.
 
     Where latent frames decode on their own (`slices`) every part comes out as it went in, and as if decoded whole.
-    Others are decoded CHUNK at a time together with the OVERLAP before them, whose pixels are thrown away: twice the
-    work, CHUNK frames late, and equal to the whole only for a decoder that looks no further back, and not ahead.
+    Others are decoded CHUNK at a time together with the OVERLAP before them, whose pixels are thrown away: three times
+    the work, CHUNK frames late, and equal to the whole only for a decoder that looks no further back, and not ahead
+    (AutoencoderKLWan with random weights: to one grey level).
     """
     least, overlap = (1, 0) if autoencoder.slices else (CHUNK, OVERLAP)
     seen, recent, new = 0, None, None
