@@ -65,8 +65,8 @@ def write_space(run: Path, space: LatentSpace) -> None:
     (run / "data.json").write_text(json.dumps(asdict(space), indent=1))
 
 
-def read_settings(run: Path) -> tuple[Config, LatentSpace]:
-    """What a run was trained with, without its weights; FileNotFoundError where there is no run."""
+def read_run(run: Path) -> tuple[Config, LatentSpace]:
+    """The configuration of a run and what its latents are; FileNotFoundError if it is no run folder."""
     for name in ("config.yaml", "data.json"):
         if not (run / name).is_file():
             raise FileNotFoundError(f"{run} is not a run folder: it has no {name}")
@@ -77,7 +77,7 @@ def open_run(run: Path, weights: str = "ema") -> Trained:
     """Load a run's newest checkpoint: its averaged ("ema") or last ("raw") weights, in fp32."""
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights is {weights!r}; it must be 'ema' (averaged) or 'raw' (as trained)")
-    config, space = read_settings(run)
+    config, space = read_run(run)
     path = checkpoint.latest(run)
     if path is None:
         raise FileNotFoundError(f"{run} has no checkpoint yet; train longer, or set checkpoint.every lower")

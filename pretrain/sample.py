@@ -29,7 +29,7 @@ from .evaluate import held_out_clip
 from .inputs import latents_of
 from .metrics import Tracker
 from .pictures import MOST_COLUMNS, contact_sheet, growing_mp4, partial_name
-from .runs import Trained, open_run, read_settings
+from .runs import Trained, open_run, read_run
 from .sampler import Solver, check_sampling, generate, short_sighted
 from .text import open_text_encoder
 
@@ -97,7 +97,7 @@ def sample_run(
     `count` in all that take turns; text: folder of the text encoder (default: the one that the shards were made with).
     batch: videos made at once. The others are those of `generate` and `short_sighted`. Returns what was written.
     """
-    config, space = read_settings(run)
+    config, space = read_run(run)
     check_sampling(steps, seed, context_level, solver, guidance)
     check_conditions(config, prompts, labels, guidance, clip is not None, count)
     if video is not None and not video.is_file():
