@@ -305,13 +305,32 @@ def sample(args: Namespace) -> int:
     if args.nothing and args.context:
         raise ValueError(f"--nothing starts without context, but --context is {args.context}")
 
+    if args.prompts is not None and args.prompt:
+        raise ValueError("--prompts names a file, --prompt is one itself: give one of them")
+    prompts = args.prompt
+    if args.prompts is not None:
+        prompts = read_prompts(args.prompts)
+
     from msc.pretrain.sample import sample_run
 
-    something = args.nothing or args.video is not None or args.clip is not None
-    names = ("units", "context", "steps", "seed", "out", "weights")
-    options = given(**{name: getattr(args, name) for name in names})
+    # words alone make a new video; without any there is a clip to continue
+    something = args.nothing or prompts or args.label or args.video is not None or args.clip is not None
+    names = ["units", "context", "steps", "seed", "out", "weights", "text", "count", "batch", "solver", "guidance"]
+    names += ["context_level", "reach"]
+    options = given(prompts=prompts, labels=args.label, **{name: getattr(args, name) for name in names})
     print(sample_run(args.run, video=args.video, clip=args.clip if something else 0, **options))
     return 0
+
+
+def read_prompts(file: Path) -> list[str]:
+    """Lines of a text file, without empty ones."""
+    try:
+        prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not a text file in UTF-8: {error}") from None
+    if not prompts:
+        raise ValueError(f"{file} holds no prompt: write one in every line")
+    return prompts
 
 
 def export(args: Namespace) -> int:

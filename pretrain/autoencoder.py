@@ -7,12 +7,15 @@ where the video was float64). Leading dimensions are free. Nothing here keeps st
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 DIFFUSERS = "diffusers:"
+CHUNK, OVERLAP = 14, 28  # latent frames that `decode_parts` decodes at once, and how many it looks back
 
 
 class Autoencoder:
@@ -144,6 +147,28 @@ def open_autoencoder(spec: str, device: torch.device | str = "cpu", dtype: torch
     raise ValueError(
         f'autoencoder "{spec}" is unknown; choose pixels, haar, haar:TxHxW (for example haar:2x4x4) or diffusers:FOLDER'
     )
+
+
+def decode_parts(autoencoder: Autoencoder, parts: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Video uint8 `[B, T, 3, H, W]` of latents `[B, T', C, h, w]` that come in parts, in bounded memory.
+
+    Where latent frames decode on their own (`slices`) every part comes out as it went in, and as if decoded whole.
+    Others are decoded CHUNK at a time together with the OVERLAP before them, whose pixels are thrown away: three times
+    the work, CHUNK frames late, and equal to the whole only for a decoder that looks no further back, and not ahead
+    (AutoencoderKLWan with random weights: to one grey level).
+    """
+    least, overlap = (1, 0) if autoencoder.slices else (CHUNK, OVERLAP)
+    seen, recent, new = 0, None, None
+    for part in chain(parts, (None,)):  # None: no more will come
+        if part is not None:
+            new = part if new is None else torch.cat((new, part), 1)
+        while new is not None and new.shape[1] >= (1 if part is None else least):
+            piece, new = new[:, :CHUNK], new[:, CHUNK:]
+            whole = piece if recent is None else torch.cat((recent, piece), 1)
+            known, seen = autoencoder.video_frames(seen) if seen else 0, seen + piece.shape[1]
+            pixels = autoencoder.decode(whole)
+            yield to_uint8(pixels[:, pixels.shape[1] - (autoencoder.video_frames(seen) - known) :])
+            recent = whole[:, max(0, whole.shape[1] - overlap) :]
 
 
 def to_float(video: Tensor) -> Tensor:

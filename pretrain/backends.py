@@ -37,7 +37,7 @@ def attend(
     `prepare` made for the blocks, if it was asked. Returns `[B, U, n, h, d]`.
     """
     if backend == "auto":
-        backend = choose_backend(q_BUnhd.device.type, q_BUnhd.shape[-1], q_BUnhd.dtype)
+        backend = _choose_for(blocks, q_BUnhd.device.type, q_BUnhd.shape[-1], q_BUnhd.dtype)
     if backend == "flex":
         from . import flex  # its import costs seconds that the other kernels need not pay
 
@@ -60,12 +60,20 @@ def prepare(blocks: Blocks, sizes: Collection[int], device: torch.device, head_w
     Made once per call of the model, outside of what may be compiled: a compiler would unroll it.
     """
     if backend == "auto":
-        backend = choose_backend(device.type, head_width)
+        backend = _choose_for(blocks, device.type, head_width)
     if backend != "flex" or not blocks:
         return {}
     from . import flex
 
     return {n: flex.block_mask(blocks, n, str(device)) for n in sizes}
+
+
+def _choose_for(blocks: Blocks, device_type: str, head_width: int, dtype: torch.dtype = torch.bfloat16) -> Backend:
+    """As `choose_backend`; but a roll-out's single unit is one rectangle without a mask, and as its past grows `flex`
+    would compile anew for every length."""
+    if len(blocks) == 1 and not torch.is_grad_enabled():
+        return "sdpa"
+    return choose_backend(device_type, head_width, dtype)
 
 
 def choose_backend(device_type: str, head_width: int = 64, dtype: torch.dtype = torch.bfloat16) -> Backend:

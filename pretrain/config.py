@@ -35,7 +35,7 @@ LISTS: dict[str, Any] = {"scales": Scale(1), "shards": ShardsFrom("x")}
 class TrainConfig:
     """clips: how many clips to train on in all; batch: clips per optimizer step over all ranks; micro: clips
     per rank and forward pass (the rest is gradient accumulation). seed: of weights, order and noise.
-    report, evaluate: optimizer steps between reports and between held-out evaluations with a preview (0: never);
+    report, evaluate: optimizer steps between reports and between held-out evaluations with previews (0: never);
     held_out: clips in such an evaluation. init_from: a folder of `msc export`, or a run, whose averaged weights this
     one starts from (empty: from random ones); see warm.py."""
 

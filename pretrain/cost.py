@@ -177,15 +177,17 @@ def _positions(scale: Scale, config: ModelConfig, run: Run, rows: int, columns: 
 
 
 def cache_bytes(config: ModelConfig, units: int, rows: int, columns: int, batch: int = 1, value_bytes: int = 4) -> int:
-    """Bytes that generation keeps of `units` past units of `rows × columns` tokens: raw keys and values per layer."""
-    kept = 0
+    """Bytes that generation keeps of `units` past units of `rows × columns` tokens: keys and values per layer, and, for
+    a gate, the fp32 noise level of every frame kept. With guidance the batch is twice the videos."""
+    kept = levels = 0
     for scale in config.scales:
         fresh = units if scale.fresh_kept is None else min(scale.fresh_kept, units)
         groups = units // scale.time if scale.time > 1 else 0
         groups = groups if scale.window is None else min(scale.window, groups)
         tokens = config.frames_per_unit * (rows // scale.space) * (columns // scale.space)
         kept += (fresh + groups) * 2 * tokens * scale.heads * config.head_width
-    return batch * config.depth * kept * value_bytes
+        levels += fresh * config.frames_per_unit if config.gate in ON_KEYS else 0
+    return batch * (config.depth * kept * value_bytes + levels * 4)
 
 
 def unit_flops(config: ModelConfig, unit: int, rows: int, columns: int) -> int:

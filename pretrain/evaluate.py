@@ -27,6 +27,7 @@ from .sampler import generate
 
 BINS = 5  # equal ranges of the noise level
 EACH = 4  # clips in a batch of `msc evaluate`
+PREVIEWS = 8  # clips continued at every evaluation, as far as there are ranks
 HELD_OUT_SEED = 1_000_003  # noise of evaluations: the same in every run and at every step
 
 
@@ -135,11 +136,14 @@ def held_out_losses(
 
 @torch.no_grad()
 def preview(
-    model: nn.Module, config: Config, shards: Shards, feeds: Sequence[Feed], run: Path, step: int, writing: bool
+    model: nn.Module, config: Config, shards: Shards, feeds: Sequence[Feed], run: Path, step: int, rank: int
 ) -> list[Path]:
-    """Continue the first held-out clip from half of it, shown beside the truth; every rank computes the same, one
-    writes."""
-    batch = held_out_clip(shards, 0)
+    """Continue a held-out clip from half of it, shown beside the truth: a clip for each of the first ranks, which write
+    it. Clips are of one shape: weights may be sharded, so all ranks must make equally many passes. Nothing else passes
+    between them."""
+    alike = next(stream.clips for streams in shards.streams("held_out") for stream in streams if stream.first == 0)
+    clip = rank % min(PREVIEWS, alike)
+    batch = held_out_clip(shards, clip)
     feed = feeds[batch.bucket]
     assert isinstance(model, MSCTransformer)
     x = model.normalise(latents_of(batch, feed.autoencoder).to(feed.device, torch.float32))
@@ -148,11 +152,11 @@ def preview(
     model.eval()
     new = list(generate(model, x[:, :given], units, steps=8, shift=feed.shift, text=text, labels=labels))
     model.train()
-    if not writing or not new:
+    if rank != clip or not new:
         return []
     made = torch.cat([x[:, :given], *new], 1)
     truth, video = (to_uint8(feed.autoencoder.decode(model.denormalise(y[0]).cpu())) for y in (x, made))
-    name = run / "samples" / f"step-{step:08d}"
+    name = run / "samples" / (f"step-{step:08d}" + f"-clip{clip}" * (clip > 0))
     name.parent.mkdir(exist_ok=True)
     shown = feed.autoencoder.video_frames(given)
     contact_sheet([("truth", truth), ("continued", video)], name.with_suffix(".png"), context=shown)

@@ -1,9 +1,10 @@
-"""Contact sheets and video files of what the model makes. Every file is written aside and renamed."""
+"""Contact sheets and video files of what the model makes. Every file is written aside and renamed; one that grows
+can be played meanwhile."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -25,6 +26,7 @@ def contact_sheet(
     every: int | None = None,
     context: int | None = None,
     scale: int | None = None,
+    step: int = 1,
 ) -> None:
     """Write a PNG with one row of frames for each `(label, video)`; frame numbers stand above the columns.
 
@@ -33,6 +35,7 @@ def contact_sheet(
     context: the first `context` frames were given and get a green border, the generated ones an orange
         one; None draws no borders.
     scale: whole factor by which frames are enlarged; by default small ones grow to about 96 pixels.
+    step: the videos hold every `step`-th frame of longer ones, whose frames `context` and the numbers count.
     """
     if not rows:
         raise ValueError("a contact sheet needs at least one row")
@@ -53,7 +56,7 @@ def contact_sheet(
         for i, frame in enumerate(video[::every]):
             tile = frame.repeat(scale, axis=0).repeat(scale, axis=1)
             if context is not None:
-                colour = CONTEXT_COLOUR if i * every < context else MADE_COLOUR
+                colour = CONTEXT_COLOUR if i * every * step < context else MADE_COLOUR
                 tile = np.stack([np.pad(tile[..., c], border, constant_values=colour[c]) for c in range(3)], -1)
             x = left + i * column
             sheet[top : top + tile.shape[0], x : x + tile.shape[1]] = tile
@@ -72,7 +75,7 @@ def contact_sheet(
         figure.text(*place, text, color=colour, fontsize=size, family="monospace", va="center", parse_math=False)
 
     for i in range(columns):
-        write(left + i * column, HEAD / 2, str(i * every), "dimgrey")
+        write(left + i * column, HEAD / 2, str(i * every * step), "dimgrey")
     for label, top, row in zip(labels, tops, heights, strict=True):
         write(6, top + (row - GAP) / 2, label, "black")
     with _aside(path) as partial:
@@ -91,22 +94,69 @@ def write_mp4(path: Path, video: Tensor, fps: float) -> None:
 
     4:2:0 needs even sides: an odd one repeats its last row or column, so the file is one pixel larger.
     """
+    # the index first: browsers can start before the whole file is there
+    with _aside(path) as partial, _encoder(partial, fps, {"movflags": "+faststart"}) as append:
+        append(video)
+
+
+@contextmanager
+def growing_mp4(path: Path, fps: float) -> Iterator[Callable[[Tensor], None]]:
+    """Write a video as it comes, as `write_mp4` does: gives a function that appends uint8 `[T, 3, H, W]`.
+
+    Until its end the file is NAME.partial.mp4. That can be played at any time, also after a crash of process or
+    machine, but for its last second or two: it is written in fragments of a second. An error or Ctrl-C leaves it,
+    with all frames; a good end makes an ordinary mp4 of it and gives it its name.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_name(path)
+    try:
+        options = {"movflags": "hybrid_fragmented", "flush_packets": "1"}
+        with _encoder(partial, fps, options, {"g": str(max(1, round(fps)))}) as append:
+            yield append
+        _rename(partial, path)
+    finally:
+        if partial.is_file() and not partial.stat().st_size:  # nothing was appended
+            partial.unlink()
+
+
+def partial_name(path: Path) -> Path:
+    """What `growing_mp4` calls a file that is not whole yet."""
+    return path.with_suffix(".partial.mp4")
+
+
+@contextmanager
+def _encoder(
+    path: Path, fps: float, options: dict[str, str], codec: dict[str, str] | None = None
+) -> Iterator[Callable[[Tensor], None]]:
+    """A function that appends frames to a new mp4. options: of the container; codec: of x264."""
     if not 0 < fps <= 1000:
         raise ValueError(f"fps is {fps}; it must be above 0 and at most 1000")
-    frames = _frames_last(video)
-    height, width = frames.shape[1:3]
-    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    options = {"movflags": "+faststart"}  # the index first: browsers can start before the whole file is there
-    with _aside(path) as partial, av.open(str(partial), "w", format="mp4", options=options) as container:
+    with av.open(str(path), "w", format="mp4", options=options) as container:
         # With libx264's lookahead the same frames give other bytes on every run (seen with PyAV 18.1).
-        codec = {"crf": "18", "preset": "medium", "rc-lookahead": "0"}
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=codec)
-        stream.height, stream.width = frames.shape[1:3]
+        settings = {"crf": "18", "preset": "medium", "rc-lookahead": "0", **(codec or {})}
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=settings)
         stream.pix_fmt = "yuv420p"
         stream.thread_count = 1  # no idle threads beside training
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
-        container.mux(stream.encode(None))
+        shape: tuple[int, ...] = ()
+
+        def append(video: Tensor) -> None:
+            nonlocal shape
+            frames = _frames_last(video)
+            height, width = frames.shape[1:3]
+            if not shape:
+                shape, stream.height, stream.width = (height, width), height + height % 2, width + width % 2
+            if shape != (height, width):
+                raise ValueError(f"{path}: frames of {height} × {width} pixels after some of {shape[0]} × {shape[1]}")
+            frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+
+        try:
+            yield append
+        finally:
+            if shape:
+                container.mux(stream.encode(None))
 
 
 def _frames_last(video: Tensor) -> np.ndarray:
@@ -124,8 +174,12 @@ def _aside(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        _rename(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _rename(partial: Path, path: Path) -> None:
+    with open(partial, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)

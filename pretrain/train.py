@@ -184,7 +184,7 @@ def _train(
         at(step, "held-out loss")
         with zero.averaged_weights(engine):
             losses = held_out_losses(engine.module, config, shards, feeds, mesh.dp, mesh.dp_rank)
-            pictures = preview(engine.module, config, shards, feeds, run, step, world.first) if step else []
+            pictures = preview(engine.module, config, shards, feeds, run, step, world.rank) if step else []
         tracker.log(losses.metrics("held_out/"), step)
         for picture in pictures if world.first else []:
             tracker.artifact(picture, "samples")

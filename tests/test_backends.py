@@ -180,3 +180,12 @@ def test_parts_of_the_keys_and_what_sees_the_same_of_them():
     found = backends.differentiate_part(grad, q, k, v, out, log_sum, blocks)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_roll_outs_single_unit_needs_no_mask_and_so_no_compiling(monkeypatch):
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object())  # Triton is there
+    one, two = ((0, 1, 2),), ((0, 1), (0, 1, 2))
+    with torch.no_grad():
+        assert backends._choose_for(one, "cuda", 64) == "sdpa"
+        assert backends._choose_for(two, "cuda", 64) == "flex"
+    assert backends._choose_for(one, "cuda", 64) == "flex", "training has one kernel for all runs of units"

@@ -362,6 +362,24 @@ def test_train_says_what_is_missing(words: list[str], said: str, calls: Calls, c
             ((Path("x"),), {"video": Path("a.mp4"), "clip": None, "units": 8, "seed": 0, "out": Path("o")}),
         ),
         (
+            "sample x --prompt a --prompt b --text t --guidance 3 --solver heun --batch 2 --reach 9 --context-level .1",
+            "sample",
+            "sample_run",
+            (
+                (Path("x"),),
+                {
+                    "video": None, "clip": None, "prompts": ["a", "b"], "text": Path("t"), "guidance": 3.0,
+                    "solver": "heun", "batch": 2, "reach": 9, "context_level": 0.1,
+                },
+            ),
+        ),
+        (
+            "sample x --clip 3 --label cat --count 5",
+            "sample",
+            "sample_run",
+            ((Path("x"),), {"video": None, "clip": 3, "labels": ["cat"], "count": 5}),
+        ),
+        (
             "sample x --nothing --steps 4 --weights ema",
             "sample",
             "sample_run",

@@ -9,7 +9,17 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from msc.pretrain.pictures import CONTEXT_COLOUR, GAP, HEAD, MADE_COLOUR, contact_sheet, enlarged, write_mp4
+from msc.datasets import decode
+from msc.pretrain.pictures import (
+    CONTEXT_COLOUR,
+    GAP,
+    HEAD,
+    MADE_COLOUR,
+    contact_sheet,
+    enlarged,
+    growing_mp4,
+    write_mp4,
+)
 
 
 def smooth(frames: int, height: int, width: int) -> torch.Tensor:
@@ -124,6 +134,66 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         write_mp4(path, smooth(4, 16, 16), 8)
     assert path.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["video.mp4"]
+
+
+def test_a_growing_video_ends_as_the_same_frames_in_one_file(tmp_path):
+    video = smooth(50, 33, 48)
+    with growing_mp4(tmp_path / "grown.mp4", 12) as append:
+        for some in video.split(7):
+            append(some)
+        assert [path.name for path in tmp_path.iterdir()] == ["grown.partial.mp4"]
+    assert [path.name for path in tmp_path.iterdir()] == ["grown.mp4"]
+    write_mp4(tmp_path / "whole.mp4", video, 12)
+    grown, rate = read(tmp_path / "grown.mp4")
+    assert grown.shape == (50, 34, 48, 3) and rate == 12
+    assert np.abs(grown.astype(int) - read(tmp_path / "whole.mp4")[0]).mean() < 2
+    assert len(decode.frames(tmp_path / "grown.mp4")) == 50
+
+
+GROW = """
+import os, signal, sys, torch
+from pathlib import Path
+from msc.pretrain.pictures import growing_mp4
+video = torch.arange(60).mul(4).to(torch.uint8)[:, None, None, None].expand(60, 3, 32, 48)
+with growing_mp4(Path(sys.argv[1]), 10) as append:
+    for frame in video.split(1):
+        append(frame)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_process_leaves_a_video_that_plays(tmp_path):
+    done = subprocess.run([sys.executable, "-P", "-c", GROW, tmp_path / "video.mp4"], capture_output=True, timeout=60)
+    assert done.returncode == -9, done.stderr
+    (path,) = tmp_path.iterdir()
+    assert path.name == "video.partial.mp4"
+    frames, _ = read(path)
+    assert 40 <= len(frames) < 60  # at 10 frames a second no more than two seconds are lost
+    assert np.abs(frames.mean((1, 2, 3)) - 4 * np.arange(len(frames))).max() < 4
+    assert torch.equal(decode.frames(path), torch.from_numpy(frames).permute(0, 3, 1, 2)), "as `--video` would read it"
+
+
+def test_an_error_leaves_every_frame_and_no_frame_leaves_nothing(tmp_path):
+    path = tmp_path / "video.mp4"
+    write_mp4(path, smooth(3, 16, 16), 8)
+    with pytest.raises(KeyboardInterrupt), growing_mp4(path, 8) as append:
+        append(smooth(13, 16, 16))
+        raise KeyboardInterrupt
+    assert len(read(tmp_path / "video.partial.mp4")[0]) == 13
+    assert len(read(path)[0]) == 3, "an older video is replaced by a whole one only"
+    with pytest.raises(RuntimeError, match="before"), growing_mp4(tmp_path / "none.mp4", 8):
+        raise RuntimeError("before the first frame")
+    with pytest.raises(ValueError, match="8 × 16 pixels after some of 16 × 16"), growing_mp4(path, 8) as append:
+        append(smooth(1, 16, 16))
+        append(smooth(1, 8, 16))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["video.mp4", "video.partial.mp4"]
+
+
+def test_numbers_and_borders_count_the_frames_of_the_longer_video(tmp_path):
+    video = smooth(40, 16, 16)
+    contact_sheet([("x", video)], tmp_path / "whole.png", context=16, every=8)
+    contact_sheet([("x", video[::8])], tmp_path / "some.png", context=16, every=1, step=8)
+    assert (tmp_path / "whole.png").read_bytes() == (tmp_path / "some.png").read_bytes()
 
 
 def test_import_needs_no_pyplot():

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from sharded import SCALES, make
 
-from msc.pretrain.sampler import Cache, generate, remember
+from msc.pretrain import cost
+from msc.pretrain.diffusion import frame_noise, sampling_levels
+from msc.pretrain.sampler import Cache, generate, remember, short_sighted
+from msc.pretrain.scales import Scale
 
 
 @pytest.mark.parametrize("level", [0.0, 0.3])
@@ -59,3 +64,173 @@ def test_context_must_be_whole_units():
     model, x, *_ = make(SCALES["default"], 4, 2)
     with pytest.raises(ValueError, match="3 latent frames.*units of 2"):
         next(generate(model, x[:, :3], 1))
+
+
+@st.composite
+def roll_outs(draw):
+    """(scales, gate, frames per unit, context units, solver, guidance, context level)."""
+    scales = tuple(
+        Scale(
+            draw(st.integers(1, 2)),
+            space=draw(st.sampled_from([1, 2])),
+            time=draw(st.sampled_from([1, 1, 2, 3])),
+            window=draw(st.sampled_from([None, 0, 1, 2, 9])),
+            patch_window=draw(st.sampled_from([None, 2, 3])),
+        )
+        for _ in range(draw(st.integers(1, 3)))
+    )
+    gate = draw(st.sampled_from(["none", "logits", "values", "pair", "mix"]))
+    solver, guidance = draw(st.sampled_from(["euler", "heun"])), draw(st.sampled_from([0.0, 1.0, 2.5]))
+    level = draw(st.sampled_from([0.0, 0.3]))
+    return scales, gate, draw(st.integers(1, 2)), draw(st.integers(0, 4)), solver, guidance, level
+
+
+def uncached(model, context, units, steps, seed, text, labels, context_level, solver, guidance):
+    """What `generate` must yield, from the whole video at every pass, one condition after the other."""
+    F, past, made = model.config.frames_per_unit, [], []
+    levels = sampling_levels(steps)
+
+    def noise(frames, purpose):
+        return torch.stack([frame_noise(seed, row, purpose, frames, context.shape[2:]) for row in (0, 1)]).to(context)
+
+    def look(unit):
+        frames = range(len(past) * F, (len(past) + 1) * F)
+        past.append((1 - context_level) * unit + context_level * noise(frames, 1))
+
+    def velocity(x, t):
+        video = torch.cat([*past, x], 1)
+        known = torch.full(video.shape[:2], context_level, dtype=x.dtype)
+        known[:, -F:] = t
+        given = model(video, known, text, labels)[:, -F:]
+        without = model(video, known, None, None)[:, -F:]
+        return without + guidance * (given - without)
+
+    for unit in context.split(F, 1) if context.shape[1] else ():
+        look(unit)
+    for _ in range(units):
+        x = noise(range(len(past) * F, (len(past) + 1) * F), 0)
+        for i in range(steps):
+            dt, slope = levels[i + 1] - levels[i], velocity(x, levels[i])
+            if solver == "heun" and i < steps - 1:
+                slope = 0.5 * slope + 0.5 * velocity(x + dt * slope, levels[i + 1])
+            x = x + dt * slope
+        made.append(x)
+        look(x)
+    return made
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(roll_outs())
+@torch.no_grad()
+def test_a_cached_roll_out_equals_an_uncached_one(case):
+    scales, gate, F, given_units, solver, guidance, level = case
+    width = 16 * sum(scale.heads for scale in scales)
+    model, x, _, text, labels, _ = make(scales, max(1, given_units), F, gate, width=width)
+    context = x[:, : given_units * F]
+    expected = uncached(model, context, 3, 3, 7, text, labels, level, solver, guidance)
+    made = list(generate(model, context, 3, 3, 7, 1.0, text, labels, level, solver=solver, guidance=guidance))
+    for own, whole in zip(made, expected, strict=True):
+        torch.testing.assert_close(own, whole, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("name", SCALES)
+def test_caches_hold_what_is_planned_unit_by_unit(name, guidance):
+    for F in (1, 2):
+        model, x, _, text, labels, _ = make(SCALES[name], 5, F, dtype=torch.float32)
+        cache, batch = Cache(), 2 if guidance == 1 else 4
+        new = generate(model, x, 8, 1, text=text, labels=labels, guidance=guidance, cache=cache)
+        for units, _ in enumerate(new, 5):
+            assert cache.bytes == cost.cache_bytes(model.config, units, 4, 6, batch=batch), units
+        assert cache.first == 13
+        assert cache.bytes == cost.cache_bytes(model.config, 13, 4, 6, batch=batch)
+
+
+def test_only_far_seeing_caches_grow_and_by_what_their_pooling_leaves():
+    model, x, *_ = make((Scale(2, 1, 1, 2, 3), Scale(2, 2, 4, None)), 4, 1, dtype=torch.float32)
+    cache, sizes = Cache(), {}
+    for _ in generate(model, x[:1, :4], 16, 1, cache=cache):
+        sizes[cache.first] = cache.bytes
+    a_unit = 2 * 4 * model.config.depth * 2 * model.config.head_width * (4 * 6)  # k and v of the two far-seeing heads
+    assert sizes[16] - sizes[8] == 8 * a_unit // (4 * 2**2)
+
+
+def test_guidance_of_one_costs_nothing_and_others_double_the_batch():
+    model, x, _, text, labels, _ = make(SCALES["default"], 2, 1)
+    seen = []
+    model.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    plain = list(generate(model, x, 2, 2, text=text, labels=labels))
+    assert seen == [2] * (2 + 2 * 3)
+    seen.clear()
+    list(generate(model, x, 2, 2, text=text, labels=labels, guidance=3.0, solver="heun"))
+    assert seen == [4] * (2 + 2 * 4)  # the last step of Heun's is Euler's
+    without = list(generate(model, x, 2, 2, text=text, labels=labels, guidance=0.0))
+    for a, b in zip(without, generate(model, x, 2, 2), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(plain[0], without[0])
+
+
+def test_a_row_is_known_by_its_number_alone():
+    model, x, _, text, labels, _ = make(SCALES["default"], 3, 2)
+    x = x[:1].expand(3, -1, -1, -1, -1)
+    text, labels = text[:1].expand(3, -1, -1), labels[:1].expand(3)
+    how = {"steps": 2, "seed": 5, "guidance": 2.0}
+    many = list(generate(model, x, 2, text=text, labels=labels, rows=[4, 9, 2], **how))
+    for i, row in enumerate([4, 9, 2]):
+        alone = list(generate(model, x[:1], 2, text=text[:1], labels=labels[:1], rows=[row], **how))
+        again = list(generate(model, x[:1], 2, text=text[:1], labels=labels[:1], rows=[row], **how))
+        for a, b, c in zip(many, alone, again, strict=True):
+            torch.testing.assert_close(a[i : i + 1], b, rtol=1e-10, atol=1e-10)  # kernels differ with the batch
+            assert torch.equal(b, c)
+    assert not torch.allclose(many[0][0], many[0][1])
+
+
+def test_going_on_from_a_cache_or_from_more_context_changes_no_bit():
+    model, x, *_ = make(SCALES["default"], 3, 1, dtype=torch.float32)
+    whole = list(generate(model, x, 4, 2, seed=1))
+    cache = Cache()
+    parts = list(generate(model, x, 2, 2, seed=1, cache=cache))
+    parts += generate(model, x[:, :0], 2, 2, seed=1, cache=cache)
+    assert all(map(torch.equal, whole, parts))
+    later = list(generate(model, torch.cat([x, *whole[:2]], 1), 2, 2, seed=1))
+    assert all(map(torch.equal, whole[2:], later))
+
+
+def test_short_sight_bounds_the_cache_and_changes_nothing_within_reach():
+    model, x, *_ = make((Scale(2, 1, 1, 2, 3), Scale(1, 2, 4, None), Scale(1, 2)), 2, 1, dtype=torch.float32)
+    near, cache, sizes = short_sighted(model, 8), Cache(), []
+    within = list(generate(near, x, 6, 1))
+    assert all(map(torch.equal, within, generate(model, x, 6, 1)))
+    for _ in generate(near, x, 30, 1, cache=cache):
+        sizes.append(cache.bytes)
+    assert sizes[8] == sizes[-1] == cost.cache_bytes(near.config, 31, 4, 6, batch=2)
+    assert sizes[-1] < cost.cache_bytes(model.config, 31, 4, 6, batch=2)
+    assert model.config.scales[1].window is None
+    with pytest.raises(ValueError, match="reach is 0"):
+        short_sighted(model, 0)
+
+
+@torch.no_grad()
+def test_a_unit_far_into_a_video_sees_what_it_would_near_its_start():
+    model, x, t, text, labels, _ = make(SCALES["windowed"], 5, 1, dtype=torch.float32)
+    cache = Cache()
+    remember(model, cache, x[:, :4], text, labels)
+    near = model(x[:, 4:], t[:, 4:], text, labels, cache)
+    cache.first += 1_000_000  # angles are made in float64: in float32 these positions would be 0.06 apart
+    far = model(x[:, 4:], t[:, 4:], text, labels, cache)
+    torch.testing.assert_close(near, far, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("how", "said"), [
+    ({"guidance": 2.0}, "neither text nor a label"),
+    ({"guidance": -1.0}, "guidance is -1.0"),
+    ({"guidance": float("nan")}, "guidance is nan"),
+    ({"solver": "rk4"}, "solver is 'rk4'; there are euler, heun"),
+    ({"steps": 0}, "steps is 0"),
+    ({"seed": -1}, "seed is -1"),
+    ({"rows": [1]}, "1 rows are numbered, the context has 2"),
+])  # fmt: skip
+def test_what_cannot_be_asked_for_is_said_before_anything_is_computed(how, said):
+    model, x, *_ = make(SCALES["default"], 2, 1)
+    with pytest.raises(ValueError, match=said):
+        generate(model, x, 1, **how)

@@ -1,0 +1,167 @@
+"""`msc sample` on a model with text and classes: what is asked for, what is written, what is refused."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from msc.datasets import decode
+from msc.launch import cli
+from msc.pretrain import config as configuration
+from msc.pretrain import sample
+from msc.pretrain.autoencoder import open_autoencoder
+from msc.pretrain.model import ModelConfig, MSCTransformer
+from msc.pretrain.presets import preset
+from msc.pretrain.runs import LatentSpace, Trained, write_space
+from msc.pretrain.scales import Scale
+
+WORDS = {"red disc": 3, "two blue bars": 5}
+
+
+def untrained(run: Path, **model) -> Trained:
+    """A run folder of a model with random weights, as `open_run` would open it."""
+    scales = (Scale(2, 1, 1, 2), Scale(2, 2, 2, None))
+    base = preset("demo")
+    settings = replace(
+        base,
+        model=ModelConfig(width=32, depth=1, scales=scales, patch=2, channels=3, **model),
+        metrics=replace(base.metrics, tracking_uri="none"),
+    )
+    run.mkdir(exist_ok=True)
+    (run / "config.yaml").write_text(configuration.dump(settings))
+    space = LatentSpace("pixels", 8, 8, 16, 8, 16, 10.0)
+    write_space(run, space)
+    torch.manual_seed(0)
+    network = MSCTransformer(settings.model).eval()
+    for parameter in network.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return Trained(network, settings, space, open_autoencoder("pixels"), 7, 28, torch.device("cpu"))
+
+
+@pytest.fixture
+def knowing(tmp_path, monkeypatch):
+    """A run whose model knows texts (of 5 numbers a token) and three classes."""
+    trained = untrained(tmp_path / "run", text_width=5, classes=3)
+    monkeypatch.setattr(sample, "open_run", lambda run, weights: trained)
+    encode = {text: torch.randn(length, 5).half() for text, length in WORDS.items()}
+    monkeypatch.setattr(sample, "open_text_encoder", lambda folder: encode.__getitem__)
+    return tmp_path / "run"
+
+
+def made(folder: Path) -> dict[str, torch.Tensor]:
+    return {path.stem: decode.frames(path) for path in sorted(folder.glob("*.mp4"))}
+
+
+def test_many_prompts_and_labels_make_the_same_videos_in_any_batch(knowing, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("red disc\n\n  two blue bars\n", encoding="utf-8")
+    common = ["sample", str(knowing), "--prompts", str(tmp_path / "prompts.txt"), "--text", "encoder", "--label", "2",
+              "--units", "20", "--steps", "2", "--guidance", "2", "--count", "3", "--solver", "heun"]  # fmt: skip
+    for batch in (1, 2):
+        assert cli.main([*common, "--out", str(tmp_path / str(batch)), "--batch", str(batch)]) == 0
+    assert "0 frames of context and 20 generated" in capsys.readouterr().out
+    one, two = (made(tmp_path / str(batch)) for batch in (1, 2))
+    assert list(one) == [f"nothing-seed0-{i:04d}" for i in range(3)]
+    for name, video in one.items():
+        assert video.shape == (20, 3, 8, 16)
+        # equal to rounding before 8 bits and H.264
+        assert (video.int() - two[name].int()).abs().float().mean() < 0.5, name
+    first, second, third = one.values()
+    assert not torch.equal(first, second) and not torch.equal(first, third)
+    assert (tmp_path / "1" / "nothing-seed0.png").is_file()
+
+
+def test_a_video_is_continued_under_a_prompt(knowing, tmp_path):
+    from msc.datasets.synthetic import write_videos
+
+    (video,) = write_videos(tmp_path / "in", seed=3, clips=1, frames=30, height=16, width=32)
+    words = ["sample", str(knowing), "--video", str(video), "--context", "6", "--units", "12", "--steps", "1",
+             "--prompt", "red disc", "--text", "x", "--reach", "4", "--context-level", "0.1"]  # fmt: skip
+    assert cli.main([*words, "--out", str(tmp_path / "out")]) == 0
+    (frames,) = made(tmp_path / "out").values()
+    assert len(frames) == 18
+    truth = decode.frames(video, fps=10.0, stop=6, size=(8, 16))
+    assert (frames[:6].int() - truth.int()).abs().float().mean() < 12, "the context comes first, as H.264 keeps it"
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--prompt", "red disc", "--prompt", "two blue bars", "--label", "0", "--label", "1", "--label", "2"],
+     "2 prompts and 3 labels"),
+    (["--label", "3"], "--label 3: it must be a number from 0 to 2"),
+    (["--prompt", "red disc", "--label", "1", "--label", "2", "--count", "1"], "--count 1 is less than the 2"),
+    (["--nothing", "--guidance", "3"], "--guidance 3 needs something to guide by"),
+    (["--nothing", "--guidance", "-3"], "guidance is -3.0"),
+    (["--nothing", "--seed", "-1"], "seed is -1"),
+    (["--nothing", "--context-level", "1"], "context_level is 1.0"),
+    (["--video", "none.mp4"], "none.mp4 does not exist"),
+    (["--prompts", "none.txt"], "none.txt: No such file"),
+    (["--prompts", "a.txt", "--prompt", "b"], "give one of them"),
+])  # fmt: skip
+def test_mistakes_are_told_before_the_model_is_opened(words, said, knowing, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "open_run", lambda *_: pytest.fail("opened"))
+    assert cli.main(["sample", str(knowing), *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_prompts_that_are_no_text_are_told(knowing, tmp_path, capsys):
+    for content, said in ((b"\xff\xfe\x00", "is not a text file in UTF-8"), (b"\n \n", "holds no prompt")):
+        (tmp_path / "prompts").write_bytes(content)
+        assert cli.main(["sample", str(knowing), "--prompts", str(tmp_path / "prompts")]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_model_without_text_or_classes_says_so(tmp_path, capsys):
+    untrained(tmp_path / "run")
+    for words, said in (["--prompt", "x"], "knows no text"), (["--label", "0"], "knows no classes"):
+        assert cli.main(["sample", str(tmp_path / "run"), *words]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_another_text_encoder_is_told(knowing, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "open_text_encoder", lambda folder: lambda text: torch.zeros(2, 7))
+    assert cli.main(["sample", str(knowing), "--prompt", "x", "--text", "y"]) == 2
+    assert "embeddings of 7 numbers, the model was trained with 5" in capsys.readouterr().err
+
+
+ENDLESS = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_sample import untrained
+from msc.launch import cli
+from msc.pretrain import sample
+run = Path(sys.argv[2])
+trained = untrained(run)
+sample.open_run = lambda *_: trained
+sys.exit(cli.main(["sample", str(run), "--nothing", "--units", "1000000", "--steps", "1"]))
+"""
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
+def test_what_was_made_before_an_end_can_be_played(ending, tmp_path):
+    program = [sys.executable, "-P", "-c", ENDLESS, str(Path(__file__).parent), str(tmp_path / "run")]
+    process = subprocess.Popen(program, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    partial = tmp_path / "run" / "samples" / "nothing-seed0.partial.mp4"
+    deadline = time.monotonic() + 60
+    while not (partial.is_file() and partial.stat().st_size > 20_000) and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(ending)
+    _, err = process.communicate(timeout=60)
+    assert len(decode.frames(partial)) > 20
+    assert [path.name for path in partial.parent.iterdir()] == [partial.name]
+    if ending == signal.SIGINT:
+        assert process.returncode == 130 and f"made so far: {partial}" in err, err
+        assert "Traceback" not in err
+
+
+def test_a_log_gets_lines_not_a_bar(capsys):
+    assert list(sample.told(iter("abc"), 3, range(2, 4), 9)) == list("abc")
+    assert "sample 3-4 of 9: 3 of 3 units, " in capsys.readouterr().err
