@@ -281,7 +281,8 @@ def checkpoints(args: Namespace) -> int:
 def evaluate(args: Namespace) -> int:
     from msc.pretrain.evaluate import evaluate as evaluate_run
 
-    print(evaluate_run(args.run, **given(clips=args.clips, weights=args.weights)))
+    names = ("clips", "weights", "steps", "samples", "checkpoint", "against", "features")
+    print(evaluate_run(args.run, **given(**{name: getattr(args, name) for name in names})))
     return 0
 
 

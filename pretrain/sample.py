@@ -14,7 +14,7 @@ from msc.datasets.mixture import open_shards
 
 from .autoencoder import to_uint8
 from .diffusion import frame_shift
-from .evaluate import held_out_clip
+from .held_out import held_out_clip
 from .inputs import latents_of
 from .metrics import Tracker
 from .pictures import contact_sheet, write_mp4
