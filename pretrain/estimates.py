@@ -118,28 +118,31 @@ def _plain(name: str) -> str:
 
 
 def draw(tables: Sequence[Table], title: str) -> bytes:
-    """All tables as curves with their intervals; a PNG."""
+    """All tables as curves with their intervals, a PNG. Of rows named `a - b` only the sum is told."""
     from io import BytesIO
 
     from matplotlib.figure import Figure  # no pyplot: no window, nothing global
 
-    wide = min(2, len(tables))
-    high = -(-len(tables) // wide)
-    figure = Figure(figsize=(6.5 * wide, 3.6 * high), layout="constrained")
+    figure = Figure(figsize=(8, 2.8 * len(tables)), layout="constrained")
     figure.suptitle(title)
-    for axes, table in zip(figure.subplots(high, wide, squeeze=False).flat, tables, strict=False):
+    for axes, table in zip(figure.subplots(len(tables), squeeze=False).flat, tables, strict=True):
         at = torch.arange(len(table.columns) - 1)
         for name, (mean, half) in table.rows.items():
             label = f"{name}: {mean[0]:.{table.digits}f} ±{half[0]:.{table.digits}f}".replace("nan", "–")
+            if " - " in name:
+                axes.plot([], [], " ", label=label)
+                continue
             (line,) = axes.plot(at, mean[1:], ".-", lw=1, ms=4, label=label)
             low, up = ([m + sign * h for m, h in zip(mean[1:], half[1:], strict=True)] for sign in (-1, 1))
             axes.fill_between(at, low, up, color=line.get_color(), alpha=0.15, lw=0)
-        some = sorted({i - 1 for i in table.shown() if i})
-        axes.set_xticks(some, [table.columns[i + 1] for i in some])
-        axes.set(title=table.title, xlabel=table.axis, ylabel=table.unit)
-        axes.legend(fontsize=7, frameon=False, title=f"{table.columns[0]}, 95 % interval", title_fontsize=7)
-    for axes in figure.axes[len(tables) :]:
-        axes.remove()
+        some = [i for i in table.shown() if i]
+        axes.set_xticks([i - 1 for i in some], [table.columns[i] for i in some])
+        axes.set_title(table.title, fontsize=9)
+        axes.set_xlabel(table.axis, fontsize=8)
+        axes.set_ylabel(table.unit, fontsize=8)
+        axes.tick_params(labelsize=7)
+        beside = {"loc": "upper left", "bbox_to_anchor": (1, 1), "frameon": False, "fontsize": 7, "title_fontsize": 7}
+        axes.legend(title=f"{table.columns[0]}, 95 % interval", **beside)
     out = BytesIO()
     figure.savefig(out, format="png", dpi=110)
     return out.getvalue()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +90,7 @@ TABLES = {
     "drift": Kind("continuations: drift", "frames ahead", "sample / truth; slope: per frame", 3, "slope"),
 }
 BASELINES = ("untrained", "mean velocity", "copy last", "truth")  # rows that no trained model has a part in
-AGAINST = "against: "
+AGAINST = "other's "
 
 
 def evaluate(
@@ -124,32 +123,33 @@ def evaluate(
     feeds = {who: feeds_of(one, trained.config.diffusion, shards) for who, one in subjects.items()}
 
     # Clip by clip
-    found: dict[tuple[str, str], list[Part]] = defaultdict(list)
+    found: list[Rows] = []  # of every batch
     done, interrupted = 0, False
     with tqdm(total=clips, desc="evaluate", unit="clip", disable=None) as bar:
         try:
             for batch in held_out_batches(trained.config, shards, clips, EACH):
                 rows: Rows = {}
                 for who, one in subjects.items():
-                    # horizons are those of the first bucket: clips of other lengths have others
                     inputs, seed = feeds[who][batch.bucket](batch), HELD_OUT_SEED + batch.samples[0]
+                    # horizons are those of the first bucket: clips of other lengths have others
                     own = measure(one, inputs, seed, None if batch.bucket else rollouts)
                     rows |= {(table, who + row): part for (table, row), part in own.items()
                              if not (who and row in BASELINES)}  # fmt: skip
                 if not done and ("features", "truth") in rows:
                     check_enough(clips, rows["features", "truth"][0].shape[1])
-                for key, part in rows.items():
-                    found[key].append(part)
+                found.append(rows)
                 done += len(batch.samples)
                 bar.update(len(batch.samples))
         except KeyboardInterrupt:
-            if not done:
+            if not found:
                 raise
             interrupted = True
 
     # Figures
-    parts = with_differences({key: join(those) for key, those in found.items()})
+    keys = dict.fromkeys(key for rows in found for key in rows)
+    parts = with_differences({key: join([rows[key] for rows in found if key in rows]) for key in keys})
     tables = {name: table_of(name, parts) for name in TABLES if name in {table for table, _ in parts}}
+    seen = {row: values for (table, row), (values, _) in parts.items() if table == "features"}
     result = {
         "step": trained.step,
         "clock": trained.clock,
@@ -160,7 +160,7 @@ def evaluate(
         "samples": samples,
         "against": None if against is None else {"run": str(against), "step": subjects[AGAINST].step},
         "loss": {name: mean[0] for name, (mean, _) in tables["loss_by_noise"].rows.items()},
-        "frechet": distances({row: values for (table, row), (values, _) in parts.items() if table == "features"}),
+        "frechet": distances(seen) if features else None,
         "tables": {name: table.json() for name, table in tables.items()},
     }
     text = report(run, result, tables)
@@ -231,8 +231,8 @@ def with_differences(parts: Rows) -> Rows:
     found = dict(parts)
     for (table, row), (sums, counts) in parts.items():
         other = parts.get((table, AGAINST + row))
-        if other is not None and table != "features":
-            found[table, f"{row}: difference"] = (sums - other[0], counts)
+        if other is not None and " - " not in row and table != "features":
+            found[table, f"{row} - {AGAINST}{row}"] = (sums - other[0], counts)
     return found
 
 
@@ -240,7 +240,7 @@ def table_of(name: str, parts: Rows) -> Table:
     kind = TABLES[name]
     rows = {row: part for (table, row), part in parts.items() if table == name}
     columns = next(iter(rows.values()))[0].shape[1] - 1
-    names = {"loss_by_noise": bin_names(), "loss_by_context": [f"t = {(i + 0.5) / BINS:.1f}" for i in range(BINS)]}
+    names = {"loss_by_noise": bin_names(), "loss_by_context": [f"{(i + 0.5) / BINS:.1f}" for i in range(BINS)]}
     along = names.get(name) or [str(i + 1) for i in range(columns)]
     return Table.of(kind.title, kind.axis, kind.unit, [kind.first, *along], rows, kind.digits)
 
@@ -265,9 +265,9 @@ def report(run: Path, result: dict[str, Any], tables: dict[str, Table]) -> str:
     lines += [f"\n{table.text()}" for table in tables.values()]
     if "psnr_by_horizon" not in tables:
         lines.append("\nclips of a single unit leave nothing to continue: no PSNR")
-    if result["frechet"]:
+    if result["frechet"] is not None:
         found = ", ".join(f"{name} {value:.4g}" for name, value in result["frechet"].items())
-        lines.append(f"\nFréchet distance to the truth over {result['clips']} clips: {found}")
+        lines.append(f"\nFréchet distance to the truth: {found or 'too few clips were continued'}")
     return "\n".join(lines)
 
 
@@ -284,5 +284,6 @@ def keep(run: Path, trained: Trained, result: dict[str, Any], tables: dict[str, 
         write_atomically(run / name, content)
         tracker.artifact(run / name)
     values = {key: value for name, table in tables.items() for key, value in table.metrics(f"quality/{name}/").items()}
-    tracker.log(values | {f"quality/frechet/{name}": value for name, value in result["frechet"].items()}, trained.step)
+    values |= {f"quality/frechet/{name}": value for name, value in (result["frechet"] or {}).items()}
+    tracker.log(values, trained.step)
     tracker.finish("FINISHED")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,8 @@ def open_features(path: Path, device: torch.device) -> Features:
         raise ValueError(
             f"{path} is no feature network: torch.export writes .pt2, TorchScript .pt, .ts or .torchscript"
         )
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is no feature network: it is not an archive, or only part of one")
     try:
         if path.suffix == ".pt2":
             network = torch.export.load(path).module().to(device)

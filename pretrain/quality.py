@@ -83,8 +83,8 @@ def band_energy(video: Tensor) -> Tensor:
 
 def _cosines(n: int, like: Tensor) -> Tensor:
     """The orthonormal cosine transform (DCT-II) as a matrix `[frequency, place]`."""
-    k, place = torch.arange(n, device=like.device)[:, None], torch.arange(n, device=like.device) + 0.5
-    basis = (2 / n) ** 0.5 * torch.cos(math.pi / n * k * place)
+    k = torch.arange(n, device=like.device, dtype=torch.float64)
+    basis = (2 / n) ** 0.5 * torch.cos(math.pi / n * k[:, None] * (k + 0.5))
     basis[0] *= 0.5**0.5
     return basis.to(like.dtype)
 
