@@ -19,7 +19,7 @@ from .autoencoder import to_uint8
 from .config import Config
 from .continuations import Rollouts, Rows, continuations, half
 from .diffusion import DiffusionConfig, frame_losses, frame_shift
-from .estimates import Part, Table, draw, join
+from .estimates import Table, draw, join
 from .frechet import check_enough, frechet, open_features
 from .held_out import (
     BINS,
