@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,11 +105,12 @@ def evaluate(
     against: Path | None = None,
     features: Path | None = None,
 ) -> str:
-    """Measure a run on the first `clips` held-out clips: the report as text, also in RUN/evaluation.json and .png.
+    """Measure a run on the first `clips` held-out clips: the report as text, also kept in the run folder.
 
     steps, samples: of the roll-outs that continue clips from half of them. checkpoint: a step or folder, if not the
-    newest. against: another run, measured on the same clips with the same noise. features: file of a network for
-    Fréchet distances (see `open_features`: it is run). After Ctrl-C the figures are those of the clips so far.
+    newest; its files carry the step. against: another run, measured on the same clips with the same noise. features:
+    file of a network for Fréchet distances (see `open_features`: it is run). After Ctrl-C the figures are those of the
+    clips so far.
     """
     # Who is measured, and on what
     trained = open_run(run, weights, checkpoint)
@@ -124,7 +127,7 @@ def evaluate(
 
     # Clip by clip
     found: list[Rows] = []  # of every batch
-    done, interrupted = 0, False
+    done, interrupted, told = 0, False, time.monotonic()
     with tqdm(total=clips, desc="evaluate", unit="clip", disable=None) as bar:
         try:
             for batch in held_out_batches(trained.config, shards, clips, EACH):
@@ -140,6 +143,9 @@ def evaluate(
                 found.append(rows)
                 done += len(batch.samples)
                 bar.update(len(batch.samples))
+                if bar.disable and time.monotonic() - told > 30:  # no terminal: a line in a job's log now and then
+                    print(f"evaluate: {done} of {clips} clips", file=sys.stderr, flush=True)
+                    told = time.monotonic()
         except KeyboardInterrupt:
             if not found:
                 raise
@@ -159,12 +165,12 @@ def evaluate(
         "sampling_steps": steps,
         "samples": samples,
         "against": None if against is None else {"run": str(against), "step": subjects[AGAINST].step},
-        "loss": {name: mean[0] for name, (mean, _) in tables["loss_by_noise"].rows.items()},
+        "loss": {name: row["mean"][0] for name, row in tables["loss_by_noise"].json()["rows"].items()},
         "frechet": distances(seen) if features else None,
         "tables": {name: table.json() for name, table in tables.items()},
     }
     text = report(run, result, tables)
-    keep(run, trained, result, tables, text)
+    keep(run, "evaluation" if checkpoint is None else f"evaluation-{trained.step:08d}", trained, result, tables, text)
     return text
 
 
@@ -271,19 +277,19 @@ def report(run: Path, result: dict[str, Any], tables: dict[str, Table]) -> str:
     return "\n".join(lines)
 
 
-def keep(run: Path, trained: Trained, result: dict[str, Any], tables: dict[str, Table], text: str) -> None:
+def keep(run: Path, name: str, trained: Trained, result: dict[str, Any], tables: dict[str, Table], text: str) -> None:
     """In the run folder and in its MLflow run."""
     files = {
-        "evaluation.json": json.dumps(result, indent=1).encode(),
-        "evaluation.txt": f"{text}\n".encode(),
-        "evaluation.png": draw(list(tables.values()), f"{run.name}, step {result['step']}"),
+        f"{name}.json": json.dumps(result, indent=1).encode(),
+        f"{name}.txt": f"{text}\n".encode(),
+        f"{name}.png": draw(list(tables.values()), f"{run.name}, step {result['step']}"),
     }
     tracker = Tracker(trained.config.metrics)
     tracker.start(run, {}, "", run.name, attach=True)
-    for name, content in files.items():
-        write_atomically(run / name, content)
-        tracker.artifact(run / name)
-    values = {key: value for name, table in tables.items() for key, value in table.metrics(f"quality/{name}/").items()}
-    values |= {f"quality/frechet/{name}": value for name, value in (result["frechet"] or {}).items()}
+    for file, content in files.items():
+        write_atomically(run / file, content)
+        tracker.artifact(run / file)
+    values = {k: value for key, table in tables.items() for k, value in table.metrics(f"quality/{key}/").items()}
+    values |= {f"quality/frechet/{row}": value for row, value in (result["frechet"] or {}).items()}
     tracker.log(values, trained.step)
     tracker.finish("FINISHED")

@@ -2,7 +2,7 @@
 
 config.yaml   the resolved configuration      data.json        what the latents are
 log.jsonl     one line per report             checkpoints/     see checkpoint.py
-held_out.jsonl  one per held-out evaluation   samples/ export/ evaluation.{json,txt,png}
+held_out.jsonl  one per held-out evaluation   samples/ export/ evaluation*.{json,txt,png}
 mlflow.json   the MLflow run                  heartbeat.json   where rank 0 is
 jobs/ logs/   of `msc submit`, and of ranks
 """
