@@ -17,6 +17,7 @@ from torch import Tensor
 
 CONFIDENCE = 0.95
 SHOWN = 8  # columns of a table as text
+OTHERS = "other's "  # before the rows of a run that is compared with
 
 # What clips add to a row of a table: numerators and denominators `[clips, columns]`, whose totals' ratio is estimated.
 Part = tuple[Tensor, Tensor]
@@ -126,15 +127,17 @@ def draw(tables: Sequence[Table], title: str) -> bytes:
     figure = Figure(figsize=(8, 2.8 * len(tables)), layout="constrained")
     figure.suptitle(title)
     for axes, table in zip(figure.subplots(len(tables), squeeze=False).flat, tables, strict=True):
-        at = torch.arange(len(table.columns) - 1)
+        at, colours = torch.arange(len(table.columns) - 1), dict[str, Any]()
         for name, (mean, half) in table.rows.items():
             label = f"{name}: {mean[0]:.{table.digits}f} ±{half[0]:.{table.digits}f}".replace("nan", "–")
             if " - " in name:
                 axes.plot([], [], " ", label=label)
                 continue
-            (line,) = axes.plot(at, mean[1:], ".-", lw=1, ms=4, label=label)
+            own = name.removeprefix(OTHERS)
+            (line,) = axes.plot(at, mean[1:], ".-" if own == name else ".:", lw=1, ms=4, label=label, c=colours.get(own))
+            colours[own] = line.get_color()
             low, up = ([m + sign * h for m, h in zip(mean[1:], half[1:], strict=True)] for sign in (-1, 1))
-            axes.fill_between(at, low, up, color=line.get_color(), alpha=0.15, lw=0)
+            axes.fill_between(at, low, up, color=colours[own], alpha=0.15, lw=0)
         some = [i for i in table.shown() if i]
         axes.set_xticks([i - 1 for i in some], [table.columns[i] for i in some])
         axes.set_title(table.title, fontsize=9)

@@ -21,7 +21,7 @@ from .autoencoder import to_uint8
 from .config import Config
 from .continuations import Rollouts, Rows, continuations, half
 from .diffusion import DiffusionConfig, frame_losses, frame_shift
-from .estimates import Table, draw, join
+from .estimates import OTHERS, Table, draw, join
 from .frechet import check_enough, frechet, open_features
 from .held_out import (
     BINS,
@@ -92,7 +92,6 @@ TABLES = {
     "drift": Kind("continuations: drift", "frames ahead", "sample / truth; slope: per frame", 3, "slope"),
 }
 BASELINES = ("untrained", "mean velocity", "copy last", "truth")  # rows that no trained model has a part in
-AGAINST = "other's "
 
 
 def evaluate(
@@ -119,8 +118,8 @@ def evaluate(
         raise ValueError(f"{shards} holds no held-out clip: convert with --held-out")
     subjects = {"": trained}
     if against is not None:
-        subjects[AGAINST] = open_run(against, weights)
-        check_comparable(trained, subjects[AGAINST], shards)
+        subjects[OTHERS] = open_run(against, weights)
+        check_comparable(trained, subjects[OTHERS], shards)
     network = None if features is None else open_features(features, trained.device)
     rollouts = Rollouts(steps, samples, network)
     feeds = {who: feeds_of(one, trained.config.diffusion, shards) for who, one in subjects.items()}
@@ -164,7 +163,7 @@ def evaluate(
         "interrupted": interrupted,
         "sampling_steps": steps,
         "samples": samples,
-        "against": None if against is None else {"run": str(against), "step": subjects[AGAINST].step},
+        "against": None if against is None else {"run": str(against), "step": subjects[OTHERS].step},
         "loss": {name: row["mean"][0] for name, row in tables["loss_by_noise"].json()["rows"].items()},
         "frechet": distances(seen) if features else None,
         "tables": {name: table.json() for name, table in tables.items()},
@@ -236,9 +235,9 @@ def with_differences(parts: Rows) -> Rows:
     """Also the differences of both runs, row by row: paired, as clips and noise are the same."""
     found = dict(parts)
     for (table, row), (sums, counts) in parts.items():
-        other = parts.get((table, AGAINST + row))
+        other = parts.get((table, OTHERS + row))
         if other is not None and " - " not in row and table != "features":
-            found[table, f"{row} - {AGAINST}{row}"] = (sums - other[0], counts)
+            found[table, f"{row} - {OTHERS.strip()}"] = (sums - other[0], counts)
     return found
 
 

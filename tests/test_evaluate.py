@@ -7,8 +7,8 @@ import torch
 
 from msc.datasets.synthetic import moving_textures
 from msc.pretrain.continuations import drift, of_clip
-from msc.pretrain.estimates import over_clips
-from msc.pretrain.evaluate import AGAINST, distances, table_of, with_differences
+from msc.pretrain.estimates import OTHERS, over_clips
+from msc.pretrain.evaluate import distances, table_of, with_differences
 
 SHOWN = 4
 
@@ -64,10 +64,10 @@ def test_differences_are_paired():
     values = torch.tensor([[1.0], [5.0], [9.0]]).double()
     part = (torch.cat((values, values), 1), torch.ones(3, 2).double())
     worse = (part[0] + 0.25, part[1])
-    rows = {("loss_by_position", "model"): part, ("loss_by_position", f"{AGAINST}model"): worse}
+    rows = {("loss_by_position", "model"): part, ("loss_by_position", f"{OTHERS}model"): worse}
     table = table_of("loss_by_position", with_differences(rows))
-    assert list(table.rows) == ["model", f"{AGAINST}model", f"model - {AGAINST}model"]
-    mean, half = table.rows[f"model - {AGAINST}model"]
+    assert list(table.rows) == ["model", f"{OTHERS}model", "model - other's"]
+    mean, half = table.rows["model - other's"]
     assert mean == pytest.approx([-0.25, -0.25]) and half == pytest.approx([0, 0], abs=1e-12)
     assert table.rows["model"][1][0] > 1
 
