@@ -134,7 +134,9 @@ def draw(tables: Sequence[Table], title: str) -> bytes:
                 axes.plot([], [], " ", label=label)
                 continue
             own = name.removeprefix(OTHERS)
-            (line,) = axes.plot(at, mean[1:], ".-" if own == name else ".:", lw=1, ms=4, label=label, c=colours.get(own))
+            (line,) = axes.plot(
+                at, mean[1:], ".-" if own == name else ".:", lw=1, ms=4, label=label, c=colours.get(own)
+            )
             colours[own] = line.get_color()
             low, up = ([m + sign * h for m, h in zip(mean[1:], half[1:], strict=True)] for sign in (-1, 1))
             axes.fill_between(at, low, up, color=colours[own], alpha=0.15, lw=0)
