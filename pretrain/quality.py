@@ -6,7 +6,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 BEST_DB = 100.0  # of identical frames
 
@@ -31,9 +30,11 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _ssim(a_CHW: Tensor, b_CHW: Tensor, window: Tensor) -> Tensor:
-    moments = torch.stack([a_CHW, b_CHW, a_CHW.square(), b_CHW.square(), a_CHW * b_CHW]).flatten(0, 1)[:, None]
-    local = F.conv2d(F.conv2d(moments, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))[:, 0]
-    mean_a, mean_b, aa, bb, ab = local.unflatten(0, (5, -1))
+    local = torch.stack([a_CHW, b_CHW, a_CHW.square(), b_CHW.square(), a_CHW * b_CHW])
+    for dim in (-2, -1):  # not a convolution: a GPU may run those in TF32, too coarse for differences of squares
+        places = local.shape[dim] - len(window) + 1
+        local = sum((w * local.narrow(dim, i, places) for i, w in enumerate(window)), local.new_zeros(()))
+    mean_a, mean_b, aa, bb, ab = local
     var_a, var_b, covariance = aa - mean_a**2, bb - mean_b**2, ab - mean_a * mean_b
     c1, c2 = 0.01**2, 0.03**2
     same_light = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
