@@ -48,7 +48,8 @@ index = json.loads((demo / "shards" / "index.json").read_text())
 clips = {split: sum(shard["samples"] for shard in shards) for split, shards in index["splits"].items()}
 evaluation = json.loads((run / "evaluation.json").read_text())
 loss = ", ".join(f"{name} {value:.3f}" for name, value in evaluation["loss"].items())
-psnr = ", ".join(f"{name} {values[0]:.1f} dB" for name, values in evaluation["psnr_by_horizon"].items())
+rows = evaluation["tables"]["psnr_by_horizon"]["rows"]  # means over the horizon, then of every frame ahead
+psnr = ", ".join(f"{name} {rows[name]['mean'][1]:.1f} dB" for name in ("sample", "mean prediction", "copy last"))
 
 
 def newest(folder, pattern):

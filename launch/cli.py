@@ -220,8 +220,14 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     new.add_argument("run", type=Path, metavar="RUN", help="run folder")
     new.add_argument("--verify", action="store_true", help="read all of them and compare checksums")
 
-    new = run_command(command("evaluate", commands.evaluate, "measure the loss on the held-out clips of runs"), "+")
-    new.add_argument("--clips", type=positive, metavar="N", help="at most that many clips")
+    new = run_command(command("evaluate", commands.evaluate, "measure runs on held-out clips: loss, roll-outs"), "+")
+    new.add_argument("--clips", type=positive, metavar="N", help="at most that many clips (64)")
+    new.add_argument("--steps", type=positive, metavar="N", help="denoising steps of each unit in roll-outs (16)")
+    new.add_argument("--samples", type=positive, metavar="N", help="roll-outs of each clip (4)")
+    new.add_argument("--checkpoint", metavar="N|PATH", help="that one, by step or folder (default: the newest)")
+    new.add_argument("--against", type=Path, metavar="RUN", help="compare with another run on the same clips and noise")
+    new.add_argument("--features", type=Path, metavar="FILE", help="network for Fréchet distances, .pt2 or TorchScript "
+                     "(it is a program: only run one that you trust)")  # fmt: skip
 
     new = run_command(command("sample", commands.sample, "continue a video, or make one from nothing"))
     start = new.add_mutually_exclusive_group()

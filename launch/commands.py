@@ -296,8 +296,9 @@ def checkpoints(args: Namespace) -> int:
 def evaluate(args: Namespace) -> int:
     from msc.pretrain.evaluate import evaluate as evaluate_run
 
+    names = ("clips", "weights", "steps", "samples", "checkpoint", "against", "features")
     for run in args.run:
-        print(evaluate_run(run, **given(clips=args.clips, weights=args.weights)))
+        print(evaluate_run(run, **given(**{name: getattr(args, name) for name in names})))
     return 0
 
 

@@ -55,6 +55,7 @@ class ShardedTimeline:
     """
 
     travels = True
+    grows = False
 
     def __init__(
         self, group: dist.ProcessGroup, bounds: tuple[int, ...], placements: Mapping[int, Ulysses | Ring] | None = None

@@ -1,137 +1,47 @@
-"""How good a model is: held-out loss by noise level, and continuations against the truth."""
+"""How good a model is: continuations against the truth while it trains, and `msc evaluate` (docs/evaluation.md)."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from msc.datasets.batches import Batch, loader
-from msc.datasets.mixture import Shards, Stream, only, open_shards
+from msc.datasets.files import write_atomically
+from msc.datasets.mixture import Shards, open_shards
 
 from .autoencoder import to_uint8
 from .config import Config
-from .diffusion import frame_losses, frame_shift
+from .continuations import Rollouts, Rows, continuations, half
+from .diffusion import DiffusionConfig, frame_losses, frame_shift
+from .estimates import OTHERS, Table, draw, join
+from .frechet import check_enough, frechet, open_features
+from .held_out import (
+    BINS,
+    HELD_OUT_SEED,
+    bin_names,
+    by_context,
+    by_noise,
+    by_position,
+    held_out_batches,
+    held_out_clip,
+)
 from .inputs import Feed, Inputs, latents_of
 from .metrics import Tracker
-from .model import MSCTransformer, precondition
+from .model import MSCTransformer, check_clip, precondition
 from .pictures import contact_sheet, enlarged, write_mp4
 from .runs import Trained, open_run
 from .sampler import generate
 
-BINS = 5  # equal ranges of the noise level
 EACH = 4  # clips in a batch of `msc evaluate`
 PREVIEWS = 8  # clips continued at every evaluation, as far as there are ranks
-HELD_OUT_SEED = 1_000_003  # noise of evaluations: the same in every run and at every step
-
-
-@dataclass
-class Losses:
-    """Squared velocity errors of supervised frames, summed by noise level; `[BINS]` sums and counts."""
-
-    sums: Tensor
-    counts: Tensor
-
-    @staticmethod
-    def zeros(device: torch.device) -> Losses:
-        return Losses(*(torch.zeros(BINS, dtype=torch.float64, device=device) for _ in range(2)))
-
-    def add(self, errors_BT: Tensor, inputs: Inputs) -> None:
-        mask = inputs.supervised
-        bins = (inputs.t[mask] * BINS).long().clamp(max=BINS - 1)
-        self.sums.index_add_(0, bins, errors_BT[mask].double())
-        self.counts.index_add_(0, bins, torch.ones_like(bins, dtype=torch.float64))
-
-    def reduce(self) -> None:
-        """Sum over all ranks."""
-        if torch.distributed.is_initialized():
-            both = torch.stack([self.sums, self.counts])
-            torch.distributed.all_reduce(both)
-            self.sums, self.counts = both
-
-    def merge(self, other: Losses) -> None:
-        self.sums += other.sums
-        self.counts += other.counts
-
-    @property
-    def mean(self) -> float:
-        return float(self.sums.sum() / self.counts.sum())
-
-    def metrics(self, prefix: str) -> dict[str, float]:
-        """Mean, and the mean in every range of noise levels that was met."""
-        found = {prefix + "mean": self.mean}
-        for i, (total, count) in enumerate(zip(self.sums.tolist(), self.counts.tolist(), strict=True)):
-            if count:
-                found[f"{prefix}t_{i / BINS:.1f}_{(i + 1) / BINS:.1f}"] = total / count
-        return found
-
-
-def held_out_batches(
-    config: Config,
-    shards: Shards,
-    clips: int,
-    each: int,
-    rows: int = 1,
-    row: int = 0,
-    frames: Sequence[tuple[int, int]] | None = None,
-) -> Iterator[Batch]:
-    """The first held-out clips, in order, `each` at a time and row; with several rows whole batches only.
-
-    frames: of every bucket. Of several buckets and sets each gives its share of the clips, at least one.
-    """
-    for bucket, streams in enumerate(shards.streams("held_out")):
-        for stream in streams:
-            some = min(stream.clips, max(1, round(clips * stream.share)))
-            if rows > 1:
-                some = max(1, some // (rows * each)) * rows * each  # with fewer clips than rows some are seen twice
-            own = None if frames is None else frames[bucket]
-            yield from _held_out(stream, bucket, 0, some, rows * each, row, rows, own)
-
-
-def held_out_clip(shards: Shards, clip: int) -> Batch:
-    """One held-out clip, by its number over all buckets and sets."""
-    for bucket, streams in enumerate(shards.streams("held_out")):
-        for stream in streams:
-            if stream.first <= clip < stream.first + stream.clips:
-                return next(_held_out(stream, bucket, clip - stream.first, 1, 1))
-    raise ValueError(f"clip {clip} does not exist; there are {shards.samples('held_out')} held-out clips")
-
-
-def _held_out(
-    stream: Stream, bucket: int, first: int, clips: int, each: int, row: int = 0, rows: int = 1,
-    frames: tuple[int, int] | None = None,
-) -> Iterator[Batch]:  # fmt: skip
-    batches = loader(
-        only(stream.place, stream.index), "held_out", seed=0, clock=first, clips=each, rank=row, ranks=rows,
-        frames=[frames], workers=0, shuffle=False, stop=first + clips,
-    )  # fmt: skip
-    for batch in batches:
-        yield replace(batch, bucket=bucket, samples=[stream.first + sample for sample in batch.samples])
-
-
-@torch.no_grad()
-def held_out_losses(
-    model: nn.Module, config: Config, shards: Shards, feeds: Sequence[Feed], rows: int, row: int
-) -> Losses:
-    """Held-out loss of a model that may be sharded over ranks; the same noise at every call. feeds: of every bucket."""
-    feeds = [replace(feed, seed=HELD_OUT_SEED, text_dropout=0.0) for feed in feeds]
-    frames = [(feed.frames.start, feed.frames.stop) for feed in feeds]
-    losses = Losses.zeros(feeds[0].device)
-    model.eval()
-    for batch in held_out_batches(config, shards, config.train.held_out, config.train.micro, rows, row, frames):
-        feed = feeds[batch.bucket]
-        inputs = feed(batch)
-        velocity = model(inputs.noisy, inputs.t, inputs.text, inputs.labels, feed.timeline)
-        losses.add(frame_losses(velocity, inputs.x, inputs.noise), inputs)
-    model.train()
-    losses.reduce()
-    return losses
 
 
 @torch.no_grad()
@@ -164,114 +74,226 @@ def preview(
     return [name.with_suffix(".png"), name.with_suffix(".mp4")]
 
 
-def half(frames: int, per_unit: int) -> tuple[int, int]:
-    """(frames given, units to make) when a clip is continued from half of it."""
-    units = frames // per_unit
-    given = max(1, units // 2)
-    return given * per_unit, units - given
-
-
 # msc evaluate ----------------------------------------------------------------------------------------
 
 
-def evaluate(run: Path, clips: int = 64, weights: str = "ema", steps: int = 16) -> str:
-    """Held-out loss and continuation PSNR of a run's newest checkpoint; also written to evaluation.json."""
-    trained = open_run(run, weights)
-    config, model = trained.config, trained.model
-    shards = open_shards(config.data)
-    units = [shape.frames // config.model.frames_per_unit for shape in shards.shapes]
-    feeds = [
-        Feed(
-            model, trained.autoencoder, config.diffusion, frame_shift(config.diffusion, shape.height, shape.width),
-            HELD_OUT_SEED, range(all_units), all_units, 0.0, trained.device,
-        )
-        for shape, all_units in zip(shards.shapes, units, strict=True)
-    ]  # fmt: skip
-    names = ("model", "untrained", "mean velocity")
-    losses = {name: Losses.zeros(trained.device) for name in names}
-    clips = min(clips, shards.samples("held_out"))
-    batches = held_out_batches(config, shards, clips, EACH)
-    continued: list[dict[str, Tensor]] = []
-    for batch in tqdm(batches, total=-(-clips // EACH), desc="evaluate", unit="batch", disable=None):
-        inputs = feeds[batch.bucket](batch)
-        with torch.no_grad():
-            velocity = model(inputs.noisy, inputs.t, inputs.text, inputs.labels)
-        guesses = {
-            "model": velocity,
-            "untrained": precondition(inputs.noisy, inputs.t, torch.zeros_like(inputs.x)),
-            "mean velocity": torch.zeros_like(inputs.x),  # the mean over noise and normalised data
-        }
-        for name, guess in guesses.items():
-            losses[name].add(frame_losses(guess, inputs.x, inputs.noise), inputs)
-        # horizons are those of the first bucket: clips of other lengths have others
-        if batch.bucket == 0 and half(shards.index.frames, config.model.frames_per_unit)[1]:
-            continued.append(continue_clips(trained, inputs, steps))
+@dataclass(frozen=True)
+class Kind:
+    """What a table is about; first: its first column, which sums up the others."""
 
-    psnr = {
-        name: [round(float(v), 2) for v in torch.cat([c[name] for c in continued]).mean(0)]
-        for name in (continued[0] if continued else ())
-    }
+    title: str
+    axis: str
+    unit: str
+    digits: int
+    first: str = "mean"
+
+
+TABLES = {
+    "loss_by_noise": Kind("held-out loss by noise level", "noise level t", "squared velocity error", 4),
+    "loss_by_position": Kind("held-out loss by position", "latent frame", "squared velocity error", 4),
+    "loss_by_context": Kind("last unit, clean past: loss, and what hiding the past adds", "noise level t", "loss", 4),
+    "psnr_by_horizon": Kind("continuations: PSNR", "frames ahead", "dB", 2),
+    "ssim_by_horizon": Kind("continuations: SSIM", "frames ahead", "1: identical", 3),
+    "drift": Kind("continuations: drift", "frames ahead", "sample / truth; slope: per frame", 3, "slope"),
+}
+BASELINES = ("untrained", "mean velocity", "copy last", "truth")  # rows that no trained model has a part in
+
+
+def evaluate(
+    run: Path,
+    clips: int = 64,
+    weights: str = "ema",
+    steps: int = 16,
+    samples: int = 4,
+    checkpoint: str | None = None,
+    against: Path | None = None,
+    features: Path | None = None,
+) -> str:
+    """Measure a run on the first `clips` held-out clips: the report as text, also kept in the run folder.
+
+    steps, samples: of the roll-outs that continue clips from half of them. checkpoint: a step or folder, if not the
+    newest; its files carry the step. against: another run, measured on the same clips with the same noise. features:
+    file of a network for Fréchet distances (see `open_features`: it is run). After Ctrl-C the figures are those of the
+    clips so far.
+    """
+    # Who is measured, and on what
+    trained = open_run(run, weights, checkpoint)
+    shards = open_shards(trained.config.data)
+    if not (clips := min(clips, shards.samples("held_out"))):
+        raise ValueError(f"{shards} holds no held-out clip: convert with --held-out")
+    subjects = {"": trained}
+    if against is not None:
+        subjects[OTHERS] = open_run(against, weights)
+        check_comparable(trained, subjects[OTHERS], shards)
+    network = None if features is None else open_features(features, trained.device)
+    rollouts = Rollouts(steps, samples, network)
+    feeds = {who: feeds_of(one, trained.config.diffusion, shards) for who, one in subjects.items()}
+
+    # Clip by clip
+    found: list[Rows] = []  # of every batch
+    done, interrupted, told = 0, False, time.monotonic()
+    with tqdm(total=clips, desc="evaluate", unit="clip", disable=None) as bar:
+        try:
+            for batch in held_out_batches(trained.config, shards, clips, EACH):
+                rows: Rows = {}
+                for who, one in subjects.items():
+                    inputs, seed = feeds[who][batch.bucket](batch), HELD_OUT_SEED + batch.samples[0]
+                    # horizons are those of the first bucket: clips of other lengths have others
+                    own = measure(one, inputs, seed, None if batch.bucket else rollouts)
+                    rows |= {(table, who + row): part for (table, row), part in own.items()
+                             if not (who and row in BASELINES)}  # fmt: skip
+                if not done and ("features", "truth") in rows:
+                    check_enough(clips, rows["features", "truth"][0].shape[1])
+                found.append(rows)
+                done += len(batch.samples)
+                bar.update(len(batch.samples))
+                if bar.disable and time.monotonic() - told > 30:  # no terminal: a line in a job's log now and then
+                    print(f"evaluate: {done} of {clips} clips", file=sys.stderr, flush=True)
+                    told = time.monotonic()
+        except KeyboardInterrupt:
+            if not found:
+                raise
+            interrupted = True
+
+    # Figures
+    keys = dict.fromkeys(key for rows in found for key in rows)
+    parts = with_differences({key: join([rows[key] for rows in found if key in rows]) for key in keys})
+    tables = {name: table_of(name, parts) for name in TABLES if name in {table for table, _ in parts}}
+    seen = {row: values for (table, row), (values, _) in parts.items() if table == "features"}
     result = {
         "step": trained.step,
         "clock": trained.clock,
         "weights": weights,
-        "clips": clips,
-        "loss": {name: losses[name].mean for name in names},
-        "loss_by_noise": {name: losses[name].metrics("") for name in names},
-        "psnr_by_horizon": psnr,
+        "clips": done,
+        "interrupted": interrupted,
         "sampling_steps": steps,
+        "samples": samples,
+        "against": None if against is None else {"run": str(against), "step": subjects[OTHERS].step},
+        "loss": {name: row["mean"][0] for name, row in tables["loss_by_noise"].json()["rows"].items()},
+        "frechet": distances(seen) if features else None,
+        "tables": {name: table.json() for name, table in tables.items()},
     }
-    (run / "evaluation.json").write_text(json.dumps(result, indent=1))
-    tracker = Tracker(config.metrics)
-    tracker.start(run, {}, "", run.name, attach=True)
-    tracker.log(losses["model"].metrics("quality/loss_"), trained.step)
-    tracker.log(
-        {f"quality/psnr_1_{name.replace(' ', '_')}": values[0] for name, values in psnr.items()},
-        trained.step,
-    )
-    tracker.artifact(run / "evaluation.json")
-    tracker.finish("FINISHED")
-    return report(result)
+    text = report(run, result, tables)
+    keep(run, "evaluation" if checkpoint is None else f"evaluation-{trained.step:08d}", trained, result, tables, text)
+    return text
 
 
-@torch.no_grad()
-def continue_clips(trained: Trained, inputs: Inputs, steps: int) -> dict[str, Tensor]:
-    """PSNR by horizon `[B, horizon]` (video frames) of continuing the first half of clips, by method."""
-    model, space = trained.model, trained.space
-    given, units = half(inputs.x.shape[1], model.config.frames_per_unit)
-    context, shift = inputs.x[:, :given], frame_shift(trained.config.diffusion, space.height, space.width)
-
-    def pixels(x: Tensor) -> Tensor:
-        return trained.autoencoder.decode(model.denormalise(x).cpu()).clamp(-1, 1)
-
-    def rollout(steps: int) -> Tensor:
-        new = generate(model, context, units, steps, HELD_OUT_SEED, shift, inputs.text, inputs.labels)
-        return torch.cat([context, *new], 1)
-
-    truth, shown = pixels(inputs.x), trained.autoencoder.video_frames(given)
-    repeated = truth[:, shown - 1 : shown].expand_as(truth)
-    videos = {"mean prediction": pixels(rollout(1)), "sample": pixels(rollout(steps)), "copy last": repeated}
-    return {name: psnr(video[:, shown:], truth[:, shown:]) for name, video in videos.items()}
+def check_comparable(one: Trained, other: Trained, shards: Shards) -> None:
+    """ValueError where two models cannot be measured on the same latents with the same noise."""
+    for name in ("channels", "frames_per_unit", "latent_mean", "latent_std"):
+        a, b = getattr(one.config.model, name), getattr(other.config.model, name)
+        if a != b:
+            raise ValueError(f"the runs cannot be compared: their model.{name} is {a} and {b}")
+    if one.space.autoencoder != other.space.autoencoder:
+        raise ValueError(
+            f"the runs cannot be compared: their autoencoders are {one.space.autoencoder} and {other.space.autoencoder}"
+        )
+    for shape in shards.shapes:
+        check_clip(other.config.model, shape.frames, shape.height, shape.width)
 
 
-def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of videos in [-1, 1]: `[B, T, 3, H, W]` twice -> `[B, T]`."""
-    return 10 * torch.log10(4 / (a - b).square().mean((2, 3, 4)).clamp_min(1e-10))
+def feeds_of(one: Trained, diffusion: DiffusionConfig, shards: Shards) -> list[Feed]:
+    """How clips of every bucket become inputs: noise and levels do not depend on the model."""
+    return [
+        Feed(
+            model=one.model,
+            autoencoder=one.autoencoder,
+            diffusion=diffusion,
+            shift=frame_shift(diffusion, shape.height, shape.width),
+            seed=HELD_OUT_SEED,
+            units=range(shape.frames // one.config.model.frames_per_unit),
+            all_units=shape.frames // one.config.model.frames_per_unit,
+            text_dropout=0.0,
+            device=one.device,
+        )
+        for shape in shards.shapes
+    ]
 
 
-def report(result: dict) -> str:
+# One model, one batch ---------------------------------------------------------------------------------
+
+
+def measure(one: Trained, inputs: Inputs, seed: int, rollouts: Rollouts | None) -> Rows:
+    """All rows of one model for a batch; without roll-outs their tables are left out."""
+    with torch.no_grad():
+        velocity = one.model(inputs.noisy, inputs.t, inputs.text, inputs.labels)
+    guesses = {
+        "model": velocity,
+        "untrained": precondition(inputs.noisy, inputs.t, torch.zeros_like(inputs.x)),
+        "mean velocity": torch.zeros_like(inputs.x),  # the mean over noise and normalised data
+    }
+    rows: Rows = {}
+    for name, guess in guesses.items():
+        errors = frame_losses(guess, inputs.x, inputs.noise)
+        rows["loss_by_noise", name] = by_noise(errors, inputs)
+        rows["loss_by_position", name] = by_position(errors, inputs)
+    if half(inputs.x.shape[1], one.config.model.frames_per_unit)[1]:  # a clip of a single unit has no past
+        rows |= {("loss_by_context", name): part for name, part in by_context(one.model, inputs).items()}
+        rows |= continuations(one, inputs, seed, rollouts) if rollouts else {}
+    return rows
+
+
+# Figures ----------------------------------------------------------------------------------------------
+
+
+def with_differences(parts: Rows) -> Rows:
+    """Also the differences of both runs, row by row: paired, as clips and noise are the same."""
+    found = dict(parts)
+    for (table, row), (sums, counts) in parts.items():
+        other = parts.get((table, OTHERS + row))
+        if other is not None and " - " not in row and table != "features":
+            found[table, f"{row} - {OTHERS.strip()}"] = (sums - other[0], counts)
+    return found
+
+
+def table_of(name: str, parts: Rows) -> Table:
+    kind = TABLES[name]
+    rows = {row: part for (table, row), part in parts.items() if table == name}
+    columns = next(iter(rows.values()))[0].shape[1] - 1
+    names = {"loss_by_noise": bin_names(), "loss_by_context": [f"{(i + 0.5) / BINS:.1f}" for i in range(BINS)]}
+    along = names.get(name) or [str(i + 1) for i in range(columns)]
+    return Table.of(kind.title, kind.axis, kind.unit, [kind.first, *along], rows, kind.digits)
+
+
+def distances(features: dict[str, Tensor]) -> dict[str, float]:
+    """Fréchet distance of every kind of video `[clips, K]` to the true ones; none where clips are too few."""
+    true = features.pop("truth", None)
+    if true is None or len(true) <= true.shape[1]:
+        return {}
+    return {name: frechet(values, true) for name, values in features.items()}
+
+
+def report(run: Path, result: dict[str, Any], tables: dict[str, Table]) -> str:
     """The evaluation as text."""
-    lines = [f"step {result['step']}, {result['clips']} held-out clips, {result['weights']} weights"]
-    bins = [key for key in result["loss_by_noise"]["model"] if key != "mean"]
-    lines.append(f"{'held-out loss':<18}{'mean':>9}" + "".join(f"{key.replace('_', ' '):>12}" for key in bins))
-    for name, values in result["loss_by_noise"].items():
-        lines.append(f"{name:<18}{values['mean']:>9.4f}" + "".join(f"{values.get(k, math.nan):>12.4f}" for k in bins))
-    if not result["psnr_by_horizon"]:
-        return "\n".join([*lines, "clips of a single unit leave nothing to continue: no PSNR"])
-    horizons = range(1, 1 + len(result["psnr_by_horizon"]["copy last"]))
-    lines.append(f"{'PSNR (dB)':<18}" + "".join(f"{f'h={h}':>8}" for h in horizons))
-    for name, values in result["psnr_by_horizon"].items():
-        lines.append(f"{name:<18}" + "".join(f"{value:>8.2f}" for value in values))
-    gained = result["psnr_by_horizon"]["mean prediction"][0] - result["psnr_by_horizon"]["copy last"][0]
-    lines.append(f"the model's mean prediction is {gained:+.2f} dB from repeating the last frame at horizon 1")
+    so_far = " (interrupted: the clips so far)" if result["interrupted"] else ""
+    lines = [
+        f"{run}, step {result['step']}, {result['weights']} weights; {result['clips']} held-out clips{so_far}, "
+        "± is a 95 % interval over clips"
+    ]
+    if other := result["against"]:
+        lines.append(f"against {other['run']}, step {other['step']}: same clips, same noise; differences are paired")
+    lines += [f"\n{table.text()}" for table in tables.values()]
+    if "psnr_by_horizon" not in tables:
+        lines.append("\nclips of a single unit leave nothing to continue: no PSNR")
+    if result["frechet"] is not None:
+        found = ", ".join(f"{name} {value:.4g}" for name, value in result["frechet"].items())
+        lines.append(f"\nFréchet distance to the truth: {found or 'too few clips were continued'}")
     return "\n".join(lines)
+
+
+def keep(run: Path, name: str, trained: Trained, result: dict[str, Any], tables: dict[str, Table], text: str) -> None:
+    """In the run folder and in its MLflow run."""
+    files = {
+        f"{name}.json": json.dumps(result, indent=1).encode(),
+        f"{name}.txt": f"{text}\n".encode(),
+        f"{name}.png": draw(list(tables.values()), f"{run.name}, step {result['step']}"),
+    }
+    tracker = Tracker(trained.config.metrics)
+    tracker.start(run, {}, "", run.name, attach=True)
+    for file, content in files.items():
+        write_atomically(run / file, content)
+        tracker.artifact(run / file)
+    values = {k: value for key, table in tables.items() for k, value in table.metrics(f"quality/{key}/").items()}
+    values |= {f"quality/frechet/{row}": value for row, value in (result["frechet"] or {}).items()}
+    tracker.log(values, trained.step)
+    tracker.finish("FINISHED")

@@ -194,6 +194,8 @@ class MSCTransformer(nn.Module):
             arguments = (tokens, modulation, text, views, Layer(number))
             if self.recompute and torch.is_grad_enabled():
                 tokens = checkpoint(block, *arguments, use_reentrant=False)
+            elif timeline.grows:
+                tokens = block._call_impl(*arguments)  # as it is, compiled or not
             else:
                 tokens = block(*arguments)
         shift, scale = self.final_modulate(embedding)[:, :, None, None].chunk(2, -1)

@@ -63,16 +63,16 @@ class AdamWEMA(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
+        # The average begins with the weights before the first step, whether or not somebody has looked at it by then.
+        updated = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        first = {p: p.detach().clone() for those in updated for p in those if "ema" not in self.state[p]}
         loss = super().step(closure)
-        for group in self.param_groups:
-            updated = [p for p in group["params"] if p.grad is not None]
-            averages = []
-            for p in updated:
-                if "ema" not in self.state[p]:
-                    self.state[p]["ema"] = p.detach().clone()
-                averages.append(self.state[p]["ema"])
-            if averages:
-                torch._foreach_lerp_(averages, [p.detach() for p in updated], 1 - group["ema_decay"])
+        for p, weight in first.items():
+            self.state[p]["ema"] = weight
+        for group, those in zip(self.param_groups, updated, strict=True):
+            if those:
+                averages = [self.state[p]["ema"] for p in those]
+                torch._foreach_lerp_(averages, [p.detach() for p in those], 1 - group["ema_decay"])
         return loss
 
 

@@ -2,7 +2,7 @@
 
 config.yaml   the resolved configuration      data.json        what the latents are
 log.jsonl     one line per report             checkpoints/     see checkpoint.py
-held_out.jsonl  one per held-out evaluation   samples/ evaluation.json export/
+held_out.jsonl  one per held-out evaluation   samples/ export/ evaluation*.{json,txt,png}
 mlflow.json   the MLflow run                  heartbeat.json   where rank 0 is
 jobs/ logs/   of `msc submit`, and of ranks
 """
@@ -17,7 +17,7 @@ import torch
 
 from msc.datasets.shards import Index
 
-from . import checkpoint
+from . import checkpoint, shelf
 from .autoencoder import Autoencoder, open_autoencoder
 from .config import Config, load
 from .model import MSCTransformer
@@ -73,12 +73,13 @@ def read_run(run: Path) -> tuple[Config, LatentSpace]:
     return load(file=run / "config.yaml"), LatentSpace(**json.loads((run / "data.json").read_text()))
 
 
-def open_run(run: Path, weights: str = "ema") -> Trained:
-    """Load a run's newest checkpoint: its averaged ("ema") or last ("raw") weights, in fp32."""
+def open_run(run: Path, weights: str = "ema", wanted: str | None = None) -> Trained:
+    """Load a run's newest checkpoint, or that of the `wanted` step or folder: its averaged ("ema") or last ("raw")
+    weights, in fp32."""
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights is {weights!r}; it must be 'ema' (averaged) or 'raw' (as trained)")
     config, space = read_run(run)
-    path = checkpoint.latest(run)
+    path = checkpoint.latest(run) if wanted is None else shelf.find(run, wanted)
     if path is None:
         raise FileNotFoundError(f"{run} has no checkpoint yet; train longer, or set checkpoint.every lower")
     meta = checkpoint.read_meta(path)

@@ -28,6 +28,7 @@ class Cache:
     """A `Timeline` whose past is remembered: the units generated so far."""
 
     travels = False
+    grows = True
 
     def __init__(self) -> None:
         self.first = 0

@@ -63,6 +63,7 @@ class Timeline(Protocol):
     """Where a run of units lies in its video, and how to get at what comes before it.
 
     first: the first unit of the run. travels: whether asking takes time in which one had better compute.
+    grows: whether the past has another length at every call, so that it does not pay to compile for one.
     """
 
     @property
@@ -70,6 +71,9 @@ class Timeline(Protocol):
 
     @property
     def travels(self) -> bool: ...
+
+    @property
+    def grows(self) -> bool: ...
 
     def ask(
         self, key: Key, x_BU: Tensor, before: Callable[[int], int], kept: int | None, every: int = 1
@@ -93,6 +97,7 @@ class WholeVideo:
 
     first = 0
     travels = False
+    grows = False
 
     def ask(
         self, key: Key, x_BU: Tensor, before: Callable[[int], int], kept: int | None, every: int = 1

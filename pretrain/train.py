@@ -28,9 +28,10 @@ from .autoencoder import open_autoencoder
 from .broken import Broken, read_broken
 from .config import Config, dump, flat
 from .diffusion import frame_losses, frame_shift
-from .evaluate import Losses, held_out_losses, preview
+from .evaluate import preview
 from .expect import Expected, deviation, ratios
 from .heartbeat import beating
+from .held_out import Losses, held_out_losses
 from .inputs import Feed, micro_batches
 from .meter import DESCRIPTION, Meter
 from .metrics import State, Tracker

@@ -354,6 +354,15 @@ def test_train_says_what_is_missing(words: list[str], said: str, calls: Calls, c
             "evaluate",
             ((Path("x"),), {"clips": 3, "weights": "raw"}),
         ),
+        (
+            "evaluate x --steps 8 --samples 2 --checkpoint 400 --against y --features f.pt2",
+            "evaluate",
+            "evaluate",
+            (
+                (Path("x"),),
+                {"steps": 8, "samples": 2, "checkpoint": "400", "against": Path("y"), "features": Path("f.pt2")},
+            ),
+        ),
         ("sample x", "sample", "sample_run", ((Path("x"),), {"video": None, "clip": 0})),
         (
             "sample x --video a.mp4 --units 8 --seed 0 --out o",

@@ -10,7 +10,7 @@ import torch
 from sharded import SCALES, change_after, compiled_gradients, make
 from torch.nn import functional as F
 
-from msc.pretrain import flash
+from msc.pretrain import flash, quality
 from msc.pretrain.backends import attend
 from msc.pretrain.scales import Scale
 
@@ -100,3 +100,12 @@ def test_compiled_blocks_have_the_gradients_of_eager_ones(gate):
     """
     scales = [replace(scale, patch_window=None) for scale in SCALES["default"]]
     assert compiled_gradients(tuple(scales), gate, "flex", "cuda", "inductor") < 1e-4
+
+
+def test_figures_of_videos_are_those_of_a_cpu():
+    """In fp32 throughout: TF32 would show, above all in the differences of squares of SSIM."""
+    a = torch.rand(4, 3, 48, 64, generator=torch.Generator().manual_seed(0))
+    b = 0.9 * a + 0.05
+    for score in (quality.psnr, quality.ssim):
+        torch.testing.assert_close(score(a.cuda(), b.cuda()).cpu(), score(a, b), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(quality.traits(a.cuda(), 1).cpu(), quality.traits(a, 1), rtol=1e-4, atol=1e-7)

@@ -20,8 +20,10 @@ import torch
 
 from msc.datasets.convert import ConvertConfig, convert
 from msc.datasets.synthetic import write_videos
+from msc.pretrain import evaluate as evaluation
 from msc.pretrain.autoencoder import open_autoencoder
 from msc.pretrain.checkpoint import latest, read_meta, weights
+from msc.pretrain.evaluate import evaluate
 from msc.pretrain.model import MSCTransformer
 
 MSC = Path(sys.executable).with_name("msc")
@@ -214,6 +216,17 @@ def finished(shards, tmp_path_factory):
     return run
 
 
+def test_looking_at_held_out_clips_changes_nothing(shards, finished, tmp_path):
+    """Held-out loss and preview from averaged weights: the same curve and the same weights, bit for bit."""
+    msc_train(shards, tmp_path / "looking", "train.evaluate=1", "train.held_out=2", steps=2)
+    assert len((tmp_path / "looking" / "held_out.jsonl").read_text().splitlines()) == 3
+    assert torch.equal(curve(tmp_path / "looking"), curve(finished)[:2])
+    averaged, expected = (dict(weights(latest(run), "ema")) for run in (tmp_path / "looking", finished))
+    trained_to = final_weights(tmp_path / "looking")
+    for name, value in final_weights(finished).items():
+        assert torch.equal(trained_to[name], value) and torch.equal(averaged[name], expected[name]), name
+
+
 def test_a_resumed_run_counts_clips_not_steps(shards, finished):
     """A larger batch on resumption: the end of the run is where its clips are seen."""
     msc_train(shards, finished, "train.batch=8", "train.clips=24", resume=True)
@@ -367,13 +380,66 @@ def test_mlflow_holds_one_finished_run_with_curves_and_files(trained):
     assert "held_out/" in run.data.tags["mlflow.note.content"]
 
 
-def test_evaluate_reports_loss_and_psnr(trained):
-    done = msc("evaluate", trained, "--clips", "2")
+def test_evaluate_measures_a_run_and_another_beside_it(trained, finished):
+    """Losses by noise, position and context, roll-outs; a run beside itself differs by nothing at all."""
+    done = msc("evaluate", trained, "--clips", "2", "--steps", "2", "--samples", "2", "--against", trained)
     assert done.returncode == 0, done.stderr
     result = json.loads((trained / "evaluation.json").read_text())
-    assert result["clips"] == 2 and set(result["loss"]) == {"model", "untrained", "mean velocity"}
+    assert result["clips"] == 2 and {"model", "untrained", "mean velocity"} < set(result["loss"])
     assert 1.5 < result["loss"]["mean velocity"] < 2.5
-    assert len(result["psnr_by_horizon"]["copy last"]) == 3  # five frames, two of them context
+    tables = result["tables"]
+    assert tables["psnr_by_horizon"]["columns"] == ["mean", "1", "2", "3"]  # five frames, two of them context
+    assert {"sample", "best of 2", "mean prediction", "copy last"} < set(tables["ssim_by_horizon"]["rows"])
+    assert len(tables["loss_by_position"]["columns"]) == 6
+    assert "without scale 3 (space 2, time 2)" in tables["loss_by_context"]["rows"]
+    assert tables["drift"]["rows"]["contrast"]["half_width"][0] > 0
+    for table in tables.values():
+        for name, row in table["rows"].items():
+            if " - other's" in name:
+                assert set(row["mean"]) <= {0, None}, name
+    assert "PSNR" in done.stdout and done.stdout.strip() == (trained / "evaluation.txt").read_text().strip()
+    assert (trained / "evaluation.png").stat().st_size > 10_000
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{trained.parent}/mlflow.db")
+    kept = client.get_run((trained / "mlflow.json").read_text().split('"run_id": "')[1].split('"')[0])
+    expected = tables["loss_by_noise"]["rows"]["model"]["mean"][0]
+    assert kept.data.metrics["quality/loss_by_noise/model/mean"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_evaluate_takes_any_checkpoint_and_says_what_is_wrong(trained, tmp_path):
+    (step,) = re.findall(r"step-0*(\d+)", " ".join(p.name for p in (trained / "checkpoints").glob("step-*")))
+    assert evaluate(trained, clips=1, steps=1, samples=1, checkpoint=step).startswith(f"{trained}, step {step}, ema")
+    for words, said in {
+        ("--checkpoint", "7"): f"7 is not a checkpoint of {trained}; it has those of steps: {step}",
+        ("--against", str(tmp_path)): f"{tmp_path} is not a run folder",
+        ("--features", str(tmp_path / "none.pt2")): "there is no feature network",
+    }.items():
+        done = msc("evaluate", trained, *words)
+        assert done.returncode == 2 and said in done.stderr, done.stderr
+
+
+def test_an_evaluation_that_is_interrupted_tells_what_it_has(finished, monkeypatch):
+    """Clip by clip; the features of a network are few enough at first, and too few then."""
+    seen = []
+
+    def measure(*arguments):
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        seen.append(arguments)
+        return measured(*arguments)
+
+    measured = evaluation.measure
+    monkeypatch.setattr(evaluation, "EACH", 1)
+    monkeypatch.setattr(evaluation, "measure", measure)
+    monkeypatch.setattr(evaluation, "open_features", lambda *_: lambda video: video.mean((1, 3, 4)).double())
+    text = evaluate(finished, clips=4, steps=1, samples=1, features=Path("network"))
+    assert "3 held-out clips (interrupted: the clips so far)" in text
+    assert "too few clips were continued" in text
+    assert json.loads((finished / "evaluation.json").read_text())["clips"] == 3
+    seen.clear()
+    with pytest.raises(ValueError, match="needs more than 3 clips.*there are 2"):
+        evaluate(finished, clips=2, features=Path("network"))
 
 
 @pytest.mark.parametrize("start", [["--clip", "1"], ["--nothing", "--units", "3"], ["--video"]])

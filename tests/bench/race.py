@@ -22,11 +22,11 @@ from torch import Tensor
 from msc.datasets.statistics import measure
 from msc.datasets.synthetic import moving_textures
 from msc.pretrain.diffusion import add_noise, frame_losses
-from msc.pretrain.evaluate import psnr
 from msc.pretrain.gate import gate_constants
 from msc.pretrain.layers import Block
 from msc.pretrain.model import ModelConfig, MSCTransformer
 from msc.pretrain.pictures import contact_sheet
+from msc.pretrain.quality import psnr
 from msc.pretrain.sampler import generate
 from msc.pretrain.scales import Scale, default_scales
 
@@ -167,12 +167,19 @@ def main() -> None:
     train, rest = (train - mean) / std, ((rest - mean) / std).to(device)
     train = train.pin_memory() if device.type == "cuda" else train
 
-    def pixels(x: Tensor) -> Tensor:  # in [-1, 1]
-        return ((x.float().cpu() * std + mean) / 127.5 - 1).clamp(-1, 1)
+    given = args.frames // 2
+
+    def pixels(x: Tensor) -> Tensor:  # in [0, 1]
+        return ((x.float().cpu() * std + mean) / 255).clamp(0, 1)
+
+    def scores(videos: Tensor) -> list[float]:
+        """PSNR by horizon, mean over clips."""
+        pairs = zip(videos[:, given:], pixels(rest)[:, given:], strict=True)
+        return torch.stack([psnr(video, truth) for video, truth in pairs]).mean(0).tolist()
 
     results = args.folder / "race.jsonl"
     results.unlink(missing_ok=True)
-    rows, given = [("truth", pixels(rest[0]))], args.frames // 2
+    rows = [("truth", pixels(rest[0]))]
     for name in args.models:
         scales = (Scale(HEADS),) if name == "dense" else default_scales(HEADS, None)
         torch.manual_seed(0)
@@ -194,15 +201,15 @@ def main() -> None:
             )
         for which, steps in (("mean prediction", 1), ("sample", args.steps)):
             video = continued(model, rest, steps)
-            quality = psnr(pixels(video)[:, given:], pixels(rest)[:, given:]).mean(0).tolist()
+            quality = scores(pixels(video))
             with results.open("a") as file:
                 file.write(json.dumps({"model": name, "psnr": which, "by_horizon": quality}) + "\n")
             print(f"{name:<12} PSNR of {which}: " + " ".join(f"{quality[h - 1]:.2f}" for h in horizons(len(quality))))
         rows.append((name, pixels(video[0])))
-        sheet = [(label, ((clip + 1) * 127.5).round().to(torch.uint8)) for label, clip in rows]
+        sheet = [(label, (clip * 255).round().to(torch.uint8)) for label, clip in rows]
         contact_sheet(sheet, args.folder / "race.png", context=given)
     truth = pixels(rest)
-    quality = psnr(truth[:, given - 1 : given].expand_as(truth[:, given:]), truth[:, given:]).mean(0).tolist()
+    quality = scores(truth[:, given - 1 : given].expand_as(truth))
     with results.open("a") as file:
         file.write(json.dumps({"model": "copy last", "psnr": "copy last", "by_horizon": quality}) + "\n")
     print("copy last    PSNR: " + " ".join(f"{quality[h - 1]:.2f}" for h in horizons(len(quality))))

@@ -1,0 +1,108 @@
+"""How good a video is against the truth, frame by frame: pure functions of `[T, 3, H, W]` in [0, 1]."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+BEST_DB = 100.0  # of identical frames
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of every frame in dB, at most 100: `[T]`."""
+    return -10 * (a - b).square().mean((1, 2, 3)).clamp_min(10 ** (-BEST_DB / 10)).log10()
+
+
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Structural similarity of every frame, mean over the three colours: `[T]`.
+
+    Wang et al. 2004 as published: an 11 × 11 Gaussian of σ = 1.5, K1 = 0.01, K2 = 0.03, only where the window lies
+    inside. Frames smaller than that get the largest odd window that fits.
+    """
+    side = min(11, *((n - 1) // 2 * 2 + 1 for n in a.shape[-2:]))
+    at = torch.arange(side, device=a.device, dtype=a.dtype) - side // 2
+    window = torch.exp(-at.square() / (2 * 1.5**2))
+    window = window / window.sum()
+    # frame by frame, or a long video would be held five times over
+    return torch.stack([_ssim(x, y, window) for x, y in zip(a, b, strict=True)])
+
+
+def _ssim(a_CHW: Tensor, b_CHW: Tensor, window: Tensor) -> Tensor:
+    local = torch.stack([a_CHW, b_CHW, a_CHW.square(), b_CHW.square(), a_CHW * b_CHW])
+    for dim in (-2, -1):  # not a convolution: a GPU may run those in TF32, too coarse for differences of squares
+        places = local.shape[dim] - len(window) + 1
+        local = sum((w * local.narrow(dim, i, places) for i, w in enumerate(window)), local.new_zeros(()))
+    mean_a, mean_b, aa, bb, ab = local
+    var_a, var_b, covariance = aa - mean_a**2, bb - mean_b**2, ab - mean_a * mean_b
+    c1, c2 = 0.01**2, 0.03**2
+    same_light = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+    same_structure = (2 * covariance + c2) / (var_a + var_b + c2)
+    return (same_light * same_structure).mean()
+
+
+# What drifts when a model feeds on its own frames --------------------------------------------------------
+
+
+def contrast(video: Tensor) -> Tensor:
+    """Standard deviation over the pixels of a frame, each colour about its own mean: `[T]`."""
+    return video.var((2, 3), correction=0).mean(1).sqrt()
+
+
+def sharpness(video: Tensor) -> Tensor:
+    """Gradient energy: mean square of the differences of neighbours along height plus along width: `[T]`."""
+    down, across = (video.diff(dim=dim).square().mean((1, 2, 3)) for dim in (2, 3))
+    return down + across
+
+
+def motion(video: Tensor) -> Tensor:
+    """Mean absolute difference from the frame before: `[T - 1]`."""
+    return video.diff(dim=0).abs().mean((1, 2, 3))
+
+
+def bands(height: int, width: int) -> list[str]:
+    """Names of the octaves of spatial frequency, in cycles per pixel, finest first."""
+    count = max(1, min(height, width).bit_length() - 3)
+    octaves = [f"1/{4 << i} to 1/{2 << i} c/px" for i in range(count - 1)]
+    return [*octaves, f"below 1/{1 << count} c/px"]
+
+
+def band_energy(video: Tensor) -> Tensor:
+    """Variance of every frame by octave of spatial frequency, mean over colours, as `bands` names them: `[T, bands]`.
+
+    By the cosine transform, which has no edges to leak from (Denis et al. 2002); octaves add up to the variance.
+    """
+    height, width = video.shape[-2:]
+    count = len(bands(height, width))
+    energy = (_cosines(height, video) @ video @ _cosines(width, video).T).square().mean(1) / (height * width)
+    energy[:, 0, 0] = 0  # the mean is no variance
+    rows, columns = (torch.arange(n, device=video.device) / (2 * n) for n in (height, width))
+    octave = (-torch.hypot(rows[:, None], columns).log2()).ceil().clamp(2, count + 1).long() - 2
+    return video.new_zeros(len(video), count).index_add_(1, octave.flatten(), energy.flatten(1))
+
+
+def _cosines(n: int, like: Tensor) -> Tensor:
+    """The orthonormal cosine transform (DCT-II) as a matrix `[frequency, place]`."""
+    k = torch.arange(n, device=like.device, dtype=torch.float64)
+    basis = (2 / n) ** 0.5 * torch.cos(math.pi / n * k[:, None] * (k + 0.5))
+    basis[0] *= 0.5**0.5
+    return basis.to(like.dtype)
+
+
+def trait_names(video: Tensor) -> list[str]:
+    """Of the rows of `traits`."""
+    return ["contrast", "sharpness", "motion", *bands(*video.shape[-2:])]
+
+
+def traits(video: Tensor, shown: int) -> Tensor:
+    """What may drift, of the frames after the first `shown` ones: `[traits, T - shown]`."""
+    ahead = video[shown:]
+    return torch.stack([contrast(ahead), sharpness(ahead), motion(video[shown - 1 :]), *band_energy(ahead).T])
+
+
+def slope(of_T: Tensor) -> Tensor:
+    """Least-squares slope per frame along the last dimension: `[..., T] -> [...]`; 0 for a single frame."""
+    at = torch.arange(of_T.shape[-1], device=of_T.device, dtype=of_T.dtype)
+    at = at - at.mean()
+    return (of_T * at).sum(-1) / at.square().sum().clamp_min(1)
