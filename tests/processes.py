@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
@@ -42,3 +43,5 @@ def _one(rank: int, function: Callable, ranks: int, port: int, folder: str, argu
         traceback.print_exc()
         raise
     torch.save(result, Path(folder) / f"{rank}.pt")
+    if dist.is_initialized():  # its threads, still there at the end of the process, may abort it
+        dist.destroy_process_group()
