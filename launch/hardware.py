@@ -1,13 +1,14 @@
 """What machines can do: data sheets' figures, and how much of them a step was measured to reach.
 
 Of an efficiency it is said whether it was MEASURED (docs/benchmarks.md) or is an ESTIMATE: a plan repeats that. Those
-measured come from steps of the `pilot` preset (width 768) with FlexAttention:
+measured come from steps with FlexAttention:
 
-    eager, one H100 SXM:    multi-scale 16,384 tokens 0.185 s, 65,536 tokens 0.255 s; dense 16,384 tokens 0.119 s
-    compiled, one H200 SXM: multi-scale 16,384 tokens 0.0981 s; dense 16,384 tokens 0.1414 s, which the model of a step
-                            does not explain (0.106 s) and which wants to be measured again
+    eager, one H100 SXM, `pilot`:  multi-scale 16,384 tokens 0.185 s, 65,536 tokens 0.255 s; dense 16,384 tokens 0.119 s
+    compiled, one H200 SXM:        `base`, multi-scale, 65,536 tokens 0.4241 s, of which matrix products 0.199 s;
+                                   `pilot`, multi-scale, 16,384 tokens 0.0461 s, bound by launches;
+                                   `pilot`, dense, 16,384 tokens: attention 0.0607 s
 
-The model of a step (`plan.plan`) has five constants; four follow from these, one is assumed.
+Five more compiled steps, from which nothing was taken, test them (tests/test_plan.py): -19 to +9 %.
 """
 
 from __future__ import annotations
@@ -64,11 +65,9 @@ class Efficiency:
     launches: float
 
 
-ATTENTION = 0.255  # MEASURED: dense, eager: 0.119 s
-PRODUCTS = 0.6  # ESTIMATE: what large matrix products in bf16 usually reach on Hopper
-EAGER = Efficiency(PRODUCTS, ATTENTION, 21.5, 0.0051)  # passes MEASURED: 0.255 s; launches MEASURED: 0.185 s
-COMPILED = Efficiency(PRODUCTS, ATTENTION, EAGER.passes, 0.0027)  # passes ESTIMATE: no more than eager; launches
-# MEASURED: 0.0981 s, if that is what they are
+# Products of eager steps are an ESTIMATE; what they take less, their passes take more. All others are MEASURED.
+EAGER = Efficiency(products=0.6, attention=0.255, passes=21.5, launches=0.0051)
+COMPILED = Efficiency(products=0.8, attention=0.251, passes=8.5, launches=0.00128)
 
 LINKS = 0.7  # ESTIMATE: share of a link's speed that large collectives reach
 OVERLAP = 0.8  # ESTIMATE: share of the backward pass behind which gradients can travel
@@ -77,14 +76,15 @@ RESERVED = 4e9  # ESTIMATE: bytes that CUDA, NCCL and kernels' workspaces take
 USABLE = 0.92  # ESTIMATE: share of the memory that fragmentation leaves
 
 MEASURED = (
-    f"attention at {ATTENTION:.0%} of the peak, {EAGER.passes:g} passes over kept activations (eager), "
-    f"{EAGER.launches * 1e3:.1f} ms (eager, one H100) or {COMPILED.launches * 1e3:.1f} ms (compiled, one H200) per "
-    "scale and block to launch: from pilot"
+    f"compiled, one H200 (eager, one H100): attention at {COMPILED.attention:.0%} ({EAGER.attention:.0%}) of the peak, "
+    f"products at {COMPILED.products:.0%} (estimated: {EAGER.products:.0%}), {COMPILED.passes:g} ({EAGER.passes:g}) "
+    f"passes over kept activations, {COMPILED.launches * 1e3:.1f} ({EAGER.launches * 1e3:.1f}) ms per scale and block "
+    "to launch"
 )
 ESTIMATED = (
-    f"products at {PRODUCTS:.0%} of the peak, links at {LINKS:.0%}, {OVERLAP:.0%} of the backward pass hides "
+    f"links at {LINKS:.0%}, {OVERLAP:.0%} of the backward pass hides "
     f"gradients, {UPDATE:g} bytes per parameter and update, {RESERVED / 1e9:g} GB reserved, {USABLE:.0%} of the memory "
-    "usable; compiled blocks move as many bytes as eager ones; other kinds and widths do as pilot on that GPU"
+    "usable; other kinds and widths do as `pilot` and `base` on that GPU"
 )
 
 

@@ -242,7 +242,7 @@ def roll_out(model: ModelConfig, grid: tuple[int, int], device: Device, units: i
 
     def seconds(unit: int) -> float:
         """One forward pass: it computes, or reads weights and cache, or waits for launches, whichever takes longest."""
-        computing = cost.unit_flops(model, unit, *grid) / (device.fp32 * hardware.PRODUCTS)
+        computing = cost.unit_flops(model, unit, *grid) / (device.fp32 * hardware.EAGER.products)
         reading = (4 * count + cost.cache_bytes(model, unit, *grid)) / device.bandwidth
         launching = hardware.EAGER.launches / 3 * len(model.scales) * model.depth
         return max(computing, reading, launching)
