@@ -5,7 +5,7 @@
 The data are moving textures in which a disc hides for a third of the clip. Both models have the same width, depth and
 learning rate; each trains alone for so many seconds, compiled, and is looked at now and then while its clock stands
 still. FOLDER gets race.jsonl (held-out loss by training time), PSNR by horizon of held-out clips continued from
-their first half, and a contact sheet of one.
+their first half, a plot of both, and a contact sheet of one clip. `--plot` only draws what is there.
 """
 
 from __future__ import annotations
@@ -154,7 +154,11 @@ def main() -> None:
     parser.add_argument("--halflife", type=float, default=200, help="of the averaged weights, in steps")
     parser.add_argument("--steps", type=int, default=8, help="of sampling")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--plot", type=Path, metavar="RESULTS.jsonl", help="draw these into FOLDER and end")
     args = parser.parse_args()
+    if args.plot:
+        plot(args.plot, args.folder / "race.png")
+        return
     args.folder.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
@@ -207,12 +211,37 @@ def main() -> None:
             print(f"{name:<12} PSNR of {which}: " + " ".join(f"{quality[h - 1]:.2f}" for h in horizons(len(quality))))
         rows.append((name, pixels(video[0])))
         sheet = [(label, (clip * 255).round().to(torch.uint8)) for label, clip in rows]
-        contact_sheet(sheet, args.folder / "race.png", context=given)
+        contact_sheet(sheet, args.folder / "sheet.png", context=given)
     truth = pixels(rest)
     quality = scores(truth[:, given - 1 : given].expand_as(truth))
     with results.open("a") as file:
         file.write(json.dumps({"model": "copy last", "psnr": "copy last", "by_horizon": quality}) + "\n")
     print("copy last    PSNR: " + " ".join(f"{quality[h - 1]:.2f}" for h in horizons(len(quality))))
+    plot(results, args.folder / "race.png")
+
+
+def plot(results: Path, out: Path) -> None:
+    """Held-out loss by training time, and PSNR by horizon."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for name in dict.fromkeys(line["model"] for line in lines):
+        seen = [line for line in lines if line["model"] == name and "loss" in line]
+        if seen:
+            left.plot([line["seconds"] for line in seen], [line["loss"] for line in seen], ".-", label=name)
+    left.set(xlabel="seconds of training", ylabel="held-out loss", yscale="log")
+    left.legend()
+    for line in lines:
+        if "psnr" in line:
+            label = line["psnr"] if line["psnr"] == line["model"] else f"{line['model']}, {line['psnr']}"
+            right.plot(range(1, len(line["by_horizon"]) + 1), line["by_horizon"], label=label)
+    right.set(xlabel="frames ahead", ylabel="PSNR, dB", xscale="log")
+    right.legend()
+    figure.savefig(out, dpi=90)
 
 
 def horizons(count: int) -> list[int]:
