@@ -1,6 +1,6 @@
 """Conversion against FFmpeg alone, and the loader against bare reading: ratios of medians in one run.
 
-    python tests/bench/data.py [--videos N] [--repeats N] [--only convert|loader]
+    python tests/bench/data.py [--videos N] [--repeats N] [--workers N] [--only convert|loader]
 
 Conversion: frames per second of `msc convert` with one process (decode, scale, encode to mp4, write, measure)
 against decoding and scaling the same frames through PyAV, and against that and encoding them alike. Loader: clips
@@ -34,7 +34,7 @@ from msc.datasets.pack import CRF
 from msc.datasets.shards import read_index, read_part, scan
 from msc.datasets.synthetic import moving_textures
 
-FRAMES, SIZE, FPS, WORKERS, BATCH = 16, 128, 12, 2, 8
+FRAMES, SIZE, FPS, BATCH = 16, 128, 12, 8
 EPOCHS = 8  # times that the loaders read all clips, so that starting workers counts little
 SOURCE = (288, 288)
 
@@ -71,9 +71,9 @@ def convert_all(folder: Path, out: Path, store: str) -> None:
     convert(config, encode, 1)
 
 
-def read_ours(folder: Path, clips: int) -> None:
+def read_ours(folder: Path, clips: int, workers: int) -> None:
     index = read_index(folder)
-    options = {"seed": 0, "clock": 0, "clips": BATCH, "stop": EPOCHS * clips, "workers": WORKERS}
+    options = {"seed": 0, "clock": 0, "clips": BATCH, "stop": EPOCHS * clips, "workers": workers}
     for batch in loader(only(folder, index), "train", **options):
         assert len(batch.samples) == BATCH
 
@@ -92,11 +92,11 @@ def as_stored(sample: dict[str, bytes]) -> int:
     return sum(len(value) for value in sample.values() if isinstance(value, bytes))
 
 
-def read_webdataset(folder: Path, clips: int, decode: bool) -> None:
+def read_webdataset(folder: Path, clips: int, workers: int, decode: bool) -> None:
     urls = [str(path) for path in sorted(folder.glob("train-*.tar"))] * EPOCHS
     dataset = webdataset.WebDataset(urls, shardshuffle=False, workersplitter=webdataset.split_by_worker)
     dataset = dataset.map(tensor_of if decode else as_stored)
-    options = {"batch_size": BATCH, "num_workers": WORKERS}
+    options = {"batch_size": BATCH, "num_workers": workers}
     seen = sum(len(batch) for batch in torch.utils.data.DataLoader(dataset, **options))
     assert seen == EPOCHS * clips, (seen, clips)
 
@@ -118,8 +118,8 @@ class Bare(torch.utils.data.Dataset):
         return len(self.places)
 
 
-def read_bare(folder: Path, clips: int, handed_on: bool) -> None:
-    batches = torch.utils.data.DataLoader(Bare(folder, handed_on), batch_size=BATCH, shuffle=True, num_workers=WORKERS)
+def read_bare(folder: Path, clips: int, workers: int, handed_on: bool) -> None:
+    batches = torch.utils.data.DataLoader(Bare(folder, handed_on), batch_size=BATCH, shuffle=True, num_workers=workers)
     assert sum(len(batch) for batch in batches) == EPOCHS * clips
 
 
@@ -145,27 +145,37 @@ def show(title: str, unit: str, count: int, found: dict[str, tuple[float, float]
     print(f"{title:28s} {unit + '/s':>10s} {'ratio':>7s} {'processor ms':>13s} {'ratio':>7s}")
     wall, used = next(iter(found.values()))
     for name, (seconds, processor) in found.items():
-        print(f"{name:28s} {count / seconds:10.0f} {seconds / wall:7.2f} {1e3 * processor / count:13.2f} "
-              f"{processor / used:7.2f}")
+        print(
+            f"{name:28s} {count / seconds:10.0f} {seconds / wall:7.2f} {1e3 * processor / count:13.2f} "
+            f"{processor / used:7.2f}"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--videos", type=int, default=8, help="of ten clips each; a multiple of 8")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--workers", type=int, default=2, help="with as many as there are cores, they wait for who they serve"
+    )
     parser.add_argument("--only", choices=("convert", "loader"))
     options = parser.parse_args()
+    workers = options.workers
     clips, frames = options.videos * 10, options.videos * 10 * FRAMES
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sources, mp4, latent = folder / "sources", folder / "mp4", folder / "latent"
         write_sources(sources, options.videos)
-        found = {} if options.only == "loader" else medians(
-            options.repeats,
-            convert=lambda: convert_all(sources, mp4, "video"),
-            decode_and_scale=lambda: plain(sources, False),
-            decode_scale_encode=lambda: plain(sources, True),
+        found = (
+            {}
+            if options.only == "loader"
+            else medians(
+                options.repeats,
+                convert=lambda: convert_all(sources, mp4, "video"),
+                decode_and_scale=lambda: plain(sources, False),
+                decode_scale_encode=lambda: plain(sources, True),
+            )
         )
         if found:
             show("convert", "frames", frames, found)
@@ -173,11 +183,11 @@ def main() -> None:
             convert_all(sources, shards, "latent" if kind == "latent" else "video")
             read = medians(
                 options.repeats,
-                loader=lambda shards=shards: read_ours(shards, clips),
-                bare_decoding=lambda shards=shards: read_bare(shards, clips, False),
-                bare_handed_on=lambda shards=shards: read_bare(shards, clips, True),
-                webdataset=lambda shards=shards: read_webdataset(shards, clips, True),
-                webdataset_undecoded=lambda shards=shards: read_webdataset(shards, clips, False),
+                loader=lambda shards=shards: read_ours(shards, clips, workers),
+                bare_decoding=lambda shards=shards: read_bare(shards, clips, workers, False),
+                bare_handed_on=lambda shards=shards: read_bare(shards, clips, workers, True),
+                webdataset=lambda shards=shards: read_webdataset(shards, clips, workers, True),
+                webdataset_undecoded=lambda shards=shards: read_webdataset(shards, clips, workers, False),
             )
             show(f"loader, {kind}", "clips", EPOCHS * clips, read)
             found |= {f"{kind} {name}": both for name, both in read.items()}
