@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from drawn import scales_and_gate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import reference_attention
@@ -26,18 +27,8 @@ few = settings(max_examples=25, deadline=None)
 @st.composite
 def videos(draw):
     """(scales, gate, shifted, frames per unit, units, grid, head width)."""
-    scales = tuple(
-        Scale(
-            draw(st.integers(1, 2)),
-            space=draw(st.sampled_from([1, 2])),
-            time=draw(st.sampled_from([1, 1, 2, 3])),
-            window=draw(st.sampled_from([None, 0, 1, 2, 9])),
-            patch_window=draw(st.sampled_from([None, 2, 3])),
-        )
-        for _ in range(draw(st.integers(1, 3)))
-    )
+    scales, gate = draw(scales_and_gate())
     grid = draw(st.sampled_from([(2, 2), (4, 2), (2, 4)]))
-    gate = draw(st.sampled_from(["none", "logits", "values", "pair", "mix"]))
     return scales, gate, draw(st.booleans()), draw(st.integers(1, 2)), draw(st.integers(1, 5)), grid, 8
 
 

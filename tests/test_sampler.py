@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from drawn import scales_and_gate
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sharded import SCALES, make
@@ -69,17 +70,7 @@ def test_context_must_be_whole_units():
 @st.composite
 def roll_outs(draw):
     """(scales, gate, frames per unit, context units, solver, guidance, context level)."""
-    scales = tuple(
-        Scale(
-            draw(st.integers(1, 2)),
-            space=draw(st.sampled_from([1, 2])),
-            time=draw(st.sampled_from([1, 1, 2, 3])),
-            window=draw(st.sampled_from([None, 0, 1, 2, 9])),
-            patch_window=draw(st.sampled_from([None, 2, 3])),
-        )
-        for _ in range(draw(st.integers(1, 3)))
-    )
-    gate = draw(st.sampled_from(["none", "logits", "values", "pair", "mix"]))
+    scales, gate = draw(scales_and_gate())
     solver, guidance = draw(st.sampled_from(["euler", "heun"])), draw(st.sampled_from([0.0, 1.0, 2.5]))
     level = draw(st.sampled_from([0.0, 0.3]))
     return scales, gate, draw(st.integers(1, 2)), draw(st.integers(0, 4)), solver, guidance, level
