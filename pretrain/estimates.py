@@ -31,7 +31,8 @@ def over_clips(sums_NK: Tensor, counts_NK: Tensor) -> tuple[Tensor, Tensor]:
     freedom. Where all b are equal it is the usual interval of a mean. Clips with b = 0 take no part. NaN where no
     clip takes part; a half width of NaN where only one does.
     """
-    a, b = sums_NK.double(), counts_NK.double()
+    b = counts_NK.double()
+    a = sums_NK.double().where(b != 0, 0)
     clips, total = (b != 0).sum(0), b.sum(0)
     ratio = (a.sum(0) / total).where(total != 0, math.nan)
     spread = (a - ratio * b).square().sum(0).sqrt() / total.abs()
