@@ -94,7 +94,9 @@ def _train(
     torch.manual_seed(config.train.seed)
     model = MSCTransformer(config.model)
     if config.train.init_from and not (resume and agreement.on_first(lambda: bool(shelf.candidates(run)))):
-        begun = warm.start(model, Path(config.train.init_from), shards.index.autoencoder)
+        source = Path(config.train.init_from)
+        newest = agreement.on_first(partial(shelf.latest, source))  # a run that is still training may save meanwhile
+        begun = warm.start(model, source, shards.index.autoencoder, newest)
         for line in begun if world.first else []:
             checkpoint.say(line)
     engine = parallelize(model, config.parallel, config.optimizer, accumulate, world.device)

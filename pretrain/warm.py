@@ -35,11 +35,13 @@ class Start:
     tensors: Callable[[], Iterator[tuple[str, Tensor]]]
 
 
-def find(place: Path) -> Start:
-    """Look weights up without loading them; FileNotFoundError or ValueError if there are none that can be used."""
+def find(place: Path, newest: Path | None = None) -> Start:
+    """Look weights up without loading them; FileNotFoundError or ValueError if there are none that can be used.
+
+    newest: the checkpoint to take of a run; None looks for it, as ranks that are to find the same must not."""
     if (place / "config.yaml").is_file():
         config, space = read_run(place)
-        if (path := shelf.latest(place)) is None:
+        if (path := newest or shelf.latest(place)) is None:
             raise FileNotFoundError(f"train.init_from is {place}, a run without a checkpoint yet")
         meta = shelf.read_meta(path)
         shapes = {name: tuple(shape) for name, shape in meta["parameters"].items()}
@@ -97,9 +99,9 @@ def taken(start: Start, config: ModelConfig, shapes: Shapes) -> set[str]:
 
 
 @torch.no_grad()
-def start(model: MSCTransformer, place: Path, autoencoder: str) -> list[str]:
-    """Copy what fits of the weights in `place` into a new model; returns what was done."""
-    found = find(place)
+def start(model: MSCTransformer, place: Path, autoencoder: str, newest: Path | None = None) -> list[str]:
+    """Copy what fits of the weights that `find` finds into a new model; returns what was done."""
+    found = find(place, newest)
     told = differences(found, model.config, autoencoder)
     kept, own = taken(found, model.config, model.shapes()), model.state_dict()
     for name, tensor in found.tensors():

@@ -8,7 +8,7 @@ import exporting
 import pytest
 import torch
 
-from msc.pretrain import preflight, warm
+from msc.pretrain import preflight, shelf, warm
 from msc.pretrain.export import export
 from msc.pretrain.gate import GateConstants
 from msc.pretrain.scales import Scale
@@ -37,6 +37,17 @@ def test_the_averaged_weights_of_a_run_are_taken(source):
     assert all(torch.equal(value, models["ema"].state_dict()[name]) for name, value in new.state_dict().items())
     assert told == [f"starting from the averaged weights of step 40 of the run {run}"]
     assert all(p.requires_grad and p.dtype == torch.float32 for p in new.parameters())
+
+
+def test_the_checkpoint_that_was_found_first_is_taken_though_a_later_one_appears(tmp_path):
+    models = exporting.write_run(tmp_path / "run", step=40)
+    found = shelf.latest(tmp_path / "run")
+    exporting.write_run(tmp_path / "run", step=50)
+    config, _ = exporting.configured()
+    new = exporting.random_model(config.model, seed=7)
+    (told,) = warm.start(new, tmp_path / "run", "pixels", found)
+    assert "of step 40 " in told and "of step 50 " in warm.find(tmp_path / "run").what
+    assert all(torch.equal(value, models["ema"].state_dict()[name]) for name, value in new.state_dict().items())
 
 
 def test_exported_weights_are_taken_whatever_they_are_stored_in(source):
