@@ -39,9 +39,9 @@ def half(frames: int, per_unit: int) -> tuple[int, int]:
 @torch.no_grad()
 def continuations(one: Trained, inputs: Inputs, seed: int, rollouts: Rollouts) -> Rows:
     """All rows of a batch of clips. The noise depends on the seed, the clip's place in the batch and the sample."""
-    model, space = one.model, one.space
+    model = one.model
     given, units = half(inputs.x.shape[1], model.config.frames_per_unit)
-    context, shift = inputs.x[:, :given], frame_shift(one.config.diffusion, space.height, space.width)
+    context, shift = inputs.x[:, :given], frame_shift(one.config.diffusion, *inputs.x.shape[-2:])
 
     def rollout(steps: int, seed: int) -> Tensor:
         return torch.cat([context, *generate(model, context, units, steps, seed, shift, inputs.text, inputs.labels)], 1)

@@ -32,6 +32,7 @@ from .held_out import (
     by_position,
     held_out_batches,
     held_out_clip,
+    parts_of,
 )
 from .inputs import Feed, Inputs, latents_of
 from .metrics import Tracker
@@ -119,8 +120,10 @@ def evaluate(
     # Who is measured, and on what
     trained = open_run(run, weights, checkpoint)
     shards = open_shards(trained.config.data)
-    if not (clips := min(clips, shards.samples("held_out"))):
+    each = [sum(some) for some in parts_of(shards, min(clips, shards.samples("held_out")))]  # of every bucket
+    if not (clips := sum(each)):
         raise ValueError(f"{shards} holds no held-out clip: convert with --held-out")
+    continued = next(bucket for bucket, some in enumerate(each) if some)  # clips of others have other horizons
     subjects = {"": trained}
     if against is not None:
         subjects[OTHERS] = open_run(against, weights)
@@ -138,12 +141,11 @@ def evaluate(
                 rows: Rows = {}
                 for who, one in subjects.items():
                     inputs, seed = feeds[who][batch.bucket](batch), HELD_OUT_SEED + batch.samples[0]
-                    # horizons are those of the first bucket: clips of other lengths have others
-                    own = measure(one, inputs, seed, None if batch.bucket else rollouts)
+                    own = measure(one, inputs, seed, rollouts if batch.bucket == continued else None)
                     rows |= {(table, who + row): part for (table, row), part in own.items()
                              if not (who and row in BASELINES)}  # fmt: skip
                 if not done and ("features", "truth") in rows:
-                    check_enough(clips, rows["features", "truth"][0].shape[1])
+                    check_enough(each[continued], rows["features", "truth"][0].shape[1])
                 found.append(rows)
                 done += len(batch.samples)
                 bar.update(len(batch.samples))

@@ -85,15 +85,20 @@ def held_out_batches(
 ) -> Iterator[Batch]:
     """The first held-out clips, in order, `each` at a time and row; with several rows whole batches only.
 
-    frames: of every bucket. Of several buckets and sets each gives its share of the clips, at least one.
+    frames: of every bucket.
     """
-    for bucket, streams in enumerate(shards.streams("held_out")):
-        for stream in streams:
-            some = min(stream.clips, max(1, round(clips * stream.share)))
+    for bucket, (streams, parts) in enumerate(zip(shards.streams("held_out"), parts_of(shards, clips), strict=True)):
+        for stream, some in zip(streams, parts, strict=True):
             if rows > 1:
                 some = max(1, some // (rows * each)) * rows * each  # with fewer clips than rows some are seen twice
             own = None if frames is None else frames[bucket]
             yield from _held_out(stream, bucket, 0, some, rows * each, row, rows, own)
+
+
+def parts_of(shards: Shards, clips: int) -> list[list[int]]:
+    """How many of `clips` held-out clips each set gives of every bucket: its share, at least one."""
+    return [[min(stream.clips, max(1, round(clips * stream.share))) for stream in streams]
+            for streams in shards.streams("held_out")]  # fmt: skip
 
 
 def held_out_clip(shards: Shards, clip: int) -> Batch:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
+import exporting
 import pytest
 import torch
 
-from msc.datasets.synthetic import moving_textures
+from msc.datasets.convert import ConvertConfig, convert
+from msc.datasets.mixture import DataConfig, ShardsFrom
+from msc.datasets.synthetic import moving_textures, write_videos
+from msc.pretrain import evaluate as evaluation
+from msc.pretrain.autoencoder import open_autoencoder
 from msc.pretrain.continuations import drift, of_clip
 from msc.pretrain.estimates import OTHERS, over_clips
-from msc.pretrain.evaluate import distances, table_of, with_differences
+from msc.pretrain.evaluate import distances, evaluate, table_of, with_differences
+from msc.pretrain.runs import Trained
 
 SHOWN = 4
 
@@ -79,3 +88,25 @@ def test_distances_need_more_clips_than_features():
     assert found["copy last"] == pytest.approx(0, abs=1e-9) and found["sample"] > 0.01
     assert distances({"truth": true[:3], "sample": made[:3]}) == {}
     assert distances({}) == {}
+
+
+def test_clips_of_other_buckets_are_measured_but_not_continued(tmp_path, monkeypatch):
+    """Three held-out clips: none in the first bucket, two in the one that is continued."""
+    write_videos(tmp_path / "in" / "wide", 0, 2, 44, 32, 48)
+    write_videos(tmp_path / "in" / "tall", 1, 1, 60, 48, 32)
+    settings = {"fps": 12, "held_out": 0.25, "autoencoder": "pixels"}
+    buckets = ((4, 16, 24), (8, 16, 24), (8, 24, 16))
+    sources, out = (str(tmp_path / "in"),), tmp_path / "shards"
+    convert(ConvertConfig(sources, str(out), buckets=buckets, **settings), lambda video: video / 127.5 - 1, 1)
+    config, space = exporting.configured()
+    metrics = dataclasses.replace(config.metrics, tracking_uri="none")
+    config = dataclasses.replace(config, data=DataConfig((ShardsFrom(str(out)),)), metrics=metrics)
+    model, autoencoder = exporting.random_model(config.model), open_autoencoder("pixels")
+    trained = Trained(model, config, space, autoencoder, 7, 28, torch.device("cpu"))
+    monkeypatch.setattr(evaluation, "open_run", lambda *_: trained)
+    monkeypatch.setattr(evaluation, "open_features", lambda *_: lambda video: video.mean((1, 3, 4))[:, :2].double())
+    text = evaluate(tmp_path, steps=1, samples=1)
+    assert "3 held-out clips" in text and "PSNR" in text and "nothing to continue" not in text
+    assert "2 held-out clips" in evaluate(tmp_path, clips=1, steps=1, samples=1), "each bucket gives at least one"
+    with pytest.raises(ValueError, match="needs more than 2 clips to continue, there are 2"):
+        evaluate(tmp_path, steps=1, samples=1, features=Path("network"))
