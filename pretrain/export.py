@@ -82,11 +82,13 @@ def export(
             size = sum((aside / file).stat().st_size for file in files)
             named = files[0] if len(files) == 1 else f"{files[0]} … {files[-1]}"
             told.append(f"{which:<4} {named} ({size / 1e6:,.1f} MB): {proof}")
-        hub.write_card(aside, run, facts, config)
+        kept = hub.write_card(aside, run, facts, config, before=out / "README.md")
         hub.write_pipeline(aside, facts)
         publish(aside, out)
     count = sum(map(math.prod, source.shapes.values()))
     told.insert(0, f"{count:,} parameters of step {source.meta['step']:,} in {dtype} written to {out}")
+    if kept:
+        told.append(f"{out / 'README.md'} is not as it was written, and kept: its figures may be of an earlier export")
     if push_to is not None:
         told.append(hub.push(out, push_to, f"step {source.meta['step']}"))
     return "\n".join(told)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,11 @@ import yaml
 from msc.datasets.files import write_atomically
 
 from .config import Config, plain
+from .estimates import OTHERS
 
-MEASURED = 40  # figures of evaluation.json that a card shows
+OWN_WEIGHTS = [f"{stem}{rest}" for stem in ("model", "ema", "raw")
+               for rest in (".safetensors", "-?????-of-?????.safetensors", ".safetensors.index.json")]  # fmt: skip
+SEAL = "\n<!-- msc export renews this card as long as nothing is changed: {} -->\n"
 CARD = """\
 ---
 library_name: msc
@@ -68,9 +71,13 @@ __all__ = ["MSCPipeline"]
 '''
 
 
-def write_card(folder: Path, run: Path, facts: dict[str, Any], config: Config) -> None:
+def write_card(folder: Path, run: Path, facts: dict[str, Any], config: Config, before: Path) -> bool:
     """README.md: training facts, figures of the run's evaluation, settings. Of this machine it names at most the folder
-    of an autoencoder, which config.json must name, too."""
+    of an autoencoder, which config.json must name, too. A card `before` that somebody has edited is kept instead;
+    returns whether it was."""
+    if before.is_file() and edited(text := before.read_bytes()):
+        write_atomically(folder / "README.md", text)
+        return True
     data, training, model = facts["data"], facts["training"], config.model
     rows = {
         "steps": f"{training['step']:,}",
@@ -87,38 +94,49 @@ def write_card(folder: Path, run: Path, facts: dict[str, Any], config: Config) -
     }  # fmt: skip
     settings = {name: plain(asdict(getattr(config, name))) for name in ("model", "diffusion", "optimizer", "train")}
     settings["train"]["init_from"] = Path(settings["train"]["init_from"]).name
-    evaluation = run / "evaluation.json"
-    text = CARD.format(
+    card = CARD.format(
         name=run.resolve().name,
         parameters=f"width {model.width}, {model.depth} layers, {model.heads} heads on {len(model.scales)} scales",
         autoencoder=data["autoencoder"],
         training="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
         units=max(1, data["frames"] // model.frames_per_unit),
-        measured=measured(json.loads(evaluation.read_bytes())) if evaluation.is_file() else "Nothing yet.",
+        measured="\n\n".join(map(measured, evaluations(run, facts))) or "Nothing yet.",
         settings=yaml.safe_dump(settings, sort_keys=False),
     )
-    write_atomically(folder / "README.md", text.encode())
+    write_atomically(folder / "README.md", sealed(card.encode()))
+    return False
+
+
+def sealed(card: bytes) -> bytes:
+    return card + SEAL.format(hashlib.sha256(card).hexdigest()).encode()
+
+
+def edited(card: bytes) -> bool:
+    """Whether this is another card than `write_card` wrote."""
+    return sealed(card[: -len(sealed(b""))]) != card
+
+
+def evaluations(run: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """What `msc evaluate` found of just these weights at this step."""
+    step, found = facts["training"]["step"], {}
+    for file in (run / f"evaluation-{step:08d}.json", run / "evaluation.json"):
+        one = json.loads(file.read_bytes()) if file.is_file() else {}
+        if "tables" in one and one["step"] == step and one["weights"] in facts["weights"]:
+            found[one["weights"]] = one
+    return list(found.values())
 
 
 def measured(evaluation: dict[str, Any]) -> str:
-    """The figures of an evaluation.json as a table."""
-    rows = [f"| {name} | {value} |" for name, value in figures(evaluation, "")]
-    rest = [f"\n{len(rows) - MEASURED} more are in the run's evaluation.json."] if len(rows) > MEASURED else []
-    return "\n".join(["| held-out clips | |", "| --- | --- |", *rows[:MEASURED], *rest])
-
-
-def figures(value: Any, name: str) -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from figures(inner, f"{name}, {key}" if name else str(key))
-    elif isinstance(value, list):
-        shown = [f"{v:.5g}" for v in value[:8] if isinstance(v, int | float)]
-        if shown:
-            yield name, ", ".join(shown) + (" …" if len(value) > 8 else "")
-    elif isinstance(value, float):
-        yield name, f"{value:.5g}"
-    elif isinstance(value, int | str):
-        yield name, str(value)
+    """The figures of an evaluation that sum up others, as a table; those of a run beside it are left out."""
+    what = f"The {evaluation['weights']} weights on {evaluation['clips']} held-out clips"
+    lines = [f"{what}, ± a 95 % interval over clips:", "", "| | | |", "| --- | --- | --- |"]
+    for table in evaluation["tables"].values():
+        for name, row in table["rows"].items():
+            mean, half = row["mean"][0], row["half_width"][0]
+            if mean is not None and OTHERS.strip() not in name:
+                value = f"{mean:.4g}" + (f" ± {half:.2g}" if half is not None else "")
+                lines.append(f"| {table['title']}, {table['columns'][0]} ({table['unit']}) | {name} | {value} |")
+    return "\n".join(lines)
 
 
 def write_pipeline(folder: Path, facts: dict[str, Any]) -> None:
@@ -137,19 +155,23 @@ def write_pipeline(folder: Path, facts: dict[str, Any]) -> None:
 def push(folder: Path, repository: str, what: str) -> str:
     """Upload an exported folder; a repository that does not exist is made, and is private.
 
-    Whose account it is, huggingface_hub knows (HF_TOKEN, or `hf auth login`); nothing here sees the token.
-    ValueError if it is not installed or refuses.
+    Weights of an export before are removed by the same commit; a README.md that is there stays. Whose account it is,
+    huggingface_hub knows (HF_TOKEN, or `hf auth login`); nothing here sees the token. ValueError if it is not installed
+    or does not succeed.
     """
     try:
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     except ImportError:
         raise ValueError("--push-to-hub needs huggingface_hub: pip install huggingface_hub") from None
     api = HfApi()
     try:
         api.create_repo(repository, private=True, exist_ok=True)
-        done = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"msc export of {what}")
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        card = api.file_exists(repository, "README.md")
+        done = api.upload_folder(
+            repo_id=repository, folder_path=folder, commit_message=f"msc export of {what}",
+            delete_patterns=OWN_WEIGHTS, ignore_patterns=["README.md"] if card else None,
+        )  # fmt: skip
+    except Exception as error:  # of huggingface_hub or of its HTTP library, which has changed twice
         why = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"{folder} is written, but not uploaded to {repository}: {why[0]}") from None
-    return f"uploaded to {repository}: {done}"
+    return f"uploaded to {repository}: {done}" + "; its README.md is as it was" * card

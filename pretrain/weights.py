@@ -71,14 +71,16 @@ def open_exported(folder: Path, weights: str | None = None) -> Exported:
     if listed and weights not in listed:
         raise ValueError(f"{folder} holds {' and '.join(listed)} weights, not {weights!r}: export again with --weights")
     stem = "model" if listed and weights == listed[0] else weights
-    index = folder / f"{stem}.safetensors.index.json"
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     placed: Any = {}
     if index.is_file():
+        if single.is_file():
+            raise ValueError(f"{folder} holds {single.name} and {index.name}, of two exports: remove the older one")
         placed = read_json(index).get("weight_map")
         if not isinstance(placed, dict) or any(Path(str(file)).name != file for file in placed.values()):
             raise ValueError(f"{index} has no weight_map of files beside it")
     files, shapes = {}, {}
-    for file in sorted(set(placed.values())) or [f"{stem}.safetensors"]:
+    for file in sorted(set(placed.values())) or [single.name]:
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder} does not hold a whole exported model: {file} is missing")
         with open_safetensors(folder / file) as opened:

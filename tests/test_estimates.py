@@ -29,8 +29,8 @@ def test_clips_without_frames_take_no_part():
     mean, half = over_clips(sums, counts)
     assert mean[:2].tolist() == [1.5, 3] and math.isnan(mean[2])
     assert half[0] > 0 and half[1:].isnan().all()
-    moving, still = torch.tensor([[2.0], [4.0], [9.0]]), torch.tensor([[1.0], [3.0], [0.0]])  # what moves in a still clip
-    assert [x.tolist() for x in over_clips(moving, still)] == [x.tolist() for x in over_clips(moving[:2], still[:2])]
+    made, true = torch.tensor([[2.0], [4.0], [9.0]]), torch.tensor([[1.0], [3.0], [0.0]])  # the last one is a still
+    assert [x.tolist() for x in over_clips(made, true)] == [x.tolist() for x in over_clips(made[:2], true[:2])]
 
 
 def test_the_interval_covers_as_often_as_it_says():

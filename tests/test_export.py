@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from msc.pretrain import checkpoint, hub, shelf, weights
 from msc.pretrain import export as exports
+from msc.pretrain.estimates import summed
+from msc.pretrain.evaluate import table_of, with_differences
 from msc.pretrain.export import export, split
 from msc.pretrain.model import MSCTransformer
 
@@ -277,6 +280,8 @@ BAD = {  # what is done to a folder, and what is said of it
     "unknown settings":   (config(lambda m: m.update(rings=3)), "not describe a model of this version: unknown: rings"),
     "wrong types":        (config(lambda m: m.update(scales=[1, 2])), "does not describe a model of this version"),
     "a part missing":     (lambda f: next(f.glob("model-00002*")).unlink(), "not hold a whole exported model: model-0"),
+    "an index besides":   (lambda f: shutil.copy(next(f.glob("model-00001*")), f / "model.safetensors"),
+                           "holds model.safetensors and model.safetensors.index.json, of two exports"),
     "an index of more":   (placed(lambda m: m.update(x="model-9.safetensors")), "model-9.safetensors is missing"),
     "an index misplaced": (placed(misplace), "index.json in .* does not match its files: embed.weight"),
     "an index elsewhere": (placed(lambda m: m.update(x="../x.safetensors")), "no weight_map of files beside it"),
@@ -329,8 +334,7 @@ def test_the_card_tells_the_facts_and_no_secrets(run, tmp_path):
     )
     assert "hunter2" in secret and "private" in secret
     (path / "config.yaml").write_text(secret)
-    evaluation = {"step": 40, "loss": {"model": 0.358123456}, "psnr": [20.5, 19.25]}
-    (path / "evaluation.json").write_text(json.dumps(evaluation))
+    write_evaluation(path / "evaluation.json", 40, path)
     export(path)
     written = {p.name: p.read_text(errors="replace") for p in (path / "export").iterdir()}
     assert written.keys() == {"config.json", "README.md", "model.safetensors", "model_index.json", "pipeline.py"}
@@ -338,15 +342,50 @@ def test_the_card_tells_the_facts_and_no_secrets(run, tmp_path):
         assert not any(word in text for word in ("hunter2", "/home/me", str(tmp_path)))
     card = written["README.md"]
     for fact in ("| steps | 40 |", "| clips seen | 320 (the set holds 99) |", "16 × 24 pixels at 12 frames/s",
-                 "`pixels`", "averaged (ema), in fp32", "| loss, model | 0.35812 |", "| psnr | 20.5, 19.25 |",
+                 "`pixels`", "averaged (ema), in fp32", "The ema weights on 3 held-out clips",
+                 "| continuations: PSNR, mean (dB) | sample | 3 ± 2.5 |", "| one clip | 2 |",
                  "width: 32", "Licence of the weights:** to be filled in"):  # fmt: skip
         assert fact in card, fact
+    assert "other's" not in card
     facts = json.loads(written["config.json"])
     assert facts["weights"] == ["ema"] and facts["training"]["step"] == 40 and facts["data"]["fps"] == 12.0
 
 
-def test_a_card_without_evaluation_says_so(exported):
+def write_evaluation(path, step, against, weights="ema"):
+    """As `msc evaluate` does: a table that its code makes of what clips add."""
+    values = torch.tensor([[2.0, 2.0], [3.0, 3.0], [4.0, 4.0]])
+    clips = {"sample": summed(values), "other's sample": summed(values), "one clip": summed(values[:1])}
+    rows = with_differences({("psnr_by_horizon", name): part for name, part in clips.items()})
+    assert ("psnr_by_horizon", "sample - other's") in rows
+    result = {
+        "step": step, "weights": weights, "clips": 3, "against": {"run": str(against), "step": 40},
+        "tables": {"psnr_by_horizon": table_of("psnr_by_horizon", rows).json()},
+    }  # fmt: skip
+    path.write_text(json.dumps(result))
+
+
+def test_a_card_tells_what_was_measured_of_its_own_weights_only(run, exported, tmp_path):
     assert "## Measured\n\nNothing yet." in (exported / "whole" / "README.md").read_text()
+    path = shutil.copytree(run.path, tmp_path / "run")
+    card = path / "export" / "README.md"
+    write_evaluation(path / "evaluation.json", 80, path)  # of a step that came later
+    write_evaluation(path / "evaluation-00000040.json", 40, path, "raw")
+    export(path)
+    assert "Nothing yet." in card.read_text()
+    export(path, weights="both")
+    assert card.read_text().count("on 3 held-out clips") == 1 and "The raw weights on 3" in card.read_text()
+
+
+def test_a_card_that_somebody_edited_is_kept(run, tmp_path):
+    path = shutil.copytree(run.path, tmp_path / "run")
+    card = path / "export" / "README.md"
+    export(path)
+    first = card.read_bytes()
+    assert "kept" not in export(path, dtype="bf16")
+    assert card.read_bytes() != first, "a card that nobody edited is renewed"
+    card.write_bytes(first.replace(b"# license: ...", b"license: mit"))
+    assert "README.md is not as it was written, and kept" in export(path)
+    assert b"license: mit" in card.read_bytes() and (path / "export" / "model.safetensors").is_file()
 
 
 class Api:
@@ -357,6 +396,9 @@ class Api:
 
     def create_repo(self, repo, **options):
         self.calls.append(("create", repo, options))
+
+    def file_exists(self, repo, name):
+        return "card" in repo
 
     def upload_folder(self, **options):
         if self.failure is not None:
@@ -374,13 +416,31 @@ def test_upload_makes_a_private_repository_and_sends_the_folder(run, tmp_path, m
     assert "uploaded to me/first: https://hub/me/first" in told and "hf_secret" not in told
     assert Api.calls == [
         ("create", "me/first", {"private": True, "exist_ok": True}),
-        ("upload", {"repo_id": "me/first", "folder_path": tmp_path / "out", "commit_message": "msc export of step 40"}),
-    ]
+        ("upload", {"repo_id": "me/first", "folder_path": tmp_path / "out", "commit_message": "msc export of step 40",
+                    "delete_patterns": hub.OWN_WEIGHTS, "ignore_patterns": None}),
+    ]  # fmt: skip
+    assert "its README.md is as it was" in hub.push(tmp_path / "out", "me/card", "x")
+    assert Api.calls[-1][1]["ignore_patterns"] == ["README.md"]
     assert not [p for p in (tmp_path / "out").iterdir() if b"hf_secret" in p.read_bytes()]
     monkeypatch.setattr(Api, "failure", ConnectionError("no route to host"))
     with pytest.raises(ValueError, match=r"out2 is written, but not uploaded to me/first: no route to host"):
         export(run.path, tmp_path / "out2", push_to="me/first")
     assert (tmp_path / "out2" / "model.safetensors").is_file()
+
+
+def test_an_upload_removes_the_weights_of_other_exports_and_nothing_else(exported):
+    utils = pytest.importorskip("huggingface_hub.utils")
+    own = [path.name for kind in ("whole", "split") for path in (exported / kind).glob("*.safetensors*")]
+    assert "model.safetensors" in own and "raw.safetensors.index.json" in own
+    others = ["adapter.safetensors", "vae/model.safetensors", "README.md", "config.json"]
+    assert list(utils.filter_repo_objects(own + others, allow_patterns=hub.OWN_WEIGHTS)) == own
+
+
+def test_upload_says_when_there_is_no_network(tmp_path, monkeypatch):
+    hugging = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hugging, "HfApi", partial(hugging.HfApi, endpoint="http://127.0.0.1:9"))
+    with pytest.raises(ValueError, match="is written, but not uploaded to me/first: .*refused"):
+        hub.push(tmp_path, "me/first", "x")
 
 
 def test_upload_says_when_the_name_is_no_repository(tmp_path):
