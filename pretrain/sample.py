@@ -5,10 +5,11 @@ Any length in bounded memory: units are decoded and written as they come. Only t
 
 from __future__ import annotations
 
+import glob
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -118,11 +119,11 @@ def sample_run(
     length = trained.autoencoder.video_frames(start.given + units * config.model.frames_per_unit)
     every = -(-length // MOST_COLUMNS)
 
-    folder, n = out or run / "samples", conditions.videos
-    paths = [folder / (f"{start.name}.mp4" if n == 1 else f"{start.name}-{i:04d}.mp4") for i in range(n)]
+    n = conditions.videos
     sheet: list[tuple[str, Tensor]] = []
     if start.given:
         sheet.append(("truth", to_uint8(trained.autoencoder.decode(start.encoded.cpu()))[:length:every]))
+    paths, picture = free_names(out or run / "samples", start.name, n)
     rows = range(0)
     try:
         for first in range(0, n, batch):
@@ -143,11 +144,10 @@ def sample_run(
                 if row < SHEET_ROWS:
                     sheet.append((conditions.name(row)[:32] or ("continued" if start.given else "generated"), kept))
     except BaseException:
-        left = [path for path in (partial_name(paths[row]) for row in rows) if path.is_file()]
+        left = [path for path in (partial_name(paths[row]) for row in rows) if path.is_file() and path.stat().st_size]
         for path in [*paths[: rows.start], *left]:
             print(f"msc: made so far: {path}", file=sys.stderr)
         raise
-    picture = folder / f"{start.name}.png"
     contact_sheet(sheet, picture, every=1, step=every, context=shown)
     tracker = Tracker(config.metrics)
     tracker.start(run, {}, "", run.name, attach=True)
@@ -245,6 +245,25 @@ def read_video(trained: Trained, video: Path, frames: int) -> Batch:
 
 
 # What becomes of it --------------------------------------------------------------------------------------------
+
+
+def free_names(folder: Path, name: str, videos: int) -> tuple[list[Path], Path]:
+    """Of the videos and their contact sheet: NAME, or NAME-2, NAME-3 … where something in the folder begins so.
+
+    The first video's partial file is made at once, empty: a process that starts meanwhile takes the next name.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    stem, number = name, 1
+    while True:
+        paths = [folder / (f"{stem}.mp4" if videos == 1 else f"{stem}-{i:04d}.mp4") for i in range(videos)]
+        own = partial_name(paths[0])
+        with suppress(FileExistsError):
+            own.touch(exist_ok=False)
+            if list(folder.glob(f"{glob.escape(stem)}[.-]*")) == [own]:
+                return paths, folder / f"{stem}.png"
+            own.unlink()
+        number += 1
+        stem = f"{name}-{number}"
 
 
 def write(parts: Iterable[Tensor], paths: Sequence[Path], fps: float, every: int) -> list[Tensor]:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,6 +91,35 @@ def test_a_video_is_continued_under_a_prompt(knowing, tmp_path):
     assert len(frames) == 18
     truth = decode.frames(video, fps=10.0, stop=6, size=(8, 16))
     assert (frames[:6].int() - truth.int()).abs().float().mean() < 12, "the context comes first, as H.264 keeps it"
+
+
+def test_nothing_is_ever_written_over(knowing, tmp_path, capsys):
+    """Neither the video that is continued, nor what was made before, nor what another process is making."""
+    from msc.datasets.synthetic import write_videos
+
+    (video,) = write_videos(tmp_path / "clips", seed=3, clips=1, frames=30, height=16, width=32)
+    own, before = video.stem, video.read_bytes()
+    common = ["--out", str(video.parent), "--units", "2", "--steps", "1", "--text", "encoder"]
+    for words in (["--video", str(video)], *(["--prompt", word] for word in WORDS), ["--label", "0", "--count", "2"]):
+        assert cli.main(["sample", str(knowing), *words, *common]) == 0
+    videos = made(video.parent)
+    again, several = ["nothing-seed0", "nothing-seed0-2"], ["nothing-seed0-3-0000", "nothing-seed0-3-0001"]
+    assert videos.keys() == {own, f"{own}-2", *again, *several} and video.read_bytes() == before
+    assert not torch.equal(videos["nothing-seed0"], videos["nothing-seed0-2"])
+    sheets = {path.stem for path in video.parent.glob("*.png")}
+    assert sheets == {f"{own}-2", *again, "nothing-seed0-3"}
+    assert "nothing-seed0-2.png" in capsys.readouterr().out
+
+
+def test_each_process_takes_a_name_of_its_own(tmp_path):
+    def take(*_):
+        return sample.free_names(tmp_path / "out", "a[1].b", 1)[0][0].name
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(take, range(40)))) == 40
+    paths, picture = sample.free_names(tmp_path / "new", "a[1].b", 2)
+    assert [path.name for path in (*paths, picture)] == ["a[1].b-0000.mp4", "a[1].b-0001.mp4", "a[1].b.png"]
+    assert sample.free_names(tmp_path / "new", "a[1].b", 1)[1].name == "a[1].b-2.png"
 
 
 @pytest.mark.parametrize(("words", "said"), [
