@@ -21,6 +21,7 @@ import torch
 from msc.datasets.convert import ConvertConfig, convert
 from msc.datasets.synthetic import write_videos
 from msc.pretrain import evaluate as evaluation
+from msc.pretrain import hub
 from msc.pretrain.autoencoder import open_autoencoder
 from msc.pretrain.checkpoint import latest, read_meta, weights
 from msc.pretrain.evaluate import evaluate
@@ -397,6 +398,9 @@ def test_evaluate_measures_a_run_and_another_beside_it(trained, finished):
         for name, row in table["rows"].items():
             if " - other's" in name:
                 assert set(row["mean"]) <= {0, None}, name
+    card = hub.measured(result)
+    assert "| continuations: PSNR, mean (dB) | sample | " in card
+    assert "other's" not in card and str(trained) not in card
     assert "PSNR" in done.stdout and done.stdout.strip() == (trained / "evaluation.txt").read_text().strip()
     assert (trained / "evaluation.png").stat().st_size > 10_000
     from mlflow import MlflowClient
