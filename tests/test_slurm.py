@@ -293,6 +293,24 @@ def test_mistakes_on_the_command_line(words, said, tmp_path, monkeypatch, capsys
     assert not list(tmp_path.iterdir()), "nothing is written before all is checked"
 
 
+def test_every_option_reaches_all_evaluations(tmp_path, monkeypatch, capsys):
+    """An array's jobs are given everything that a single `msc evaluate` takes."""
+    values, options = {"N": "3", "N|PATH": "7", "RUN": "other run", "FILE": "net.pt2", None: "raw"}, []
+    for action in cli.build_parser()[1]["evaluate"]._actions:
+        if action.option_strings and action.dest not in ("help", "traceback"):  # those are of `msc submit` itself
+            options += [action.option_strings[-1], values[action.metavar]]
+    runs = [tmp_path / name for name in "ab"]
+    for run in runs:
+        run.mkdir()
+        (run / "config.yaml").touch()
+    sent = []
+    monkeypatch.setattr(slurm, "send", lambda jobs, *_: sent.extend(jobs) or "7")
+    assert cli.main(["submit", "evaluate", *map(str, runs), *options]) == 0, capsys.readouterr().err
+    for run, job in zip(runs, sent, strict=True):
+        alone = ["evaluate", str(run), *options]
+        assert vars(cli.parse(job.words)) | {"argv": alone} == vars(cli.parse(alone))
+
+
 @pytest.mark.parametrize("name", ["a\nb", "100%", "a\\b"])
 def test_paths_that_no_batch_script_can_hold_are_refused(name):
     with pytest.raises(ValueError, match="folder"):
