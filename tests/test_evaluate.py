@@ -8,7 +8,8 @@ import torch
 from msc.datasets.synthetic import moving_textures
 from msc.pretrain.continuations import drift, of_clip
 from msc.pretrain.estimates import OTHERS, over_clips
-from msc.pretrain.evaluate import distances, table_of, with_differences
+from msc.pretrain.evaluate import TABLES, distances, table_of, with_differences
+from msc.pretrain.meter import DESCRIPTION
 
 SHOWN = 4
 
@@ -79,3 +80,7 @@ def test_distances_need_more_clips_than_features():
     assert found["copy last"] == pytest.approx(0, abs=1e-9) and found["sample"] > 0.01
     assert distances({"truth": true[:3], "sample": made[:3]}) == {}
     assert distances({}) == {}
+
+
+def test_every_table_is_explained_above_the_curves():
+    assert [name for name in (*TABLES, "frechet") if f"`{name}`" not in DESCRIPTION] == []

@@ -205,6 +205,14 @@ def test_other_settings_for_a_run_that_was_begun_are_refused(shards, tmp_path): 
         sweep.prepare(tmp_path, changed)
 
 
+def test_a_torn_last_line_of_the_log_does_not_hide_what_was_reached(shards, tmp_path):  # noqa: F811
+    plan = read_sweep(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1]}))
+    own = tmp_path / plan.runs[0].name
+    own.mkdir()
+    (own / "log.jsonl").write_text('torn by a crash{"clock": 4}\n{"clock": 8, "loss": 0.5}\n{"clo')
+    assert sweep.reached(tmp_path, plan, plan.runs[0]) == "finished" and sweep.last_loss(own) == 0.5
+
+
 def test_a_run_that_has_begun_goes_on(tmp_path):
     plan, run = Sweep((), "demo", None, 2), Run("a", {"train.seed": 3})
     fresh = sweep.command(tmp_path, plan, run, "abc", "sqlite:///x.db")
