@@ -43,8 +43,9 @@ class Facts:
 
 def read(run: Path) -> Facts:
     """ValueError if `run` is neither a run folder nor one with jobs."""
-    records = ledger.records(ledger.folder(run))
-    record = next((r for r in reversed(records) if r.words[0] == "train"), records[-1] if records else None)
+    jobs = ledger.folder(run)
+    records = ledger.trainings(jobs) or ledger.records(jobs)
+    record = records[-1] if records else None
     config = run / "config.yaml"
     if not config.is_file():
         if record is None:

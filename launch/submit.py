@@ -139,7 +139,7 @@ def prepare_training(inner: Namespace, args: Namespace, tasks: int) -> tuple[Pat
     run = asked.run.absolute()
     if args.cluster == "slurm":
         slurm.check_path(run)
-    active = [r for r in ledger.records(run / "jobs") if r.words[0] == "train" and is_active(r)]
+    active = [record for record in ledger.trainings(run / "jobs") if is_active(record)]
     if active:
         raise ValueError(f"job {active[-1].id} is training in {run}: wait for it, or end it with `msc cancel {run}`")
 

@@ -59,7 +59,7 @@ def in_queue(folder: Path, sweep: Sweep) -> dict[str, slurm.State]:
     """What Slurm says of the runs that were sent to it; one question for all. ConnectionError if it does not answer."""
     sent = {}
     for run in sweep.runs:
-        if records := [r for r in ledger.records(folder / run.name / "jobs") if r.cluster == "slurm"]:
+        if records := [r for r in ledger.trainings(folder / run.name / "jobs") if r.cluster == "slurm"]:
             sent[run.name] = records[-1].id
     states = slurm.states(list(sent.values()))
     return {name: states[number][0] for name, number in sent.items() if number in states}

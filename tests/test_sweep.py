@@ -177,13 +177,29 @@ def test_where_runs_that_were_sent_are(shards, tmp_path, monkeypatch):  # noqa: 
     for number, run in enumerate(plan.runs):
         jobs = tmp_path / run.name / "jobs"
         ledger.write(jobs, ledger.Record(f"7_{number}", "slurm", ("train",), "x"))
-        ledger.note(jobs, f"{7 + number}", **{"from": 0})
-        ledger.note(jobs, f"{7 + number}", code=1)
+        ledger.note(jobs, f"7_{number}", **{"from": 0})
+        ledger.note(jobs, f"7_{number}", code=1)
     states = {"7_0": [slurm.State("PENDING")], "7_1": [slurm.State("RUNNING")], "7_2": [slurm.State("FAILED")]}
     monkeypatch.setattr(slurm, "states", lambda numbers: {number: states[number] for number in numbers})
     queue = sweep.in_queue(tmp_path, plan)
     assert [sweep.state(tmp_path, plan, run, queue) for run in plan.runs] == ["queued", "running", "failed"]
     assert [run.name for run in sweep.pending(tmp_path, plan)] == ["seed2"]
+
+
+def test_other_jobs_of_a_run_are_not_its_training(shards, tmp_path, monkeypatch):  # noqa: F811
+    """An evaluation that was sent later, and failed, says nothing of where training stands."""
+    plan = read_sweep(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1]}))
+    run = plan.runs[0]
+    jobs = tmp_path / run.name / "jobs"
+    for number, (word, code) in enumerate({"train": 75, "evaluate": 1}.items()):
+        ledger.write(jobs, ledger.Record(str(number), "slurm", (word,), "x"))
+        ledger.note(jobs, str(number), **{"from": 0})
+        ledger.note(jobs, str(number), code=code)
+    for running, said in {"0": "running", "1": "stopped"}.items():
+        queue = {running: [slurm.State("RUNNING")]}
+        monkeypatch.setattr(slurm, "states", lambda numbers, q=queue: {n: q[n] for n in numbers if n in q})
+        assert sweep.state(tmp_path, plan, run, sweep.in_queue(tmp_path, plan)) == said
+    assert [attempt["code"] for attempt in sweep.attempts(tmp_path, run)] == [75]
 
 
 def test_a_run_that_somebody_has_is_left_to_them(shards, tmp_path, stand_in):  # noqa: F811
