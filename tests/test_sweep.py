@@ -171,6 +171,21 @@ def test_options_of_jobs_are_for_jobs(shards, tmp_path, capsys):  # noqa: F811
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("accepted", [False, True])
+def test_a_sweep_is_taken_back_only_until_slurm_has_it(shards, tmp_path, monkeypatch, capsys, accepted):  # noqa: F811
+    file = write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1]}, set={"metrics.tracking_uri": "none"})
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(slurm, "send", (lambda *_: "77") if accepted else fail)
+    monkeypatch.setattr(ledger, "write", fail)
+    assert cli.main(["sweep", str(file), "--out", str(tmp_path / "runs"), "--cluster", "slurm"]) == 2
+    said = capsys.readouterr().err
+    assert "No space left on device" in said and ("job 77: 2 of 2 runs" in said) == accepted
+    assert len(list((tmp_path / "runs").glob("*/config.yaml"))) == 2 * accepted
+
+
 def test_where_runs_that_were_sent_are(shards, tmp_path, monkeypatch):  # noqa: F811
     """By Slurm while it has them; by what they left behind, as here, once it has not."""
     plan = read_sweep(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1, 2]}))
