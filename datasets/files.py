@@ -1,11 +1,15 @@
 """Files and folders that appear whole or not at all, whatever interrupts their writing."""
 
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+TAIL_BYTES = 65536  # more than a line of any log
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -26,6 +30,21 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def last_line(path: Path) -> dict[str, Any]:
+    """The last whole line of a .jsonl file, however long the file is; {} if there is none."""
+    if not path.is_file():
+        return {}
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+        lines = file.read().splitlines()
+    for line in reversed(lines):
+        try:
+            return dict(json.loads(line))
+        except ValueError:  # torn by a crash
+            continue
+    return {}
 
 
 def check_replaceable(out: Path, overwrite: bool, proof: str) -> None:

@@ -14,6 +14,7 @@ PROGRAM = "import sys; from msc.launch.cli import main; sys.exit(main())"
 # What torch.distributed and DeepSpeed read in every rank.
 DISTRIBUTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 CONTACT_CLIPS = 6
+EVALUATE_OPTIONS = ("clips", "weights", "steps", "samples", "checkpoint", "against", "features")
 
 
 def given(**options: Any) -> dict[str, Any]:
@@ -296,9 +297,9 @@ def checkpoints(args: Namespace) -> int:
 def evaluate(args: Namespace) -> int:
     from msc.pretrain.evaluate import evaluate as evaluate_run
 
-    names = ("clips", "weights", "steps", "samples", "checkpoint", "against", "features")
+    options = given(**{name: getattr(args, name) for name in EVALUATE_OPTIONS})
     for run in args.run:
-        print(evaluate_run(run, **given(**{name: getattr(args, name) for name in names})))
+        print(evaluate_run(run, **options))
     return 0
 
 

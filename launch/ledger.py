@@ -63,6 +63,11 @@ def records(jobs: Path) -> list[Record]:
     return sorted(found, key=lambda record: record.submitted)
 
 
+def trainings(jobs: Path) -> list[Record]:
+    """`records` of the jobs that train: the run's evaluations, samples and exports lie in the same folder."""
+    return [record for record in records(jobs) if record.words[0] == "train"]
+
+
 # Starts ---------------------------------------------------------------------------------------------------
 
 
@@ -86,11 +91,11 @@ def notes(jobs: Path, job: str) -> list[dict[str, Any]]:
 
 
 def ended(jobs: Path) -> list[dict[str, Any]]:
-    """Every start that has come to an end, of all jobs: its exit `code`, when it `began`, and its `seconds`."""
+    """Every start of training that has come to an end: its exit `code`, when it `began`, and its `seconds`."""
     found = []
-    for path in jobs.glob("*.starts.jsonl"):
+    for record in trainings(jobs):
         began = None
-        for line in notes(jobs, path.name.removesuffix(".starts.jsonl")):
+        for line in notes(jobs, record.id):
             if "from" in line:
                 began = line["time"]
             elif began is not None:

@@ -80,10 +80,13 @@ def iso_flop(points: Points) -> Optima:
 
 def near_minimum(group: Sequence[Point]) -> list[Point]:
     """The runs that a parabola may go through: far from its minimum the curve levels off, as a run with too few steps
-    has learned nothing whatever its size. The least three where fewer are near."""
+    has learned nothing whatever its size. Where fewer than three sizes are near, the best runs up to the third size;
+    `group` holds as many."""
     ordered = sorted(group, key=lambda point: point.L)
     near = [point for point in ordered if point.L <= NEAR * ordered[0].L]
-    return near if len({point.N for point in near}) >= 3 else ordered[:3]
+    while len({point.N for point in near}) < 3:  # not the best three runs: they may be seeds of one size
+        near.append(ordered[len(near)])
+    return near
 
 
 def learning_rate_and_batch(points: Points) -> Optima:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from msc.launch.sweep import last
+from msc.datasets.files import last_line
 from msc.pretrain import cost, runs
 from msc.pretrain.config import load
 from msc.pretrain.rollback import read_lines
@@ -122,7 +122,7 @@ def of_run(run: Path, loss: str) -> tuple[Point | None, str]:
     if not curve or curve[-1][0] < config.train.clips:
         return None, f"not finished: {curve[-1][0] if curve else 0} of {config.train.clips} clips"
     tenth = [value for clock, value in curve if clock > 0.9 * config.train.clips]
-    held_out = last(run / "held_out.jsonl")
+    held_out = last_line(run / "held_out.jsonl")
     if loss == "train":
         reached = sum(tenth) / len(tenth)
     elif held_out.get("clock", 0) < config.train.clips:

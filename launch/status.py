@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -17,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from msc.datasets.files import last_line
 from msc.launch import commands, ledger, slurm
 from msc.launch.ledger import Record
 from msc.launch.slurm import State
@@ -43,8 +43,9 @@ class Facts:
 
 def read(run: Path) -> Facts:
     """ValueError if `run` is neither a run folder nor one with jobs."""
-    records = ledger.records(ledger.folder(run))
-    record = next((r for r in reversed(records) if r.words[0] == "train"), records[-1] if records else None)
+    jobs = ledger.folder(run)
+    records = ledger.trainings(jobs) or ledger.records(jobs)
+    record = records[-1] if records else None
     config = run / "config.yaml"
     if not config.is_file():
         if record is None:
@@ -60,21 +61,6 @@ def read(run: Path) -> Facts:
             pass
     beat = heartbeat.read(run) or None
     return Facts(run, train["clips"], train["batch"], last_line(run / "log.jsonl"), beat, saved, record)
-
-
-def last_line(path: Path) -> dict[str, Any] | None:
-    """The last whole line of a .jsonl file, however long the file is."""
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
-        lines = file.read().splitlines()
-    for line in reversed(lines):
-        try:
-            return dict(json.loads(line))
-        except ValueError:
-            continue
-    return None
 
 
 def state(facts: Facts, queue: Sequence[State], alive: bool, now: float) -> str:

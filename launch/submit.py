@@ -91,7 +91,8 @@ def evaluate_each(inner: Namespace, args: Namespace, site: Site) -> int:
     """Several evaluations: an array with a job for each run."""
     if args.cluster != "slurm":
         raise ValueError("several runs make an array, which needs Slurm; `msc evaluate` does them one after another")
-    asked = [f"--{name}={value}" for name in ("weights", "clips") if (value := getattr(inner, name)) is not None]
+    chosen = commands.given(**{name: getattr(inner, name) for name in commands.EVALUATE_OPTIONS})
+    asked = [f"--{name}={value}" for name, value in chosen.items()]
     parts = []
     for run in map(Path.absolute, inner.run):
         check_run(run)
@@ -138,7 +139,7 @@ def prepare_training(inner: Namespace, args: Namespace, tasks: int) -> tuple[Pat
     run = asked.run.absolute()
     if args.cluster == "slurm":
         slurm.check_path(run)
-    active = [r for r in ledger.records(run / "jobs") if r.words[0] == "train" and is_active(r)]
+    active = [record for record in ledger.trainings(run / "jobs") if is_active(record)]
     if active:
         raise ValueError(f"job {active[-1].id} is training in {run}: wait for it, or end it with `msc cancel {run}`")
 

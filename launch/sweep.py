@@ -20,7 +20,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from msc.datasets.files import write_atomically
+from msc.datasets.files import last_line, write_atomically
 from msc.launch import ledger, local, slurm
 from msc.launch.commands import PROGRAM, said
 from msc.launch.ladder import Run, Sweep
@@ -59,7 +59,7 @@ def in_queue(folder: Path, sweep: Sweep) -> dict[str, slurm.State]:
     """What Slurm says of the runs that were sent to it; one question for all. ConnectionError if it does not answer."""
     sent = {}
     for run in sweep.runs:
-        if records := [r for r in ledger.records(folder / run.name / "jobs") if r.cluster == "slurm"]:
+        if records := [r for r in ledger.trainings(folder / run.name / "jobs") if r.cluster == "slurm"]:
             sent[run.name] = records[-1].id
     states = slurm.states(list(sent.values()))
     return {name: states[number][0] for name, number in sent.items() if number in states}
@@ -69,8 +69,8 @@ def reached(folder: Path, sweep: Sweep, run: Run) -> State:
     """`state`, if nobody is at the run."""
     config = sweep.configured(run)
     own = folder / run.name
-    clock = last(own / "log.jsonl").get("clock", 0)
-    evaluated = not config.train.evaluate or last(own / "held_out.jsonl").get("clock", 0) >= config.train.clips
+    clock = last_line(own / "log.jsonl").get("clock", 0)
+    evaluated = not config.train.evaluate or last_line(own / "held_out.jsonl").get("clock", 0) >= config.train.clips
     if clock >= config.train.clips and evaluated:
         return "finished"
     code = last_code(folder, run)
@@ -192,7 +192,7 @@ def finish(folder: Path, one: Started) -> int:
 def outcome(folder: Path, sweep: Sweep, one: Started) -> str:
     found = state(folder, sweep, one.run)
     if found == "finished":
-        loss = last(folder / one.run.name / "held_out.jsonl").get("mean", last_loss(folder / one.run.name))
+        loss = last_line(folder / one.run.name / "held_out.jsonl").get("mean", last_loss(folder / one.run.name))
         return f"finished in {time.time() - one.began:.0f} s, loss {loss:.4f}"
     log = folder / "logs" / f"{one.run.name}.log"
     words = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
@@ -242,9 +242,9 @@ def table(folder: Path, sweep: Sweep) -> str:
     for run in sweep.runs:
         own, now = folder / run.name, state(folder, sweep, run, queue)
         counts[now] = counts.get(now, 0) + 1
-        line, clips = last(own / "log.jsonl"), sweep.configured(run).train.clips
+        line, clips = last_line(own / "log.jsonl"), sweep.configured(run).train.clips
         spent = sum(attempt["seconds"] for attempt in attempts(folder, run))
-        held_out = last(own / "held_out.jsonl").get("mean")
+        held_out = last_line(own / "held_out.jsonl").get("mean")
         numbers = (f"{value:.4f}" if value is not None else "" for value in (line.get("loss"), held_out))
         rows.append([run.name, now, f"{line.get('clock', 0)}/{clips}", *numbers, f"{spent:.0f}"])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -255,14 +255,8 @@ def table(folder: Path, sweep: Sweep) -> str:
     return "\n".join([*lines, ", ".join(f"{number} {name}" for name, number in counts.items())])
 
 
-def last(path: Path) -> dict[str, Any]:
-    """The last line of a .jsonl file, or nothing."""
-    lines = read_lines(path)
-    return lines[-1] if lines else {}
-
-
 def last_loss(run: Path) -> float:
-    return float(last(run / "log.jsonl").get("loss", "nan"))
+    return float(last_line(run / "log.jsonl").get("loss", "nan"))
 
 
 def attempts(folder: Path, run: Run) -> list[dict[str, Any]]:

@@ -44,19 +44,20 @@ def send(folder: Path, plan: Sweep, args: Namespace) -> int:
             own, words, again = submit.prepare_training(inner, args, tasks)
             parts.append(submit.job_of(args, site, words, own, own / "jobs", tasks, again))
         record = submit.send(parts, folder / "jobs", args, site, folder.name, per_node, parallel=args.jobs or 0)
-        ledger.write(folder / "jobs", replace(record, words=("sweep", str(args.file))))
-        for part, own_record in zip(parts, submit.each(record, parts), strict=True):
-            ledger.write(Path(part.jobs), own_record)
-        state = "FINISHED"
     except (ValueError, OSError):
         for own in fresh:  # they are still to be begun
             with suppress(OSError):
                 (own / "config.yaml").unlink()
                 own.rmdir()
         raise
+    else:  # Slurm has it: whatever fails now, its number is known and the runs keep their folders
+        said(f"job {record.id}: {len(todo)} of {len(plan.runs)} runs, the others are finished or under way; {folder}")
+        ledger.write(folder / "jobs", replace(record, words=("sweep", str(args.file))))
+        for part, own_record in zip(parts, submit.each(record, parts), strict=True):
+            ledger.write(Path(part.jobs), own_record)
+        state = "FINISHED"
     finally:
         tracker.finish(state)
         for lock in held.values():
             os.close(lock)
-    said(f"job {record.id}: {len(todo)} of {len(plan.runs)} runs, the others are finished or under way; {folder}")
     return 0

@@ -25,7 +25,8 @@ DESCRIPTION = """\
 | --- | --- |
 | `loss` | of the last steps' frames; `loss/t_0.4_0.6`: of those with a noise level between 0.4 and 0.6 |
 | `held_out/` | the same of the averaged weights, on held-out clips that always get the same noise |
-| `quality/` | what `msc evaluate` found: held-out loss, PSNR of the first frame that was made |
+| `quality/` | what `msc evaluate` found, as table, row and column. Held-out loss: `loss_by_noise`, \
+`loss_by_position`, `loss_by_context`; roll-outs: `psnr_by_horizon`, `ssim_by_horizon`, `drift`, `frechet` |
 | `clock`, `skipped`, `broken` | clips seen; steps not taken; clips that could not be read |
 | `data_wait` | share of a step in which no clip had come yet |
 | `saving/stall_s` | how long training stood still for a checkpoint |

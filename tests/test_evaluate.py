@@ -16,7 +16,8 @@ from msc.pretrain import evaluate as evaluation
 from msc.pretrain.autoencoder import open_autoencoder
 from msc.pretrain.continuations import drift, of_clip
 from msc.pretrain.estimates import OTHERS, over_clips
-from msc.pretrain.evaluate import distances, evaluate, table_of, with_differences
+from msc.pretrain.evaluate import TABLES, distances, evaluate, table_of, with_differences
+from msc.pretrain.meter import DESCRIPTION
 from msc.pretrain.runs import Trained
 
 SHOWN = 4
@@ -110,3 +111,7 @@ def test_clips_of_other_buckets_are_measured_but_not_continued(tmp_path, monkeyp
     assert "2 held-out clips" in evaluate(tmp_path, clips=1, steps=1, samples=1), "each bucket gives at least one"
     with pytest.raises(ValueError, match="needs more than 2 clips to continue, there are 2"):
         evaluate(tmp_path, steps=1, samples=1, features=Path("network"))
+
+
+def test_every_table_is_explained_above_the_curves():
+    assert [name for name in (*TABLES, "frechet") if f"`{name}`" not in DESCRIPTION] == []

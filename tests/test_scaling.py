@@ -143,6 +143,13 @@ def test_runs_that_learned_nothing_do_not_bend_the_parabola():
     assert found.minima[0].place["N"] == pytest.approx(1e5, rel=0.05) and found.minima[0].points == 3
 
 
+def test_a_size_that_was_repeated_leaves_room_for_others():
+    losses = {3e4: (0.8,), 1e5: (0.5, 0.501, 0.502, 0.503), 3e5: (0.8,)}
+    points = (Point("", n, 1e13 / n, 1e13, loss) for n, seeds in losses.items() for loss in seeds)
+    found = iso_flop(Points(tuple(points)))
+    assert found.minima[0].place["N"] == pytest.approx(1e5, rel=0.1), found.refused
+
+
 def test_an_exponent_that_is_not_pinned_down_is_refused():
     """Sizes that matter only where they are smallest: any steep power says so as well as another."""
     rng, sizes, budgets = np.random.default_rng(0), (3e4, 1e5, 3e5, 1e6), (1e5, 3e5, 1e6)

@@ -17,6 +17,7 @@ import pytest
 import yaml
 from test_training import SMALL, shards, wait_for  # noqa: F401
 
+from msc.datasets.files import last_line
 from msc.launch import cli, ledger, rendezvous, sites, slurm, status, submit, supervisor
 from msc.launch.ledger import Record
 from msc.launch.slurm import State
@@ -293,6 +294,24 @@ def test_mistakes_on_the_command_line(words, said, tmp_path, monkeypatch, capsys
     assert not list(tmp_path.iterdir()), "nothing is written before all is checked"
 
 
+def test_every_option_reaches_all_evaluations(tmp_path, monkeypatch, capsys):
+    """An array's jobs are given everything that a single `msc evaluate` takes."""
+    values, options = {"N": "3", "N|PATH": "7", "RUN": "other run", "FILE": "net.pt2", None: "raw"}, []
+    for action in cli.build_parser()[1]["evaluate"]._actions:
+        if action.option_strings and action.dest not in ("help", "traceback"):  # those are of `msc submit` itself
+            options += [action.option_strings[-1], values[action.metavar]]
+    runs = [tmp_path / name for name in "ab"]
+    for run in runs:
+        run.mkdir()
+        (run / "config.yaml").touch()
+    sent = []
+    monkeypatch.setattr(slurm, "send", lambda jobs, *_: sent.extend(jobs) or "7")
+    assert cli.main(["submit", "evaluate", *map(str, runs), *options]) == 0, capsys.readouterr().err
+    for run, job in zip(runs, sent, strict=True):
+        alone = ["evaluate", str(run), *options]
+        assert vars(cli.parse(job.words)) | {"argv": alone} == vars(cli.parse(alone))
+
+
 @pytest.mark.parametrize("name", ["a\nb", "100%", "a\\b"])
 def test_paths_that_no_batch_script_can_hold_are_refused(name):
     with pytest.raises(ValueError, match="folder"):
@@ -402,7 +421,7 @@ def test_a_job_in_the_background_is_watched_ended_and_saved(shards, tmp_path, ca
     said = capfd.readouterr().out
     assert f"msc submit --cluster local --resume --run {run}" in said
     (record,) = ledger.records(run / "jobs")
-    wait_for(lambda: (status.last_line(run / "log.jsonl") or {}).get("step", 0) > 3, seconds=120)
+    wait_for(lambda: last_line(run / "log.jsonl").get("step", 0) > 3, seconds=120)
     wait_for(lambda: heartbeat.read(run)["phase"] != "starting", seconds=20)
     assert cli.main(["status", str(run)]) == 0
     line = capfd.readouterr().out.splitlines()[1].split()
@@ -459,9 +478,9 @@ def test_the_row_of_a_run():
 
 def test_the_last_whole_line_counts(tmp_path):
     file = tmp_path / "log.jsonl"
-    assert status.last_line(file) is None
+    assert last_line(file) == {}
     file.write_text('{"step": 1}\n' * 20_000 + '{"step": 2}\n{"step": 3, "lo')
-    assert status.last_line(file) == {"step": 2}
+    assert last_line(file) == {"step": 2}
 
 
 def test_the_heartbeat_tells_the_phase_and_the_end(tmp_path):

@@ -171,19 +171,50 @@ def test_options_of_jobs_are_for_jobs(shards, tmp_path, capsys):  # noqa: F811
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("accepted", [False, True])
+def test_a_sweep_is_taken_back_only_until_slurm_has_it(shards, tmp_path, monkeypatch, capsys, accepted):  # noqa: F811
+    file = write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1]}, set={"metrics.tracking_uri": "none"})
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(slurm, "send", (lambda *_: "77") if accepted else fail)
+    monkeypatch.setattr(ledger, "write", fail)
+    assert cli.main(["sweep", str(file), "--out", str(tmp_path / "runs"), "--cluster", "slurm"]) == 2
+    said = capsys.readouterr().err
+    assert "No space left on device" in said and ("job 77: 2 of 2 runs" in said) == accepted
+    assert len(list((tmp_path / "runs").glob("*/config.yaml"))) == 2 * accepted
+
+
 def test_where_runs_that_were_sent_are(shards, tmp_path, monkeypatch):  # noqa: F811
     """By Slurm while it has them; by what they left behind, as here, once it has not."""
     plan = read_sweep(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1, 2]}))
     for number, run in enumerate(plan.runs):
         jobs = tmp_path / run.name / "jobs"
         ledger.write(jobs, ledger.Record(f"7_{number}", "slurm", ("train",), "x"))
-        ledger.note(jobs, f"{7 + number}", **{"from": 0})
-        ledger.note(jobs, f"{7 + number}", code=1)
+        ledger.note(jobs, f"7_{number}", **{"from": 0})
+        ledger.note(jobs, f"7_{number}", code=1)
     states = {"7_0": [slurm.State("PENDING")], "7_1": [slurm.State("RUNNING")], "7_2": [slurm.State("FAILED")]}
     monkeypatch.setattr(slurm, "states", lambda numbers: {number: states[number] for number in numbers})
     queue = sweep.in_queue(tmp_path, plan)
     assert [sweep.state(tmp_path, plan, run, queue) for run in plan.runs] == ["queued", "running", "failed"]
     assert [run.name for run in sweep.pending(tmp_path, plan)] == ["seed2"]
+
+
+def test_other_jobs_of_a_run_are_not_its_training(shards, tmp_path, monkeypatch):  # noqa: F811
+    """An evaluation that was sent later, and failed, says nothing of where training stands."""
+    plan = read_sweep(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1]}))
+    run = plan.runs[0]
+    jobs = tmp_path / run.name / "jobs"
+    for number, (word, code) in enumerate({"train": 75, "evaluate": 1}.items()):
+        ledger.write(jobs, ledger.Record(str(number), "slurm", (word,), "x"))
+        ledger.note(jobs, str(number), **{"from": 0})
+        ledger.note(jobs, str(number), code=code)
+    for running, said in {"0": "running", "1": "stopped"}.items():
+        queue = {running: [slurm.State("RUNNING")]}
+        monkeypatch.setattr(slurm, "states", lambda numbers, q=queue: {n: q[n] for n in numbers if n in q})
+        assert sweep.state(tmp_path, plan, run, sweep.in_queue(tmp_path, plan)) == said
+    assert [attempt["code"] for attempt in sweep.attempts(tmp_path, run)] == [75]
 
 
 def test_a_run_that_somebody_has_is_left_to_them(shards, tmp_path, stand_in):  # noqa: F811
@@ -203,6 +234,14 @@ def test_other_settings_for_a_run_that_was_begun_are_refused(shards, tmp_path): 
     changed = read_sweep(write(tmp_path / "t.yaml", shards, set={"optimizer.lr": 0.5}, grid={"train.seed": [0, 1]}))
     with pytest.raises(ValueError, match=r"optimizer\.lr = 1e-3, the sweep file now says 0\.5"):
         sweep.prepare(tmp_path, changed)
+
+
+def test_a_torn_last_line_of_the_log_does_not_hide_what_was_reached(shards, tmp_path):  # noqa: F811
+    plan = read_sweep(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1]}))
+    own = tmp_path / plan.runs[0].name
+    own.mkdir()
+    (own / "log.jsonl").write_text('torn by a crash{"clock": 4}\n{"clock": 8, "loss": 0.5}\n{"clo')
+    assert sweep.reached(tmp_path, plan, plan.runs[0]) == "finished" and sweep.last_loss(own) == 0.5
 
 
 def test_a_run_that_has_begun_goes_on(tmp_path):
