@@ -201,8 +201,11 @@ def requeue(number: str, code: int) -> int:
 
 
 def settle(job: Job, code: int) -> None:
-    """End the MLflow run where the ranks could not: they were killed, and it would be RUNNING for ever."""
-    if job.trains and code not in (0, STOPPED):
+    """End the MLflow run where the ranks could not: they were killed, and it would be RUNNING for ever. Not if another
+    job has the run: it took it while the ranks were starting."""
+    beat = heartbeat.read(Path(job.folder))
+    others = heartbeat.is_fresh(beat, time.time()) and beat["job"] != heartbeat.job_of(os.environ)
+    if job.trains and code not in (0, STOPPED) and not others:
         from msc.pretrain.metrics import settle as settle_run
 
         if run_id := settle_run(Path(job.folder), "FAILED"):

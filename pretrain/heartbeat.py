@@ -22,6 +22,7 @@ import psutil
 SECONDS = 3.0
 JOB = "MSC_JOB"  # in the environment of ranks that a job started: its id
 ENDED = "ended"
+SETTLES = 0.5  # seconds from reading that a run is free to having written that it is taken
 FRESH = 60.0  # seconds without a heartbeat after which a rank 0 that says nothing is taken for dead
 
 
@@ -35,9 +36,7 @@ def beating(run: Path | None, ranks: int, seconds: float = SECONDS) -> Iterator[
     if run is None:
         yield lambda step, phase: None
         return
-    place: tuple[int, str, float] = (0, "starting", time.time())
-    known = {"started": time.time(), "host": socket.gethostname(), "pid": os.getpid(), "job": job_of(os.environ),
-             "ranks": ranks}  # fmt: skip
+    place, known = (0, "starting", time.time()), identity(ranks)
     over = threading.Event()
 
     def at(step: int, phase: str) -> None:
@@ -45,13 +44,8 @@ def beating(run: Path | None, ranks: int, seconds: float = SECONDS) -> Iterator[
         place = step, phase, time.time()
 
     def write() -> None:
-        step, phase, since = place
-        beat = {"time": time.time(), "step": step, "phase": phase, "since": since, **known}
-        partial = run / ".heartbeat.json.partial"
         with suppress(OSError):  # a full disk is the checkpoint's to complain about
-            run.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(beat))
-            os.replace(partial, run / "heartbeat.json")
+            _write(run, *place, known)
 
     def work() -> None:
         write()
@@ -67,6 +61,19 @@ def beating(run: Path | None, ranks: int, seconds: float = SECONDS) -> Iterator[
         thread.join(seconds)
         place = place[0], ENDED, time.time()
         write()
+
+
+def identity(ranks: int) -> dict[str, Any]:
+    """What stays the same in all heartbeats of this process."""
+    return {"started": time.time(), "host": socket.gethostname(), "pid": os.getpid(), "job": job_of(os.environ),
+            "ranks": ranks}  # fmt: skip
+
+
+def _write(run: Path, step: int, phase: str, since: float, known: Mapping[str, Any]) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    partial = run / f".heartbeat.{known['host']}.{known['pid']}"  # two processes may claim the run at once
+    partial.write_text(json.dumps({"time": time.time(), "step": step, "phase": phase, "since": since, **known}))
+    os.replace(partial, run / "heartbeat.json")
 
 
 def read(run: Path) -> dict[str, Any]:
@@ -101,8 +108,30 @@ def check_free(run: Path, say: Callable[[str], None], seconds: float = 1.0) -> N
         time.sleep(seconds)
         beat = read(run)
         if is_fresh(beat, time.time()) and beat["time"] != first["time"]:
-            job = f" of job {beat['job']}" if beat.get("job") else ""
-            raise ValueError(
-                f"{run} is being trained: process {beat['pid']} on {beat['host']}{job} is in step {beat['step']}. Wait "
-                f"for it, or end it with `msc cancel {run}` (a job) or Ctrl-C; `msc status {run}` shows how it is doing"
-            )
+            raise ValueError(taken(run, beat))
+
+
+def claim(run: Path, ranks: int, say: Callable[[str], None]) -> None:
+    """Take `run` for this process with a first heartbeat; ValueError if somebody has it, or takes it at the same time.
+
+    The last to write has it: who still reads its own heartbeat when all others must have written is alone (Fischer's
+    algorithm, in Lamport 1987, A fast mutual exclusion algorithm). Unlike a lock this needs nothing of a shared file
+    system but renames. Before `beating`, on rank 0 only.
+    """
+    check_free(run, say)
+    known, checked = identity(ranks), time.monotonic()
+    _write(run, 0, "starting", time.time(), known)
+    late = time.monotonic() - checked > SETTLES  # then somebody may be training already, whose next heartbeat tells
+    time.sleep(2 * SECONDS if late else SETTLES)
+    found = read(run)
+    if [found.get(name) for name in ("host", "pid")] != [known["host"], known["pid"]]:
+        raise ValueError(taken(run, found))
+
+
+def taken(run: Path, beat: Mapping[str, Any]) -> str:
+    job = f" of job {beat['job']}" if beat.get("job") else ""
+    who = f"process {beat['pid']} on {beat['host']}{job} is in step {beat['step']}" if beat else "its heartbeat is gone"
+    return (
+        f"{run} is being trained: {who}. Wait for it, or end it with `msc cancel {run}` (a job) or Ctrl-C; "
+        f"`msc status {run}` shows how it is doing"
+    )

@@ -21,7 +21,7 @@ from .model import check_clip
 from .parallelize import check_fp8, check_parallel, clip_of, kept_activations
 
 # What a run that failed before its first step leaves: logs of its ranks, a last sign of life.
-LEFT_BY_A_START = ("logs", "heartbeat.json", ".heartbeat.json.partial")
+LEFT_BY_A_START = ("logs", "heartbeat.json", ".heartbeat.*")
 
 
 def sizes(shards: Shards) -> list[tuple[int, int, int]]:
@@ -84,7 +84,7 @@ def check(config: Config, run: Path, resume: bool, processes: int) -> Config:
     rounds(shards, "train", config.train.batch)
     if config.train.evaluate and not shards.samples("held_out"):
         raise ValueError(f"{shards} holds no held-out clip; convert with --held-out, or set train.evaluate=0")
-    if run.exists() and any(path.name not in LEFT_BY_A_START for path in run.iterdir()) and not resume:
+    if run.exists() and not all(any(map(path.match, LEFT_BY_A_START)) for path in run.iterdir()) and not resume:
         raise FileExistsError(f"{run} is not empty; continue it with --resume, or choose another --run")
     if resume and not (run / "config.yaml").is_file():
         raise FileNotFoundError(f"{run} has nothing to resume: no config.yaml in it")

@@ -23,14 +23,13 @@ from msc.datasets.mixture import Shards, check_remote, open_shards
 from msc.parallel import agreement, desync, fp8, process, zero
 from msc.parallel.watch import of_communication, watching
 
-from . import checkpoint, cost, guard, rollback, shelf, warm
+from . import checkpoint, cost, guard, heartbeat, rollback, shelf, warm
 from .autoencoder import open_autoencoder
 from .broken import Broken, read_broken
 from .config import Config, dump, flat
 from .diffusion import frame_losses, frame_shift
 from .evaluate import preview
 from .expect import Expected, deviation, ratios
-from .heartbeat import beating
 from .held_out import Losses, held_out_losses
 from .inputs import Feed, micro_batches
 from .meter import DESCRIPTION, Meter
@@ -59,8 +58,10 @@ def train(
     faulthandler.register(signal.SIGUSR2)  # "where are you?": all stacks to stderr, also while a C call never returns
     with stop_signals() as stopping:
         world = process.join(config.parallel.timeout)
+        # Again, and for good: since the command line looked, imports and waiting for all ranks have taken their time.
+        agreement.on_first(partial(heartbeat.claim, run, world.size, checkpoint.say))
         with (
-            beating(run if world.first else None, world.size) as beat,
+            heartbeat.beating(run if world.first else None, world.size) as beat,
             watching(world.rank, world.size, process.patience(config.parallel.timeout)) as watched,
         ):
 

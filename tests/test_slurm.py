@@ -14,7 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import starting
 import yaml
+from processes import run_ranks
 from test_training import SMALL, shards, wait_for  # noqa: F401
 
 from msc.datasets.files import last_line
@@ -233,6 +235,33 @@ def test_a_job_does_not_start_beside_another_one_in_its_run(tmp_path, monkeypatc
         wait_for(lambda: heartbeat.read(run), seconds=10)
         assert supervisor.attempts(made, []) == supervisor.MISTAKE
     assert f"{run} is being trained: process {os.getpid()} on " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("whose", "settled"), [("7", ["FAILED"]), ("8", [])])
+def test_only_its_own_run_in_mlflow_is_ended_by_a_job(whose, settled, tmp_path, monkeypatch):
+    """Ranks that were killed leave a heartbeat of their job; those that found their run taken that of another."""
+    found = []
+    monkeypatch.setattr("msc.pretrain.metrics.settle", lambda run, state: found.append(state))
+    monkeypatch.setenv(heartbeat.JOB, "7")
+    (tmp_path / "heartbeat.json").write_text(json.dumps({"time": time.time(), "phase": "report", "job": whose}))
+    supervisor.settle(Job(("train",), str(tmp_path), "x", "local"), 137)
+    assert found == settled
+
+
+@pytest.mark.gloo
+def test_of_two_that_start_at_once_one_trains(tmp_path):
+    first, second = sorted(run_ranks(starting.each_for_itself, 2, tmp_path / "run"))
+    assert first == "" and f"{tmp_path / 'run'} is being trained: process " in second
+
+
+@pytest.mark.gloo
+def test_ranks_that_find_their_run_taken_end_together(tmp_path):
+    """As when somebody began while they were still loading and meeting; the heartbeat stays the other's."""
+    with heartbeat.beating(tmp_path, 1):
+        wait_for(lambda: heartbeat.read(tmp_path), seconds=10)
+        told = run_ranks(starting.as_one_run, 2, tmp_path)
+        assert told[0] == told[1] and f"is being trained: process {os.getpid()} on " in told[0]
+        assert heartbeat.read(tmp_path)["pid"] == os.getpid()
 
 
 @pytest.mark.parametrize("beat", [
