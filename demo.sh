@@ -29,7 +29,7 @@ say "training on $processes process(es)"
 msc train --preset demo --run $run --processes $processes data.shards=$demo/shards parallel.sp=$processes "$@"
 
 say "evaluation on the clips that were held out"
-msc evaluate $run
+msc evaluate $run --samples 1
 
 say "a held-out clip continued"
 msc sample $run --clip 0
