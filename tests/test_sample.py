@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -162,7 +161,8 @@ def test_another_text_encoder_is_told(knowing, monkeypatch, capsys):
 
 
 ENDLESS = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background of a shell
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_sample import untrained
@@ -181,14 +181,14 @@ def test_what_was_made_before_an_end_can_be_played(ending, tmp_path):
     process = subprocess.Popen(program, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     partial = tmp_path / "run" / "samples" / "nothing-seed0.partial.mp4"
     deadline = time.monotonic() + 60
-    while not (partial.is_file() and partial.stat().st_size > 20_000) and time.monotonic() < deadline:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
-    for _ in range(6):  # Python loses an interrupt that comes while something is being deleted; a user presses again
+    try:
+        while not (partial.is_file() and partial.stat().st_size > 20_000) and time.monotonic() < deadline:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
         process.send_signal(ending)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            _, err = process.communicate(timeout=20)
-            break
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert len(decode.frames(partial)) > 20
     assert [path.name for path in partial.parent.iterdir()] == [partial.name]
     if ending == signal.SIGINT:
