@@ -443,8 +443,9 @@ def test_a_refused_submission_is_one_line_and_leaves_no_run(shards, stand_ins, t
 # In the background of this machine ---------------------------------------------------------------------------
 
 
-def test_a_job_in_the_background_is_watched_ended_and_saved(shards, tmp_path, capfd):
+def test_a_job_in_the_background_is_watched_ended_and_saved(shards, tmp_path, capfd, request):
     run = tmp_path / "run"
+    request.addfinalizer(lambda: cli.main(["cancel", str(run)]))  # it would go on for long if the test ended here
     where = ["--cluster", "local", "--run", str(run)]
     assert cli.main(["submit", *where, "--preset", "demo", f"data.shards={shards}", *SMALL, "train.clips=40000"]) == 0
     said = capfd.readouterr().out
