@@ -85,6 +85,7 @@ class Watch:
 
     def __init__(self, rank: int, size: int, timeout: float):
         self.size, self.timeout, self.interval = size, timeout, min(1.0, timeout / 10)
+        self.patience = max(2.0, 2 * self.interval)  # for one answer of the store
         self.silence = min(SILENCE, timeout / 2)
         self.place = Place(rank, socket.gethostname(), os.getpid())
         self._moved = self._answered = self._neighbour_beat_at = time.monotonic()
@@ -95,8 +96,9 @@ class Watch:
         # A connection of its own: a blocking call of the process group's must not hold up the beats.
         self._store = agreement.open_store(max(timeout, 1.0))
         self._tell()
-        for target in (self._beat, self._look):
-            threading.Thread(target=target, daemon=True, name=f"watch-{target.__name__}").start()
+        self._threads = [threading.Thread(target=each, daemon=True, name="watch") for each in (self._beat, self._look)]
+        for thread in self._threads:
+            thread.start()
 
     def at(self, step: int, phase: str) -> None:
         """Where the main thread is now. All ranks must call it in the same order."""
@@ -123,7 +125,10 @@ class Watch:
         return f"rank {self.place.rank}: {found}; waited for in {self.place.where}: {first_line(error)}"
 
     def end(self) -> None:
+        """Say nothing more and end the threads: one that Python's end found in the store would abort the process."""
         self._over.set()
+        for thread in self._threads:
+            thread.join(self.patience)
 
     # The store, from threads that may be stuck in it -----------------------------------------------------
 
@@ -205,7 +210,7 @@ class Watch:
 
     def _linger(self) -> None:
         """Before the process ends: the store goes with rank 0, so let the others read first what is in it."""
-        self.end()
+        self._over.set()
         if self.place.rank == 0:
             time.sleep(3 * self.interval)
 
@@ -219,7 +224,7 @@ class Watch:
 
         thread = threading.Thread(target=ask, daemon=True)
         thread.start()
-        thread.join(max(2.0, 2 * self.interval))
+        thread.join(self.patience)
         return answers[0] if answers else None
 
     def _stop(self, found: str) -> None:

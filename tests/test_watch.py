@@ -76,6 +76,26 @@ def test_a_phase_longer_than_the_timeout_goes_on():
         assert (process.returncode, said) == (0, "")
 
 
+LEAVES = """
+import os, time
+import torch.distributed as dist
+from msc.parallel.watch import watching
+store = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=True, wait_for_workers=False)
+with watching(0, 2, 60.0) as at:
+    at.__self__.interval = 0.0  # from the second beat on its thread does nothing but ask the store
+    time.sleep(1.3)
+"""
+
+
+@pytest.mark.gloo
+def test_a_process_ends_in_order_while_its_watch_asks_the_store():
+    """A thread that Python's end finds in the store's C++ code aborts the process; it did about once in eight."""
+    for _ in range(3):
+        environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        done = subprocess.run([sys.executable, "-c", LEAVES], env=environment, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
 class Store(dist.HashStore):
     """200 ranks in one long phase, all alive. A request takes 50 ms and `per_key` seconds more for each key that is
     read; none is answered while `mute`. most: keys read at once."""
@@ -122,6 +142,7 @@ def test_a_slow_store_ends_nobody_before_it_is_mute_for_the_timeout(rank, per_ke
     time.sleep(4.5)
     store.mute.clear()
     watched.end()
+    assert not any(thread.name == "watch" for thread in threading.enumerate())
     (found, at), *_ = stopped
     assert found == watch.UNANSWERED
     assert at - began > 2.0
