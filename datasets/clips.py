@@ -6,11 +6,6 @@ from collections.abc import Sequence
 SPLITS = ("train", "held_out")
 
 
-def starts(first: int, last: int, frames: int, stride: int) -> list[int]:
-    """Starts of clips of `frames` frames inside [first, last), `stride` frames apart."""
-    return list(range(first, last - frames + 1, stride))
-
-
 def pieces(first: int, last: int, lengths: Sequence[int], stride: int = 0) -> list[tuple[int, int]]:
     """(start, frames) of clips inside [first, last): at each place the longest of `lengths` that fits.
 
@@ -60,26 +55,18 @@ def border(shown: Sequence[int], held_out: float) -> tuple[int, int]:
 
 
 def runs(
-    shown: Sequence[int], held_out: float, part: tuple[int, int] | None = None, span: tuple[int, int] | None = None
-) -> dict[str, tuple[int, int]]:
+    shown: Sequence[int], held_out: float, least: int, draw: float,
+    part: tuple[int, int] | None = None, span: tuple[int, int] | None = None,
+) -> dict[str, tuple[int, int]]:  # fmt: skip
     """Ticks [first, last) of each split in `part` of a timeline (default: all); a split may be empty.
 
     The border is that of `span`, in which all parts taken from the timeline lie: parts that overlap never show
-    the same frame on both sides.
+    the same frame on both sides. A span too short for a held-out clip of `least` ticks is not divided: all of it is
+    held out if `draw`, a number in [0, 1) of the source's own, is less than `held_out`, and else trained on.
     """
     lowest, highest = span or (0, len(shown))
     first, last = part or (lowest, highest)
     end, start = (lowest + tick for tick in border(shown[lowest:highest], held_out))
+    if highest - start < least:
+        end = start = lowest if draw < held_out else highest
     return {"train": (first, max(first, min(last, end))), "held_out": (min(last, max(first, start)), last)}
-
-
-def split(
-    shown: Sequence[int],
-    frames: int,
-    stride: int,
-    held_out: float,
-    part: tuple[int, int] | None = None,
-    span: tuple[int, int] | None = None,
-) -> dict[str, list[int]]:
-    """Starts of the clips of each split; none straddles the border. `part` and `span` as for `runs`."""
-    return {name: starts(*run, frames, stride) for name, run in runs(shown, held_out, part, span).items()}

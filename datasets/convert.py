@@ -168,8 +168,8 @@ def _check_clips(config: ConvertConfig, results: list[Outcome]) -> None:
         if share and not counts[name]:
             raise ValueError(
                 f"no {name} clip: {share:.0%} of the longest source are {round(longest * share)} frames at "
-                f"{config.fps:g} fps, a clip needs {least}; change held_out ({config.held_out:g}; 0 "
-                "for no held-out clips), or frames"
+                f"{config.fps:g} fps, a clip needs {least}, and none of the {len(results)} sources fell to it whole; "
+                f"change held_out ({config.held_out:g}; 0 for no held-out clips) or frames, or add sources"
             )
 
 

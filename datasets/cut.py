@@ -88,11 +88,11 @@ def cut(task: Task) -> Cut:
         shown = timeline(video, task.fps)
         part, span = (_ticks(seconds, task.fps, len(shown)) for seconds in ((source.start, source.end), source.span))
         ticks = part[1] - part[0]
-        plan = runs(shown, task.held_out, part, span)
+        least = min(shape[0] for shape in task.shapes)
+        plan = runs(shown, task.held_out, least, source.draw, part, span)
         longest = max(last - first for first, last in plan.values())
         buckets = best_buckets(task.shapes, video.height, video.height * video.aspect, longest)
         if not buckets:
-            least = min(shape[0] for shape in task.shapes)
             return Cut(source, ticks, clips, f"is too short: {ticks} frames at {task.fps:g} fps, a clip needs {least}")
         for name, start, clip in _clips(task, video, shown, plan, buckets):
             if why := _unwanted(task, clip):

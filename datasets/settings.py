@@ -11,7 +11,7 @@ class ConvertConfig:
 
     sources: files, folders (searched through all levels) and manifests (see sources.py). stride: frames between
     the starts of clips, 0 for `frames` (no overlap). held_out: share of each source's timeline, at its end, kept
-    from training.
+    from training; of sources too short for that, the share of them that is kept from it whole.
     store: "video" (mp4), "latent" (safetensors) or "auto" (latents for diffusers autoencoders only, as
     haar and pixels are cheaper to compute than to read). max_bad: share of sources that may be broken; one
     broken source alone never stops a conversion. overwrite: replace `out` if it holds converted shards.

@@ -26,7 +26,8 @@ COLUMNS = ("path", "caption", "label", "licence", "start", "end")
 class Source:
     """One video, or the part [start, end) of it in seconds, and what is known about it.
 
-    span: the part of the file that all sources taken from it lie in; its end is what is held out.
+    span: the part of the file that all sources taken from it lie in; its end is what is held out. draw: a number in
+    [0, 1), the same for all of them: whether it is held out whole where it is too short to be divided.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Source:
     start: float = 0.0
     end: float = math.inf
     span: tuple[float, float] = (0.0, math.inf)
+    draw: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,14 @@ def find_sources(given: tuple[str, ...]) -> Listing:
         for source, label in _sources(item):
             found.setdefault((source.path, source.start, source.end), (source, label))
     spans: dict[Path, tuple[float, float]] = {}
-    for path, start, end in found:
+    draws: dict[Path, float] = {}
+    for (path, start, end), (source, _) in found.items():
         first, last = spans.get(path, (start, end))
         spans[path] = (min(first, start), max(last, end))
+        draws[path] = min(draws.get(path, 1.0), _draw(source.name.removesuffix(_part(start, end))))
     labels, names = _number([(source.name, label) for source, label in found.values()])
     sources = [
-        dataclasses.replace(source, span=spans[source.path], label=label)
+        dataclasses.replace(source, span=spans[source.path], draw=draws[source.path], label=label)
         for (source, _), label in zip(found.values(), labels, strict=True)
     ]
     return Listing(sources, max((label for label in labels if label is not None), default=-1) + 1, names)
@@ -86,6 +90,16 @@ def _sources(given: str) -> Iterator[tuple[Source, Any]]:
             yield Source(f"{path.name}/{video.relative_to(path)}", video.resolve()), None
     else:
         raise FileNotFoundError(f"no such file or folder: {given}")
+
+
+def _part(start: float, end: float) -> str:
+    """What a part's name ends with."""
+    return "" if (start, end) == (0, math.inf) else f"[{start:g}-{end:g}]"
+
+
+def _draw(name: str) -> float:
+    """A number in [0, 1) that depends on nothing but the name of a file."""
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8]) / 2**64
 
 
 def _local(given: str, whence: str, folder: Path | None = None) -> Path:
@@ -122,9 +136,8 @@ def _manifest(file: Path) -> Iterator[tuple[Source, Any]]:
         if not 0 <= start < end:
             raise ValueError(f"{place}: start {start:g} and end {end:g}: expected 0 <= start < end in seconds")
         path = _local(row["path"], f"{row['path']} ({place})", file.parent)
-        part = f"[{start:g}-{end:g}]" if "start" in row or "end" in row else ""
         caption, licence = (str(row[name]) if name in row else None for name in ("caption", "licence"))
-        source = Source(row["path"] + part, path, caption, licence=licence, start=start, end=end)
+        source = Source(row["path"] + _part(start, end), path, caption, licence=licence, start=start, end=end)
         yield source, row.get("label")
         rows += 1
     if not rows:

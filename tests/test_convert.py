@@ -1,5 +1,6 @@
 """Conversion: same bytes for any number of workers, honest splits, whole or absent, broken files named."""
 
+import dataclasses
 import importlib.util
 import json
 from fractions import Fraction
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from msc.datasets.batches import loader
-from msc.datasets.clips import border, split, starts
+from msc.datasets.clips import border, pieces, runs
 from msc.datasets.convert import ConvertConfig, convert
 from msc.datasets.decode import frames, to_mp4
 from msc.datasets.mixture import only
@@ -60,23 +61,43 @@ def contents(folder: Path) -> dict[str, bytes]:
 # --- where clips lie ---------------------------------------------------------------------------------------
 
 
-def test_clips_never_straddle_the_border():
+def test_the_border_lies_between_training_and_held_out():
     for length in (0, 1, 7, 8, 50, 99):
-        for frames_ in (1, 4, 8):
-            for stride in (1, 3, 8, 20):
-                for held_out in (0.0, 0.1, 0.5):
-                    plan = split(list(range(length)), frames_, stride, held_out)
-                    train, held = (
-                        {t for start in plan[name] for t in range(start, start + frames_)}
-                        for name in ("train", "held_out")
-                    )
-                    assert not train & held
-                    assert max(train | held, default=0) < max(1, length)
-                    assert not (train and held) or max(train) < min(held)
+        for least in (1, 4, 8):
+            for held_out in (0.0, 0.1, 0.5):
+                for draw in (0.05, 0.9):
+                    plan = runs(list(range(length)), held_out, least, draw)
+                    (first, end), (start, last) = plan["train"], plan["held_out"]
+                    assert first == 0 and last == length and end == start
                     if not held_out:
-                        assert plan["train"] == starts(0, length, frames_, stride)
-    assert split(list(range(20)), 4, 4, 0.25) == {"train": [0, 4, 8], "held_out": [15]}
-    assert starts(0, 3, 4, 1) == []
+                        assert end == length
+                    elif round(length * held_out) >= least:
+                        assert last - start == round(length * held_out)
+                    else:  # too short to be divided
+                        assert end == (0 if draw < held_out else length)
+    assert runs(list(range(20)), 0.25, 4, 0.0) == {"train": (0, 15), "held_out": (15, 20)}
+    assert pieces(0, 15, [4]) == [(0, 4), (4, 4), (8, 4)]
+    assert pieces(0, 3, [4]) == []
+
+
+def test_of_short_videos_a_share_is_held_out_whole(tmp_path):
+    """Of videos as long as one clip none is lost; which are held out depends on their names alone."""
+    write_videos(tmp_path / "short", 0, 40, 8, 16, 24)
+    config = settings(tmp_path, tmp_path / "short", held_out=0.25)
+    report = convert(config, blocks, 2)
+    assert sum(report.clips.values()) == 40
+    assert 4 <= report.clips["held_out"] <= 16
+
+    def held_out(out):
+        shards = [out / shard.name for shard in read_index(out).splits["held_out"]]
+        return {json.loads(read_part(shard, s, "json"))["source"] for shard in shards for s in scan(shard)}
+
+    before = held_out(tmp_path / "out")
+    assert len(before) == report.clips["held_out"]
+    for path in list((tmp_path / "short").glob("*1.mp4")):
+        path.unlink()
+    convert(dataclasses.replace(config, overwrite=True), blocks, 2)
+    assert held_out(tmp_path / "out") == {name for name in before if not name.endswith("1.mp4")}
 
 
 def test_a_frame_shown_several_times_stays_on_one_side():

@@ -135,10 +135,10 @@ def test_what_a_manifest_says_is_in_the_samples(tmp_path, folder):
 def test_parts_of_a_video_share_one_border():
     shown = list(range(100))
     for part in ((10, 90), (20, 60), (50, 90), (70, 90), (10, 30)):
-        found = {name: range(*run) for name, run in runs(shown, 0.25, part, (10, 90)).items()}
+        found = {name: range(*run) for name, run in runs(shown, 0.25, 4, 0.0, part, (10, 90)).items()}
         assert list(found["train"]) == list(range(part[0], min(part[1], 70)))
         assert list(found["held_out"]) == list(range(max(part[0], 70), part[1]))
-    assert runs(shown, 0.25, (50, 90), (10, 90)) == {"train": (50, 70), "held_out": (70, 90)}
+    assert runs(shown, 0.25, 4, 0.0, (50, 90), (10, 90)) == {"train": (50, 70), "held_out": (70, 90)}
 
 
 def test_captions_are_asked_for_where_there_is_an_encoder(tmp_path, folder):
