@@ -17,7 +17,7 @@ env: .venv/installed
 
 .venv/installed: setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev,autoencoders]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev,autoencoders,text,onnx]'
 	mkdir -p $(NAMES)/msc
 	for package in $(PACKAGES); do ln -sfn $(CURDIR)/$$package $(NAMES)/msc/$$package; done
 	touch $@

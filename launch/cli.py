@@ -124,7 +124,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     new.add_argument("--bucket", type=bucket, action="append", metavar="FRAMESxHxW", help=bucket_help)
     new.add_argument("--fps", type=float, metavar="F", help="frames per second of the clips")
     new.add_argument("--stride", type=positive, metavar="N", help="video frames between two clips' starts")
-    new.add_argument("--held-out", type=float, metavar="SHARE", help="not for training: ends of videos, or whole short ones")
+    new.add_argument("--held-out", type=float, metavar="SHARE", help="kept from training: video ends, or short videos")
     new.add_argument("--autoencoder", metavar="SPEC", help="pixels, haar[:TxHxW] or diffusers:FOLDER")
     new.add_argument("--store", choices=("auto", "video", "latent"), help="what the shards hold")
     new.add_argument("--workers", type=positive, metavar="N", help="processes that decode and encode")
