@@ -9,6 +9,7 @@ the global loss, at any (dp, sp) and any stage. (Its own sequence-parallel setti
 from __future__ import annotations
 
 import fcntl
+import functools
 import logging
 import math
 import os
@@ -49,16 +50,25 @@ def make_engine(
     clip: float,
 ) -> Any:  # fmt: skip
     """Wrap a model and its optimizer; torch.distributed must be initialised."""
-    check_zero(config, precision)
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        load_shm_op()
-    import deepspeed
+    settings = _settings(config, precision, accumulate, clip)
+    engine, *_ = _deepspeed().initialize(model=model, optimizer=optimizer, config=settings)
+    return engine
 
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # deprecations of torch names that DeepSpeed still calls, once per rank and step
-    warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed")
-    settings = {
+
+def shard(part: nn.Module, config: ZeroConfig, precision: Precision) -> None:
+    """At stage 3 keep only this rank's share of a part of the model, so that the whole need never be on any rank.
+
+    All ranks must call it for the same parts in the same order; the weights are those of rank 0.
+    """
+    if config.stage == 3:
+        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        zero = _deepspeed().zero
+        zero.Init(module=part.to(dtype), config_dict_or_path=_settings(config, precision, 1, 0), dtype=dtype)
+
+
+def _settings(config: ZeroConfig, precision: Precision, accumulate: int, clip: float) -> dict[str, Any]:
+    check_zero(config, precision)
+    return {
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed's loader is not used; only the averaging over ranks is
         "gradient_accumulation_steps": accumulate,
         "gradient_clipping": clip or 1e30,  # 0 would also leave the norm unmeasured
@@ -75,10 +85,22 @@ def make_engine(
         "zero_allow_untested_optimizer": True,  # ours is torch's AdamW with one more state
         "steps_per_print": 10**12,
     }
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-    return engine
 
 
+def _deepspeed() -> Any:
+    """The package, told to use the CPU where there is no GPU, and to be quiet."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        load_shm_op()
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # deprecations of torch names that DeepSpeed still calls, once per rank and step
+    warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed")
+    return deepspeed
+
+
+@functools.cache
 def load_shm_op() -> None:
     """Compile or load what DeepSpeed's CPU backend would compile anyway, past a lock that a killed process left.
 

@@ -11,8 +11,8 @@ import platform
 import sys
 import uuid
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -172,10 +172,21 @@ class Slices:
         return out
 
 
-def weights(path: Path, which: str = "ema") -> Iterator[tuple[str, Tensor]]:
-    """All parameters of a checkpoint, one at a time, in fp32: "ema" averaged or "raw" as trained."""
+@contextmanager
+def reading(path: Path, which: str = "ema") -> Iterator[Callable[[str], Tensor]]:
+    """While open, reads any whole parameter of a checkpoint in fp32: "ema" averaged or "raw" as trained."""
     meta = read_meta(path)
     with Slices(path, meta) as slices:
-        for name, shape in meta["parameters"].items():
-            numel = int(torch.Size(shape).numel())
-            yield name, slices.read(name, {"raw": "weight"}.get(which, which), 0, numel).view(*shape)
+
+        def read(name: str) -> Tensor:
+            shape = torch.Size(meta["parameters"][name])
+            return slices.read(name, {"raw": "weight"}.get(which, which), 0, shape.numel()).view(shape)
+
+        yield read
+
+
+def weights(path: Path, which: str = "ema") -> Iterator[tuple[str, Tensor]]:
+    """All parameters of a checkpoint, one at a time, in fp32: "ema" averaged or "raw" as trained."""
+    with reading(path, which) as read:
+        for name in read_meta(path)["parameters"]:
+            yield name, read(name)

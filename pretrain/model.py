@@ -8,8 +8,10 @@ safetensors to load an exported folder; nothing else.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,9 @@ from .scales import Scale, check_scales
 from .timeline import Layer, Timeline, WholeVideo
 from .view import View, view_frames
 from .weights import Exported, open_exported
+
+M = TypeVar("M", bound=nn.Module)
+Made = Callable[[str, nn.Module], None]  # given the name and the module of a part of the model
 
 
 @dataclass(frozen=True)
@@ -112,51 +117,37 @@ def check_clip(config: ModelConfig, frames: int, height: int, width: int) -> Non
 class MSCTransformer(nn.Module):
     """Multi-scale causal video diffusion transformer."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, made: Made | None = None):
+        """made: called with the name and the module of every block, and of every layer outside of blocks, as soon as
+        it has its first weights: what takes them from elsewhere, or keeps only a rank's share of them, does it there.
+        """
         super().__init__()
         if config.channels < 1:
             raise ValueError("model.channels is 0; it is taken from the shards' index when training starts")
         self.config = config
         self.recompute = False  # activation checkpointing, set by parallelize
         width, tokens = config.width, config.channels * config.patch**2
-        self.embed = nn.Linear(tokens, width)
-        self.noise = NoiseEmbedding(width)
-        self.modulate = nn.Linear(width, 6 * width)
-        self.label = nn.Embedding(config.classes + 1, width) if config.classes else None
-        self.text = nn.Linear(config.text_width, width) if config.text_width else None
-        self.blocks = nn.ModuleList(
-            Block(width, config.hidden, config.scales, config.gate, bool(layer % 2), config.text_width > 0)
-            for layer in range(config.depth)
-        )
-        self.final_norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.final_modulate = nn.Linear(width, 2 * width)
-        self.final = nn.Linear(width, tokens)
-        self.init_weights()
 
-    def init_weights(self) -> None:
-        """Normal weights of variance 1/fan-in, residual branches scaled by depth, zero output (Peebles & Xie 2022)."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=module.in_features**-0.5)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-        branches = 2 * len(self.blocks)
-        for block in self.blocks:
-            assert isinstance(block, Block)
-            # Normalised q and k of few channels cannot single out one of a thousand keys: start sharper.
-            for gain in (block.attention.q_gain, block.attention.k_gain):
-                nn.init.constant_(gain, 2.0)
-            for layer in (block.attention.out, block.feed_forward.down):
-                nn.init.normal_(layer.weight, std=(layer.in_features * branches) ** -0.5)
-            if block.cross_attention is not None:
-                nn.init.zeros_(block.cross_attention.out.weight)
-            with torch.no_grad():
-                block.modulation[2].fill_(1.0)
-                block.modulation[5].fill_(1.0)
-        for layer in (self.modulate, self.final_modulate, self.final):
-            nn.init.zeros_(layer.weight)
+        def new(name: str, module: M, zero: bool = False) -> M:
+            init_weights(module, config.depth)
+            if zero:
+                nn.init.zeros_(module.get_parameter("weight"))
+            if made is not None:
+                made(name, module)
+            return module
+
+        self.embed = new("embed", nn.Linear(tokens, width))
+        self.noise = new("noise", NoiseEmbedding(width))
+        self.modulate = new("modulate", nn.Linear(width, 6 * width), zero=True)
+        self.label = new("label", nn.Embedding(config.classes + 1, width)) if config.classes else None
+        self.text = new("text", nn.Linear(config.text_width, width)) if config.text_width else None
+        self.blocks = nn.ModuleList()
+        for layer in range(config.depth):
+            block = Block(width, config.hidden, config.scales, config.gate, bool(layer % 2), config.text_width > 0)
+            self.blocks.append(new(f"blocks.{layer}", block))
+        self.final_norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.final_modulate = new("final_modulate", nn.Linear(width, 2 * width), zero=True)
+        self.final = new("final", nn.Linear(width, tokens), zero=True)
 
     def forward(
         self,
@@ -278,6 +269,28 @@ class MSCTransformer(nn.Module):
 
     def config_dict(self) -> dict:
         return dataclasses.asdict(self.config)
+
+
+def init_weights(part: nn.Module, depth: int) -> None:
+    """Normal weights of variance 1/fan-in, residual branches scaled by the model's depth (Peebles & Xie 2022)."""
+    for module in part.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+    if isinstance(part, Block):
+        # Normalised q and k of few channels cannot single out one of a thousand keys: start sharper.
+        for gain in (part.attention.q_gain, part.attention.k_gain):
+            nn.init.constant_(gain, 2.0)
+        for layer in (part.attention.out, part.feed_forward.down):
+            nn.init.normal_(layer.weight, std=(layer.in_features * 2 * depth) ** -0.5)
+        if part.cross_attention is not None:
+            nn.init.zeros_(part.cross_attention.out.weight)
+        with torch.no_grad():
+            part.modulation[2].fill_(1.0)
+            part.modulation[5].fill_(1.0)
 
 
 def patchify(x_BTCHW: Tensor, patch: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""From a plain model to one that trains on a mesh: in this order, recompute, compile, shard."""
+"""From settings to a model that trains on a mesh: built part by part; then, in this order, recompute, compile, ZeRO."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from msc.parallel import fp8
 from msc.parallel.mesh import Mesh, make_mesh, rows
 from msc.parallel.ring import Ring
 from msc.parallel.temporal import ShardedTimeline, bounds
 from msc.parallel.ulysses import Ulysses
-from msc.parallel.zero import Precision, ZeroConfig, check_zero, make_engine
+from msc.parallel.zero import Precision, ZeroConfig, check_zero, make_engine, shard
 
 from . import cost
 from .backends import Backend, attend_part, check_backend, differentiate_part
 from .layers import Block
 from .layout import Choice, Clip, Layout, check_choice, choose
-from .model import ModelConfig, MSCTransformer
+from .model import Made, ModelConfig, MSCTransformer
 from .optimizer import OptimizerConfig, make_optimizer
 from .timeline import Timeline, WholeVideo
 
@@ -29,6 +30,7 @@ __all__ = [
     "ParallelConfig",
     "ZeroConfig",
     "check_fp8",
+    "build",
     "check_parallel",
     "make_mesh",
     "parallelize",
@@ -114,17 +116,29 @@ def sharded_timeline(
     return ShardedTimeline(group, edges, placements)
 
 
+def build(
+    model: ModelConfig, config: ParallelConfig, device: torch.device, first: Made | None = None
+) -> MSCTransformer:
+    """A new model on `device`, the same on every rank. A part of it at a time is made on the CPU, where seeds give the
+    same numbers everywhere, and at ZeRO-3 sharded at once. first: called with every part while it is still whole."""
+
+    def made(name: str, part: nn.Module) -> None:
+        if first is not None:
+            first(name, part)
+        shard(part.to(device), config.zero, config.precision)
+
+    return MSCTransformer(model, made)
+
+
 def parallelize(
     model: MSCTransformer,
     config: ParallelConfig,
     optimizer: OptimizerConfig,
     accumulate: int,
-    device: torch.device,
 ) -> Any:
-    """The DeepSpeed engine that trains `model`; every rank must hold the same weights."""
+    """The DeepSpeed engine that trains `model`, as `build` made it on every rank."""
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
     check_backend(config.attention, model.config.head_width, dtype)
-    model.to(device)
     model.recompute = config.recompute
     for block in model.blocks:
         assert isinstance(block, Block)

@@ -34,9 +34,8 @@ from .held_out import Losses, held_out_losses
 from .inputs import Feed, micro_batches
 from .meter import DESCRIPTION, Meter
 from .metrics import State, Tracker
-from .model import MSCTransformer
 from .optimizer import set_schedule
-from .parallelize import clip_of, make_mesh, own_timeline, parallelize
+from .parallelize import build, clip_of, make_mesh, own_timeline, parallelize
 from .preflight import resolve, sizes
 from .runs import LatentSpace, write_space
 from .tracking import code_version, read_identity
@@ -93,14 +92,16 @@ def _train(
 
     # The model, the same on every rank until DeepSpeed shards it -------------------------------------
     torch.manual_seed(config.train.seed)
-    model = MSCTransformer(config.model)
     if config.train.init_from and not (resume and agreement.on_first(lambda: bool(shelf.candidates(run)))):
         source = Path(config.train.init_from)
         newest = agreement.on_first(partial(shelf.latest, source))  # a run that is still training may save meanwhile
-        begun = warm.start(model, source, shards.index.autoencoder, newest)
+        with warm.start(source, config.model, shards.index.autoencoder, newest) as (begun, fill):
+            model = build(config.model, config.parallel, world.device, fill)
         for line in begun if world.first else []:
             checkpoint.say(line)
-    engine = parallelize(model, config.parallel, config.optimizer, accumulate, world.device)
+    else:
+        model = build(config.model, config.parallel, world.device)
+    engine = parallelize(model, config.parallel, config.optimizer, accumulate)
 
     # Where we are: the sample clock counts clips over all ranks and is all that order and schedules need
     writer = Writer(run, config.checkpoint, config.parallel.timeout)

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import checkpoint, shelf
-from .model import ModelConfig, MSCTransformer
+from .model import Made, ModelConfig, MSCTransformer
 from .runs import read_run
 from .weights import Shapes, open_exported, shortened
 
@@ -26,13 +27,13 @@ OF_THE_DATA = ("latent_mean", "latent_std", "gate_constants")
 
 @dataclass(frozen=True)
 class Start:
-    """Weights to start from. tensors: all of them, one at a time."""
+    """Weights to start from. opened: while open, reads any of them by name."""
 
     what: str
     config: ModelConfig
     autoencoder: str
     shapes: Shapes
-    tensors: Callable[[], Iterator[tuple[str, Tensor]]]
+    opened: Callable[[], AbstractContextManager[Callable[[str], Tensor]]]
 
 
 def find(place: Path, newest: Path | None = None) -> Start:
@@ -46,7 +47,7 @@ def find(place: Path, newest: Path | None = None) -> Start:
         meta = shelf.read_meta(path)
         shapes = {name: tuple(shape) for name, shape in meta["parameters"].items()}
         what = f"the averaged weights of step {meta['step']:,} of the run {place}"
-        return Start(what, config.model, space.autoencoder, shapes, lambda: checkpoint.weights(path))
+        return Start(what, config.model, space.autoencoder, shapes, lambda: checkpoint.reading(path))
     if not (place / "config.json").is_file():
         raise FileNotFoundError(
             f"train.init_from is {place}, which is neither a run folder (config.yaml) nor an exported one (config.json)"
@@ -55,7 +56,7 @@ def find(place: Path, newest: Path | None = None) -> Start:
     facts, model = exported.facts, MSCTransformer.described(exported).config
     what = f"the exported weights of step {facts.get('training', {}).get('step', '?')} in {place}"
     autoencoder = facts.get("data", {}).get("autoencoder", "?")
-    return Start(what, model, autoencoder, exported.shapes, lambda: exported.tensors(torch.float32))
+    return Start(what, model, autoencoder, exported.shapes, lambda: nullcontext(exported.read))
 
 
 def differences(start: Start, config: ModelConfig, autoencoder: str) -> list[str]:
@@ -98,13 +99,22 @@ def taken(start: Start, config: ModelConfig, shapes: Shapes) -> set[str]:
     return same
 
 
-@torch.no_grad()
-def start(model: MSCTransformer, place: Path, autoencoder: str, newest: Path | None = None) -> list[str]:
-    """Copy what fits of the weights that `find` finds into a new model; returns what was done."""
+@contextmanager
+def start(
+    place: Path, config: ModelConfig, autoencoder: str, newest: Path | None = None
+) -> Iterator[tuple[list[str], Made]]:
+    """What a new model takes of the weights that `find` finds, in lines; and what copies it into a part of the model,
+    given the part's name ("" for all of it). A rank so reads a part at a time."""
     found = find(place, newest)
-    told = differences(found, model.config, autoencoder)
-    kept, own = taken(found, model.config, model.shapes()), model.state_dict()
-    for name, tensor in found.tensors():
-        if name in kept:
-            own[name].copy_(tensor)
-    return told
+    told = differences(found, config, autoencoder)
+    with torch.device("meta"):
+        kept = taken(found, config, MSCTransformer(config).shapes())
+    with found.opened() as read:
+
+        @torch.no_grad()
+        def fill(name: str, part: nn.Module) -> None:
+            for inner, value in part.state_dict(prefix=f"{name}." if name else "").items():
+                if inner in kept:
+                    value.copy_(read(inner))
+
+        yield told, fill

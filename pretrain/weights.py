@@ -52,6 +52,11 @@ class Exported:
         if wrong:
             raise ValueError(f"config.json in {self.folder} does not match its weights: {'; '.join(wrong)}")
 
+    def read(self, name: str) -> Tensor:
+        """One tensor in fp32."""
+        with open_safetensors(self.files[name]) as opened:
+            return opened.get_tensor(name).float()
+
     def tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """All tensors, one at a time, copied: files may be replaced while a model is in use. dtype: None as stored."""
         for path in sorted(set(self.files.values())):

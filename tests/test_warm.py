@@ -11,6 +11,7 @@ import torch
 from msc.pretrain import preflight, shelf, warm
 from msc.pretrain.export import export
 from msc.pretrain.gate import GateConstants
+from msc.pretrain.model import MSCTransformer
 from msc.pretrain.scales import Scale
 
 
@@ -28,7 +29,9 @@ def started(place, **model):
     config, _ = exporting.configured(**model)
     new = exporting.random_model(config.model, seed=7)
     before = {name: value.clone() for name, value in new.state_dict().items()}
-    return new, warm.start(new, place, "pixels"), before
+    with warm.start(place, config.model, "pixels") as (told, fill):
+        fill("", new)
+    return new, told, before
 
 
 def test_the_averaged_weights_of_a_run_are_taken(source):
@@ -45,7 +48,8 @@ def test_the_checkpoint_that_was_found_first_is_taken_though_a_later_one_appears
     exporting.write_run(tmp_path / "run", step=50)
     config, _ = exporting.configured()
     new = exporting.random_model(config.model, seed=7)
-    (told,) = warm.start(new, tmp_path / "run", "pixels", found)
+    with warm.start(tmp_path / "run", config.model, "pixels", found) as ((told,), fill):
+        fill("", new)
     assert "of step 40 " in told and "of step 50 " in warm.find(tmp_path / "run").what
     assert all(torch.equal(value, models["ema"].state_dict()[name]) for name, value in new.state_dict().items())
 
@@ -147,6 +151,14 @@ def test_the_start_is_recorded_by_its_whole_path_and_not_changed_on_the_way(monk
     assert preflight.resolve(resolved, index) == resolved
     with pytest.raises(ValueError, match=r"trained with train.init_from = .*; it cannot go on with /else"):
         preflight.check_same_model(load(resolved, overrides=["train.init_from=/else"]), flat(resolved))
+
+
+def test_a_model_that_is_made_part_by_part_takes_the_same(source):
+    run, models = source
+    config, _ = exporting.configured()
+    with warm.start(run, config.model, "pixels") as (_, fill):
+        new = MSCTransformer(config.model, fill)
+    assert all(torch.equal(value, models["ema"].state_dict()[name]) for name, value in new.state_dict().items())
 
 
 def test_a_started_model_computes_as_its_source(source):

@@ -35,9 +35,9 @@ def stall(args: argparse.Namespace, folder: Path) -> None:
     from msc.parallel import process, zero
     from msc.pretrain import cost
     from msc.pretrain.checkpoint import CheckpointConfig
-    from msc.pretrain.model import ModelConfig, MSCTransformer
+    from msc.pretrain.model import ModelConfig
     from msc.pretrain.optimizer import OptimizerConfig
-    from msc.pretrain.parallelize import ParallelConfig, parallelize
+    from msc.pretrain.parallelize import ParallelConfig, build, parallelize
     from msc.pretrain.scales import default_scales
     from msc.pretrain.writer import Writer
 
@@ -48,7 +48,7 @@ def stall(args: argparse.Namespace, folder: Path) -> None:
         width=args.width, depth=args.depth, scales=default_scales(8, patch_window=4), patch=2, channels=4
     )
     parallel = ParallelConfig(precision="fp32")
-    engine = parallelize(MSCTransformer(config), parallel, OptimizerConfig(), 1, world.device)
+    engine = parallelize(build(config, parallel, world.device), parallel, OptimizerConfig(), 1)
     x = torch.randn(1, 4, 4, 16, 16, device=world.device)
     t = torch.rand(1, 4, device=world.device)
 
@@ -127,7 +127,7 @@ def rank() -> int:
 
     MARKS.append(("ranks: imports", time.time()))
     timed(training.process, "join", "process group")
-    timed(training, "MSCTransformer", "shards' index, mesh, model")
+    timed(training, "build", "shards' index, mesh, model")
     timed(training, "parallelize", "DeepSpeed")
     timed(training.checkpoint, "load_newest", "checkpoint: verify, load")
     timed(training.process, "total_of", "loader, tracker, first batch")
