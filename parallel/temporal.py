@@ -102,7 +102,7 @@ class _Trip:
         self.shape = x.shape
         buffers = [(source, x.new_empty(x.shape[0], size, *x.shape[2:])) for source, size in self.taken]
         self.posted = Posted([(to, x[:, items]) for to, items in self.given], buffers, self.group, self.what)
-        self.nothing = x[:, :0]
+        self.nothing = _nothing(x)
 
     def arrive(self) -> Tensor:
         return torch.cat([self.nothing, *self._received()], 1)
@@ -111,7 +111,7 @@ class _Trip:
         parts = grad.split([size for _, size in self.taken], 1)
         sends = [(source, part) for (source, _), part in zip(self.taken, parts, strict=True)]
         buffers = [(to, grad.new_empty(grad.shape[0], s.stop - s.start, *grad.shape[2:])) for to, s in self.given]
-        self.nothing = grad[:, :0]
+        self.nothing = _nothing(grad)
         self.posted = Posted(sends, buffers, self.group, f"gradient of {self.what}")
 
     def arrive_home(self) -> Tensor:
@@ -124,6 +124,11 @@ class _Trip:
         received = self.posted.wait()
         del self.posted  # the trip lives as long as the graph; its buffers need not
         return received
+
+
+def _nothing(like: Tensor) -> Tensor:
+    """No items like these: not a slice, which the trip would keep all of `like` with, also past recomputation."""
+    return like.new_empty(like.shape[0], 0, *like.shape[2:])
 
 
 class _Depart(torch.autograd.Function):

@@ -5,6 +5,7 @@ In a module of its own, because processes that a test starts must be able to imp
 
 from __future__ import annotations
 
+import gc
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -116,6 +117,27 @@ def run_case(case, rank, ranks, device, overlap=True):
     with counted() as everything:
         results = backward(model, x[:, own], t[:, own], text, labels, direction[:, own], timeline)
     return *results, sum(forward), sum(everything)
+
+
+def kept_on_a_rank(rank, ranks, case):
+    """Bytes of new tensors that Python holds on to between the forward and the backward pass."""
+
+    def held():
+        gc.collect()
+        tensors = (x for x in gc.get_objects() if issubclass(type(x), torch.Tensor))
+        return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+
+    with joined(rank, "gloo"):
+        model, x, t, text, labels, _ = case.make()
+        model.recompute = case.recompute
+        edges = bounds(case.units, ranks)
+        own = slice(edges[rank] * case.frames_per_unit, edges[rank + 1] * case.frames_per_unit)
+        timeline = sharded_timeline(dist.group.WORLD, edges, model.config, [case.layout] * len(case.scales))
+        before = held()
+        out = model(x[:, own], t[:, own], text, labels, timeline)
+        kept = held() - before - out.nbytes
+        del out
+        return kept
 
 
 @contextmanager

@@ -9,7 +9,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import run_ranks
-from sharded import SCALES, Case, backward, causal_on_a_rank, change_after, make, on_a_rank, overlap_on_a_rank
+from sharded import (
+    SCALES,
+    Case,
+    backward,
+    causal_on_a_rank,
+    change_after,
+    kept_on_a_rank,
+    make,
+    on_a_rank,
+    overlap_on_a_rank,
+)
 
 from msc.parallel.temporal import bounds, transfers
 from msc.pretrain.timeline import WholeVideo
@@ -110,6 +120,15 @@ def test_overlap_changes_no_bit():
         for case, (overlapped, waiting) in zip(cases, ranks_results, strict=True):
             assert torch.equal(overlapped[0], waiting[0]), case
             torch.testing.assert_close(overlapped[1:3], waiting[1:3], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gloo
+def test_with_recomputation_a_rank_keeps_no_more_than_the_inputs_of_its_layers():
+    """Messages are nodes of the graph that outlive the recomputed block: they must not keep what they carried."""
+    case = Case("default", "halo", 16, recompute=True)
+    one = 2 * 8 * (4 * 6) * 64 * 8  # two clips, eight units of a rank, tokens, width, bytes
+    for kept in run_ranks(kept_on_a_rank, 2, case):
+        assert 5 * one <= kept < 6.5 * one  # two layers, three at the end, and what frames keep; it was 12
 
 
 KINDS_OF_LAYOUT = [("default", "halo"), ("dense", "ulysses"), ("dense", "ring")]
