@@ -9,8 +9,9 @@ import signal
 import sys
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from msc.datasets.order import Turns, Windows, derived, rows, sample_at, set_at
 from msc.datasets.samples import Samples
 
 Frames = tuple[int, int]  # latent frames [start, stop)
+Attach = Callable[[int, int, int], Tensor]  # of (sample, epoch, bucket)
 # What schedulers and terminals send to every process of a job.
 JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -32,8 +34,9 @@ class Batch:
     samples: number of each clip in its split, over all sets and buckets; with `epochs` and the frame it names the
     noise. keys: names in the tars, behind that of the set where there are several. bucket: of all clips.
     video: uint8 [B, Tv, 3, H, W], or latents: [B, T, C, h, w], as stored (float16), not normalised.
-    text: [B, L, E] embeddings, padded with zeros to the longest. labels: int64 [B]. broken: (sample, why) of those
-    met that could not be read. error: why nothing can be read any more; never seen outside of this file.
+    text: [B, L, E] embeddings, padded with zeros to the longest. labels: int64 [B]. attached: what the loader was told
+    to attach, stacked. broken: (sample, why) of those met that could not be read. error: why nothing can be read any
+    more; never seen outside of this file.
     """
 
     samples: list[int]
@@ -44,8 +47,15 @@ class Batch:
     latents: Tensor | None = None
     text: Tensor | None = None
     labels: Tensor | None = None
+    attached: Tensor | None = None
     broken: tuple[tuple[int, str], ...] = ()
     error: Exception | None = None
+
+    def pin_memory(self) -> "Batch":
+        """Called by torch's DataLoader, in a thread of its own: copies to a GPU then need not wait."""
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        values |= {name: value.pin_memory() for name, value in values.items() if isinstance(value, Tensor)}
+        return Batch(**values)
 
 
 # --- batches -----------------------------------------------------------------------------------------------
@@ -64,6 +74,7 @@ class _Item:
     media: Tensor | None = None
     text: Tensor | None = None
     label: int | None = None
+    attached: Tensor | None = None
     broken: tuple[tuple[int, str], ...] = ()
     error: Exception | None = None
 
@@ -85,9 +96,9 @@ class _Clips(Dataset):
 
     def __init__(
         self, shards: Shards, split: str, frames: Sequence[Frames | None], seed: int, shuffle: bool, window: int,
-        max_bad: float,
+        max_bad: float, attach: Attach | None,
     ) -> None:  # fmt: skip
-        self.seed, self.where = seed, f"{shards} ({split})"
+        self.seed, self.where, self.attach = seed, f"{shards} ({split})", attach
         self.clips = shards.samples(split)
         self.bound = max(1, math.floor(max_bad * self.clips))
         self.slots: list[list[int]] = []
@@ -118,7 +129,9 @@ class _Clips(Dataset):
                 return _Item(sample, epoch, error=error)
             else:
                 key = f"{stream.name}:{key}" if stream.name else key
-                return _Item(stream.first + sample, epoch, bucket, key, media, text, label, tuple(broken))
+                number = stream.first + sample
+                attached = self.attach(number, epoch, bucket) if self.attach is not None else None
+                return _Item(number, epoch, bucket, key, media, text, label, attached, tuple(broken))
         return _Item(first, epoch, broken=tuple(broken))
 
 
@@ -138,6 +151,7 @@ def loader(
     window: int = 0,
     stop: int | None = None,
     max_bad: float = 0.05,
+    attach: Attach | None = None,
 ) -> Generator[Batch, None, None]:
     """This rank's rows of the batches from sample clock `clock` on, of `clips` clips over all ranks, of one bucket
     each; rank r of `ranks` reads the r-th equal part of each.
@@ -147,7 +161,8 @@ def loader(
     frames: of every bucket, latent frames [start, stop) of its clips, of which alone the video is decoded; None for
     all. window: see DataConfig. stop: sample clock to end at, None for never; the last batch may be shorter with one
     rank and one bucket, and must be whole with more. workers: reading processes, 0 for none; prefetch: batches each
-    reads ahead.
+    reads ahead. attach: called with (sample, epoch, bucket) of every clip by the process that reads it, for what else
+    belongs to the clip and takes time to make.
     Samples that cannot be read are named on stderr and replaced by the next one; once their number exceeds
     `max_bad` of the split (one is always tolerated) the iterator raises ValueError. Where shards cannot be had at all
     it raises OSError.
@@ -165,13 +180,14 @@ def loader(
     if stop is not None and (ranks > 1 or several) and (stop - clock) % clips:
         raise ValueError(f"{stop - clock} clips are not whole batches of {clips}, which {ranks} ranks need")
     batches = rounds(shards, split, clips) if several else [1]
-    dataset = _Clips(shards, split, frames or [None] * len(shards.shapes), seed, shuffle, window, max_bad)
+    dataset = _Clips(shards, split, frames or [None] * len(shards.shapes), seed, shuffle, window, max_bad, attach)
     read = DataLoader(
         dataset,
         batch_sampler=_Places(clock, clips, rank, ranks, stop, batches, seed),
         collate_fn=_collate,
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
+        pin_memory=torch.cuda.is_available(),
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # or it would draw from the one that training draws from
     )
@@ -254,6 +270,7 @@ def _collate(items: list[_Item]) -> Batch:
     media: Tensor = default_collate([item.media for item in items if item.media is not None])
     texts = [item.text for item in items if item.text is not None]
     labels = [item.label for item in items if item.label is not None]
+    attached = [item.attached for item in items if item.attached is not None]
     return Batch(
         samples=[item.sample for item in items],
         epochs=[item.epoch for item in items],
@@ -263,6 +280,7 @@ def _collate(items: list[_Item]) -> Batch:
         latents=None if media.dtype == torch.uint8 else media,
         text=torch.nn.utils.rnn.pad_sequence(texts, batch_first=True) if texts else None,
         labels=torch.tensor(labels) if labels else None,
+        attached=default_collate(attached) if attached else None,
         broken=broken,
     )
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from msc.datasets.batches import Batch
+from msc.datasets.batches import Attach, Batch
 
 from .autoencoder import Autoencoder
 from .diffusion import DiffusionConfig, add_noise, frame_noise, keep_condition, noise_levels
@@ -78,21 +80,35 @@ class Feed:
         latents = latents_of(batch, self.autoencoder)
         assert latents.shape[1] == len(self.frames)
         clips = list(zip(batch.samples, batch.epochs, strict=True))
-        noise = torch.stack([frame_noise(self.seed, *clip, self.frames, latents.shape[2:]) for clip in clips])
+        noise = batch.attached
+        if noise is None:
+            noise = torch.stack([frame_noise(self.seed, *clip, self.frames, latents.shape[2:]) for clip in clips])
         kept = keep_condition(self.text_dropout, self.seed, clips)
         text = None if batch.text is None else batch.text * kept[:, None, None]
         labels = None if batch.labels is None else batch.labels.where(kept, self.model.config.classes)
 
-        def here(value: Tensor | None) -> Tensor | None:
-            return None if value is None else value.to(self.device, non_blocking=True)
-
+        to = partial(Tensor.to, device=self.device, non_blocking=True)  # from pinned memory
         return Inputs(
-            self.model.normalise(latents.to(self.device, torch.float32)),
-            noise.to(self.device),
-            self.levels(batch).to(self.device),
-            here(text),
-            here(labels),
+            self.model.normalise(to(latents).float()),
+            to(noise),
+            to(self.levels(batch)),
+            None if text is None else to(text),
+            None if labels is None else to(labels),
         )
+
+
+def noise_beside(feeds: Sequence[Feed], sizes: Sequence[tuple[int, int, int]]) -> Attach:
+    """For the loader to attach: the noise of every clip's own frames, which would take a good part of a GPU's step.
+
+    sizes: (frames, height, width) of every bucket's latents, as `feeds` are of every bucket.
+    """
+    channels = feeds[0].model.config.channels
+    own = [(feed.frames, (channels, height, width)) for feed, (_, height, width) in zip(feeds, sizes, strict=True)]
+    return partial(_noise, feeds[0].seed, own)
+
+
+def _noise(seed: int, own: list[tuple[range, tuple[int, int, int]]], sample: int, epoch: int, bucket: int) -> Tensor:
+    return frame_noise(seed, sample, epoch, *own[bucket])
 
 
 def micro_batches(batch: Batch, size: int) -> list[Batch]:
@@ -111,6 +127,7 @@ def micro_batches(batch: Batch, size: int) -> list[Batch]:
             latents=cut(batch.latents, some),
             text=cut(batch.text, some),
             labels=cut(batch.labels, some),
+            attached=cut(batch.attached, some),
         )
         for some in (slice(i, i + size) for i in range(0, len(batch.samples), size))
     ]

@@ -31,7 +31,7 @@ from .diffusion import frame_losses, frame_shift
 from .evaluate import preview
 from .expect import Expected, deviation, ratios
 from .held_out import Losses, held_out_losses
-from .inputs import Feed, micro_batches
+from .inputs import Feed, micro_batches, noise_beside
 from .meter import DESCRIPTION, Meter
 from .metrics import State, Tracker
 from .optimizer import set_schedule
@@ -151,6 +151,7 @@ def _train(
         prefetch=config.data.prefetch,
         window=config.data.window,
         max_bad=config.data.max_bad,
+        attach=noise_beside(feeds, sizes(shards)),
     )
     known = agreement.on_first(partial(read_broken, run))
     broken = Broken(run, shards.samples("train"), config.data.max_bad, known)

@@ -202,6 +202,27 @@ def test_each_sp_rank_decodes_only_its_frames(shards, monkeypatch):
     assert asked == ([(2, 6)] * 4 if read_index(shards).store == "video" else [])
 
 
+def number(sample: int, epoch: int, bucket: int) -> torch.Tensor:
+    return torch.tensor([100.0 * epoch + sample, bucket])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_attached_comes_with_its_clip(shards, workers):
+    for batch in read(shards, 8, workers=workers, attach=number):
+        expected = [number(*clip, 0) for clip in zip(batch.samples, batch.epochs, strict=True)]
+        assert torch.equal(batch.attached, torch.stack(expected))
+    assert read(shards, 1)[0].attached is None
+
+
+def test_all_tensors_of_a_batch_are_pinned(shards, monkeypatch):
+    (batch,) = read(shards, 1, attach=number)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self + 1)  # a GPU's part, which is not here
+    pinned = batch.pin_memory()
+    assert torch.equal(media(pinned), media(batch) + 1)
+    assert torch.equal(pinned.attached, batch.attached + 1)
+    assert (pinned.samples, pinned.epochs, pinned.keys) == (batch.samples, batch.epochs, batch.keys)
+
+
 def test_held_out_clips_come_once_and_in_order(shards):
     found = read(shards, 99, "held_out", clips=2, shuffle=False, stop=3)
     assert [batch.samples for batch in found] == [[0, 1], [2]]
