@@ -2,14 +2,17 @@
 
     run/heartbeat.json    {"time", "started", "step", "phase", "since", "host", "pid", "job", "ranks"}
 
-Times are seconds since 1970. `since` is when the phase was entered: a run that hangs keeps writing, but stays there.
+Times are seconds since 1970. `since` is when the phase was entered: a run that hangs keeps writing, but stays there. It
+is ended here when that lasts: watch.py finds a rank that others wait for, and none where all hang alike.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -31,8 +34,13 @@ def job_of(environment: Mapping[str, str]) -> str:
 
 
 @contextmanager
-def beating(run: Path | None, ranks: int, seconds: float = SECONDS) -> Iterator[Callable[[int, str], None]]:
-    """Write the heartbeat of `run` from a thread while the block runs; yields `at(step, phase)`. None: no heartbeat."""
+def beating(
+    run: Path | None, ranks: int, seconds: float = SECONDS, stall: float = 0.0
+) -> Iterator[Callable[[int, str], None]]:
+    """Write the heartbeat of `run` from a thread while the block runs; yields `at(step, phase)`. None: no heartbeat.
+
+    stall: seconds in one phase after which this process, and with it the run, is ended (0: never).
+    """
     if run is None:
         yield lambda step, phase: None
         return
@@ -52,15 +60,30 @@ def beating(run: Path | None, ranks: int, seconds: float = SECONDS) -> Iterator[
         while not over.wait(seconds):
             write()
 
-    thread = threading.Thread(target=work, name="msc-heartbeat", daemon=True)
-    thread.start()
+    def look() -> None:  # a thread of its own, as a file system that answers no more also stops the other
+        while stall and not over.wait(seconds):
+            step, phase, since = place
+            if time.time() - since > stall:
+                _end_stalled(step, phase, stall)
+
+    threads = [threading.Thread(target=target, name="msc-heartbeat", daemon=True) for target in (work, look)]
+    for thread in threads:
+        thread.start()
     try:
         yield at
     finally:
         over.set()
-        thread.join(seconds)
+        for thread in threads:
+            thread.join(seconds)
         place = place[0], ENDED, time.time()
         write()
+
+
+def _end_stalled(step: int, phase: str, stall: float) -> None:
+    said = f"nothing has moved for {stall:g} s (parallel.stall) in step {step}, {phase}; the run ends, resume it"
+    print(f"msc: rank 0: {said}", file=sys.stderr, flush=True)
+    faulthandler.dump_traceback()
+    os._exit(1)
 
 
 def identity(ranks: int) -> dict[str, Any]:

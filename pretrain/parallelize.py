@@ -42,9 +42,10 @@ __all__ = [
 class ParallelConfig:
     """sp: ranks that share one video along time; the rest of the world is data parallel. recompute: activation
     checkpointing per block. compile: torch.compile per block. timeout: seconds in which all ranks end when one
-    is lost or stuck. attention: the kernel ("auto", "sdpa", "flex", "flash"; see backends.py). layout: how scales
-    are shared out along time ("auto", "halo", "ulysses", "ring"; see layout.py); "auto" takes for each scale what is
-    cheapest between ranks that compute flops_per_s and send bytes_per_s."""
+    is lost or stuck. stall: seconds in one phase, such as a pass or a checkpoint, after which the whole run is taken
+    to hang and ended (0: never). attention: the kernel ("auto", "sdpa", "flex", "flash"; see backends.py). layout:
+    how scales are shared out along time ("auto", "halo", "ulysses", "ring"; see layout.py); "auto" takes for each
+    scale what is cheapest between ranks that compute flops_per_s and send bytes_per_s."""
 
     sp: int = 1
     precision: Precision = "bf16"
@@ -55,6 +56,7 @@ class ParallelConfig:
     recompute: bool = False
     compile: bool = False
     timeout: float = 600.0
+    stall: float = 7200.0
     zero: ZeroConfig = field(default_factory=ZeroConfig)
 
     def __post_init__(self):
@@ -63,6 +65,8 @@ class ParallelConfig:
         for name in ("timeout", "bytes_per_s", "flops_per_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"parallel.{name} is {getattr(self, name)}; it must be positive")
+        if self.stall < 0:
+            raise ValueError(f"parallel.stall is {self.stall}; it must be positive, or 0 for no limit")
         check_zero(self.zero, self.precision)
 
 

@@ -60,7 +60,7 @@ def train(
         # Again, and for good: since the command line looked, imports and waiting for all ranks have taken their time.
         agreement.on_first(partial(heartbeat.claim, run, world.size, checkpoint.say))
         with (
-            heartbeat.beating(run if world.first else None, world.size) as beat,
+            heartbeat.beating(run if world.first else None, world.size, stall=config.parallel.stall) as beat,
             watching(world.rank, world.size, process.patience(config.parallel.timeout)) as watched,
         ):
 

@@ -96,6 +96,29 @@ def test_a_process_ends_in_order_while_its_watch_asks_the_store():
         assert (done.returncode, done.stderr) == (0, "")
 
 
+STALLS = """
+import sys, time
+from pathlib import Path
+from msc.pretrain.heartbeat import beating
+with beating(Path(sys.argv[1]), 1, seconds=0.1, stall=1.5) as at:
+    for step in range(3):
+        at(step, "forward and backward")
+        time.sleep(0.8)
+    at(7, "reading clips")
+    time.sleep(60)
+"""
+
+
+def test_a_run_in_which_nothing_moves_ends_with_its_stacks(tmp_path):
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", STALLS, tmp_path], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 1
+    said = "msc: rank 0: nothing has moved for 1.5 s (parallel.stall) in step 7, reading clips; the run ends"
+    assert done.stderr.startswith(said)
+    assert "line 10 in <module>" in done.stderr
+    assert 3 < time.monotonic() - began < 30
+
+
 class Store(dist.HashStore):
     """200 ranks in one long phase, all alive. A request takes 50 ms and `per_key` seconds more for each key that is
     read; none is answered while `mute`. most: keys read at once."""
