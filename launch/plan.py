@@ -132,12 +132,13 @@ def plan(config: Config, index: Index, device: Device, gpus: int) -> Plan:
 
     sp_link = "in the machine" if inside else "network"
     dp_link = "network" if wide else "in the machine"
+    at_start = 4.0 * count / (model.depth if parallel.zero.stage == 3 else 1)  # at stage 3 a block at a time is whole
     traffic = {("past along time", sp_link): sent, ("gradients", dp_link): reduced, ("weights", dp_link): gathered}
     return Plan(
         config, device, gpus, dp, accumulate, layouts, count,
         index.frames * cost.tokens_per_frame(model, index.height, index.width),
         config.train.batch * float(cost.step_flops(model, index.frames, index.height, index.width)),
-        memory(config, clip, count, gpus), 4.0 * count, {k: v for k, v in traffic.items() if v}, seconds,
+        memory(config, clip, count, gpus), at_start, {k: v for k, v in traffic.items() if v}, seconds,
     )  # fmt: skip
 
 

@@ -235,7 +235,7 @@ def _state(optimizer: torch.optim.Optimizer, master: Tensor) -> dict[str, Tensor
     """Master weights and optimizer state as flat tensors; the state is made if no step has been taken."""
     state = optimizer.state[master]
     if "exp_avg" not in state:
-        state["step"] = torch.zeros((), dtype=torch.float32)
+        state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)  # a fused step wants it there
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
         state["ema"] = master.detach().clone()
     return {"weight": master.data.view(-1)} | {key: state[key].data.view(-1) for key in STATE[1:]}
@@ -254,7 +254,7 @@ def steps_taken(engine: Any) -> int:
 def restore_steps(engine: Any, steps: int) -> None:
     """Set Adam's step count (its bias correction) after the state was written into `pieces`."""
     for state in base_optimizer(engine).state.values():
-        state["step"] = torch.tensor(float(steps), dtype=torch.float32)
+        state["step"] = torch.tensor(float(steps), dtype=torch.float32, device=state["exp_avg"].device)
 
 
 def publish_masters(engine: Any) -> None:

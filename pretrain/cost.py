@@ -71,9 +71,9 @@ def step_flops(config: ModelConfig, frames: int, height: int, width: int) -> int
 
 
 def state_parts(count: int, stage: int, ranks: int, bf16: bool) -> dict[str, int]:
-    """Bytes on one rank under ZeRO `stage`: weights, gradients (kept in fp32), optimizer (fp32 masters, where the
-    weights are not, and two moments) and average."""
-    optimizer = 4 * 2 + (4 if bf16 else 0)
+    """Bytes on one rank under ZeRO `stage`: weights, gradients (kept in fp32), optimizer (two moments and fp32 masters,
+    which DeepSpeed from stage 1 on keeps beside weights in fp32, too) and average."""
+    optimizer = 4 * 2 + (4 if bf16 or stage else 0)
     parts = {"weights": (2 if bf16 else 4, 3), "gradients": (4, 2), "optimizer": (optimizer, 1), "average": (4, 1)}
     # (bytes per parameter, sharded from this stage on)
     return {name: size * count // (ranks if stage >= sharded else 1) for name, (size, sharded) in parts.items()}

@@ -89,6 +89,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamWEMA:
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
+        fused=True,  # one pass over the weights, and no copies of them on the way
     )
 
 

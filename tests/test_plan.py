@@ -16,6 +16,7 @@ from msc.launch import cli
 from msc.launch.hardware import KINDS, kind_of, named_by_driver
 from msc.launch.plan import plan, plans, roll_out, zero_bytes
 from msc.launch.plan_report import describe, read_expected
+from msc.parallel.zero import ZeroConfig
 from msc.pretrain import cost
 from msc.pretrain.expect import Expected, deviation, ratios
 from msc.pretrain.model import ModelConfig, MSCTransformer
@@ -32,8 +33,8 @@ H100 = KINDS["h100"]
 
 
 def test_parameters_flops_and_state_are_those_of_a_real_step():
-    """Products forward and backward, counted; state that a model and its optimizer hold after a step."""
-    config, index = small()
+    """Products forward and backward, counted; what a model and its optimizer, without DeepSpeed, hold after a step."""
+    config, index = small(zero=ZeroConfig(stage=0))
     config = replace(config, train=replace(config.train, batch=2, micro=2), parallel=replace(config.parallel))
     found = plan(config, index, H100, 1)
     model = MSCTransformer(config.model)
@@ -178,7 +179,7 @@ def test_less_memory_asks_for_recomputation_or_sharding():
     plenty, little = (plans(config, ASSUMED, replace(H100, memory=size), 64)[0] for size in (200e9, 40e9))
     assert plenty.fits and little.fits and little.memory_bytes < 40e9 < plenty.memory_bytes
     assert little.step_s >= plenty.step_s
-    nothing = plans(config, ASSUMED, replace(H100, memory=8e9), 64)
+    nothing = plans(config, ASSUMED, replace(H100, memory=5e9), 64)
     assert not nothing[0].fits and nothing[0].memory_bytes == min(way.memory_bytes for way in nothing)
     assert "DOES NOT FIT" in describe(nothing, ASSUMED, None)
 

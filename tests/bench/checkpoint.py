@@ -69,7 +69,7 @@ def stall(args: argparse.Namespace, folder: Path) -> None:
         for way in ("before", "beside"):
             plain = statistics.median(step() for _ in range(args.steps))
             number, began = number + 1, time.perf_counter()
-            copied = writer.save(engine, number, facts)["checkpoint/stall_s"]
+            copied = writer.save(engine, number, facts)["saving/stall_s"]
             steps = 0
             if way == "before":
                 writer.wait()
