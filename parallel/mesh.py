@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,3 +38,16 @@ def rows(world: int, sp: int) -> int:
     if world % sp:
         raise ValueError(f"{world} processes do not divide into rows of parallel.sp = {sp}")
     return world // sp
+
+
+def scattered(hosts: Sequence[str], sp: int) -> str:
+    """What to say where rows lie on more machines than they need to; "" where none does. hosts: of every rank."""
+    needed = -(-sp // max(Counter(hosts).values()))
+    rows_of_hosts = [set(hosts[first : first + sp]) for first in range(0, len(hosts), sp)]
+    if not (many := sum(len(row) > needed for row in rows_of_hosts)):
+        return ""
+    return (
+        f"{many} of {len(rows_of_hosts)} rows of parallel.sp = {sp} ranks lie on more machines than they need to, and "
+        "send the past over the network: number ranks machine by machine (srun --distribution=block), and take a "
+        "parallel.sp that divides the ranks of a machine"
+    )

@@ -6,6 +6,7 @@ import faulthandler
 import json
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from msc.datasets.batches import loader
 from msc.datasets.files import write_atomically
 from msc.datasets.mixture import Shards, check_remote, open_shards
 from msc.parallel import agreement, desync, fp8, process, zero
+from msc.parallel.mesh import scattered
 from msc.parallel.watch import of_communication, watching
 
 from . import checkpoint, cost, guard, heartbeat, rollback, shelf, warm
@@ -85,6 +87,8 @@ def _train(
     )  # fmt: skip
     agreement.on_first(partial(check_remote, shards))
     mesh = make_mesh(world.size, config.parallel.sp, world.device.type)
+    if (told := scattered(agreement.gather(socket.gethostname()), config.parallel.sp)) and world.first:
+        checkpoint.say(told)
     # of every bucket: where our frames lie in its clips, and which those are
     timelines = [own_timeline(mesh, config.model, config.parallel, clip_of(config.model, config.parallel, *size))
                  for size in sizes(shards)]  # fmt: skip

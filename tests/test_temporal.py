@@ -21,6 +21,7 @@ from sharded import (
     overlap_on_a_rank,
 )
 
+from msc.parallel.mesh import scattered
 from msc.parallel.temporal import bounds, transfers
 from msc.pretrain.timeline import WholeVideo
 
@@ -74,6 +75,14 @@ def test_transfers_bring_exactly_what_is_needed(units, ranks, window, every):
     if every == 1 and all(b - a >= window for a, b in zip(edges, edges[1:], strict=False)):
         # a windowed scale sends the same amount however long the video and however many the ranks
         assert all(b - a == window for _, _, a, b in messages)
+
+
+def test_rows_that_lie_on_more_machines_than_they_need_are_told():
+    blocks, turns = [*"aaaabbbb"], [*"abababab"]
+    assert all(not scattered(blocks, sp) for sp in (1, 2, 4, 8))
+    assert scattered(turns, 2).startswith("4 of 4 rows of parallel.sp = 2 ranks lie on more machines")
+    assert scattered(turns, 4).startswith("2 of 2") and not scattered(turns, 8)
+    assert scattered([*"aaabbb"], 2).startswith("1 of 3")
 
 
 @pytest.mark.parametrize("backend, ranks", GROUPS)
