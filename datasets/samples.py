@@ -33,7 +33,7 @@ class Samples:
     ) -> None:
         self.folder, self.index, self.split = folder, index, split
         self._ends = [0]
-        self._scanned: dict[str, list[Sample]] = {}
+        self._scanned: dict[str, list[Sample] | str] = {}  # or why it cannot be read
         if not index.samples(split):
             raise ValueError(f"{folder} has no clips in split {split!r}")
         for shard in index.splits[split]:
@@ -94,14 +94,20 @@ class Samples:
         place = bisect.bisect_right(self._ends, number) - 1
         shard = self.index.splits[self.split][place]
         path = self.folder / shard.name if isinstance(self.folder, Path) else self.folder.file(shard)
-        if shard.name not in self._scanned:
-            found = scan(path)
-            if len(found) != shard.samples:
-                raise ValueError(f"shard {path} has {len(found)} samples, its index says {shard.samples}")
+        found = self._scanned.get(shard.name)
+        if found is None:
+            try:
+                found = scan(path)
+                if len(found) != shard.samples:
+                    raise ValueError(f"shard {path} has {len(found)} samples, its index says {shard.samples}")
+            except ValueError as error:
+                found = str(error)
             if len(self._scanned) >= SCANNED_SHARDS:
                 del self._scanned[next(iter(self._scanned))]  # the one scanned longest ago
             self._scanned[shard.name] = found
-        return path, self._scanned[shard.name][number - self._ends[place]]
+        if isinstance(found, str):
+            raise ValueError(found)
+        return path, found[number - self._ends[place]]
 
     def _video(self, path: Path, sample: Sample, about: dict[str, Any]) -> Tensor:
         content = read_part(path, sample, "mp4")
