@@ -147,7 +147,7 @@ def _tasks(config: ConvertConfig, spool: Path, sources: list[tuple[int, Source]]
 
 
 def _parts(writer: Writer, source: Source, clip: Clip) -> dict[str, bytes]:
-    """The members of one sample. The checksum lets every rank judge a sample alike, whatever it decodes."""
+    """The members of one sample. Checksums let every rank judge a sample alike, whatever it decodes."""
     config = writer.config
     shape = config.shapes[clip.bucket]
     content = clip.file.read_bytes()
@@ -168,12 +168,13 @@ def _parts(writer: Writer, source: Source, clip: Clip) -> dict[str, bytes]:
     }
     if source.label is not None:
         about["label"] = source.label
-    parts = {"json": json.dumps(about, sort_keys=True).encode(), STORES[config.kind]: content}
+    parts = {STORES[config.kind]: content}
     if writer.embed is not None:
         text = writer.embed(source.caption) if source.caption else writer.unknown
         assert text is not None
         parts["text.safetensors"] = save({"text": text.detach().to("cpu").contiguous()})
-    return parts
+        about["text_crc32"] = zlib.crc32(parts["text.safetensors"])
+    return {"json": json.dumps(about, sort_keys=True).encode(), **parts}
 
 
 class _Progress:

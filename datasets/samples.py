@@ -5,7 +5,7 @@ import json
 import math
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +18,7 @@ from msc.datasets.shards import STORES, Index, Sample, find_part, read_part, sca
 
 SCANNED_SHARDS = 64  # tables of contents kept per process; a scan takes about a millisecond
 FETCHES = 5  # times that a shard which was removed from the cache is fetched again
+CHUNK = 1 << 20
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
@@ -59,7 +60,8 @@ class Samples:
         shard cannot be had.
 
         media: uint8 video [Tv, 3, H, W], or latents [T, C, h, w] in the type they are stored in, of the frames asked
-        for. Whether a sample is broken never depends on those: ranks that share a clip must agree.
+        for. Whether a sample is broken never depends on those: ranks that share a clip must agree. So checksums are of
+        all frames; where there is none, as shards of others may be without, only video is broken by that.
         """
         for _ in range(FETCHES):
             try:
@@ -80,10 +82,13 @@ class Samples:
             if self.index.store == "video":
                 media = self._video(path, sample, about)
             else:
-                media = self._latents(path, sample)
+                media = self._latents(path, sample, about)
             text = None
             if self.index.has_text is not None:
-                text = load(read_part(path, sample, "text.safetensors"))["text"].float()
+                content = read_part(path, sample, "text.safetensors")
+                if "text_crc32" in about and zlib.crc32(content) != about["text_crc32"]:
+                    raise ValueError("checksum of the text differs from the one written")
+                text = load(content)["text"].float()
                 if text.dim() != 2 or not len(text) or text.shape[1] != self.index.has_text:
                     raise ValueError(f"text is {list(text.shape)}, expected [L, {self.index.has_text}], L at least 1")
         except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
@@ -121,8 +126,8 @@ class Samples:
             raise ValueError(f"video is {tuple(video.shape[2:])}, the index says {size}")
         return video
 
-    def _latents(self, path: Path, sample: Sample) -> Tensor:
-        """Only the bytes of the frames asked for are read."""
+    def _latents(self, path: Path, sample: Sample, about: dict[str, Any]) -> Tensor:
+        """All bytes are read, if only for their checksum; no more is held than the frames asked for."""
         offset, size = find_part(path, sample, STORES["latent"])
         index, (start, stop) = self.index, self.frames
         shape = [index.frames, index.channels, index.height, index.width]
@@ -131,13 +136,23 @@ class Samples:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(size - 8, 1 << 20):
                 raise ValueError(f"safetensors header claims {length} of {size} bytes")
-            about = json.loads(file.read(length))["latent"]
-            dtype = DTYPES[about["dtype"]]
-            begin, end = about["data_offsets"]
+            header = json.loads(file.read(length))["latent"]
+            dtype = DTYPES[header["dtype"]]
+            begin, end = header["data_offsets"]
             each = math.prod(shape[1:]) * dtype.itemsize
             inside = 0 <= begin <= end <= size - 8 - length
-            if about["shape"] != shape or end - begin != shape[0] * each or not inside:
-                raise ValueError(f"latents are {about['shape']}, the index says {shape}")
+            if header["shape"] != shape or end - begin != shape[0] * each or not inside:
+                raise ValueError(f"latents are {header['shape']}, the index says {shape}")
+            if "crc32" in about and _crc32(file, offset, size) != about["crc32"]:
+                raise ValueError("checksum of the latents differs from the one written")
             file.seek(offset + 8 + length + begin + start * each)
             content = bytearray(file.read((stop - start) * each))
         return torch.frombuffer(content, dtype=dtype).reshape(stop - start, *shape[1:])
+
+
+def _crc32(file: BinaryIO, offset: int, size: int) -> int:
+    file.seek(offset)
+    found = 0
+    for first in range(0, size, CHUNK):
+        found = zlib.crc32(file.read(min(CHUNK, size - first)), found)
+    return found

@@ -380,6 +380,24 @@ def test_broken_latents_are_found_by_their_header(tmp_path, capsys):
     assert (key, found.shape) == ("clip-5", (2, 3, 8, 8))
 
 
+def test_a_flipped_bit_is_found_in_latents_and_text(tmp_path):
+    """By every rank alike, whichever frames it reads; shards without checksums are read as they are."""
+    latents, text = save({"latent": torch.zeros(4, 3, 8, 8)}), save({"text": torch.zeros(5, 7)})
+    sums = {"crc32": zlib.crc32(latents), "text_crc32": zlib.crc32(text)}
+    flipped = [latents[:-1] + b"\1", latents, latents, latents[:-1] + b"\1"], [text, text[:-1] + b"\1", text, text]
+    samples = []
+    for i, (one, other) in enumerate(zip(*flipped, strict=True)):
+        about = json.dumps(sums if i < 3 else {}).encode()
+        samples.append((f"clip-{i}", {"json": about, "latent.safetensors": one, "text.safetensors": other}))
+    index = small_index(tmp_path, samples, store="latent", has_text=7)
+    for frames in ((0, 4), (0, 1), (3, 4)):
+        found = Samples(tmp_path, index, "train", frames)
+        for i, what in enumerate(("latents", "text")):
+            with pytest.raises(ValueError, match=f"sample clip-{i} of .*checksum of the {what} differs"):
+                found.read(i)
+        assert found.read(2)[1].shape == found.read(3)[1].shape == (frames[1] - frames[0], 3, 8, 8)
+
+
 def test_text_and_labels_come_along(tmp_path):
     samples = video_samples(6, label=lambda i: i % 3)
     text = torch.randn(6, 5, 7)

@@ -125,6 +125,7 @@ def test_what_a_manifest_says_is_in_the_samples(tmp_path, folder):
             row = ROWS[names.index(fields["source"])]
             assert (fields["caption"], fields["licence"]) == (row.get("caption"), row.get("licence"))
             assert label == fields["label"] == ["cat", "dog"].index(row["label"])
+            assert {"crc32", "text_crc32"} <= set(fields)
             assert torch.equal(text, embed(row["caption"]).float() if "caption" in row else torch.zeros(1, 3))
             starts[row["path"] + str(row.get("start", ""))].append((name, fields["start"]))
     # 1 to 5 s of the second video are in use: ticks 12 to 60, the last quarter from 48 on held out, for both rows.
