@@ -148,7 +148,11 @@ def read_index(folder: str | Path) -> Index:
         raise FileNotFoundError(f"no folder of shards at {folder}: make one with `msc convert`")
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no index.json: run `msc convert` first")
-    index = parse_index(path.read_bytes(), str(path))
+    with open(path, "rb") as file:
+        content = file.read(MAX_INDEX_BYTES + 1)
+    if len(content) > MAX_INDEX_BYTES:
+        raise ValueError(f"{path} has more than the {MAX_INDEX_BYTES} bytes that an index of shards may have")
+    index = parse_index(content, str(path))
     for shard in (shard for shards in index.splits.values() for shard in shards):
         _check_shard(folder, shard)
     return index

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import pickle
 import tarfile
 from pathlib import Path
@@ -204,6 +205,15 @@ def test_a_corrupt_index_is_refused(tmp_path, content):
     make_folder(tmp_path)
     (tmp_path / "index.json").write_text(content)
     with pytest.raises(ValueError, match=r"not an index of shards .*msc convert"):
+        read_index(tmp_path)
+
+
+def test_an_index_without_end_is_not_read(tmp_path, monkeypatch):
+    make_folder(tmp_path)
+    monkeypatch.setattr(shards, "MAX_INDEX_BYTES", (tmp_path / "index.json").stat().st_size)
+    assert read_index(tmp_path).samples("train") == 5
+    os.truncate(tmp_path / "index.json", 1 << 40)  # a hole: it takes no space, but memory
+    with pytest.raises(ValueError, match=r"index.json has more than the \d+ bytes that an index"):
         read_index(tmp_path)
 
 
