@@ -146,15 +146,16 @@ def _some_latents(folder: Path, shards: list[ShardInfo], encode: Encode) -> Iter
     """Up to MEASURED_CLIPS training clips, evenly spaced, as latents [T', C, h, w] read from the shards."""
     total = sum(shard.samples for shard in shards)
     chosen = {i * total // min(total, MEASURED_CLIPS) for i in range(min(total, MEASURED_CLIPS))}
-    number = 0
+    first = 0
     for shard in shards:
-        for sample in scan(folder / shard.name):
-            if number in chosen:
-                if "mp4" in sample.parts:
-                    yield encode(frames(read_part(folder / shard.name, sample, "mp4"), name=sample.key))
-                else:
-                    yield load(read_part(folder / shard.name, sample, STORES["latent"]))["latent"]
-            number += 1
+        path, own = folder / shard.name, [number for number in range(first, first + shard.samples) if number in chosen]
+        samples = scan(path) if own else []
+        for sample in (samples[number - first] for number in own):
+            if "mp4" in sample.parts:
+                yield encode(frames(read_part(path, sample, "mp4"), name=sample.key))
+            else:
+                yield load(read_part(path, sample, STORES["latent"]))["latent"]
+        first += shard.samples
 
 
 def _check_clips(config: ConvertConfig, results: list[Outcome]) -> None:

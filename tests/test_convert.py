@@ -10,6 +10,7 @@ import crashing
 import pytest
 import torch
 
+from msc.datasets import convert as converting
 from msc.datasets import cut
 from msc.datasets.batches import loader
 from msc.datasets.clips import border, pieces, runs
@@ -188,6 +189,17 @@ def test_statistics_are_those_of_the_training_clips(tmp_path, videos):
     index = read_index(tmp_path / "out")
     samples = Samples(tmp_path / "out", index, "train")
     assert measure(blocks(samples.read(i)[1]) for i in range(len(samples))) == index.statistics
+
+
+def test_statistics_open_only_the_shards_of_the_clips_they_take(tmp_path, videos, monkeypatch):
+    scanned = []
+    monkeypatch.setattr(converting, "MEASURED_CLIPS", 2)
+    monkeypatch.setattr(converting, "scan", lambda path: scanned.append(path.name) or scan(path))
+    convert(settings(tmp_path, videos), blocks, 2)
+    index = read_index(tmp_path / "out")
+    samples = Samples(tmp_path / "out", index, "train")
+    assert measure(blocks(samples.read(i)[1]) for i in (0, len(samples) // 2)) == index.statistics
+    assert len(scanned) == 2 < len(index.splits["train"])
 
 
 def test_latents_are_stored_in_their_place(tmp_path, videos):
