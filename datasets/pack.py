@@ -18,6 +18,7 @@ from tqdm import tqdm
 from msc.datasets.clips import SPLITS
 from msc.datasets.cut import Clip, Cut, Task, cut_all
 from msc.datasets.decode import frames
+from msc.datasets.files import locked
 from msc.datasets.settings import ConvertConfig
 from msc.datasets.shards import STORES, ShardInfo, write_shard
 from msc.datasets.sources import Listing, Source, copies
@@ -104,10 +105,11 @@ class Writer:
             clip.file.unlink()
 
     def _copies(self) -> dict[int, str]:
-        """Sources that are copies of earlier ones; found by whoever comes first, as all their bytes are read."""
+        """Sources that are copies of earlier ones; found, as files are read, by whoever comes first. Others wait."""
         path = self.partial / WORK / "copies.json"
-        if not path.is_file():
-            keep(self.own, path, copies(self.listing.sources))
+        with locked(path.with_suffix(".lock")):
+            if not path.is_file():
+                keep(self.own, path, copies(self.listing.sources))
         return {int(number): name for number, name in json.loads(path.read_text()).items()}
 
 

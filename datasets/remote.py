@@ -8,15 +8,13 @@ calls its shards is no part of a command or an address before it was checked (sh
 
 import base64
 import errno
-import fcntl
 import hashlib
 import io
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
@@ -28,6 +26,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 from webdataset.gopen import gopen
 
+from msc.datasets.files import locked
 from msc.datasets.shards import MAX_INDEX_BYTES, Index, ShardInfo, parse_index
 
 T = TypeVar("T")
@@ -117,7 +116,7 @@ class Remote:
         path = self.cache / f"{shard.sha256}.tar"
         if not path.is_file():
             self.cache.mkdir(parents=True, exist_ok=True)
-            with _locked(self.cache / f"lock-{shard.sha256[:2]}"):
+            with locked(self.cache / f"lock-{shard.sha256[:2]}"):
                 if not path.is_file():
                     self._fetch(shard, path)
         os.utime(path)  # used now: the oldest go first
@@ -127,7 +126,7 @@ class Remote:
         partial = path.with_suffix(".partial")
         url = self.address(shard.name)
         with open(partial, "wb+") as file:
-            with _locked(self.cache / "lock-room"):
+            with locked(self.cache / "lock-room"):
                 self._make_room(shard.bytes)
             try:
                 download(url, file, shard.bytes, self.timeout)
@@ -260,10 +259,3 @@ def _read_command(url: str, file: BinaryIO, most: int, timeout: float) -> None:
                 stream.proc.kill()
                 raise ValueError(f"{url} has more than the {most} bytes expected: it has changed since")
             file.write(chunk)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -11,13 +11,14 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from msc.datasets.decode import SUFFIXES
 
+END_BYTES = 1 << 16  # at which files of equal size are told apart before all of them is read
 MANIFESTS = (".csv", ".jsonl", ".parquet", ".txt")
 COLUMNS = ("path", "caption", "label", "licence", "start", "end")
 
@@ -192,15 +193,14 @@ def _number(labels: list[tuple[str, Any]]) -> tuple[list[int | None], tuple[str,
 
 
 def copies(sources: list[Source]) -> dict[int, str]:
-    """Number of every source whose content an earlier one has -> name of that one. Only files of equal size are
-    read, by SHA-256; files that cannot be read are no copies.
+    """Number of every source whose content an earlier one has -> name of that one. Of files of equal size the ends are
+    read, and where these agree the whole, by SHA-256; files that cannot be read are no copies.
     """
-    sizes: dict[int, set[Path]] = defaultdict(set)
-    for path in {source.path for source in sources}:
-        if path.is_file():
-            sizes[path.stat().st_size].add(path)
-    alike = {path: _sha256(path) for paths in sizes.values() if len(paths) > 1 for path in paths}
-    first: dict[tuple[str, float, float], str] = {}
+    groups = [{source.path for source in sources if source.path.is_file()}]
+    for trait in (_size, _ends, _sha256):
+        groups = [found for group in groups for found in _divided(group, trait) if len(found) > 1]
+    alike = {path: number for number, group in enumerate(groups) for path in group}
+    first: dict[tuple[int, float, float], str] = {}
     found = {}
     for number, source in enumerate(sources):
         if source.path in alike:
@@ -212,6 +212,26 @@ def copies(sources: list[Source]) -> dict[int, str]:
     return found
 
 
-def _sha256(path: Path) -> str:
+def _divided(files: set[Path], trait: Callable[[Path], Any]) -> Iterable[set[Path]]:
+    """Those of equal `trait` together."""
+    found: dict[Any, set[Path]] = defaultdict(set)
+    for path in files:
+        found[trait(path)].add(path)
+    return found.values()
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
+
+
+def _ends(path: Path) -> bytes:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        found = hashlib.sha256(file.read(END_BYTES))
+        file.seek(max(0, _size(path) - END_BYTES))
+        found.update(file.read(END_BYTES))
+    return found.digest()
+
+
+def _sha256(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
