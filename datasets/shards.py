@@ -137,11 +137,16 @@ def write_index(folder: Path, index: Index) -> None:
 
 
 def read_index(folder: str | Path) -> Index:
-    """Read and check `folder/index.json` and that every shard it names is there in its full size.
+    """Read and check `folder/index.json`; no shard is looked at (see `check_shards`).
 
-    Raises FileNotFoundError where the folder, the index or a shard is missing, ValueError where the index is
-    unreadable or of a newer format, or a shard has another size than when it was written.
+    Raises FileNotFoundError where the folder or the index is missing, ValueError where the index is unreadable or of a
+    newer format.
     """
+    return parse_index(index_content(folder), str(Path(folder, "index.json")))
+
+
+def index_content(folder: str | Path) -> bytes:
+    """The bytes of `folder/index.json`."""
     folder = Path(folder)
     path = folder / "index.json"
     if not folder.is_dir():
@@ -152,10 +157,7 @@ def read_index(folder: str | Path) -> Index:
         content = file.read(MAX_INDEX_BYTES + 1)
     if len(content) > MAX_INDEX_BYTES:
         raise ValueError(f"{path} has more than the {MAX_INDEX_BYTES} bytes that an index of shards may have")
-    index = parse_index(content, str(path))
-    for shard in (shard for shards in index.splits.values() for shard in shards):
-        _check_shard(folder, shard)
-    return index
+    return content
 
 
 def parse_index(content: bytes, name: str) -> Index:
@@ -210,13 +212,18 @@ def _problem(index: Index, content: bytes) -> str:
     return index.statistics.problem(index.channels)
 
 
-def _check_shard(folder: Path, shard: ShardInfo) -> None:
-    path = folder / shard.name
-    if not path.is_file():
-        raise FileNotFoundError(f"shard {path} is missing: copy it again or run `msc convert` again")
-    size = path.stat().st_size
-    if size != shard.bytes:
-        raise ValueError(f"shard {path} has {size} bytes, its index says {shard.bytes}: copy it again")
+def check_shards(folder: str | Path, index: Index) -> None:
+    """FileNotFoundError or ValueError for a shard that is missing or has another size than when it was written.
+
+    Asks for each: what thousands of ranks should not all do.
+    """
+    for shard in (shard for shards in index.splits.values() for shard in shards):
+        path = Path(folder, shard.name)
+        if not path.is_file():
+            raise FileNotFoundError(f"shard {path} is missing: copy it again or run `msc convert` again")
+        size = path.stat().st_size
+        if size != shard.bytes:
+            raise ValueError(f"shard {path} has {size} bytes, its index says {shard.bytes}: copy it again")
 
 
 def verify(folder: str | Path, index: Index) -> list[str]:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from msc.datasets.batches import loader
 from msc.datasets.files import write_atomically
-from msc.datasets.mixture import Shards, check_remote, open_shards
+from msc.datasets.mixture import Shards, check_sizes, open_shards
 from msc.parallel import agreement, desync, fp8, process, zero
 from msc.parallel.watch import of_communication, watching
 
@@ -83,7 +83,7 @@ def _train(
         {**flat(config), **versions, "run": str(run.absolute()), "resume": resume, "back to": back_to, "again": again,
          "index.json": " ".join(found.digest for found in shards.sets)}
     )  # fmt: skip
-    agreement.on_first(partial(check_remote, shards))
+    agreement.on_first(partial(check_sizes, shards), patient=True)
     mesh = make_mesh(world.size, config.parallel.sp, world.device.type)
     # of every bucket: where our frames lie in its clips, and which those are
     timelines = [own_timeline(mesh, config.model, config.parallel, clip_of(config.model, config.parallel, *size))

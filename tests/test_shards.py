@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from msc.datasets import shards
-from msc.datasets.shards import Index, read_index, read_part, scan, verify, write_index, write_shard
+from msc.datasets.shards import Index, check_shards, read_index, read_part, scan, verify, write_index, write_shard
 from msc.datasets.statistics import Statistics
 
 SAMPLES = [(f"train-{i:03d}", {"json": b"{}" * (i + 1), "mp4": bytes([i]) * (700 * i + 1)}) for i in range(5)]
@@ -226,10 +226,10 @@ def test_missing_short_and_changed_shards_are_named(tmp_path):
     assert verify(tmp_path, read_index(tmp_path)) == ["train-000000.tar"]
     shard.write_bytes(content[:-512])
     with pytest.raises(ValueError, match=rf"train-000000.tar has \d+ bytes, its index says {len(content)}"):
-        read_index(tmp_path)
+        check_shards(tmp_path, read_index(tmp_path))
     shard.unlink()
     with pytest.raises(FileNotFoundError, match=r"train-000000.tar is missing"):
-        read_index(tmp_path)
+        check_shards(tmp_path, read_index(tmp_path))
     assert dataclasses.is_dataclass(index)
 
 
