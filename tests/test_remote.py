@@ -23,6 +23,7 @@ import torch
 from msc.datasets import remote
 from msc.datasets.batches import Batch, loader
 from msc.datasets.convert import ConvertConfig, convert
+from msc.datasets.files import locked
 from msc.datasets.mixture import DataConfig, ShardsFrom, check_sizes, open_shards
 from msc.datasets.remote import Remote, download, is_address, shown
 from msc.datasets.shards import read_index
@@ -174,6 +175,33 @@ def test_many_ask_at_once_and_one_fetches(server, folder, tmp_path):
         paths = list(pool.map(lambda _: place.file(shard), range(8)))
     assert {path.read_bytes() for path in paths} == {(folder / shard.name).read_bytes()}
     assert server.it.asked["GET", shard.name] == 1
+
+
+def test_what_is_being_fetched_counts_with_all_that_it_will_be(server, folder, tmp_path, monkeypatch):
+    """Of shards that are asked for at once no more are fetched at once than fit; what a dead process left goes."""
+    shards = read_index(folder).splits["train"]
+    most = 5 * max(shard.bytes for shard in shards) // 2
+    place = Remote(server.url, tmp_path / "cache", most)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / f"left.{1 << 40}.partial").write_bytes(b"left by a process that was killed")
+    promised, together = [], []
+
+    def slow(url, file, size, timeout):
+        promised.append(size)
+        time.sleep(0.2)
+        with locked(tmp_path / "cache" / "lock-room"):  # so that none goes while we look
+            together.append(sum(promised) + sum(path.stat().st_size for path in kept(tmp_path)))
+        download(url, file, size, timeout)
+        promised.remove(size)
+
+    monkeypatch.setattr(remote, "download", slow)
+    monkeypatch.setattr(remote, "ROOM_S", 0.01)
+    with ThreadPoolExecutor(len(shards)) as pool:
+        list(pool.map(place.file, shards))
+    assert len(together) == len(shards) > 3
+    assert max(together) <= most
+    assert max(together) > most // 2  # and yet two at once
+    assert not list((tmp_path / "cache").glob("*.partial"))
 
 
 # --- what goes wrong ---------------------------------------------------------------------------------------
