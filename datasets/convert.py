@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from msc.datasets.clips import SPLITS
+from msc.datasets.clips import RULE, SPLITS
 from msc.datasets.contents import clip_lines
 from msc.datasets.decode import frames
 from msc.datasets.files import check_replaceable, publish, write_atomically
@@ -79,7 +79,7 @@ def convert(
     todo = groups(listing.sources, config.clips_per_shard)
     settings = _settings(config)
     same = {name: settings[name] for name in settings if name != "max_bad"}  # which may be raised to go on
-    plan = {"settings": same, "videos": len(listing.sources), "digest": _digest(listing)}
+    plan = {"settings": same, "videos": len(listing.sources), "digest": _digest(listing), "held-out rule": RULE}
     with working_folder(out, alone=part is None) as partial:
         check_plan(partial, plan, part is None, config.overwrite)
         with own_folder(partial, alone=part is None) as own:
