@@ -22,6 +22,7 @@ from msc.datasets.files import locked
 from msc.datasets.settings import ConvertConfig
 from msc.datasets.shards import STORES, ShardInfo, write_shard
 from msc.datasets.sources import Listing, Source, copies
+from msc.datasets.tables import write_table
 from msc.datasets.work import WORK, Outcome, Record, finish_group, keep
 
 Encode = Callable[[Tensor], Tensor]
@@ -100,6 +101,7 @@ class Writer:
         name = f"{split}-{bucket}-{group:06d}" if len(self.config.shapes) > 1 else f"{split}-{group:06d}"
         samples = ((f"{name}-{number * full + i:06d}", _parts(self, *clip)) for i, clip in enumerate(batch))
         written = write_shard(self.own / f"{name}-{number:06d}.tar", samples)
+        write_table(self.own / written.name, written)
         shards[split].append(dataclasses.replace(written, bucket=bucket))
         for _, clip in batch:
             clip.file.unlink()

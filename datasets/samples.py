@@ -15,6 +15,7 @@ from torch import Tensor
 from msc.datasets.decode import frames as decode_frames
 from msc.datasets.remote import Remote
 from msc.datasets.shards import STORES, Index, Sample, find_part, read_part, scan
+from msc.datasets.tables import read_table
 
 SCANNED_SHARDS = 64  # tables of contents kept per process; a scan takes about a millisecond
 FETCHES = 5  # times that a shard which was removed from the cache is fetched again
@@ -102,7 +103,7 @@ class Samples:
         found = self._scanned.get(shard.name)
         if found is None:
             try:
-                found = scan(path)
+                found = read_table(path, shard) or scan(path)
                 if len(found) != shard.samples:
                     raise ValueError(f"shard {path} has {len(found)} samples, its index says {shard.samples}")
             except ValueError as error:

@@ -247,7 +247,7 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) 
         with TarWriter(file, user="msc", group="msc", encoder=False, compress=False, mtime=0) as tar:
             for key, parts in samples:
                 for extension, content in parts.items():
-                    _check_member(path, f"{key}.{extension}", len(content))
+                    check_member(path, f"{key}.{extension}", len(content))
                 tar.write({"__key__": key, **parts})
                 count += 1
         file.flush()
@@ -302,7 +302,7 @@ def scan(path: str | Path) -> list[Sample]:
                 # Extended headers (pax, GNU long names) are refused too: they may claim any length.
                 kind = "a link" if member.issym() or member.islnk() else f"of type {member.type!r}"
                 raise ValueError(f"shard {path}: member {name!r} is {kind}; only plain files are read")
-            key, extension = _check_member(path, name, size)
+            key, extension = check_member(path, name, size)
             offset += tarfile.BLOCKSIZE
             if offset + size > end:
                 raise ValueError(f"shard {path} is truncated: {name!r} claims {size} bytes past its end")
@@ -314,7 +314,7 @@ def scan(path: str | Path) -> list[Sample]:
     return list(samples.values())
 
 
-def _check_member(path: Path, name: str, size: int) -> tuple[str, str]:
+def check_member(path: Path, name: str, size: int) -> tuple[str, str]:
     """(key, extension) of a member's name, or ValueError."""
     if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or "\0" in name:
         raise ValueError(f"shard {path}: member {name!r} leaves the archive's folder; refused")

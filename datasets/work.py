@@ -23,6 +23,7 @@ from msc.datasets.archives import size_of
 from msc.datasets.files import sync_folder, write_atomically
 from msc.datasets.shards import ShardInfo
 from msc.datasets.sources import Source
+from msc.datasets.tables import table_of
 
 WORK = ".work"
 GROUP_BYTES = 1 << 30  # of source files, after which a group ends: what a killed process does again, at most
@@ -160,7 +161,8 @@ def finish_group(own: Path, partial: Path, number: int, record: Record) -> None:
     """Move a group's shards from the process's folder into place, then prove them done."""
     for shards in record.shards.values():
         for shard in shards:
-            os.replace(own / shard.name, partial / shard.name)
+            for path in (own / shard.name, table_of(own / shard.name)):
+                os.replace(path, partial / path.name)
     sync_folder(partial)
     keep(own, partial / WORK / f"group-{number:06d}.json", dataclasses.asdict(record))
 
