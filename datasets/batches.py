@@ -23,6 +23,7 @@ from msc.datasets.samples import Samples
 
 Frames = tuple[int, int]  # latent frames [start, stop)
 Attach = Callable[[int, int, int], Tensor]  # of (sample, epoch, bucket)
+MOST_IN_A_ROW = 64  # reads in vain for one clip, after which none is tried any more
 # What schedulers and terminals send to every process of a job.
 JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -65,7 +66,7 @@ Place = tuple[int, int]  # bucket, position among the clips of that bucket that 
 
 @dataclass(frozen=True)
 class _Item:
-    """One clip of a batch; or (media None) the proof that too many samples are broken, or an error that ends all."""
+    """One clip of a batch; or (media None) an error that ends all."""
 
     sample: int
     epoch: int
@@ -119,12 +120,16 @@ class _Clips(Dataset):
         stream, clips = own.stream, own.stream.clips
         epoch, first = own.at(position)
         broken: list[tuple[int, str]] = []
+        reasons: dict[str, None] = {}  # fewer than `broken`: all clips of a shard that cannot be read have one
         for step in range(min(clips, self.bound + 1)):
+            if len(reasons) == MOST_IN_A_ROW:
+                break
             sample = (first + step) % clips
             try:
                 key, media, text, label = own.samples.read(sample)
             except ValueError as error:
                 broken.append((stream.first + sample, str(error)))
+                reasons[str(error)] = None
             except OSError as error:
                 return _Item(sample, epoch, error=error)
             else:
@@ -132,7 +137,8 @@ class _Clips(Dataset):
                 number = stream.first + sample
                 attached = self.attach(number, epoch, bucket) if self.attach is not None else None
                 return _Item(number, epoch, bucket, key, media, text, label, attached, tuple(broken))
-        return _Item(first, epoch, broken=tuple(broken))
+        found = f"{len(broken)} clips in a row of {stream.place} cannot be read: {'; '.join(list(reasons)[:3])}"
+        return _Item(first, epoch, broken=tuple(broken), error=ValueError(f"{found}: check the disk"))
 
 
 def loader(
@@ -164,8 +170,8 @@ def loader(
     reads ahead. attach: called with (sample, epoch, bucket) of every clip by the process that reads it, for what else
     belongs to the clip and takes time to make.
     Samples that cannot be read are named on stderr and replaced by the next one; once their number exceeds
-    `max_bad` of the split (one is always tolerated) the iterator raises ValueError. Where shards cannot be had at all
-    it raises OSError.
+    `max_bad` of the split (one is always tolerated), or too many follow each other, the iterator raises ValueError.
+    Where shards cannot be had at all it raises OSError.
     Raises ValueError for clips that ranks do not divide, an unknown or empty split, or bad frames.
     """
     rows(clock, clips, rank, ranks)
@@ -207,8 +213,6 @@ def _checked(batches: DataLoader, dataset: _Clips) -> Generator[Batch, None, Non
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
         for batch in iterator:
-            if batch.error is not None:
-                raise batch.error
             for sample, why in batch.broken:
                 if sample in seen:
                     continue
@@ -219,9 +223,8 @@ def _checked(batches: DataLoader, dataset: _Clips) -> Generator[Batch, None, Non
                         f"among them {why}: check the disk, or run `msc convert` again"
                     )
                 print(f"data: skipped {why}", file=sys.stderr, flush=True)
-            if not batch.samples:
-                why = batch.broken[0][1]
-                raise ValueError(f"no clip of a set in {dataset.where} can be read, among them {why}: check the disk")
+            if batch.error is not None:
+                raise batch.error
             yield batch
     finally:
         # Not left to the garbage collector: a traceback may hold the iterator, and workers that ignore
@@ -263,8 +266,7 @@ class _Places:
 
 def _collate(items: list[_Item]) -> Batch:
     broken = tuple(pair for item in items for pair in item.broken)
-    if any(item.media is None for item in items):
-        error = next((item.error for item in items if item.error is not None), None)
+    if error := next((item.error for item in items if item.error is not None), None):
         return Batch([], [], [], broken=broken, error=error)
     # Where this is a worker, torch's own function stacks them in shared memory: one copy less.
     media: Tensor = default_collate([item.media for item in items if item.media is not None])

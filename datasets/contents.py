@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from msc.datasets.shards import STORES, Index, scan, verify
+from msc.datasets.tables import read_table, table_of
 
 SHOWN = 10  # reasons for skipping that are quoted
 
@@ -58,8 +59,12 @@ def damaged(folder: str | Path, index: Index) -> list[str]:
     lines = [f"{name}: its checksum is not the one in the index; copy it again" for name in changed]
     for shard in (shard for shards in index.splits.values() for shard in shards):
         try:
-            if (found := len(scan(Path(folder, shard.name)))) != shard.samples:
-                lines.append(f"{shard.name}: holds {found} samples, its index says {shard.samples}")
+            found = scan(Path(folder, shard.name))
+            if len(found) != shard.samples:
+                lines.append(f"{shard.name}: holds {len(found)} samples, its index says {shard.samples}")
+            table = read_table(Path(folder, shard.name), shard)
+            if table is not None and table != found and shard.name not in changed:
+                lines.append(f"{table_of(Path(shard.name))}: is not the contents of {shard.name}; delete it")
         except ValueError as error:
             lines.append(str(error))
     return lines

@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from msc.datasets.clips import SPLITS
+from msc.datasets.archives import size_of
+from msc.datasets.clips import RULE, SPLITS
 from msc.datasets.contents import clip_lines
 from msc.datasets.decode import frames
 from msc.datasets.files import check_replaceable, publish, write_atomically
@@ -79,7 +80,7 @@ def convert(
     todo = groups(listing.sources, config.clips_per_shard)
     settings = _settings(config)
     same = {name: settings[name] for name in settings if name != "max_bad"}  # which may be raised to go on
-    plan = {"settings": same, "videos": len(listing.sources), "digest": _digest(listing)}
+    plan = {"settings": same, "videos": len(listing.sources), "digest": _digest(listing), "held-out rule": RULE}
     with working_folder(out, alone=part is None) as partial:
         check_plan(partial, plan, part is None, config.overwrite)
         with own_folder(partial, alone=part is None) as own:
@@ -146,15 +147,16 @@ def _some_latents(folder: Path, shards: list[ShardInfo], encode: Encode) -> Iter
     """Up to MEASURED_CLIPS training clips, evenly spaced, as latents [T', C, h, w] read from the shards."""
     total = sum(shard.samples for shard in shards)
     chosen = {i * total // min(total, MEASURED_CLIPS) for i in range(min(total, MEASURED_CLIPS))}
-    number = 0
+    first = 0
     for shard in shards:
-        for sample in scan(folder / shard.name):
-            if number in chosen:
-                if "mp4" in sample.parts:
-                    yield encode(frames(read_part(folder / shard.name, sample, "mp4"), name=sample.key))
-                else:
-                    yield load(read_part(folder / shard.name, sample, STORES["latent"]))["latent"]
-            number += 1
+        path, own = folder / shard.name, [number for number in range(first, first + shard.samples) if number in chosen]
+        samples = scan(path) if own else []
+        for sample in (samples[number - first] for number in own):
+            if "mp4" in sample.parts:
+                yield encode(frames(read_part(path, sample, "mp4"), name=sample.key))
+            else:
+                yield load(read_part(path, sample, STORES["latent"]))["latent"]
+        first += shard.samples
 
 
 def _check_clips(config: ConvertConfig, results: list[Outcome]) -> None:
@@ -181,10 +183,7 @@ def _settings(config: ConvertConfig) -> dict[str, Any]:
 
 def _digest(listing: Listing) -> str:
     """Changes where the sources do, but not with the folder that they are in."""
-    sources = [
-        (x.name, x.path.stat().st_size if x.path.is_file() else -1, x.caption, x.label, x.licence, x.start, x.end)
-        for x in listing.sources
-    ]
+    sources = [(x.name, size_of(x.path), x.caption, x.label, x.licence, x.start, x.end) for x in listing.sources]
     return hashlib.sha256(repr(sources).encode("utf-8", "surrogateescape")).hexdigest()
 
 

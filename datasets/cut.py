@@ -9,10 +9,11 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 import torch
@@ -101,14 +102,18 @@ def cut(task: Task) -> Cut:
             task.file(start).write_bytes(to_mp4(torch.from_numpy(clip).permute(0, 3, 1, 2), task.fps, task.crf))
             clips[name].append(Clip(start, buckets[len(clip)], task.file(start)))
     except ValueError as error:
-        for file in task.spool.glob(f"{task.number:08d}-*.mp4"):
-            file.unlink()
-        why = str(error).removeprefix(f"{source.name}: ")
-        return Cut(source, ticks, {name: [] for name in SPLITS}, why, broken=True)
+        return _broken(task, ticks, str(error).removeprefix(f"{source.name}: "))
     why = ""
     if not any(clips.values()):
         why = "gives no clip that is wanted" if left_out else f"has no scene of {min(buckets)} frames"
     return Cut(source, ticks, clips, why, left_out=tuple(left_out))
+
+
+def _broken(task: Task, ticks: int, why: str) -> Cut:
+    """A source that gives nothing; what was spooled of it goes."""
+    for file in task.spool.glob(f"{task.number:08d}-*.mp4"):
+        file.unlink()
+    return Cut(task.source, ticks, {name: [] for name in SPLITS}, why, broken=True)
 
 
 def _ticks(seconds: tuple[float, float], fps: float, ticks: int) -> tuple[int, int]:
@@ -177,34 +182,64 @@ def _cropped(task: Task, start: int, size: tuple[int, int], clip: np.ndarray) ->
 def cut_all(tasks: list[Task], workers: int) -> Generator[Cut, None, None]:
     """Results in the order of the tasks, however many workers; a few sources ahead, to bound the spool.
 
-    Raises ValueError where a worker dies.
+    A source on which a worker dies is tried once more, with nothing beside it, and is broken if that worker dies too.
+    With one worker all is done in this process, which dies with it.
     """
     if workers == 1 or not tasks:
         yield from map(cut, tasks)
         return
-    # spawn: forked children of a process that has run OpenMP or CUDA may hang
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=_start_worker)
+    # A thread for each worker hands it its sources, also while our caller is busy with what it got.
+    workers = min(workers, len(tasks))
+    threads, idle = ThreadPoolExecutor(workers), SimpleQueue[ProcessPoolExecutor]()
+    for _ in range(workers):
+        idle.put(_new_worker())
     ahead = deque(tasks)
-    waiting: deque[tuple[str, Future[Cut]]] = deque()
+    waiting: deque[tuple[Task, Future[Cut | None]]] = deque()
     try:
         while ahead or waiting:
             while ahead and len(waiting) < 2 * workers:
-                task = ahead.popleft()
-                waiting.append((task.source.name, pool.submit(cut, task)))
-            name, future = waiting[0]
-            try:
-                yield future.result()
-            except BrokenProcessPool:
-                raise ValueError(
-                    f"a worker died while decoding {name} or a source soon after it (out of memory, or a "
-                    "video that crashes FFmpeg): leave it out, or find it with --workers 1"
-                ) from None
+                waiting.append((ahead[0], threads.submit(_tried, ahead.popleft(), idle)))
+            task, future = waiting[0]
+            result = future.result()
+            if result is None:  # it may have lacked the memory that others took
+                wait(other for _, other in waiting)
+                result = _alone(task)
+            yield result
             waiting.popleft()
     finally:
         if waiting:  # left early: workers stop at their next clip, as they have nowhere to put it
             shutil.rmtree(tasks[0].spool, ignore_errors=True)
-        pool.shutdown(cancel_futures=True)
+        threads.shutdown(cancel_futures=True)
+        for _ in range(workers):
+            idle.get().shutdown()
+
+
+def _new_worker() -> ProcessPoolExecutor:
+    """A pool of one process: of a larger one nobody could say which source it died of."""
+    # spawn: forked children of a process that has run OpenMP or CUDA may hang
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_start_worker)
+
+
+def _tried(task: Task, idle: "SimpleQueue[ProcessPoolExecutor]") -> Cut | None:
+    """What a source gives in the next idle worker; None where that dies."""
+    worker = idle.get()
+    try:
+        return worker.submit(cut, task).result()
+    except BrokenProcessPool:
+        worker.shutdown()
+        worker = _new_worker()
+        return None
+    finally:
+        idle.put(worker)
+
+
+def _alone(task: Task) -> Cut:
+    """What a source on which a worker died gives in a process of its own."""
+    with _new_worker() as worker:
+        try:
+            return worker.submit(cut, task).result()
+        except BrokenProcessPool:
+            return _broken(task, 0, "crashes the decoder, or takes more memory than there is")
 
 
 def _start_worker() -> None:

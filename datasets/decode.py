@@ -1,7 +1,7 @@
 """Video files to frames and back, with PyAV.
 
-A source is a path or the bytes of a file. Whatever is wrong with one is a `ValueError` that begins with its
-name, so that callers can skip it and say why. Nothing is allocated before sizes and counts are bounded.
+A source is a path, a file in a tar, or the bytes of a file. Whatever is wrong with one is a `ValueError` that begins
+with its name, so that callers can skip it and say why. Nothing is allocated before sizes and counts are bounded.
 """
 
 import io
@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -20,7 +21,9 @@ from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 from torch import Tensor
 
-Source = str | Path | bytes
+from msc.datasets.archives import Member, Place, open_bytes
+
+Source = str | Place | bytes
 SUFFIXES = frozenset(
     (".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv")
     + (".webm", ".wmv")
@@ -232,17 +235,20 @@ def _opened(source: Source, name: str, threads: int) -> Iterator[tuple[InputCont
     """(container, first video stream), closed afterwards; FFmpeg's errors become ValueError with the name. `threads`
     of the decoder, 0 for one per core.
     """
+    file: str | BinaryIO
+    formats = FORMATS
     if isinstance(source, bytes):
         # From a shard, where only mp4 stands: no other reader is let near the bytes.
-        file: io.BytesIO | str = io.BytesIO(source)
-        formats = "mov"
+        file, formats = io.BytesIO(source), "mov"
+    elif isinstance(source, Member):
+        file = open_bytes(source)
     else:
-        file, formats = str(Path(source).resolve()), FORMATS
+        file = str(Path(source).resolve())
         if not Path(source).is_file():
             raise ValueError(f"{name}: is not a file")
     options = {"format_whitelist": formats, "protocol_whitelist": "file"}
     try:
-        with av.open(file, "r", options=options) as container:
+        with nullcontext() if isinstance(file, str) else file, av.open(file, "r", options=options) as container:
             if not container.streams.video:
                 raise ValueError(f"{name}: has no video stream")
             stream = container.streams.video[0]

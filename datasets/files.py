@@ -86,6 +86,14 @@ def partial_folder(out: Path) -> Iterator[Path]:
         os.close(lock)
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Wait until no other process or thread is in here with `path`, a file that stays."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def publish(partial: Path, out: Path) -> None:
     """Rename `partial` to `out`; an older `out` is moved aside first and removed last."""
     old = out.with_name(f".{out.name}.old")

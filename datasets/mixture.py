@@ -15,7 +15,7 @@ from pathlib import Path
 
 from msc.datasets.order import SLOTS, apportion
 from msc.datasets.remote import COMMANDS, Remote, is_address, shown
-from msc.datasets.shards import Index, Shape, read_index
+from msc.datasets.shards import Index, Shape, check_shards, index_content, parse_index
 from msc.datasets.statistics import mix
 
 DEFAULT_CACHE = "~/.cache/msc/shards"
@@ -156,7 +156,7 @@ def only(place: str | Path | Remote, index: Index) -> Shards:
 
 def open_shards(config: DataConfig) -> Shards:
     """Read the index of every set and check that they fit each other; OSError or ValueError says
-    what is missing or wrong. Of folders every shard's size is checked too (see `check_remote`).
+    what is missing or wrong. No shard is looked at (see `check_sizes`).
     """
     if not config.sets:
         raise ValueError("data.shards is empty; name the folder that `msc convert` wrote: data.shards=FOLDER")
@@ -169,8 +169,8 @@ def open_shards(config: DataConfig) -> Shards:
             index, content = place.read_index()
         else:
             place = Path(wanted.path)
-            index = read_index(place)
-            content = (place / "index.json").read_bytes()
+            content = index_content(place)
+            index = parse_index(content, str(place / "index.json"))
         sets.append(ShardSet(place, index, name, wanted.weight, hashlib.sha256(content).hexdigest()[:16]))
     for other in sets[1:]:
         _check_alike(sets[0], other)
@@ -179,11 +179,13 @@ def open_shards(config: DataConfig) -> Shards:
     return found
 
 
-def check_remote(shards: Shards) -> None:
-    """ValueError or OSError for a shard at an address that is of another size or missing; asks for each."""
+def check_sizes(shards: Shards) -> None:
+    """ValueError or OSError for a shard that is of another size or missing; asks for each, so once for all ranks."""
     for found in shards.sets:
         if isinstance(found.place, Remote):
             found.place.check(found.index)
+        else:
+            check_shards(found.place, found.index)
 
 
 def _remote(config: DataConfig, url: str) -> Remote:

@@ -18,9 +18,11 @@ from tqdm import tqdm
 from msc.datasets.clips import SPLITS
 from msc.datasets.cut import Clip, Cut, Task, cut_all
 from msc.datasets.decode import frames
+from msc.datasets.files import locked
 from msc.datasets.settings import ConvertConfig
 from msc.datasets.shards import STORES, ShardInfo, write_shard
 from msc.datasets.sources import Listing, Source, copies
+from msc.datasets.tables import write_table
 from msc.datasets.work import WORK, Outcome, Record, finish_group, keep
 
 Encode = Callable[[Tensor], Tensor]
@@ -99,15 +101,17 @@ class Writer:
         name = f"{split}-{bucket}-{group:06d}" if len(self.config.shapes) > 1 else f"{split}-{group:06d}"
         samples = ((f"{name}-{number * full + i:06d}", _parts(self, *clip)) for i, clip in enumerate(batch))
         written = write_shard(self.own / f"{name}-{number:06d}.tar", samples)
+        write_table(self.own / written.name, written)
         shards[split].append(dataclasses.replace(written, bucket=bucket))
         for _, clip in batch:
             clip.file.unlink()
 
     def _copies(self) -> dict[int, str]:
-        """Sources that are copies of earlier ones; found by whoever comes first, as all their bytes are read."""
+        """Sources that are copies of earlier ones; found, as files are read, by whoever comes first. Others wait."""
         path = self.partial / WORK / "copies.json"
-        if not path.is_file():
-            keep(self.own, path, copies(self.listing.sources))
+        with locked(path.with_suffix(".lock")):
+            if not path.is_file():
+                keep(self.own, path, copies(self.listing.sources))
         return {int(number): name for number, name in json.loads(path.read_text()).items()}
 
 
@@ -147,7 +151,7 @@ def _tasks(config: ConvertConfig, spool: Path, sources: list[tuple[int, Source]]
 
 
 def _parts(writer: Writer, source: Source, clip: Clip) -> dict[str, bytes]:
-    """The members of one sample. The checksum lets every rank judge a sample alike, whatever it decodes."""
+    """The members of one sample. Checksums let every rank judge a sample alike, whatever it decodes."""
     config = writer.config
     shape = config.shapes[clip.bucket]
     content = clip.file.read_bytes()
@@ -168,12 +172,13 @@ def _parts(writer: Writer, source: Source, clip: Clip) -> dict[str, bytes]:
     }
     if source.label is not None:
         about["label"] = source.label
-    parts = {"json": json.dumps(about, sort_keys=True).encode(), STORES[config.kind]: content}
+    parts = {STORES[config.kind]: content}
     if writer.embed is not None:
         text = writer.embed(source.caption) if source.caption else writer.unknown
         assert text is not None
         parts["text.safetensors"] = save({"text": text.detach().to("cpu").contiguous()})
-    return parts
+        about["text_crc32"] = zlib.crc32(parts["text.safetensors"])
+    return {"json": json.dumps(about, sort_keys=True).encode(), **parts}
 
 
 class _Progress:

@@ -14,9 +14,8 @@ import io
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
@@ -28,13 +27,14 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 from webdataset.gopen import gopen
 
+from msc.datasets.files import locked
 from msc.datasets.shards import MAX_INDEX_BYTES, Index, ShardInfo, parse_index
 
 T = TypeVar("T")
 TRIES = 5
 PAUSE_S = 0.5  # before the second try; twice as long before each further one
 CHUNK = 1 << 20
-ABANDONED_S = 3600.0  # after which nobody is still writing a partial file
+ROOM_S = 0.2  # between looks for room that others have left
 COMMANDS = ("ais", "gs", "hf", "pipe", "s3")  # what `gopen` can read, s3 with a pipe from `aws`
 OURS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # errors of the cache, not of the address
 
@@ -117,18 +117,16 @@ class Remote:
         path = self.cache / f"{shard.sha256}.tar"
         if not path.is_file():
             self.cache.mkdir(parents=True, exist_ok=True)
-            with _locked(self.cache / f"lock-{shard.sha256[:2]}"):
+            with locked(self.cache / f"lock-{shard.sha256[:2]}"):
                 if not path.is_file():
                     self._fetch(shard, path)
         os.utime(path)  # used now: the oldest go first
         return path
 
     def _fetch(self, shard: ShardInfo, path: Path) -> None:
-        partial = path.with_suffix(".partial")
+        partial = path.with_suffix(f".{shard.bytes}.partial")
         url = self.address(shard.name)
-        with open(partial, "wb+") as file:
-            with _locked(self.cache / "lock-room"):
-                self._make_room(shard.bytes)
+        with self._begun(partial, shard.bytes) as file:
             try:
                 download(url, file, shard.bytes, self.timeout)
             except ValueError as error:
@@ -146,23 +144,48 @@ class Remote:
             )
         os.replace(partial, path)
 
-    def _make_room(self, needed: int) -> None:
-        """Remove the shards used longest ago until `needed` more bytes fit."""
-        files = []
+    def _begun(self, partial: Path, needed: int) -> io.BufferedRandom:
+        """An empty file to fetch into, once there is room for all that will be in it."""
+        while True:
+            with locked(self.cache / "lock-room"):
+                if self._make_room(needed):
+                    file = open(partial, "wb+")  # noqa: SIM115 - closed by who asked
+                    fcntl.flock(file, fcntl.LOCK_EX)  # for as long as we live: see _coming
+                    return file
+            time.sleep(ROOM_S)
+
+    def _make_room(self, needed: int) -> bool:
+        """Remove the shards used longest ago until `needed` more bytes fit; whether they do, or nothing that others are
+        fetching is left to wait for.
+        """
+        files, coming = [], 0
         for path in self.cache.iterdir():
-            if path.suffix in (".tar", ".partial"):
-                try:
+            try:
+                if path.suffix == ".partial":
+                    coming += _coming(path)
+                elif path.suffix == ".tar":
                     about = path.stat()
-                except FileNotFoundError:
-                    continue
-                files.append((about.st_mtime, about.st_size, path))
-        taken = sum(size for _, size, _ in files)
-        for used, size, path in sorted(files):
+                    files.append((about.st_mtime, about.st_size, path))
+            except FileNotFoundError:
+                continue
+        taken = coming + sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
             if taken + needed <= self.most:
-                return
-            if path.suffix == ".tar" or used < time.time() - ABANDONED_S:
-                path.unlink(missing_ok=True)
-                taken -= size
+                break
+            path.unlink(missing_ok=True)
+            taken -= size
+        return taken + needed <= self.most or not coming
+
+
+def _coming(partial: Path) -> int:
+    """How large a file that is being fetched will be, by its name; one that nobody is fetching any more is removed."""
+    with open(partial, "rb+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return int(partial.stem.rpartition(".")[2])
+    partial.unlink(missing_ok=True)
+    return 0
 
 
 # --- reading an address ------------------------------------------------------------------------------------
@@ -260,10 +283,3 @@ def _read_command(url: str, file: BinaryIO, most: int, timeout: float) -> None:
                 stream.proc.kill()
                 raise ValueError(f"{url} has more than the {most} bytes expected: it has changed since")
             file.write(chunk)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

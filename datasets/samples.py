@@ -5,7 +5,7 @@ import json
 import math
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -15,9 +15,11 @@ from torch import Tensor
 from msc.datasets.decode import frames as decode_frames
 from msc.datasets.remote import Remote
 from msc.datasets.shards import STORES, Index, Sample, find_part, read_part, scan
+from msc.datasets.tables import read_table
 
 SCANNED_SHARDS = 64  # tables of contents kept per process; a scan takes about a millisecond
 FETCHES = 5  # times that a shard which was removed from the cache is fetched again
+CHUNK = 1 << 20
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
@@ -33,7 +35,7 @@ class Samples:
     ) -> None:
         self.folder, self.index, self.split = folder, index, split
         self._ends = [0]
-        self._scanned: dict[str, list[Sample]] = {}
+        self._scanned: dict[str, list[Sample] | str] = {}  # or why it cannot be read
         if not index.samples(split):
             raise ValueError(f"{folder} has no clips in split {split!r}")
         for shard in index.splits[split]:
@@ -59,7 +61,8 @@ class Samples:
         shard cannot be had.
 
         media: uint8 video [Tv, 3, H, W], or latents [T, C, h, w] in the type they are stored in, of the frames asked
-        for. Whether a sample is broken never depends on those: ranks that share a clip must agree.
+        for. Whether a sample is broken never depends on those: ranks that share a clip must agree. So checksums are of
+        all frames; where there is none, as shards of others may be without, only video is broken by that.
         """
         for _ in range(FETCHES):
             try:
@@ -80,10 +83,13 @@ class Samples:
             if self.index.store == "video":
                 media = self._video(path, sample, about)
             else:
-                media = self._latents(path, sample)
+                media = self._latents(path, sample, about)
             text = None
             if self.index.has_text is not None:
-                text = load(read_part(path, sample, "text.safetensors"))["text"].float()
+                content = read_part(path, sample, "text.safetensors")
+                if "text_crc32" in about and zlib.crc32(content) != about["text_crc32"]:
+                    raise ValueError("checksum of the text differs from the one written")
+                text = load(content)["text"].float()
                 if text.dim() != 2 or not len(text) or text.shape[1] != self.index.has_text:
                     raise ValueError(f"text is {list(text.shape)}, expected [L, {self.index.has_text}], L at least 1")
         except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
@@ -94,14 +100,20 @@ class Samples:
         place = bisect.bisect_right(self._ends, number) - 1
         shard = self.index.splits[self.split][place]
         path = self.folder / shard.name if isinstance(self.folder, Path) else self.folder.file(shard)
-        if shard.name not in self._scanned:
-            found = scan(path)
-            if len(found) != shard.samples:
-                raise ValueError(f"shard {path} has {len(found)} samples, its index says {shard.samples}")
+        found = self._scanned.get(shard.name)
+        if found is None:
+            try:
+                found = read_table(path, shard) or scan(path)
+                if len(found) != shard.samples:
+                    raise ValueError(f"shard {path} has {len(found)} samples, its index says {shard.samples}")
+            except ValueError as error:
+                found = str(error)
             if len(self._scanned) >= SCANNED_SHARDS:
                 del self._scanned[next(iter(self._scanned))]  # the one scanned longest ago
             self._scanned[shard.name] = found
-        return path, self._scanned[shard.name][number - self._ends[place]]
+        if isinstance(found, str):
+            raise ValueError(found)
+        return path, found[number - self._ends[place]]
 
     def _video(self, path: Path, sample: Sample, about: dict[str, Any]) -> Tensor:
         content = read_part(path, sample, "mp4")
@@ -115,8 +127,8 @@ class Samples:
             raise ValueError(f"video is {tuple(video.shape[2:])}, the index says {size}")
         return video
 
-    def _latents(self, path: Path, sample: Sample) -> Tensor:
-        """Only the bytes of the frames asked for are read."""
+    def _latents(self, path: Path, sample: Sample, about: dict[str, Any]) -> Tensor:
+        """All bytes are read, if only for their checksum; no more is held than the frames asked for."""
         offset, size = find_part(path, sample, STORES["latent"])
         index, (start, stop) = self.index, self.frames
         shape = [index.frames, index.channels, index.height, index.width]
@@ -125,13 +137,23 @@ class Samples:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(size - 8, 1 << 20):
                 raise ValueError(f"safetensors header claims {length} of {size} bytes")
-            about = json.loads(file.read(length))["latent"]
-            dtype = DTYPES[about["dtype"]]
-            begin, end = about["data_offsets"]
+            header = json.loads(file.read(length))["latent"]
+            dtype = DTYPES[header["dtype"]]
+            begin, end = header["data_offsets"]
             each = math.prod(shape[1:]) * dtype.itemsize
             inside = 0 <= begin <= end <= size - 8 - length
-            if about["shape"] != shape or end - begin != shape[0] * each or not inside:
-                raise ValueError(f"latents are {about['shape']}, the index says {shape}")
+            if header["shape"] != shape or end - begin != shape[0] * each or not inside:
+                raise ValueError(f"latents are {header['shape']}, the index says {shape}")
+            if "crc32" in about and _crc32(file, offset, size) != about["crc32"]:
+                raise ValueError("checksum of the latents differs from the one written")
             file.seek(offset + 8 + length + begin + start * each)
             content = bytearray(file.read((stop - start) * each))
         return torch.frombuffer(content, dtype=dtype).reshape(stop - start, *shape[1:])
+
+
+def _crc32(file: BinaryIO, offset: int, size: int) -> int:
+    file.seek(offset)
+    found = 0
+    for first in range(0, size, CHUNK):
+        found = zlib.crc32(file.read(min(CHUNK, size - first)), found)
+    return found

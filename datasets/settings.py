@@ -9,7 +9,7 @@ from msc.datasets.shards import STORES
 class ConvertConfig:
     """What to convert and how. `frames`, `height`, `width`, `stride` count video frames and pixels.
 
-    sources: files, folders (searched through all levels) and manifests (see sources.py). stride: frames between
+    sources: files, folders (searched through all levels), tars and manifests (see sources.py). stride: frames between
     the starts of clips, 0 for `frames` (no overlap). held_out: share of each source's timeline, at its end, kept
     from training; of sources too short for that, the share of them that is kept from it whole.
     store: "video" (mp4), "latent" (safetensors) or "auto" (latents for diffusers autoencoders only, as

@@ -137,21 +137,27 @@ def write_index(folder: Path, index: Index) -> None:
 
 
 def read_index(folder: str | Path) -> Index:
-    """Read and check `folder/index.json` and that every shard it names is there in its full size.
+    """Read and check `folder/index.json`; no shard is looked at (see `check_shards`).
 
-    Raises FileNotFoundError where the folder, the index or a shard is missing, ValueError where the index is
-    unreadable or of a newer format, or a shard has another size than when it was written.
+    Raises FileNotFoundError where the folder or the index is missing, ValueError where the index is unreadable or of a
+    newer format.
     """
+    return parse_index(index_content(folder), str(Path(folder, "index.json")))
+
+
+def index_content(folder: str | Path) -> bytes:
+    """The bytes of `folder/index.json`."""
     folder = Path(folder)
     path = folder / "index.json"
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder of shards at {folder}: make one with `msc convert`")
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no index.json: run `msc convert` first")
-    index = parse_index(path.read_bytes(), str(path))
-    for shard in (shard for shards in index.splits.values() for shard in shards):
-        _check_shard(folder, shard)
-    return index
+    with open(path, "rb") as file:
+        content = file.read(MAX_INDEX_BYTES + 1)
+    if len(content) > MAX_INDEX_BYTES:
+        raise ValueError(f"{path} has more than the {MAX_INDEX_BYTES} bytes that an index of shards may have")
+    return content
 
 
 def parse_index(content: bytes, name: str) -> Index:
@@ -206,13 +212,18 @@ def _problem(index: Index, content: bytes) -> str:
     return index.statistics.problem(index.channels)
 
 
-def _check_shard(folder: Path, shard: ShardInfo) -> None:
-    path = folder / shard.name
-    if not path.is_file():
-        raise FileNotFoundError(f"shard {path} is missing: copy it again or run `msc convert` again")
-    size = path.stat().st_size
-    if size != shard.bytes:
-        raise ValueError(f"shard {path} has {size} bytes, its index says {shard.bytes}: copy it again")
+def check_shards(folder: str | Path, index: Index) -> None:
+    """FileNotFoundError or ValueError for a shard that is missing or has another size than when it was written.
+
+    Asks for each: what thousands of ranks should not all do.
+    """
+    for shard in (shard for shards in index.splits.values() for shard in shards):
+        path = Path(folder, shard.name)
+        if not path.is_file():
+            raise FileNotFoundError(f"shard {path} is missing: copy it again or run `msc convert` again")
+        size = path.stat().st_size
+        if size != shard.bytes:
+            raise ValueError(f"shard {path} has {size} bytes, its index says {shard.bytes}: copy it again")
 
 
 def verify(folder: str | Path, index: Index) -> list[str]:
@@ -236,7 +247,7 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) 
         with TarWriter(file, user="msc", group="msc", encoder=False, compress=False, mtime=0) as tar:
             for key, parts in samples:
                 for extension, content in parts.items():
-                    _check_member(path, f"{key}.{extension}", len(content))
+                    check_member(path, f"{key}.{extension}", len(content))
                 tar.write({"__key__": key, **parts})
                 count += 1
         file.flush()
@@ -291,7 +302,7 @@ def scan(path: str | Path) -> list[Sample]:
                 # Extended headers (pax, GNU long names) are refused too: they may claim any length.
                 kind = "a link" if member.issym() or member.islnk() else f"of type {member.type!r}"
                 raise ValueError(f"shard {path}: member {name!r} is {kind}; only plain files are read")
-            key, extension = _check_member(path, name, size)
+            key, extension = check_member(path, name, size)
             offset += tarfile.BLOCKSIZE
             if offset + size > end:
                 raise ValueError(f"shard {path} is truncated: {name!r} claims {size} bytes past its end")
@@ -303,7 +314,7 @@ def scan(path: str | Path) -> list[Sample]:
     return list(samples.values())
 
 
-def _check_member(path: Path, name: str, size: int) -> tuple[str, str]:
+def check_member(path: Path, name: str, size: int) -> tuple[str, str]:
     """(key, extension) of a member's name, or ValueError."""
     if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or "\0" in name:
         raise ValueError(f"shard {path}: member {name!r} leaves the archive's folder; refused")

@@ -2,6 +2,7 @@
 
 A manifest is a `.csv`, `.jsonl` or `.parquet` file with a column `path` and optional columns `caption`, `label`,
 `licence`, `start`, `end` (seconds); a `.txt` file holds one path a line. Paths in it are relative to its folder.
+A `.tar` is as WebDataset writes it: `KEY.mp4` (or another kind of video), with `KEY.json` and `KEY.txt` about it.
 """
 
 import csv
@@ -11,13 +12,16 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msc.datasets.archives import Member, Place, members, open_bytes, size_of
 from msc.datasets.decode import SUFFIXES
 
+END_BYTES = 1 << 16  # at which files of equal size are told apart before all of them is read
+TEXT_BYTES = 1 << 20  # the most that is read of a KEY.json or KEY.txt
 MANIFESTS = (".csv", ".jsonl", ".parquet", ".txt")
 COLUMNS = ("path", "caption", "label", "licence", "start", "end")
 
@@ -31,7 +35,7 @@ class Source:
     """
 
     name: str
-    path: Path
+    path: Place
     caption: str | None = None
     label: int | None = None
     licence: str | None = None
@@ -51,18 +55,18 @@ class Listing:
 
 
 def find_sources(given: tuple[str, ...]) -> Listing:
-    """Every source: video files as given, folders through all levels in sorted order, the rows of manifests.
+    """Every source: video files as given, folders through all levels in sorted order, rows of manifests, tars' videos.
 
     Hidden files and folders are left out, and a source reached twice counts once. Labels are whole numbers, or
     words that are numbered in alphabetical order; all sources have one or none has. Raises FileNotFoundError for
     what does not exist, ValueError for addresses, folders without videos and rows that make no sense.
     """
-    found: dict[tuple[Path, float, float], tuple[Source, Any]] = {}
+    found: dict[tuple[Place, float, float], tuple[Source, Any]] = {}
     for item in given:
         for source, label in _sources(item):
             found.setdefault((source.path, source.start, source.end), (source, label))
-    spans: dict[Path, tuple[float, float]] = {}
-    draws: dict[Path, float] = {}
+    spans: dict[Place, tuple[float, float]] = {}
+    draws: dict[Place, float] = {}
     for (path, start, end), (source, _) in found.items():
         first, last = spans.get(path, (start, end))
         spans[path] = (min(first, start), max(last, end))
@@ -80,6 +84,8 @@ def _sources(given: str) -> Iterator[tuple[Source, Any]]:
     path = _local(given, given)
     if path.is_file() and path.suffix.lower() in MANIFESTS:
         yield from _manifest(path)
+    elif path.is_file() and path.suffix.lower() == ".tar":
+        yield from _packed(path)
     elif path.is_file():
         yield Source(path.name, path), None
     elif path.is_dir():
@@ -116,6 +122,55 @@ def _videos(folder: Path) -> Iterator[Path]:
                 yield Path(current, name)
 
 
+# --- tars ------------------------------------------------------------------------------------------------
+
+
+def _packed(tar: Path) -> Iterator[tuple[Source, Any]]:
+    """The videos in a tar, in its order. ValueError for a tar without any."""
+    inside = members(tar)
+    videos = 0
+    for name, member in inside.items():
+        stem, dot, suffix = name.rpartition(".")
+        if dot + suffix.lower() not in SUFFIXES or any(part.startswith(".") for part in name.split("/")):
+            continue
+        about: dict[str, Any] = {"caption": _text(tar, f"{stem}.txt", inside)}
+        if text := _text(tar, f"{stem}.json", inside):
+            about |= _about(f"{tar}: {stem}.json", text)
+        caption, licence = about["caption"] or None, about.get("licence")
+        yield Source(f"{tar.name}/{name}", member, caption, licence=licence), about.get("label")
+        videos += 1
+    if not videos:
+        raise ValueError(f"no videos in {tar}: looked for {' '.join(sorted(SUFFIXES))}")
+
+
+def _text(tar: Path, name: str, inside: dict[str, Member]) -> str:
+    """The text of a member, or nothing where there is none."""
+    if name not in inside:
+        return ""
+    if inside[name].size > TEXT_BYTES:
+        raise ValueError(f"{tar}: {name} claims {inside[name].size} bytes, at most {TEXT_BYTES} are read")
+    try:
+        with open_bytes(inside[name]) as file:
+            return file.read().decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{tar}: {name} is not UTF-8 text ({error})") from None
+
+
+def _about(place: str, text: str) -> dict[str, Any]:
+    """What a KEY.json says that we know; others' say much more."""
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} is not readable as JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{place} holds no table of names and values")
+    found = {name: fields[name] for name in ("caption", "label", "licence") if fields.get(name) not in (None, "")}
+    for name, value in found.items():
+        if not isinstance(value, str) and (name != "label" or not isinstance(value, int)):
+            raise ValueError(f"{place}: {name} is {value!r}, expected text" + " or a number" * (name == "label"))
+    return found
+
+
 # --- manifests ---------------------------------------------------------------------------------------------
 
 
@@ -135,11 +190,16 @@ def _manifest(file: Path) -> Iterator[tuple[Source, Any]]:
             raise ValueError(f"{place}: start and end are in seconds, not {wrong}") from None
         if not 0 <= start < end:
             raise ValueError(f"{place}: start {start:g} and end {end:g}: expected 0 <= start < end in seconds")
+        rows += 1
         path = _local(row["path"], f"{row['path']} ({place})", file.parent)
+        if path.is_file() and path.suffix.lower() == ".tar":
+            if len(row) > 1:
+                raise ValueError(f"{place}: {row['path']} holds many videos; what is known of each belongs in it")
+            yield from _packed(path)
+            continue
         caption, licence = (str(row[name]) if name in row else None for name in ("caption", "licence"))
         source = Source(row["path"] + _part(start, end), path, caption, licence=licence, start=start, end=end)
         yield source, row.get("label")
-        rows += 1
     if not rows:
         raise ValueError(f"{file} lists no videos")
 
@@ -192,15 +252,14 @@ def _number(labels: list[tuple[str, Any]]) -> tuple[list[int | None], tuple[str,
 
 
 def copies(sources: list[Source]) -> dict[int, str]:
-    """Number of every source whose content an earlier one has -> name of that one. Only files of equal size are
-    read, by SHA-256; files that cannot be read are no copies.
+    """Number of every source whose content an earlier one has -> name of that one. Of files of equal size the ends are
+    read, and where these agree the whole, by SHA-256; files that cannot be read are no copies.
     """
-    sizes: dict[int, set[Path]] = defaultdict(set)
-    for path in {source.path for source in sources}:
-        if path.is_file():
-            sizes[path.stat().st_size].add(path)
-    alike = {path: _sha256(path) for paths in sizes.values() if len(paths) > 1 for path in paths}
-    first: dict[tuple[str, float, float], str] = {}
+    groups = [{source.path for source in sources if size_of(source.path) >= 0}]
+    for trait in (size_of, _ends, _sha256):
+        groups = [found for group in groups for found in _divided(group, trait) if len(found) > 1]
+    alike = {path: number for number, group in enumerate(groups) for path in group}
+    first: dict[tuple[int, float, float], str] = {}
     found = {}
     for number, source in enumerate(sources):
         if source.path in alike:
@@ -212,6 +271,22 @@ def copies(sources: list[Source]) -> dict[int, str]:
     return found
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _divided(places: set[Place], trait: Callable[[Place], Any]) -> Iterable[set[Place]]:
+    """Those of equal `trait` together."""
+    found: dict[Any, set[Place]] = defaultdict(set)
+    for place in places:
+        found[trait(place)].add(place)
+    return found.values()
+
+
+def _ends(place: Place) -> bytes:
+    with open_bytes(place) as file:
+        found = hashlib.sha256(file.read(END_BYTES))
+        file.seek(max(0, size_of(place) - END_BYTES))
+        found.update(file.read(END_BYTES))
+    return found.digest()
+
+
+def _sha256(place: Place) -> bytes:
+    with open_bytes(place) as file:
+        return hashlib.file_digest(file, "sha256").digest()

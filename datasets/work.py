@@ -19,9 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msc.datasets.archives import size_of
 from msc.datasets.files import sync_folder, write_atomically
 from msc.datasets.shards import ShardInfo
 from msc.datasets.sources import Source
+from msc.datasets.tables import table_of
 
 WORK = ".work"
 GROUP_BYTES = 1 << 30  # of source files, after which a group ends: what a killed process does again, at most
@@ -59,7 +61,7 @@ def groups(sources: list[Source], clips_per_shard: int) -> list[range]:
     made, first, size = [], 0, 0
     for number, source in enumerate(sources):
         if number == first or source.path != sources[number - 1].path:
-            size += source.path.stat().st_size if source.path.is_file() else 0
+            size += max(0, size_of(source.path))
         if size >= GROUP_BYTES or number + 1 - first >= clips_per_shard or number + 1 == len(sources):
             made.append(range(first, number + 1))
             first, size = number + 1, 0
@@ -159,7 +161,8 @@ def finish_group(own: Path, partial: Path, number: int, record: Record) -> None:
     """Move a group's shards from the process's folder into place, then prove them done."""
     for shards in record.shards.values():
         for shard in shards:
-            os.replace(own / shard.name, partial / shard.name)
+            for path in (own / shard.name, table_of(own / shard.name)):
+                os.replace(path, partial / path.name)
     sync_folder(partial)
     keep(own, partial / WORK / f"group-{number:06d}.json", dataclasses.asdict(record))
 

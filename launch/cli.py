@@ -116,7 +116,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
         return made
 
     new = command("convert", commands.convert, "turn videos into shards for training")
-    new.add_argument("sources", nargs="+", metavar="SOURCE", help="video, folder, or list (.txt .csv .jsonl .parquet)")
+    new.add_argument("sources", nargs="+", metavar="SOURCE", help="video, folder, tar or list (.txt .csv .jsonl …)")
     new.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the shards")
     new.add_argument("--frames", type=positive, metavar="N", help="video frames of a clip")
     new.add_argument("--size", type=size, metavar="HxW", help="height and width of the clips in pixels")

@@ -54,10 +54,11 @@ def convert(args: Namespace) -> int:
 
 def inspect(args: Namespace) -> int:
     from msc.datasets.contents import damaged, describe
-    from msc.datasets.shards import read_index
+    from msc.datasets.shards import check_shards, read_index
     from msc.pretrain.autoencoder import open_autoencoder
 
     index = read_index(args.shards)
+    check_shards(args.shards, index)
     print(describe(args.shards, index))
     bad = damaged(args.shards, index) if args.verify else []
     if args.verify:

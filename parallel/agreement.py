@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TypeVar
@@ -16,6 +17,7 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 POLL_SECONDS = 0.05
+STORE_S = 60.0  # seconds that the store may take to answer
 
 
 def gather(value: T) -> list[T]:
@@ -25,14 +27,20 @@ def gather(value: T) -> list[T]:
     return found
 
 
-def on_first(function: Callable[[], T]) -> T:
-    """What `function` returns on rank 0, which alone calls it; ValueError on all ranks if it failed. A collective."""
+def on_first(function: Callable[[], T], patient: bool = False) -> T:
+    """What `function` returns on rank 0, which alone calls it; ValueError on all ranks if it failed. A collective.
+
+    patient: it may take longer than a collective waits.
+    """
+    topic = on_first(lambda: f"msc/first/{uuid.uuid4().hex}") if patient else ""
     box: list = [None, None]
     if dist.get_rank() == 0:
         try:
             box[0] = function()
         except (ValueError, OSError) as error:
             box[1] = str(error)
+    if patient:
+        wait_for_all(open_store(STORE_S), topic)
     dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
         raise ValueError(box[1])

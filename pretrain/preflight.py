@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from msc.datasets.mixture import DataConfig, Shards, only, open_shards, rounds
+from msc.datasets.mixture import DataConfig, Shards, check_sizes, only, open_shards, rounds
 from msc.datasets.remote import is_address
 from msc.datasets.shards import Index
 from msc.datasets.statistics import Statistics
@@ -70,6 +71,8 @@ def absolute(data: DataConfig) -> DataConfig:
 def check(config: Config, run: Path, resume: bool, processes: int) -> Config:
     """Every rule that can be checked before a process starts; ValueError or OSError says what is wrong."""
     shards = open_shards(config.data)
+    if "RANK" not in os.environ:  # ranks leave it to the first of them (train.py)
+        check_sizes(shards)
     index = shards.index
     config = resolve(config, index)
     for frames, height, width in sizes(shards):

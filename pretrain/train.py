@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from msc.datasets.batches import loader
 from msc.datasets.files import write_atomically
-from msc.datasets.mixture import Shards, check_remote, open_shards
+from msc.datasets.mixture import Shards, check_sizes, open_shards
 from msc.parallel import agreement, desync, fp8, process, zero
 from msc.parallel.mesh import scattered
 from msc.parallel.watch import of_communication, watching
@@ -85,7 +85,7 @@ def _train(
         {**flat(config), **versions, "run": str(run.absolute()), "resume": resume, "back to": back_to, "again": again,
          "index.json": " ".join(found.digest for found in shards.sets)}
     )  # fmt: skip
-    agreement.on_first(partial(check_remote, shards))
+    agreement.on_first(partial(check_sizes, shards), patient=True)
     mesh = make_mesh(world.size, config.parallel.sp, world.device.type)
     if (told := scattered(agreement.gather(socket.gethostname()), config.parallel.sp)) and world.first:
         checkpoint.say(told)

@@ -11,13 +11,12 @@ import tarfile
 import time
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save
 
-from msc.datasets.batches import Batch, _checked, loader
+from msc.datasets.batches import Batch, loader
 from msc.datasets.convert import ConvertConfig, convert
 from msc.datasets.decode import to_mp4
 from msc.datasets.mixture import DataConfig, only
@@ -402,6 +401,24 @@ def test_broken_latents_are_found_by_their_header(tmp_path, capsys):
     assert (key, found.shape) == ("clip-5", (2, 3, 8, 8))
 
 
+def test_a_flipped_bit_is_found_in_latents_and_text(tmp_path):
+    """By every rank alike, whichever frames it reads; shards without checksums are read as they are."""
+    latents, text = save({"latent": torch.zeros(4, 3, 8, 8)}), save({"text": torch.zeros(5, 7)})
+    sums = {"crc32": zlib.crc32(latents), "text_crc32": zlib.crc32(text)}
+    flipped = [latents[:-1] + b"\1", latents, latents, latents[:-1] + b"\1"], [text, text[:-1] + b"\1", text, text]
+    samples = []
+    for i, (one, other) in enumerate(zip(*flipped, strict=True)):
+        about = json.dumps(sums if i < 3 else {}).encode()
+        samples.append((f"clip-{i}", {"json": about, "latent.safetensors": one, "text.safetensors": other}))
+    index = small_index(tmp_path, samples, store="latent", has_text=7)
+    for frames in ((0, 4), (0, 1), (3, 4)):
+        found = Samples(tmp_path, index, "train", frames)
+        for i, what in enumerate(("latents", "text")):
+            with pytest.raises(ValueError, match=f"sample clip-{i} of .*checksum of the {what} differs"):
+                found.read(i)
+        assert found.read(2)[1].shape == found.read(3)[1].shape == (frames[1] - frames[0], 3, 8, 8)
+
+
 def test_text_and_labels_come_along(tmp_path):
     samples = video_samples(6, label=lambda i: i % 3)
     text = torch.randn(6, 5, 7)
@@ -462,9 +479,32 @@ def test_settings_are_checked(change, message):
         DataConfig(**change)
 
 
-def test_a_small_set_that_cannot_be_read_at_all_ends_the_run_with_a_word():
-    """Its clips may be fewer than the bound on all sets' broken clips."""
-    nothing = Batch([], [], [], broken=((3, "clip-3: no video in it"),))
-    batches = _checked([nothing], SimpleNamespace(bound=5, clips=100, where="shards (train)"))
-    with pytest.raises(ValueError, match="no clip of a set in shards .* can be read, among them clip-3"):
+def latent_samples(count: int, content: bytes = b"") -> list[tuple[str, dict[str, bytes]]]:
+    content = content or save({"latent": torch.zeros(4, 3, 8, 8)})
+    return [(f"clip-{i}", {"json": b"{}", "latent.safetensors": content}) for i in range(count)]
+
+
+def test_a_set_that_is_mostly_broken_ends_the_run_soon(tmp_path, monkeypatch):
+    """One read does not go through all that may be broken before it says so."""
+    index = small_index(tmp_path, latent_samples(1000, b"nothing"), store="latent")
+    tried, whole = [], Samples.read
+    monkeypatch.setattr(Samples, "read", lambda self, number: tried.append(number) or whole(self, number))
+    batches = loader(only(tmp_path, index), "train", seed=1, clock=0, clips=1, workers=0, max_bad=0.9)
+    with pytest.raises(ValueError, match=r"^64 clips in a row of .* cannot be read: sample clip-\d+ .*; sample .*disk"):
         next(batches)
+    assert len(tried) == 64
+
+
+def test_a_shard_that_was_cut_off_is_passed_over_and_scanned_once(tmp_path, monkeypatch, capsys):
+    from msc.datasets import samples
+
+    index = small_index(tmp_path, latent_samples(100), store="latent")
+    good = write_shard(tmp_path / "train-000001.tar", latent_samples(20))
+    index = dataclasses.replace(index, splits={"train": [index.splits["train"][0], good]})
+    os.truncate(tmp_path / "train-000000.tar", 5000)
+    scanned = []
+    monkeypatch.setattr(samples, "scan", lambda path: scanned.append(path.name) or scan(path))
+    batches = loader(only(tmp_path, index), "train", seed=1, clock=0, clips=4, workers=0, stop=120, max_bad=0.9)
+    assert all(number >= 100 for batch in batches for number in batch.samples)
+    assert sorted(scanned) == ["train-000000.tar", "train-000001.tar"]
+    assert capsys.readouterr().err.count("data: skipped shard ") == 100

@@ -6,9 +6,12 @@ import json
 from fractions import Fraction
 from pathlib import Path
 
+import crashing
 import pytest
 import torch
 
+from msc.datasets import convert as converting
+from msc.datasets import cut
 from msc.datasets.batches import loader
 from msc.datasets.clips import border, pieces, runs
 from msc.datasets.convert import ConvertConfig, convert
@@ -188,6 +191,17 @@ def test_statistics_are_those_of_the_training_clips(tmp_path, videos):
     assert measure(blocks(samples.read(i)[1]) for i in range(len(samples))) == index.statistics
 
 
+def test_statistics_open_only_the_shards_of_the_clips_they_take(tmp_path, videos, monkeypatch):
+    scanned = []
+    monkeypatch.setattr(converting, "MEASURED_CLIPS", 2)
+    monkeypatch.setattr(converting, "scan", lambda path: scanned.append(path.name) or scan(path))
+    convert(settings(tmp_path, videos), blocks, 2)
+    index = read_index(tmp_path / "out")
+    samples = Samples(tmp_path / "out", index, "train")
+    assert measure(blocks(samples.read(i)[1]) for i in (0, len(samples) // 2)) == index.statistics
+    assert len(scanned) == 2 < len(index.splits["train"])
+
+
 def test_latents_are_stored_in_their_place(tmp_path, videos):
     convert(settings(tmp_path, videos, store="latent", stride=20), blocks, 2)
     index = read_index(tmp_path / "out")
@@ -248,6 +262,22 @@ def test_too_many_broken_videos_stop_the_conversion(tmp_path, videos):
     with pytest.raises(ValueError, match=r"2 of 6 sources are broken, at most 20% .*broken0.mp4: is not"):
         convert(settings(tmp_path, videos), blocks, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["videos"]
+
+
+def test_a_video_that_kills_workers_is_broken_and_one_that_kills_once_is_not(tmp_path, videos, monkeypatch):
+    for seed, name in enumerate(("deadly", "hungry"), 1):
+        write_videos(tmp_path / name, seed, 1, 60, 48, 64)
+        (tmp_path / name / "synthetic-000.mp4").rename(videos / "deep" / f"{name}.mp4")
+    monkeypatch.setattr(cut, "cut", crashing.crash)
+    results = []
+    for workers in (2, 3):
+        config = settings(tmp_path / str(workers), videos, workers=workers, clips_per_shard=2)
+        results.append(convert(config, blocks, 2))
+        assert results[-1].skipped == (
+            ("videos/deep/deadly.mp4", "crashes the decoder, or takes more memory than there is"),
+        )
+    assert results[0].clips == results[1].clips == {"train": 24, "held_out": 4}
+    assert contents(tmp_path / "2" / "out") == contents(tmp_path / "3" / "out")
 
 
 def test_folders_without_videos_and_wrong_sources_are_refused(tmp_path):

@@ -3,11 +3,15 @@
 import dataclasses
 import itertools
 import json
+import os
+import shutil
 from fractions import Fraction
 from pathlib import Path
 
+import checking
 import pytest
 import torch
+from processes import run_ranks
 
 from msc.datasets.batches import Batch, loader
 from msc.datasets.clips import best_buckets, pieces
@@ -18,6 +22,8 @@ from msc.datasets.samples import Samples
 from msc.datasets.shards import read_index
 from msc.datasets.statistics import Statistics, measure, mix
 from msc.datasets.synthetic import write_videos
+from msc.pretrain import preflight
+from msc.pretrain.config import load
 
 BUCKETS = ((8, 16, 24), (4, 16, 24), (8, 24, 16))
 
@@ -281,3 +287,23 @@ def test_sets_that_do_not_fit_each_other_are_refused(tmp_path, data, plain):
     for weight in (0.0, -1.0, float("inf")):
         with pytest.raises(ValueError, match=f"the weight of x is {weight}"):
             ShardsFrom("x", weight)
+
+
+@pytest.mark.gloo
+def test_one_rank_looks_at_the_shards_however_long_it_takes(plain, tmp_path):
+    index = read_index(plain)
+    assert run_ranks(checking.slowly, 2, str(plain), 4.0) == [(None, sum(map(len, index.splits.values()))), (None, 0)]
+    shutil.copytree(plain, tmp_path / "cut")
+    os.truncate(tmp_path / "cut" / index.splits["train"][0].name, 512)
+    (told, asked), (other, none) = run_ranks(checking.slowly, 2, str(tmp_path / "cut"), 0.0)
+    assert told == other and "has 512 bytes, its index says" in told
+    assert asked and not none
+
+
+def test_the_command_line_looks_at_the_shards_too(plain, tmp_path, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    shutil.copytree(plain, tmp_path / "cut")
+    (tmp_path / "cut" / read_index(plain).splits["train"][0].name).unlink()
+    config = load(None, None, [f"data.shards={tmp_path / 'cut'}"])
+    with pytest.raises(FileNotFoundError, match=r"shard .*tar is missing: copy it again"):
+        preflight.check(config, tmp_path / "run", resume=False, processes=1)

@@ -1,5 +1,6 @@
 """Conversion by many processes that may be killed: the same bytes, nothing half-written, nothing done twice."""
 
+import json
 import os
 import signal
 import subprocess
@@ -133,6 +134,20 @@ def test_parts_in_any_order_and_number_give_what_one_process_gives(tmp_path):
     (tmp_path / "videos" / "synthetic-008.mp4").unlink()
     convert(config("rest"), raw, 1)  # without merge the rest is converted here
     assert contents(tmp_path / "rest" / "out") == contents(tmp_path / "whole" / "out")
+
+
+def test_work_begun_under_another_rule_is_not_gone_on_with(tmp_path):
+    write_videos(tmp_path / "videos", 0, 4, 40, 32, 32)
+    config = settings(tmp_path, tmp_path / "videos")
+    convert(config, raw, 1, part=(0, 2))
+    plan = tmp_path / ".out.partial" / ".work" / "plan.json"
+    written = json.loads(plan.read_text())
+    plan.write_text(json.dumps({name: written[name] for name in ("settings", "videos", "digest")}))  # of an older msc
+    for how in ({"part": (1, 2)}, {"merge": True}, {}):
+        with pytest.raises(ValueError, match=r"unfinished work with another held-out rule \(None then, \d now"):
+            convert(config, raw, 1, **how)
+    plan.write_text(json.dumps(written))
+    convert(config, raw, 1)
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])

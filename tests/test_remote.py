@@ -23,7 +23,8 @@ import torch
 from msc.datasets import remote
 from msc.datasets.batches import Batch, loader
 from msc.datasets.convert import ConvertConfig, convert
-from msc.datasets.mixture import DataConfig, ShardsFrom, check_remote, open_shards
+from msc.datasets.files import locked
+from msc.datasets.mixture import DataConfig, ShardsFrom, check_sizes, open_shards
 from msc.datasets.remote import Remote, download, is_address, shown
 from msc.datasets.shards import read_index
 from msc.datasets.synthetic import write_videos
@@ -176,6 +177,33 @@ def test_many_ask_at_once_and_one_fetches(server, folder, tmp_path):
     assert server.it.asked["GET", shard.name] == 1
 
 
+def test_what_is_being_fetched_counts_with_all_that_it_will_be(server, folder, tmp_path, monkeypatch):
+    """Of shards that are asked for at once no more are fetched at once than fit; what a dead process left goes."""
+    shards = read_index(folder).splits["train"]
+    most = 5 * max(shard.bytes for shard in shards) // 2
+    place = Remote(server.url, tmp_path / "cache", most)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / f"left.{1 << 40}.partial").write_bytes(b"left by a process that was killed")
+    promised, together = [], []
+
+    def slow(url, file, size, timeout):
+        promised.append(size)
+        time.sleep(0.2)
+        with locked(tmp_path / "cache" / "lock-room"):  # so that none goes while we look
+            together.append(sum(promised) + sum(path.stat().st_size for path in kept(tmp_path)))
+        download(url, file, size, timeout)
+        promised.remove(size)
+
+    monkeypatch.setattr(remote, "download", slow)
+    monkeypatch.setattr(remote, "ROOM_S", 0.01)
+    with ThreadPoolExecutor(len(shards)) as pool:
+        list(pool.map(place.file, shards))
+    assert len(together) == len(shards) > 3
+    assert max(together) <= most
+    assert max(together) > most // 2  # and yet two at once
+    assert not list((tmp_path / "cache").glob("*.partial"))
+
+
 # --- what goes wrong ---------------------------------------------------------------------------------------
 
 
@@ -234,20 +262,20 @@ def test_a_shard_that_cannot_be_had_ends_the_run(server, tmp_path, workers):
 def test_what_has_changed_since_the_index_is_refused(server, tmp_path, how):
     data = config(server, tmp_path)
     shards = open_shards(data)
-    check_remote(shards)
+    check_sizes(shards)
     path = server.folder / "train-000000-000001.tar"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes({"other bytes": content, "longer": content + b"x", "shorter": content[:-512]}[how])
     if how != "other bytes":
         with pytest.raises(ValueError, match=r"000001.tar has \d+ bytes, its index says \d+: it has changed since"):
-            check_remote(shards)
+            check_sizes(shards)
     with pytest.raises(OSError, match=r"000001.tar (has more than|is not what its index says).*changed since"):
         list(itertools.islice(loader(shards, "train", seed=3, clock=0, clips=4, workers=0), 12))
     assert not list((tmp_path / "cache").glob("*.partial")) or how == "longer"
     path.unlink()
     with pytest.raises(OSError, match=r"000001.tar could not be read in 5 tries: the server says 404"):
-        check_remote(shards)
+        check_sizes(shards)
 
 
 def test_a_hostile_index_asks_for_nothing_else(server, tmp_path):
@@ -277,7 +305,7 @@ def test_commands_run_only_where_they_are_named(server, folder, tmp_path, monkey
     with pytest.raises(ValueError, match="data.commands has 'rm'"):
         DataConfig(commands=("rm",))
     data = config(server, tmp_path, shards=f"pipe:cat {folder}", commands=("pipe",))
-    check_remote(open_shards(data))
+    check_sizes(open_shards(data))
     assert same(read(data, 6), read(DataConfig(str(folder)), 6))
     # s3 is read by the command `aws`, here one of our own
     tool = tmp_path / "bin" / "aws"

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import pickle
 import tarfile
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from msc.datasets import shards
-from msc.datasets.shards import Index, read_index, read_part, scan, verify, write_index, write_shard
+from msc.datasets.shards import Index, check_shards, read_index, read_part, scan, verify, write_index, write_shard
 from msc.datasets.statistics import Statistics
 
 SAMPLES = [(f"train-{i:03d}", {"json": b"{}" * (i + 1), "mp4": bytes([i]) * (700 * i + 1)}) for i in range(5)]
@@ -207,6 +208,15 @@ def test_a_corrupt_index_is_refused(tmp_path, content):
         read_index(tmp_path)
 
 
+def test_an_index_without_end_is_not_read(tmp_path, monkeypatch):
+    make_folder(tmp_path)
+    monkeypatch.setattr(shards, "MAX_INDEX_BYTES", (tmp_path / "index.json").stat().st_size)
+    assert read_index(tmp_path).samples("train") == 5
+    os.truncate(tmp_path / "index.json", 1 << 40)  # a hole: it takes no space, but memory
+    with pytest.raises(ValueError, match=r"index.json has more than the \d+ bytes that an index"):
+        read_index(tmp_path)
+
+
 def test_missing_short_and_changed_shards_are_named(tmp_path):
     index = make_folder(tmp_path)
     shard = tmp_path / "train-000000.tar"
@@ -216,10 +226,10 @@ def test_missing_short_and_changed_shards_are_named(tmp_path):
     assert verify(tmp_path, read_index(tmp_path)) == ["train-000000.tar"]
     shard.write_bytes(content[:-512])
     with pytest.raises(ValueError, match=rf"train-000000.tar has \d+ bytes, its index says {len(content)}"):
-        read_index(tmp_path)
+        check_shards(tmp_path, read_index(tmp_path))
     shard.unlink()
     with pytest.raises(FileNotFoundError, match=r"train-000000.tar is missing"):
-        read_index(tmp_path)
+        check_shards(tmp_path, read_index(tmp_path))
     assert dataclasses.is_dataclass(index)
 
 

@@ -2,17 +2,22 @@
 
 import json
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
+from msc.datasets import pack
+from msc.datasets import sources as module
 from msc.datasets.clips import runs
 from msc.datasets.convert import ConvertConfig, convert
 from msc.datasets.samples import Samples
 from msc.datasets.shards import read_index, read_part, scan
-from msc.datasets.sources import copies, find_sources
+from msc.datasets.sources import Listing, Source, copies, find_sources
 from msc.datasets.synthetic import write_videos
+from msc.datasets.work import WORK
 
 ROWS = [
     {"path": "synthetic-000.mp4", "caption": "a disc, and a bar", "label": "dog", "licence": "CC0"},
@@ -125,6 +130,7 @@ def test_what_a_manifest_says_is_in_the_samples(tmp_path, folder):
             row = ROWS[names.index(fields["source"])]
             assert (fields["caption"], fields["licence"]) == (row.get("caption"), row.get("licence"))
             assert label == fields["label"] == ["cat", "dog"].index(row["label"])
+            assert {"crc32", "text_crc32"} <= set(fields)
             assert torch.equal(text, embed(row["caption"]).float() if "caption" in row else torch.zeros(1, 3))
             starts[row["path"] + str(row.get("start", ""))].append((name, fields["start"]))
     # 1 to 5 s of the second video are in use: ticks 12 to 60, the last quarter from 48 on held out, for both rows.
@@ -144,6 +150,29 @@ def test_parts_of_a_video_share_one_border():
 def test_captions_are_asked_for_where_there_is_an_encoder(tmp_path, folder):
     with pytest.raises(ValueError, match="no source has a caption"):
         convert(settings(tmp_path, folder, text="encoder"), lambda video: video.float(), 1, embed)
+
+
+def test_only_files_that_agree_at_both_ends_are_read_whole(tmp_path, monkeypatch):
+    contents = {"a": b"1" * 400_000, "b": b"1" * 399_999 + b"2", "c": b"2" + b"1" * 399_999, "d": b"1" * 400_000}
+    contents["e"] = b"1" * 200_000 + b"2" + b"1" * 199_999  # differs in its middle alone
+    for name, content in {**contents, "f": b"1", "g": b"1"}.items():
+        (tmp_path / name).write_bytes(content)
+    hashed, whole = [], module._sha256
+    monkeypatch.setattr(module, "_sha256", lambda path: hashed.append(path.name) or whole(path))
+    assert copies([Source(name, tmp_path / name) for name in "abcdefgh"]) == {3: "a", 6: "f"}
+    assert sorted(hashed) == ["a", "d", "e", "f", "g"]
+
+
+def test_of_many_parts_one_looks_for_copies_and_the_others_wait(tmp_path, monkeypatch):
+    (tmp_path / WORK).mkdir()
+    writers, calls = [], []
+    for own in ("one", "two", "three"):
+        (tmp_path / own).mkdir()
+        writers.append(pack.Writer(None, None, None, None, Listing([]), tmp_path, tmp_path / own))
+    monkeypatch.setattr(pack, "copies", lambda _: calls.append(1) or time.sleep(0.3) or {1: "a"})
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(lambda writer: writer._copies(), writers)) == [{1: "a"}] * 3
+    assert calls == [1]
 
 
 def test_copies_of_a_video_count_once(tmp_path, folder):
