@@ -27,6 +27,7 @@ from msc.launch.ladder import Run, Sweep
 from msc.pretrain.config import dump
 from msc.pretrain.metrics import Tracker
 from msc.pretrain.rollback import read_lines
+from msc.pretrain.tracking import shown
 from msc.pretrain.train import REQUEUE
 
 State = Literal["finished", "running", "queued", "failed", "stopped", "waiting"]
@@ -154,7 +155,8 @@ def run_all(folder: Path, sweep: Sweep, jobs: int = 1) -> int:
 
 
 def open_parent(folder: Path, sweep: Sweep) -> tuple[Tracker, str | None]:
-    """The MLflow run that all runs of the sweep are shown under, and the store that it is in, if there is one."""
+    """The MLflow run that all runs of the sweep are shown under, and the store that it is in, if there is one. A user's
+    name and password are not in its address: anybody may read words of a command, and runs inherit the environment."""
     tracker = Tracker(sweep.configured(sweep.runs[0]).metrics)
     tracker.start(folder, {"runs": len(sweep.runs)}, dump(sweep.base()), folder.name)
     tracker.tags({"msc.sweep": folder.name})
@@ -163,7 +165,7 @@ def open_parent(folder: Path, sweep: Sweep) -> tuple[Tracker, str | None]:
         return tracker, None
     if tracker.run_id is None:
         said("MLflow does not answer; the runs will not be shown under one parent")
-    return tracker, tracker.config.resolve(folder)
+    return tracker, shown(tracker.config.resolve(folder))
 
 
 def start(folder: Path, sweep: Sweep, run: Run, jobs: int, lock: int, parent: str | None, uri: str | None) -> Started:

@@ -329,17 +329,17 @@ def test_a_header_may_begin_like_a_pickle(tmp_path):
 def test_the_card_tells_the_facts_and_no_secrets(run, tmp_path):
     path = shutil.copytree(run.path, tmp_path / "first")
     text = (path / "config.yaml").read_text()
-    secret = text.replace("tracking_uri: ''", "tracking_uri: https://me:hunter2@host").replace(
+    secret = text.replace("tracking_uri: ''", "tracking_uri: https://inside.example").replace(
         "shards: ''", "shards: /home/me/private"
     )
-    assert "hunter2" in secret and "private" in secret
+    assert "inside.example" in secret and "private" in secret
     (path / "config.yaml").write_text(secret)
     write_evaluation(path / "evaluation.json", 40, path)
     export(path)
     written = {p.name: p.read_text(errors="replace") for p in (path / "export").iterdir()}
     assert written.keys() == {"config.json", "README.md", "model.safetensors", "model_index.json", "pipeline.py"}
     for text in written.values():
-        assert not any(word in text for word in ("hunter2", "/home/me", str(tmp_path)))
+        assert not any(word in text for word in ("inside.example", "/home/me", str(tmp_path)))
     card = written["README.md"]
     for fact in ("| steps | 40 |", "| clips seen | 320 (the set holds 99) |", "16 × 24 pixels at 12 frames/s",
                  "`pixels`", "averaged (ema), in fp32", "The ema weights on 3 held-out clips",

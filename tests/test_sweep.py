@@ -19,6 +19,7 @@ from msc.launch import cli, ledger, slurm, sweep
 from msc.launch.ladder import Run, Sweep, nearest_power, read_sweep
 from msc.launch.points import read_points
 from msc.pretrain import cost
+from msc.pretrain.metrics import MetricsConfig
 from msc.pretrain.preflight import resolve
 
 SETTINGS = {key: yaml.safe_load(value) for key, value in (setting.split("=", 1) for setting in SMALL)}
@@ -242,6 +243,26 @@ def test_a_torn_last_line_of_the_log_does_not_hide_what_was_reached(shards, tmp_
     own.mkdir()
     (own / "log.jsonl").write_text('torn by a crash{"clock": 4}\n{"clock": 8, "loss": 0.5}\n{"clo')
     assert sweep.reached(tmp_path, plan, plan.runs[0]) == "finished" and sweep.last_loss(own) == 0.5
+
+
+def test_a_password_of_the_store_reaches_runs_and_nothing_that_is_read(shards, tmp_path, monkeypatch, capfd):  # noqa: F811
+    """Neither their words, which `ps` shows, nor any file: they have it of the environment."""
+    program = "import json, os, sys; json.dump([sys.argv, os.environ['MLFLOW_TRACKING_URI']], open(sys.argv[1], 'w'))"
+
+    def command(*given):
+        return [sys.executable, "-c", program, str(tmp_path / "told"), *sweep.words(*given)]
+
+    monkeypatch.setattr(sweep, "command", command)
+    monkeypatch.setattr(sweep.Tracker, "flush", lambda tracker: False)  # nobody answers: no need to wait
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:swordfish@127.0.0.1:9")
+    plan = read_sweep(write(tmp_path / "s.yaml", shards, set={"metrics.tracking_uri": ""}))
+    assert sweep.run_all(tmp_path / "sweep", plan) == 0
+    words, inherited = json.loads((tmp_path / "told").read_text())
+    assert words[-1] == "metrics.tracking_uri=http://127.0.0.1:9"
+    assert MetricsConfig(tracking_uri=words[-1].partition("=")[2]).resolve(tmp_path) == inherited
+    assert inherited == "http://me:swordfish@127.0.0.1:9"
+    written = "".join(path.read_text() for path in (tmp_path / "sweep").rglob("*") if path.is_file())
+    assert "swordfish" not in written + "".join(words) + "".join(capfd.readouterr())
 
 
 def test_a_run_that_has_begun_goes_on(tmp_path):
