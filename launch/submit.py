@@ -208,14 +208,29 @@ def part_log(record: Record, part: int) -> str:
 
 
 def send_one(made: Job, args: Namespace, site: Site, name: str, per_node: int) -> list[Record]:
-    """A job, or a conversion in parts and the job that merges them."""
+    """A job, or a conversion in parts and the job that merges them: both or neither."""
     where, parts = Path(made.jobs), args.parts
     if not parts:
         return [send([made], where, args, site, name, per_node)]
     cut = [replace(made, words=(*made.words, "--part", f"{i}/{parts}"), part=(i, parts)) for i in range(parts)]
     first = send(cut, where, args, site, name, per_node)
-    merge = replace(made, words=(*made.words, "--merge"))
-    return [first, send([merge], where, args, site, name, per_node, dependency=f"afterok:{first.id}")]
+    try:
+        ledger.write(where, first)  # at once: from here on `msc cancel` must find it
+        merge = replace(made, words=(*made.words, "--merge"))
+        return [first, send([merge], where, args, site, name, per_node, dependency=f"afterok:{first.id}")]
+    except (ValueError, OSError):
+        take_back(where, first)
+        raise
+
+
+def take_back(where: Path, record: Record) -> None:
+    """Cancel a job whose successor could not be sent. While Slurm has it, its record stays, and all that it reads."""
+    done = subprocess.run(["scancel", record.id], capture_output=True, text=True)
+    if done.returncode:
+        commands.said(f"job {record.id} was accepted and could not be taken back: {done.stderr.strip()}")
+        return
+    commands.said(f"job {record.id} was accepted, and is cancelled, as the job after it could not be sent")
+    (where / f"{record.id}.json").unlink(missing_ok=True)
 
 
 def start_here(made: Job, site: Site) -> Record:

@@ -440,6 +440,32 @@ def test_a_refused_submission_is_one_line_and_leaves_no_run(shards, stand_ins, t
     assert "--cluster local" in capsys.readouterr().err
 
 
+# Takes the first job and no other.
+ONE_ONLY = """#!/bin/sh
+[ -e '{place}/accepted' ] && { echo 'sbatch: error: job limit reached' >&2; exit 1; }
+touch '{place}/accepted'
+echo Submitted batch job 77
+"""
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_conversion_whose_merge_is_refused_is_taken_back(code, stand_ins, tmp_path, monkeypatch, capsys):
+    """Also where it cannot be: then what its tasks read stays, and so does its record for `msc cancel`."""
+    scancel = f"#!/bin/sh\necho $* >> '{stand_ins}/cancelled'\necho no answer >&2\nexit {code}\n"
+    for name, text in {"sbatch": ONE_ONLY.replace("{place}", str(stand_ins)), "scancel": scancel}.items():
+        (stand_ins / name).write_text(text)
+        (stand_ins / name).chmod(0o755)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    jobs = tmp_path / "shards.jobs"
+    assert cli.main(["submit", "convert", "videos", "--out", str(tmp_path / "shards"), "--parts", "3"]) == 2
+    said = capsys.readouterr().err
+    assert "job limit reached" in said and (stand_ins / "cancelled").read_text() == "77\n"
+    assert ("job 77 was accepted, and is cancelled" in said) == (code == 0)
+    assert ("job 77 was accepted and could not be taken back: no answer" in said) == (code == 1)
+    assert [record.id for record in ledger.records(jobs)] == ["77"] * code
+    assert (len(list(jobs.glob("*.pkl"))) >= 3) == (code == 1)
+
+
 # In the background of this machine ---------------------------------------------------------------------------
 
 
