@@ -150,6 +150,24 @@ def test_finished_runs_are_not_repeated_and_failed_ones_are(shards, tmp_path, st
     assert [(folder / run.name / "started").read_text() for run in plan.runs] == ["x", "xx", "x"]
 
 
+def test_runs_at_a_time_have_gpus_of_their_own(shards, tmp_path, monkeypatch):  # noqa: F811
+    """Two at a time, of two processes each: a run has the GPUs of the one that ended before it."""
+    program = "import os, sys, time; time.sleep(0.3); open(sys.argv[1], 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])"
+
+    def command(folder, plan, run, parent=None, uri=None):
+        return [sys.executable, "-c", program, str(folder / f"{run.name}.gpus")]
+
+    monkeypatch.setattr(sweep, "command", command)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1,0,2,5")
+    plan = read_sweep(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1, 2, 3]}, processes=2))
+    sweep.run_all(tmp_path / "s", plan, jobs=2)
+    given = [(tmp_path / "s" / f"{run.name}.gpus").read_text() for run in plan.runs]
+    assert given[:2] == ["3,1", "0,2"] and sorted(given[2:]) == ["0,2", "3,1"]
+    with pytest.raises(ValueError, match="need 6 GPUs, but 5 are visible"):
+        sweep.run_all(tmp_path / "t", plan, jobs=3)
+    assert not (tmp_path / "t").exists()
+
+
 def test_the_command_shows_what_would_run_and_where_it_is(shards, tmp_path, capsys):  # noqa: F811
     file = write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1]})
     assert cli.main(["sweep", str(file), "--dry-run"]) == 0
