@@ -56,7 +56,8 @@ def submit(args: Namespace) -> int:
     made = job_of(args, site, words, folder, where, tasks, again, getattr(inner, "part", None))
     if args.cluster == "debug":
         os.environ.update(site.variables)
-        return supervisor.attempts(made, [])
+        with local.caught_signals() as received:  # Ctrl-C reaches the ranks, which save
+            return supervisor.attempts(made, received)
     if args.cluster == "local":
         records = [start_here(made, site)]
     else:

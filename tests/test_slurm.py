@@ -7,7 +7,9 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import socket
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -17,14 +19,14 @@ import pytest
 import starting
 import yaml
 from processes import run_ranks
-from test_training import SMALL, shards, wait_for  # noqa: F401
+from test_training import MSC, SMALL, shards, wait_for  # noqa: F401
 
 from msc.datasets.files import last_line
 from msc.launch import cli, ledger, rendezvous, sites, slurm, status, submit, supervisor
 from msc.launch.ledger import Record
 from msc.launch.slurm import State
 from msc.launch.supervisor import Job, decide
-from msc.pretrain import heartbeat
+from msc.pretrain import heartbeat, shelf
 
 # Where a rank is ---------------------------------------------------------------------------------------------
 
@@ -493,6 +495,23 @@ def test_a_job_in_the_background_is_watched_ended_and_saved(shards, tmp_path, ca
     assert "stopped at step" in said and f"in the queue again: msc submit --cluster local --resume --run {run}" in said
     assert cli.main(["logs", str(run), "--rank", "1"]) == 2
     assert not submit.is_active(replace(record, created=1.0)), "another process with its number is not the job"
+
+
+def test_a_job_here_and_now_saves_at_ctrl_c(shards, tmp_path):
+    run = tmp_path / "run"
+    words = ["submit", "--cluster", "debug", "--run", run, "--preset", "demo", f"data.shards={shards}", *SMALL]
+    with (tmp_path / "said").open("w") as said:
+        job = subprocess.Popen([MSC, *map(str, words), "train.clips=40000"], stdout=said, stderr=said,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # fmt: skip
+    try:
+        wait_for(lambda: last_line(run / "log.jsonl").get("step", 0) > 3 or job.poll() is not None, seconds=120)
+        job.send_signal(signal.SIGINT)
+        code = job.wait(timeout=60)
+    finally:
+        job.kill()
+    text = (tmp_path / "said").read_text()
+    assert code == supervisor.STOPPED and "stopped at step" in text and "go on" in text, text
+    assert shelf.newest_meta(run)["step"] > 3
 
 
 # What people are shown ---------------------------------------------------------------------------------------
