@@ -145,16 +145,20 @@ def prepare_training(inner: Namespace, args: Namespace, tasks: int) -> tuple[Pat
         raise ValueError(f"job {active[-1].id} is training in {run}: wait for it, or end it with `msc cancel {run}`")
 
     from msc.datasets.files import write_atomically
+    from msc.launch import plan_report
     from msc.pretrain import heartbeat, preflight
     from msc.pretrain.config import dump
 
+    words = ["--resume", "--run", str(run)]
+    if inner.plan:
+        plan_report.read_expected(inner.plan)
+        words += ["--plan", str(inner.plan.absolute())]
     config = preflight.check(asked.config, run, asked.resume, tasks)
     heartbeat.check_free(run, commands.said)
     run.mkdir(parents=True, exist_ok=True)
     write_atomically(run / "config.yaml", dump(config).encode())
-    words = ("train", "--resume", "--run", str(run))
-    again = shlex.join(["msc", "submit", *options(args), "--resume", "--run", str(run)])
-    return run, words + (("--rollback", asked.back_to) if asked.back_to else ()), again
+    again = shlex.join(["msc", "submit", *options(args), *words])
+    return run, ("train", *words, *(("--rollback", asked.back_to) if asked.back_to else ())), again
 
 
 def is_active(record: Record) -> bool:

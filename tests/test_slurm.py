@@ -343,6 +343,21 @@ def test_every_option_reaches_all_evaluations(tmp_path, monkeypatch, capsys):
         assert vars(cli.parse(job.words)) | {"argv": alone} == vars(cli.parse(alone))
 
 
+def test_the_plan_of_a_run_goes_with_its_job(shards, tmp_path, monkeypatch, capsys):
+    """To the ranks and into the command that goes on, named so that it is found from anywhere."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    sent = []
+    monkeypatch.setattr(slurm, "send", lambda jobs, *_: sent.extend(jobs) or "7")
+    words = ["submit", "--preset", "demo", f"data.shards={shards}", *SMALL, "--run", "run", "--plan", "plan.json"]
+    assert cli.main(words) == 2 and "plan.json: No such file" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "plan.json").write_text(json.dumps({"step_s": 1.0, "memory_gib": 2.0}))
+    assert cli.main(words) == 0
+    again = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("go on"))
+    assert cli.parse(sent[0].words).plan == cli.parse(shlex.split(again)[3:]).inner.plan == tmp_path / "plan.json"
+
+
 @pytest.mark.parametrize("name", ["a\nb", "100%", "a\\b"])
 def test_paths_that_no_batch_script_can_hold_are_refused(name):
     with pytest.raises(ValueError, match="folder"):
