@@ -86,7 +86,12 @@ def results(found: Study, compute: Sequence[float] = ()) -> dict[str, Any]:
     values["level"], values["delta"] = found.fit.level, found.fit.delta
     values["error"] = float(np.sqrt((found.fit.residuals**2).mean()))
     if usable(found):
-        values["held_out"] = [prediction(found.fit, point) for point in found.held_out]
+        values["held_out"] = []
+        for point in found.held_out:
+            try:
+                values["held_out"].append(prediction(found.fit, point))
+            except ValueError as error:  # too far from what was fitted
+                values["refused"].append(f"held out {point.name}: {error}")
         values["optimal"] = [optimum(found, C) for C in compute]
     return values
 
@@ -159,7 +164,7 @@ def report(found: Study, values: dict[str, Any]) -> str:
     for minimum in found.rates.minima:
         place = ", ".join(f"{name} {value:.3g}" for name, value in minimum.place.items())
         lines.append(f"at N = {minimum.at[0]:.3g}, D = {minimum.at[1]:.3g}: best {place} ({minimum.points} runs)")
-    lines += [f"refused: {reason}" for reason in found.refused]
+    lines += [f"refused: {reason}" for reason in values["refused"]]
     return "\n".join(lines)
 
 

@@ -224,6 +224,14 @@ def test_a_table_is_fitted_and_nothing_is_lost_silently(tmp_path):
         assert (tmp_path / "losses-fit" / name).stat().st_size > 10_000
 
 
+def test_a_held_out_run_that_is_too_far_away_is_refused_and_the_law_stays(tmp_path):
+    N, D = (np.append(values, 30 * values.max()) for values in GRID)
+    text, found = fit_file(table(tmp_path / "losses.csv", N, D, noisy(N, D, 1)), draws=50, tracking="none")
+    assert found and "refused: held out r30: N·D = " in text and "beyond 100 times nothing is said" in text
+    values = json.loads((tmp_path / "losses-fit" / "fit.json").read_text())
+    assert values["held_out"] == [] and "law" in values and len(values["optimal"]) == 2
+
+
 def test_the_best_learning_rate_of_a_size_and_budget_is_taken(tmp_path):
     rows = [{"N": n, "D": d, "L": 1 + f, "lr": f} for n in (1e4, 1e5) for d in (1e6, 1e7) for f in (0.3, 0.1, 0.2)]
     (tmp_path / "runs.json").write_text(json.dumps([*rows, {"N": 1e4, "L": 2}]))
