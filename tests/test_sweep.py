@@ -88,6 +88,17 @@ def test_the_rules_for_learning_rate_and_batch_are_those_stated(shards, tmp_path
     assert {config.optimizer.lr for *_, config in sizes(over, read_index(shards))} == {0.5}
 
 
+def test_numbers_of_a_ladder_may_be_written_as_people_do(shards, tmp_path):  # noqa: F811
+    """1e-1 is a text to YAML."""
+    texts, floats = (
+        {"sizes": [{"width": 32}], "tokens": [of("1e4")], "batch": [of("2e0")], "lr": [of("1e-1"), of("1e0")],
+         "warmup": of("5e-2"), "ema": of("1e-1"), "base": {"lr": of("1e-2"), "tokens": of("1e4")},
+         "rules": {"batch": of("5e-1")}} for of in (str, float)
+    )  # fmt: skip
+    plans = [read_sweep(write(tmp_path / "s.yaml", shards, ladder=ladder)) for ladder in (texts, floats)]
+    assert plans[0] == plans[1] and plans[0].runs[0].settings["optimizer.lr"] < 0.01
+
+
 def test_batches_are_powers_of_two_of_a_micro_batch():
     assert [nearest_power(value, 3) for value in (0.1, 3, 4.3, 5, 11, 1000)] == [3, 3, 6, 6, 12, 768]
 
@@ -102,6 +113,10 @@ def test_batches_are_powers_of_two_of_a_micro_batch():
         ({"ladder": {"sizes": [{"width": 32}]}}, "exactly one of clips"),
         ({"ladder": {"sizes": [{"width": 32}], "clips": [1]}}, "less than one batch"),
         ({"ladder": {"sizes": [{"width": 32}], "clips": [8], "base": {"lr": 0}}}, "base.lr is 0"),
+        ({"ladder": {"sizes": [{"width": 32}], "clips": [8], "base": {"lr": "x"}}}, "base.lr is 'x'; it must be"),
+        ({"ladder": {"sizes": [{"width": 32}], "clips": [8], "lr": ["1e"]}}, "ladder: lr is '1e'; it must be a number"),
+        ({"ladder": {"sizes": [{"width": 32}], "clips": ["many"]}}, "ladder: clips is 'many'; it must be a number"),
+        ({"ladder": {"sizes": [{"width": 32}], "clips": [8], "ema": None}}, "ladder: ema is None; it must be a number"),
         ({"list": [{"train.seed": 1}, {"train.seed": 1}]}, "the same run twice"),
         ({"config": "x.yaml"}, "both a preset"),
     ],
