@@ -129,19 +129,24 @@ def read_sweep(path: Path) -> Sweep:
 
 def expand(values: Mapping[str, Any], shared: Mapping[str, Any], start: Config, index: Index) -> list[Run]:
     """All runs of a sweep file, named by what varies between them. `shared`, `start`: settings of all runs."""
-    rungs = list(rungs_of(values["ladder"], start, index)) if values.get("ladder") else [{}]
     entries = [settings_of(entry, "list") for entry in values.get("list") or [{}]]
     grid = {key: as_list(choices, f"grid: {key}") for key, choices in (values.get("grid") or {}).items()}
     points = [dict(zip(grid, point, strict=True)) for point in itertools.product(*grid.values())]
-    found = [{**rung, **entry, **point} for rung in rungs for entry in entries for point in points]
+    own = [{**entry, **point} for entry in entries for point in points]
+    ladders: list[list[dict[str, Any]]] = [[{}]] * len(own)
+    if ladder := values.get("ladder"):  # for each entry anew: what a budget buys depends on the model that it makes
+        ladders = [list(rungs_of(ladder, start, index, over)) for over in own]
+    found = [{**rung, **over} for rungs in zip(*ladders, strict=True) for rung, over in zip(rungs, own, strict=True)]
     runs = [Run(name, {**shared, **own}) for name, own in zip(names(found), found, strict=True)]
     if len({run.name for run in runs}) < len(runs):
         raise ValueError("the sweep holds the same run twice; every entry must differ in a setting")
     return runs
 
 
-def rungs_of(ladder: Mapping[str, Any], start: Config, index: Index) -> Iterator[dict[str, Any]]:
-    """Sizes × budgets × factors of batch and learning rate, with the rules applied."""
+def rungs_of(
+    ladder: Mapping[str, Any], start: Config, index: Index, over: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Sizes × budgets × factors of batch and learning rate, with the rules applied. over: settings over theirs."""
     only(ladder, LADDER_KEYS, "ladder")
     budgets = [name for name in BUDGETS if name in ladder]
     if len(budgets) != 1 or not ladder.get("sizes"):
@@ -151,7 +156,7 @@ def rungs_of(ladder: Mapping[str, Any], start: Config, index: Index) -> Iterator
     shares = {name: number(ladder.get(name, 0.05), f"ladder: {name}") for name in ("warmup", "ema")}
     for size in ladder["sizes"]:
         own = size_settings(size, start)
-        model = resolve(load(start, overrides=Run("", own).overrides), index).model
+        model = resolve(load(start, overrides=Run("", {**own, **over}).overrides), index).model
         tokens = index.frames * cost.tokens_per_frame(model, index.height, index.width)
         per_clip = {
             "clips": 1.0,

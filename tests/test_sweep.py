@@ -67,6 +67,22 @@ def test_ladders_spend_what_they_say(shards, tmp_path, kind, budgets):  # noqa: 
     assert found[2][3].model.heads == 8 and [s.heads for s in found[2][3].model.scales] == [4, 2, 2]
 
 
+@pytest.mark.parametrize("kind", ["list", "grid"])
+def test_every_model_of_a_list_or_grid_spends_the_budget(shards, tmp_path, kind):  # noqa: F811
+    """A dense model pays more for a clip than a multi-scale one, so that it sees fewer of them."""
+    dense, scales = [{"heads": 4}], SETTINGS["model.scales"]
+    varied = {"list": [{"model.scales": dense}, {"model.scales": scales}], "grid": {"model.scales": [dense, scales]}}
+    ladder = {"sizes": [{"width": 32}, {"width": 64}], "flops": [3e9]}
+    plan = read_sweep(write(tmp_path / "s.yaml", shards, ladder=ladder, **{kind: varied[kind]}))
+    found = list(sizes(plan, read_index(shards)))
+    assert [(config.model.width, len(config.model.scales)) for *_, config in found] == [
+        (32, 1), (32, len(scales)), (64, 1), (64, len(scales))
+    ]  # fmt: skip
+    for _, _, flops, config in found:
+        assert abs(flops / 3e9 - 1) <= 0.51 * config.train.batch / config.train.clips
+    assert len({config.train.clips for *_, config in found}) == 4
+
+
 def test_the_rules_for_learning_rate_and_batch_are_those_stated(shards, tmp_path):  # noqa: F811
     ladder = {
         "sizes": [{"width": 32, "depth": 2}, {"width": 64, "depth": 8}], "clips": [100, 400],
