@@ -174,6 +174,15 @@ def test_what_becomes_of_a_job(code, fruitless, stepped, verdict):
     assert decide(code, fruitless, 3, stepped)[0] == verdict
 
 
+@pytest.mark.parametrize("command", ["train", "convert", "evaluate", "sample", "export"])
+def test_what_begins_anew_does_not_run_into_its_time_limit_twice(command, local_job, capsys):
+    code, left = local_job((138, 0), (0, 0), words=(command, "x"))
+    goes_on = command in ("train", "convert")
+    assert (code, len(left)) == ((0, 0) if goes_on else (138, 1))
+    assert ("raise --time" in capsys.readouterr().err) != goes_on
+    assert decide(143, 1, 3, False, goes_on)[0] == "again", "preempted: that says nothing of its time"
+
+
 def test_starts_without_a_new_checkpoint_are_counted_from_the_last():
     assert ledger.fruitless([], 0) == 0
     assert ledger.fruitless([0, 0, 40], 40) == 1
