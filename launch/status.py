@@ -20,11 +20,12 @@ from msc.datasets.files import last_line
 from msc.launch import commands, ledger, slurm
 from msc.launch.ledger import Record
 from msc.launch.slurm import State
-from msc.launch.submit import is_active, part_log, process_of
+from msc.launch.submit import part_log, process_of, still_active
 from msc.pretrain import heartbeat, shelf
 
 STANDS = 120.0  # seconds in one phase after which that is worth saying
 CANCEL_SECONDS = 90  # Slurm sends SIGKILL KillWait (30) seconds after SIGTERM
+ASK_SECONDS = 5  # between questions to Slurm, which answers everybody on the cluster
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def show_log(run: Path, rank: int | None, follow: bool, lines: int) -> None:
 
 def cancel(run: Path) -> str:
     """End the jobs of a run that are still in the queue or alive, wait until they are gone; what was done, as text."""
-    active = [record for record in ledger.records(ledger.folder(run)) if is_active(record)]
+    active = still_active(ledger.records(ledger.folder(run)))
     if not active:
         raise ValueError(f"no job of {run} is in the queue or running")
     for record in active:
@@ -193,8 +194,9 @@ def cancel(run: Path) -> str:
         elif (process := process_of(record)) is not None:
             process.send_signal(signal.SIGTERM)
     until = time.monotonic() + CANCEL_SECONDS
-    while (left := [record for record in active if is_active(record)]) and time.monotonic() < until:
-        time.sleep(1)
+    pause = ASK_SECONDS if any(record.cluster == "slurm" for record in active) else 1
+    while (left := still_active(active)) and time.monotonic() < until:
+        time.sleep(pause)
     if left:
         return f"told to end, but not gone yet: {', '.join(record.id for record in left)}"
     ended = f"ended: {', '.join(record.id for record in active)}"

@@ -129,9 +129,12 @@ def options(args: Namespace) -> list[str]:
     return found
 
 
-def prepare_training(inner: Namespace, args: Namespace, tasks: int) -> tuple[Path, tuple[str, ...], str]:
+def prepare_training(
+    inner: Namespace, args: Namespace, tasks: int, idle: bool = False
+) -> tuple[Path, tuple[str, ...], str]:
     """Check everything that can be checked here and write RUN/config.yaml, from which the job, and every later start
-    of it, resumes: (run folder, what the ranks run, the command that goes on)."""
+    of it, resumes: (run folder, what the ranks run, the command that goes on). idle: no job is at the run, as the
+    caller knows of many at once."""
     if inner.processes:
         raise ValueError(f"--processes {inner.processes}: a job has as many as --nodes and --gpus-per-node say")
     if inner.again:
@@ -140,8 +143,7 @@ def prepare_training(inner: Namespace, args: Namespace, tasks: int) -> tuple[Pat
     run = asked.run.absolute()
     if args.cluster == "slurm":
         slurm.check_path(run)
-    active = [record for record in ledger.trainings(run / "jobs") if is_active(record)]
-    if active:
+    if active := ([] if idle else still_active(ledger.trainings(run / "jobs"))):
         raise ValueError(f"job {active[-1].id} is training in {run}: wait for it, or end it with `msc cancel {run}`")
 
     from msc.datasets.files import write_atomically
@@ -161,11 +163,13 @@ def prepare_training(inner: Namespace, args: Namespace, tasks: int) -> tuple[Pat
     return run, ("train", *words, *(("--rollback", asked.back_to) if asked.back_to else ())), again
 
 
-def is_active(record: Record) -> bool:
-    """Whether a job is still in the queue or alive."""
-    if record.cluster == "slurm":
-        return any(state.active for state in slurm.states([record.id]).get(record.id, []))
-    return process_of(record) is not None
+def still_active(records: Sequence[Record]) -> list[Record]:
+    """Of jobs those that are still in the queue or alive; Slurm is asked once."""
+    states = slurm.states([record.id for record in records if record.cluster == "slurm"])
+    return [
+        record for record in records
+        if process_of(record) is not None or any(state.active for state in states.get(record.id, []))
+    ]  # fmt: skip
 
 
 def process_of(record: Record) -> psutil.Process | None:

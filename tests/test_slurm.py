@@ -518,7 +518,7 @@ def test_a_job_in_the_background_is_watched_ended_and_saved(shards, tmp_path, ca
     said = capfd.readouterr().out
     assert "stopped at step" in said and f"in the queue again: msc submit --cluster local --resume --run {run}" in said
     assert cli.main(["logs", str(run), "--rank", "1"]) == 2
-    assert not submit.is_active(replace(record, created=1.0)), "another process with its number is not the job"
+    assert not submit.still_active([replace(record, created=1.0)]), "another process with its number is not the job"
 
 
 def test_a_job_here_and_now_saves_at_ctrl_c(shards, tmp_path):
@@ -609,7 +609,8 @@ def test_a_slurm_that_does_not_answer_is_not_taken_for_an_empty_queue(stand_ins,
 
 def test_slurm_is_asked_once_and_understood(stand_ins):
     (stand_ins / "squeue").write_text(
-        "#!/bin/sh\nprintf '5|RUNNING|None|2026-01-01T00:00:00\\n6|PENDING|Resources|N/A\\n6|RUNNING|None|N/A\\n'\n"
+        f"#!/bin/sh\necho $* >> '{stand_ins}/asked'\n"
+        "printf '5|RUNNING|None|2026-01-01T00:00:00\\n6|PENDING|Resources|N/A\\n6|RUNNING|None|N/A\\n'\n"
     )
     (stand_ins / "sacct").write_text(
         "#!/bin/sh\nprintf '7|CANCELLED by 0|0:15\\n8_0|FAILED|1:0\\n8_1|COMPLETED|0:0\\n'\n"
@@ -620,3 +621,28 @@ def test_slurm_is_asked_once_and_understood(stand_ins):
     assert got["7"] == [State("CANCELLED", exit="0:15")] and not got["7"][0].active
     assert [s.name for s in got["8"]] == ["FAILED", "COMPLETED"] and "9" not in got
     assert slurm.states(["8_1"]) == {"8_1": [State("COMPLETED", exit="0:0")]}
+    asked = (stand_ins / "asked").read_text().splitlines()
+    assert len(asked) == 2 and "--jobs=5,6,7,8,9 " in asked[0] and "--jobs=8 " in asked[1]
+
+
+def test_a_job_that_slurm_has_forgotten_is_no_failure_of_slurm(stand_ins):
+    (stand_ins / "squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2\nexit 1\n")
+    assert slurm.states(["5"]) == {}
+
+
+def test_jobs_are_cancelled_with_few_questions(tmp_path, monkeypatch):
+    """For all of a run at once, and seconds apart: one job goes at the second look, the other at the third."""
+    asked, slept, here = [], [], time.sleep
+    for number in "567":
+        ledger.write(tmp_path / "run/jobs", Record(number, "slurm", ("evaluate",), "x"))
+
+    def states(numbers):
+        asked.append(list(numbers))
+        return {number: [State("RUNNING" if len(asked) < int(number) - 3 else "CANCELLED")] for number in numbers}
+
+    monkeypatch.setattr(slurm, "states", states)
+    monkeypatch.setattr(status.shutil, "which", lambda name: name)
+    monkeypatch.setattr(status.subprocess, "run", lambda *_, **__: None)
+    monkeypatch.setattr(status.time, "sleep", lambda seconds: slept.append(seconds) if seconds > 1 else here(seconds))
+    assert status.cancel(tmp_path / "run") == "ended: 5, 6, 7"
+    assert asked == [["5", "6", "7"]] * 4 and slept == [status.ASK_SECONDS] * 2

@@ -236,6 +236,17 @@ def test_a_sweep_is_taken_back_only_until_slurm_has_it(shards, tmp_path, monkeyp
     assert len(list((tmp_path / "runs").glob("*/config.yaml"))) == 2 * accepted
 
 
+def test_slurm_is_asked_once_for_all_runs_that_are_sent_again(shards, tmp_path, monkeypatch):  # noqa: F811
+    file = write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1, 2]}, set={"metrics.tracking_uri": "none"})
+    folder, asked = tmp_path / "runs", []
+    monkeypatch.setattr(slurm, "states", lambda numbers: asked.append(len(numbers)) or {})
+    monkeypatch.setattr(slurm, "send", lambda *_: "77")
+    for _ in range(2):
+        assert cli.main(["sweep", str(file), "--out", str(folder), "--cluster", "slurm"]) == 0
+    assert len(ledger.records(folder / "jobs")) == 1 and len(ledger.records(folder / "seed0/jobs")) == 1
+    assert asked == [0, 3, 3, 3], "each time to see what is to do, and for the table"
+
+
 def test_where_runs_that_were_sent_are(shards, tmp_path, monkeypatch):  # noqa: F811
     """By Slurm while it has them; by what they left behind, as here, once it has not."""
     plan = read_sweep(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1, 2]}))
