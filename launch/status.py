@@ -181,10 +181,24 @@ def show_log(run: Path, rank: int | None, follow: bool, lines: int) -> None:
 # Ending ---------------------------------------------------------------------------------------------------
 
 
+def is_left_elsewhere(jobs: Path, record: Record) -> bool:
+    """Whether a job went into the background of another machine, and its end was not written down."""
+    if record.cluster == "slurm" or record.host == os.uname().nodename:
+        return False
+    last = (ledger.notes(jobs, record.id) or [{}])[-1]
+    return last.get("verdict", "again") == "again"
+
+
 def cancel(run: Path) -> str:
     """End the jobs of a run that are still in the queue or alive, wait until they are gone; what was done, as text."""
-    active = still_active(ledger.records(ledger.folder(run)))
+    jobs = ledger.folder(run)
+    active = still_active(ledger.records(jobs))
     if not active:
+        if others := [record for record in ledger.records(jobs) if is_left_elsewhere(jobs, record)]:
+            raise ValueError(
+                f"job {others[-1].id} of {run} was started on {others[-1].host}, and no sign of its end is here: "
+                "use `msc cancel` there"
+            )
         raise ValueError(f"no job of {run} is in the queue or running")
     for record in active:
         if record.cluster == "slurm":

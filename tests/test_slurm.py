@@ -538,6 +538,24 @@ def test_a_job_here_and_now_saves_at_ctrl_c(shards, tmp_path):
     assert shelf.newest_meta(run)["step"] > 3
 
 
+@pytest.mark.parametrize(
+    ("notes", "said"),
+    [
+        ([], "job 17 of run was started on elsewhere, and no sign of its end is here: use `msc cancel` there"),
+        ([{"from": 0}], "was started on elsewhere"),
+        ([{"from": 0}, {"code": 1, "verdict": "again"}, {"from": 4}], "was started on elsewhere"),
+        ([{"from": 0}, {"code": 0, "verdict": "done"}], "no job of run is in the queue or running"),
+    ],
+)
+def test_a_job_of_another_machine_is_cancelled_there(notes, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    ledger.write(Path("run/jobs"), Record("17", "local", ("train",), "x", host="elsewhere"))
+    for note in notes:
+        ledger.note(Path("run/jobs"), "17", **note)
+    assert cli.main(["cancel", "run"]) == 2
+    assert said in capsys.readouterr().err
+
+
 # What people are shown ---------------------------------------------------------------------------------------
 
 NOW = 1_000_000.0
