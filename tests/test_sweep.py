@@ -358,20 +358,27 @@ def test_a_real_sweep_is_nested_in_mlflow_and_can_be_fitted(shards, tmp_path):  
 
 
 def test_a_signal_stops_the_sweep_and_what_was_not_run_waits(shards, tmp_path, monkeypatch):  # noqa: F811
-    """The run in progress is told and may end as it likes (75: it saved); nothing new is started."""
-    program = (
-        "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); open(sys.argv[1], 'w'); time.sleep(60)"
-    )
+    """The run in progress is told and may end as it likes (75: it saved); nothing new is started. Continued, the sweep
+    starts what was stopped and what waited, and what was finished stays so."""
+    stops = "import signal, sys; signal.signal(15, lambda *_: sys.exit(75))"
+    waits = "import time; open(run.parent / (run.name + '.began'), 'w'); time.sleep(60)"
 
     def command(folder, plan, run, parent=None, uri=None):
-        return [sys.executable, "-c", program, str(folder / f"{run.name}.began")]
+        at_work = run.name == "seed1" and not (folder / "seed1.began").exists()
+        program = "\n".join([stops, STAND_IN.rpartition("(run /")[0], waits]) if at_work else STAND_IN
+        return [sys.executable, "-c", program, str(folder / run.name), *run.overrides]
 
     monkeypatch.setattr(sweep, "command", command)
-    plan = read_sweep(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1]}))
-    killer = subprocess.Popen([sys.executable, "-c", WHEN_BEGUN, str(tmp_path / "seed0.began"), str(os.getpid())])
+    plan = read_sweep(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1, 2]}))
+    killer = subprocess.Popen([sys.executable, "-c", WHEN_BEGUN, str(tmp_path / "seed1.began"), str(os.getpid())])
     assert sweep.run_all(tmp_path, plan) == 75
     assert killer.wait() == 0
-    assert [sweep.state(tmp_path, plan, run) for run in plan.runs] == ["stopped", "waiting"]
+    assert [sweep.state(tmp_path, plan, run) for run in plan.runs] == ["finished", "stopped", "waiting"]
+    assert sweep.run_all(tmp_path, plan) == 0
+    assert [sweep.state(tmp_path, plan, run) for run in plan.runs] == ["finished"] * 3
+    assert [(tmp_path / run.name / "started").read_text() for run in plan.runs] == ["x", "xx", "x"]
+    assert [len(sweep.attempts(tmp_path, run)) for run in plan.runs] == [1, 2, 1]
+    assert sweep.run_all(tmp_path, plan) == 0 and len(sweep.attempts(tmp_path, plan.runs[0])) == 1
 
 
 WHEN_BEGUN = """
