@@ -428,6 +428,24 @@ def test_upload_makes_a_private_repository_and_sends_the_folder(run, tmp_path, m
     assert (tmp_path / "out2" / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("repository", [None, "me/first"])
+def test_the_lines_of_a_card_load_the_weights(run, tmp_path, monkeypatch, repository):
+    """From the folder in which the card lies, and from the Hub, of which only the download is left out."""
+    hugging = pytest.importorskip("huggingface_hub")
+    downloaded = []
+    monkeypatch.setattr(hugging, "HfApi", Api)
+    monkeypatch.setattr(hugging, "snapshot_download", lambda name: downloaded.append(name) or str(tmp_path / "out"))
+    export(run.path, tmp_path / "out", push_to=repository)
+    card = (tmp_path / "out" / "README.md").read_text()
+    where, model, pipeline = (part.partition("```")[0] for part in card.split("```python\n")[1:])
+    if not repository:
+        monkeypatch.chdir(tmp_path / "out")
+    names: dict = {}
+    exec(where + model, names)
+    assert isinstance(names["model"], MSCTransformer) and downloaded == ([repository] if repository else [])
+    assert "from_pretrained(folder, trust_remote_code=True)" in pipeline
+
+
 def test_an_upload_removes_the_weights_of_other_exports_and_nothing_else(exported):
     utils = pytest.importorskip("huggingface_hub.utils")
     own = [path.name for kind in ("whole", "split") for path in (exported / kind).glob("*.safetensors*")]
