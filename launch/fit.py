@@ -177,15 +177,16 @@ def shown(value: dict[str, float]) -> str:
 
 def fit_file(
     path: Path, out: Path | None = None, loss: str = "held out", hold_out: int | None = None, draws: int = 500,
-    delta: float | None = None, compute: Sequence[float] = (), tracking: str = "",
+    delta: float | None = None, compute: Sequence[float] = (), tracking: str = "", only: Sequence[str] = (),
 ) -> tuple[str, bool]:  # fmt: skip
     """Fit a sweep folder or a table, write fit.json and plots, log to MLflow; (report, whether a law was found).
 
     out: default: the sweep folder, or a folder beside the table named after it.
     """
-    found = study(read_points(path, loss), hold_out, draws, delta)
+    found = study(read_points(path, loss, only), hold_out, draws, delta)
     largest = max((point.C for point in found.points.used), default=0.0)
     values = results(found, compute or [factor * largest for factor in (1, 10) if largest])
+    values["only"] = list(only)
     folder = out or (path if path.is_dir() else path.with_name(f"{path.stem}-fit"))
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "fit.json", json.dumps(values, indent=1).encode())
