@@ -190,6 +190,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     new = command("fit", commands.fit, "fit a scaling law to the runs of a sweep, or to a table of losses")
     new.add_argument("points", type=Path, metavar="SWEEP", help="sweep folder, or .csv .json .jsonl with N, D, L")
     new.add_argument("--out", type=Path, metavar="DIR", help="for fit.json and the plots (default: the sweep folder)")
+    new.add_argument("--only", action="append", metavar="KEY=VALUE|NAME*", help="runs with that setting, or such names")
     new.add_argument("--loss", choices=("held out", "train"), help="which loss of a sweep's runs (held out)")
     new.add_argument("--hold-out", type=int, metavar="N", help="largest runs that are predicted, not fitted (1)")
     new.add_argument("--compute", type=float, nargs="+", metavar="C", help="FLOPs to say the best size and tokens for")

@@ -281,7 +281,7 @@ def sweep(args: Namespace) -> int:
 def fit(args: Namespace) -> int:
     from msc.launch.fit import fit_file
 
-    names = ("out", "loss", "hold_out", "compute", "delta", "draws", "tracking")
+    names = ("out", "loss", "hold_out", "compute", "delta", "draws", "tracking", "only")
     text, found = fit_file(args.points, **given(**{name: getattr(args, name) for name in names}))
     print(text)
     return 0 if found else 1

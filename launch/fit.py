@@ -86,7 +86,12 @@ def results(found: Study, compute: Sequence[float] = ()) -> dict[str, Any]:
     values["level"], values["delta"] = found.fit.level, found.fit.delta
     values["error"] = float(np.sqrt((found.fit.residuals**2).mean()))
     if usable(found):
-        values["held_out"] = [prediction(found.fit, point) for point in found.held_out]
+        values["held_out"] = []
+        for point in found.held_out:
+            try:
+                values["held_out"].append(prediction(found.fit, point))
+            except ValueError as error:  # too far from what was fitted
+                values["refused"].append(f"held out {point.name}: {error}")
         values["optimal"] = [optimum(found, C) for C in compute]
     return values
 
@@ -159,7 +164,7 @@ def report(found: Study, values: dict[str, Any]) -> str:
     for minimum in found.rates.minima:
         place = ", ".join(f"{name} {value:.3g}" for name, value in minimum.place.items())
         lines.append(f"at N = {minimum.at[0]:.3g}, D = {minimum.at[1]:.3g}: best {place} ({minimum.points} runs)")
-    lines += [f"refused: {reason}" for reason in found.refused]
+    lines += [f"refused: {reason}" for reason in values["refused"]]
     return "\n".join(lines)
 
 
@@ -172,15 +177,16 @@ def shown(value: dict[str, float]) -> str:
 
 def fit_file(
     path: Path, out: Path | None = None, loss: str = "held out", hold_out: int | None = None, draws: int = 500,
-    delta: float | None = None, compute: Sequence[float] = (), tracking: str = "",
+    delta: float | None = None, compute: Sequence[float] = (), tracking: str = "", only: Sequence[str] = (),
 ) -> tuple[str, bool]:  # fmt: skip
     """Fit a sweep folder or a table, write fit.json and plots, log to MLflow; (report, whether a law was found).
 
     out: default: the sweep folder, or a folder beside the table named after it.
     """
-    found = study(read_points(path, loss), hold_out, draws, delta)
+    found = study(read_points(path, loss, only), hold_out, draws, delta)
     largest = max((point.C for point in found.points.used), default=0.0)
     values = results(found, compute or [factor * largest for factor in (1, 10) if largest])
+    values["only"] = list(only)
     folder = out or (path if path.is_dir() else path.with_name(f"{path.stem}-fit"))
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "fit.json", json.dumps(values, indent=1).encode())

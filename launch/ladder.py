@@ -129,28 +129,34 @@ def read_sweep(path: Path) -> Sweep:
 
 def expand(values: Mapping[str, Any], shared: Mapping[str, Any], start: Config, index: Index) -> list[Run]:
     """All runs of a sweep file, named by what varies between them. `shared`, `start`: settings of all runs."""
-    rungs = list(rungs_of(values["ladder"], start, index)) if values.get("ladder") else [{}]
     entries = [settings_of(entry, "list") for entry in values.get("list") or [{}]]
     grid = {key: as_list(choices, f"grid: {key}") for key, choices in (values.get("grid") or {}).items()}
     points = [dict(zip(grid, point, strict=True)) for point in itertools.product(*grid.values())]
-    found = [{**rung, **entry, **point} for rung in rungs for entry in entries for point in points]
+    own = [{**entry, **point} for entry in entries for point in points]
+    ladders: list[list[dict[str, Any]]] = [[{}]] * len(own)
+    if ladder := values.get("ladder"):  # for each entry anew: what a budget buys depends on the model that it makes
+        ladders = [list(rungs_of(ladder, start, index, over)) for over in own]
+    found = [{**rung, **over} for rungs in zip(*ladders, strict=True) for rung, over in zip(rungs, own, strict=True)]
     runs = [Run(name, {**shared, **own}) for name, own in zip(names(found), found, strict=True)]
     if len({run.name for run in runs}) < len(runs):
         raise ValueError("the sweep holds the same run twice; every entry must differ in a setting")
     return runs
 
 
-def rungs_of(ladder: Mapping[str, Any], start: Config, index: Index) -> Iterator[dict[str, Any]]:
-    """Sizes × budgets × factors of batch and learning rate, with the rules applied."""
+def rungs_of(
+    ladder: Mapping[str, Any], start: Config, index: Index, over: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Sizes × budgets × factors of batch and learning rate, with the rules applied. over: settings over theirs."""
     only(ladder, LADDER_KEYS, "ladder")
     budgets = [name for name in BUDGETS if name in ladder]
     if len(budgets) != 1 or not ladder.get("sizes"):
         raise ValueError(f"a ladder needs `sizes` and exactly one of {', '.join(BUDGETS)}; given: {', '.join(ladder)}")
     kind = budgets[0]
     base = base_of(ladder, start)
+    shares = {name: number(ladder.get(name, 0.05), f"ladder: {name}") for name in ("warmup", "ema")}
     for size in ladder["sizes"]:
         own = size_settings(size, start)
-        model = resolve(load(start, overrides=Run("", own).overrides), index).model
+        model = resolve(load(start, overrides=Run("", {**own, **over}).overrides), index).model
         tokens = index.frames * cost.tokens_per_frame(model, index.height, index.width)
         per_clip = {
             "clips": 1.0,
@@ -158,21 +164,21 @@ def rungs_of(ladder: Mapping[str, Any], start: Config, index: Index) -> Iterator
             "flops": cost.step_flops(model, index.frames, index.height, index.width),
             "tokens_per_parameter": tokens / cost.parameters(model),
         }[kind]
-        for budget in as_list(ladder[kind], f"ladder: {kind}"):
-            clips = float(budget) / per_clip
+        for budget in numbers(ladder[kind], f"ladder: {kind}"):
+            clips = budget / per_clip
             multiple = start.train.micro
-            factors = (as_list(ladder.get(name, [1.0]), f"ladder: {name}") for name in ("batch", "lr"))
+            factors = (numbers(ladder.get(name, [1.0]), f"ladder: {name}") for name in ("batch", "lr"))
             for batch_factor, lr_factor in itertools.product(*factors):
                 batch = nearest_power(base.batch_at(clips * tokens) * batch_factor, multiple)
                 steps = round(clips / batch)
                 if steps < 1:
-                    raise ValueError(f"ladder: {kind} {budget} is {clips:.2g} clips, less than one batch of {batch}")
+                    raise ValueError(f"ladder: {kind} {budget:g} is {clips:.2g} clips, less than one batch of {batch}")
                 rate = base.lr_at(model.width, model.depth, batch) * lr_factor
                 yield {
                     **own, "train.clips": steps * batch, "train.batch": batch,
                     "optimizer.lr": float(f"{rate:.4g}"),
-                    "optimizer.warmup": round(ladder.get("warmup", 0.05) * clips),
-                    "optimizer.ema_halflife": round(ladder.get("ema", 0.05) * clips),
+                    "optimizer.warmup": round(shares["warmup"] * clips),
+                    "optimizer.ema_halflife": round(shares["ema"] * clips),
                 }  # fmt: skip
 
 
@@ -186,12 +192,13 @@ def base_of(ladder: Mapping[str, Any], start: Config) -> Base:
     only(given, tuple(known), "ladder: base")
     only(rules, tuple(RULES), "ladder: rules")
     values = {key: given.get(key, default) for key, default in known.items()}
+    values = {key: value if value is None else number(value, f"ladder: base.{key}") for key, value in values.items()}
     for key, value in values.items():
-        if value is not None and not float(value) > 0:
-            raise ValueError(f"ladder: base.{key} is {value}; it must be positive")
-    tokens = None if values["tokens"] is None else float(values["tokens"])  # YAML reads 1e6 as a text
-    rules = {key: float(value) for key, value in {**RULES, **rules}.items()}
-    return Base(int(values["width"]), int(values["depth"]), int(values["batch"]), float(values["lr"]), tokens, rules)
+        if value is not None and not value > 0:
+            raise ValueError(f"ladder: base.{key} is {value:g}; it must be positive")
+    rules = {key: number(value, f"ladder: rules.{key}") for key, value in {**RULES, **rules}.items()}
+    width, depth, batch = (int(values[key]) for key in ("width", "depth", "batch"))
+    return Base(width, depth, batch, values["lr"], values["tokens"], rules)
 
 
 def size_settings(size: Mapping[str, Any], start: Config) -> dict[str, Any]:
@@ -239,6 +246,18 @@ def as_list(value: Any, where: str) -> list[Any]:
     if not isinstance(value, list) or not value:
         raise ValueError(f"{where} must be a list of values, not {value!r}")
     return value
+
+
+def number(value: Any, where: str) -> float:
+    """YAML reads 1e-3 as a text: it wants 1.0e-3."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{where} is {value!r}; it must be a number") from None
+
+
+def numbers(value: Any, where: str) -> list[float]:
+    return [number(one, where) for one in as_list(value, where)]
 
 
 def only(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:

@@ -54,6 +54,22 @@ def visible_gpus(environment: Mapping[str, str], devices: Path = Path("/dev")) -
     return sum(path.name.removeprefix("nvidia").isdigit() for path in devices.glob("nvidia*"))
 
 
+def gpu_shares(environment: Mapping[str, str], jobs: int, processes: int) -> list[str]:
+    """For each of `jobs` commands at a time the CUDA_VISIBLE_DEVICES of its own `processes` GPUs; "" for all of them
+    where no GPU is visible. ValueError if there are GPUs, but too few."""
+    count = visible_gpus(environment)
+    if not count:
+        return [""] * jobs
+    if count < jobs * processes:
+        raise ValueError(
+            f"{jobs} runs at a time of {processes} processes need {jobs * processes} GPUs, but {count} are visible: "
+            "fewer --jobs, or hide the GPUs with CUDA_VISIBLE_DEVICES=-1"
+        )
+    listed = environment.get("CUDA_VISIBLE_DEVICES")
+    names = [str(i) for i in range(count)] if listed is None else [name.strip() for name in listed.split(",")]
+    return [",".join(names[i * processes : (i + 1) * processes]) for i in range(jobs)]
+
+
 def process_environment(base: Mapping[str, str]) -> dict[str, str]:
     """`base` and what every process of training needs, however it is started."""
     programs = str(Path(sys.executable).parent)  # not resolved: in a virtual environment this is a link

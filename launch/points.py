@@ -8,17 +8,27 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from msc.datasets.files import last_line
 from msc.pretrain import cost, runs
-from msc.pretrain.config import load
+from msc.pretrain.config import Config, flat, load
 from msc.pretrain.rollback import read_lines
 
 LEAST_REPORTS = 20  # of a run whose curve is judged: fewer are too noisy
 UP_AGAIN = 1.2  # a run whose last tenth lies that much above its best tenth did not recover
 SAME = 0.02  # sizes, and budgets, that differ by less (relative) are the same
+# Settings, by how they begin, that may differ within a law: size and budget, what a ladder lets follow from them or
+# tries, and what changes no result but by rounding. Of `model.scales` the heads, if they are shared out alike.
+WITHIN = (
+    "model.width", "model.depth", "model.mlp_ratio", "train.clips", "train.batch", "train.seed", "optimizer.lr",
+    "optimizer.warmup", "optimizer.ema_halflife", "train.micro", "train.report", "train.evaluate", "data.workers",
+    "data.prefetch", "data.cache", "parallel.", "checkpoint.", "metrics.",
+)  # fmt: skip
 # Columns that other people's tables use.
 ALIASES = {
     "N": ("n", "parameters", "params", "model size"), "D": ("d", "tokens", "training tokens"), "L": ("l", "loss"),
@@ -49,10 +59,13 @@ class Points:
     left_out: tuple[tuple[str, str], ...] = ()
 
 
-def read_points(path: Path, loss: str = "held out") -> Points:
-    """From a sweep folder, or a .csv, .json or .jsonl file with columns N, D and L (and C, lr, batch, name)."""
+def read_points(path: Path, loss: str = "held out", only: Sequence[str] = ()) -> Points:
+    """From a sweep folder, or a .csv, .json or .jsonl file with columns N, D and L (and C, lr, batch, name). only: of a
+    sweep the runs with all these settings `section.key=value`, and names of these patterns."""
     if path.is_dir():
-        return of_sweep(path, loss)
+        return of_sweep(path, loss, only)
+    if only:
+        raise ValueError(f"--only chooses among the runs of a sweep folder; {path} is a table")
     rows = list(csv.DictReader(path.open())) if path.suffix == ".csv" else read_json(path)
     found, left_out = [], []
     for number, row in enumerate(rows, 1):
@@ -96,26 +109,72 @@ def of_row(row: Mapping[str, Any], name: str) -> Point:
     return Point(str(values.get("name", name)), **numbers)
 
 
-def of_sweep(folder: Path, loss: str) -> Points:
-    """Every run that `sweep.json` names. loss: "held out" (averaged weights) or "train" (mean of the last tenth)."""
+def of_sweep(folder: Path, loss: str, only: Sequence[str] = ()) -> Points:
+    """loss: "held out" (of the averaged weights) or "train" (mean of the last tenth). ValueError if the runs are of
+    different models."""
     path = folder / "sweep.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no sweep folder: it has no sweep.json")
-    found, left_out = [], []
-    for name in json.loads(path.read_text()):
-        point, reason = of_run(folder / name, loss)
-        if point is None:
+    for word in only:
+        if "=" in word and word.partition("=")[0] not in flat(Config()):
+            raise ValueError(f"--only {word}: there is no setting {word.partition('=')[0]}")
+    found, left_out, settings = [], [], []
+    for name, asked in json.loads(path.read_text()).items():
+        run = folder / name
+        config = load(file=run / "config.yaml") if (run / "config.yaml").is_file() else None
+        if not all(is_chosen(word, name, flat(config) if config else asked) for word in only):
+            continue
+        point, reason = of_run(run, config, loss) if config else (None, "not started")
+        if point is None or config is None:
             left_out.append((name, reason))
         else:
             found.append(point)
+            settings.append(flat(config))
+    if only and not (found or left_out):
+        raise ValueError(f"no run of {folder} is of --only {' --only '.join(only)}")
+    check_one_model(folder, settings)
     return sorted_out(found, left_out)
 
 
-def of_run(run: Path, loss: str) -> tuple[Point | None, str]:
+def is_chosen(word: str, name: str, settings: Mapping[str, Any]) -> bool:
+    """Whether a run has a setting `section.key=value`, or a name of a pattern."""
+    key, sign, text = word.partition("=")
+    if not sign:
+        return fnmatchcase(name, word)
+    try:
+        value, wanted = settings.get(key), yaml.safe_load(text)
+        # YAML reads 1e-3 as a text
+        return bool(value == (float(wanted) if isinstance(value, float) else wanted))
+    except (yaml.YAMLError, TypeError, ValueError):
+        raise ValueError(f"--only {word}: {text!r} is no value of {key}") from None
+
+
+def check_one_model(folder: Path, settings: Sequence[Mapping[str, Any]]) -> None:
+    """ValueError if runs differ in more than one law can span."""
+    found = [essential(one) for one in settings]
+    different = []
+    for key in found[0] if found else ():
+        values = list(dict.fromkeys(str(one[key]) for one in found))
+        if len(values) > 1:
+            different.append(f"{key} ({', '.join(values)})" if max(map(len, values)) < 20 else key)
+    if different:
+        raise ValueError(
+            f"the runs of {folder} differ in {', '.join(different)} besides size, budget, learning rate, batch and "
+            "seed, and one law does not hold for all: choose with --only section.key=value, or with --only and a "
+            "pattern of the runs' names"
+        )
+
+
+def essential(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a run's flat settings must be the same for all runs of a law."""
+    kept = {key: value for key, value in settings.items() if not key.startswith(WITHIN) or key == "parallel.precision"}
+    heads = sum(scale["heads"] for scale in settings["model.scales"])
+    kept["model.scales"] = [{**scale, "heads": scale["heads"] / heads} for scale in settings["model.scales"]]
+    return kept
+
+
+def of_run(run: Path, config: Config, loss: str) -> tuple[Point | None, str]:
     """The point of a finished run, or None and why there is none."""
-    if not (run / "config.yaml").is_file():
-        return None, "not started"
-    config = load(file=run / "config.yaml")
     curve = [(line["clock"], line["loss"]) for line in read_lines(run / "log.jsonl")]
     if reason := diverged(run, [value for _, value in curve], config.guard.stop_after):
         return None, reason

@@ -20,11 +20,12 @@ from msc.datasets.files import last_line
 from msc.launch import commands, ledger, slurm
 from msc.launch.ledger import Record
 from msc.launch.slurm import State
-from msc.launch.submit import is_active, part_log, process_of
+from msc.launch.submit import part_log, process_of, still_active
 from msc.pretrain import heartbeat, shelf
 
 STANDS = 120.0  # seconds in one phase after which that is worth saying
 CANCEL_SECONDS = 90  # Slurm sends SIGKILL KillWait (30) seconds after SIGTERM
+ASK_SECONDS = 5  # between questions to Slurm, which answers everybody on the cluster
 
 
 @dataclass(frozen=True)
@@ -180,10 +181,24 @@ def show_log(run: Path, rank: int | None, follow: bool, lines: int) -> None:
 # Ending ---------------------------------------------------------------------------------------------------
 
 
+def is_left_elsewhere(jobs: Path, record: Record) -> bool:
+    """Whether a job went into the background of another machine, and its end was not written down."""
+    if record.cluster == "slurm" or record.host == os.uname().nodename:
+        return False
+    last = (ledger.notes(jobs, record.id) or [{}])[-1]
+    return last.get("verdict", "again") == "again"
+
+
 def cancel(run: Path) -> str:
     """End the jobs of a run that are still in the queue or alive, wait until they are gone; what was done, as text."""
-    active = [record for record in ledger.records(ledger.folder(run)) if is_active(record)]
+    jobs = ledger.folder(run)
+    active = still_active(ledger.records(jobs))
     if not active:
+        if others := [record for record in ledger.records(jobs) if is_left_elsewhere(jobs, record)]:
+            raise ValueError(
+                f"job {others[-1].id} of {run} was started on {others[-1].host}, and no sign of its end is here: "
+                "use `msc cancel` there"
+            )
         raise ValueError(f"no job of {run} is in the queue or running")
     for record in active:
         if record.cluster == "slurm":
@@ -193,8 +208,9 @@ def cancel(run: Path) -> str:
         elif (process := process_of(record)) is not None:
             process.send_signal(signal.SIGTERM)
     until = time.monotonic() + CANCEL_SECONDS
-    while (left := [record for record in active if is_active(record)]) and time.monotonic() < until:
-        time.sleep(1)
+    pause = ASK_SECONDS if any(record.cluster == "slurm" for record in active) else 1
+    while (left := still_active(active)) and time.monotonic() < until:
+        time.sleep(pause)
     if left:
         return f"told to end, but not gone yet: {', '.join(record.id for record in left)}"
     ended = f"ended: {', '.join(record.id for record in active)}"

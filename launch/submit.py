@@ -56,7 +56,8 @@ def submit(args: Namespace) -> int:
     made = job_of(args, site, words, folder, where, tasks, again, getattr(inner, "part", None))
     if args.cluster == "debug":
         os.environ.update(site.variables)
-        return supervisor.attempts(made, [])
+        with local.caught_signals() as received:  # Ctrl-C reaches the ranks, which save
+            return supervisor.attempts(made, received)
     if args.cluster == "local":
         records = [start_here(made, site)]
     else:
@@ -128,9 +129,12 @@ def options(args: Namespace) -> list[str]:
     return found
 
 
-def prepare_training(inner: Namespace, args: Namespace, tasks: int) -> tuple[Path, tuple[str, ...], str]:
+def prepare_training(
+    inner: Namespace, args: Namespace, tasks: int, idle: bool = False
+) -> tuple[Path, tuple[str, ...], str]:
     """Check everything that can be checked here and write RUN/config.yaml, from which the job, and every later start
-    of it, resumes: (run folder, what the ranks run, the command that goes on)."""
+    of it, resumes: (run folder, what the ranks run, the command that goes on). idle: no job is at the run, as the
+    caller knows of many at once."""
     if inner.processes:
         raise ValueError(f"--processes {inner.processes}: a job has as many as --nodes and --gpus-per-node say")
     if inner.again:
@@ -139,28 +143,33 @@ def prepare_training(inner: Namespace, args: Namespace, tasks: int) -> tuple[Pat
     run = asked.run.absolute()
     if args.cluster == "slurm":
         slurm.check_path(run)
-    active = [record for record in ledger.trainings(run / "jobs") if is_active(record)]
-    if active:
+    if active := ([] if idle else still_active(ledger.trainings(run / "jobs"))):
         raise ValueError(f"job {active[-1].id} is training in {run}: wait for it, or end it with `msc cancel {run}`")
 
     from msc.datasets.files import write_atomically
+    from msc.launch import plan_report
     from msc.pretrain import heartbeat, preflight
     from msc.pretrain.config import dump
 
+    words = ["--resume", "--run", str(run)]
+    if inner.plan:
+        plan_report.read_expected(inner.plan)
+        words += ["--plan", str(inner.plan.absolute())]
     config = preflight.check(asked.config, run, asked.resume, tasks)
     heartbeat.check_free(run, commands.said)
     run.mkdir(parents=True, exist_ok=True)
     write_atomically(run / "config.yaml", dump(config).encode())
-    words = ("train", "--resume", "--run", str(run))
-    again = shlex.join(["msc", "submit", *options(args), "--resume", "--run", str(run)])
-    return run, words + (("--rollback", asked.back_to) if asked.back_to else ()), again
+    again = shlex.join(["msc", "submit", *options(args), *words])
+    return run, ("train", *words, *(("--rollback", asked.back_to) if asked.back_to else ())), again
 
 
-def is_active(record: Record) -> bool:
-    """Whether a job is still in the queue or alive."""
-    if record.cluster == "slurm":
-        return any(state.active for state in slurm.states([record.id]).get(record.id, []))
-    return process_of(record) is not None
+def still_active(records: Sequence[Record]) -> list[Record]:
+    """Of jobs those that are still in the queue or alive; Slurm is asked once."""
+    states = slurm.states([record.id for record in records if record.cluster == "slurm"])
+    return [
+        record for record in records
+        if process_of(record) is not None or any(state.active for state in states.get(record.id, []))
+    ]  # fmt: skip
 
 
 def process_of(record: Record) -> psutil.Process | None:
@@ -208,14 +217,29 @@ def part_log(record: Record, part: int) -> str:
 
 
 def send_one(made: Job, args: Namespace, site: Site, name: str, per_node: int) -> list[Record]:
-    """A job, or a conversion in parts and the job that merges them."""
+    """A job, or a conversion in parts and the job that merges them: both or neither."""
     where, parts = Path(made.jobs), args.parts
     if not parts:
         return [send([made], where, args, site, name, per_node)]
     cut = [replace(made, words=(*made.words, "--part", f"{i}/{parts}"), part=(i, parts)) for i in range(parts)]
     first = send(cut, where, args, site, name, per_node)
-    merge = replace(made, words=(*made.words, "--merge"))
-    return [first, send([merge], where, args, site, name, per_node, dependency=f"afterok:{first.id}")]
+    try:
+        ledger.write(where, first)  # at once: from here on `msc cancel` must find it
+        merge = replace(made, words=(*made.words, "--merge"))
+        return [first, send([merge], where, args, site, name, per_node, dependency=f"afterok:{first.id}")]
+    except (ValueError, OSError):
+        take_back(where, first)
+        raise
+
+
+def take_back(where: Path, record: Record) -> None:
+    """Cancel a job whose successor could not be sent. While Slurm has it, its record stays, and all that it reads."""
+    done = subprocess.run(["scancel", record.id], capture_output=True, text=True)
+    if done.returncode:
+        commands.said(f"job {record.id} was accepted and could not be taken back: {done.stderr.strip()}")
+        return
+    commands.said(f"job {record.id} was accepted, and is cancelled, as the job after it could not be sent")
+    (where / f"{record.id}.json").unlink(missing_ok=True)
 
 
 def start_here(made: Job, site: Site) -> Record:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ from msc.pretrain import heartbeat, shelf
 # A detached job on this machine: a process of its own that is given the Job as JSON.
 LOCAL_PROGRAM = "import sys; from msc.launch import supervisor; supervisor.attend(supervisor.from_json(sys.argv[1]))"
 STOPPED = 75  # train.py's REQUEUE; that module imports torch
+SIGNALLED = 128 + signal.SIGUSR1  # before the time limit, to a command that does not listen
 MISTAKE, INTERRUPTED = 2, 130  # of the user's, in settings or files (but a file system may stumble too); Ctrl-C
 PATIENCE = (1, 4, 15, 40)  # seconds between tries to reach a busy Slurm
 WAIT = 60  # seconds between the ends of the first rank and the last: MLflow may keep rank 0 for 30
@@ -57,6 +59,11 @@ class Job:
     @property
     def trains(self) -> bool:
         return self.words[0] == "train"
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a new start finds done what the last one did; evaluations, samples and exports begin anew."""
+        return self.words[0] in ("train", "convert")
 
 
 def to_json(job: Job) -> str:
@@ -98,7 +105,7 @@ def attempts(job: Job, received: list[int]) -> int:
         code = run_ranks(job, received)
         fruitless = ledger.fruitless([*began, start], reached(job))
         worked = start > 0 or (took_a_step(job, since, start) if job.trains else reached(job) > 0)
-        verdict, why = decide(code, fruitless, job.starts, worked)
+        verdict, why = decide(code, fruitless, job.starts, worked, job.goes_on)
         if verdict == "again" and not may_start_again(job, number, code, received):
             verdict, why = "over", "stopped from outside: cancelled, or put back into the queue"
         ledger.note(folder, number, code=code, to=reached(job), verdict=verdict, why=why)
@@ -123,14 +130,17 @@ def end(job: Job, code: int) -> int:
     return code
 
 
-def decide(code: int, fruitless: int, limit: int, worked: bool) -> tuple[Verdict, str]:
+def decide(code: int, fruitless: int, limit: int, worked: bool, goes_on: bool = True) -> tuple[Verdict, str]:
     """What becomes of a job whose ranks ended with `code` (the highest of theirs, 128 + signal).
 
     fruitless: starts in a row, this one included, since the last new checkpoint. worked: whether the job has ever
-    got anything done; if so, a start that fails, also for want of a file, is more likely the machine's fault.
+    got anything done; if so, a start that fails, also for want of a file, is more likely the machine's fault. goes_on:
+    whether another start would have less to do than this one.
     """
     if code == 0:
         return "done", "finished"
+    if code == SIGNALLED and not goes_on:
+        return "over", "not started again, as its time is over and it would begin anew: raise --time"
     if code == INTERRUPTED or (code == MISTAKE and not worked):
         return "over", "not started again, as it would end the same; the reason is in the log"
     if code == 1 and not worked:

@@ -27,6 +27,7 @@ from msc.launch.ladder import Run, Sweep
 from msc.pretrain.config import dump
 from msc.pretrain.metrics import Tracker
 from msc.pretrain.rollback import read_lines
+from msc.pretrain.tracking import shown
 from msc.pretrain.train import REQUEUE
 
 State = Literal["finished", "running", "queued", "failed", "stopped", "waiting"]
@@ -110,14 +111,16 @@ class Started:
     process: subprocess.Popen[bytes]
     began: float
     lock: int
+    gpus: str  # "": it was given none of its own
 
 
 def run_all(folder: Path, sweep: Sweep, jobs: int = 1) -> int:
-    """Run what is pending, `jobs` at a time, until all have been tried once. Returns an exit code.
+    """Run what is pending, `jobs` at a time on GPUs of their own, until all have been tried once. Returns an exit code.
 
     Several of these may work on one folder: a run is taken by whoever locks it first. A signal is handed on to the
     runs, which save and stop; what is left is done when the sweep is started again.
     """
+    free = local.gpu_shares(os.environ, jobs, sweep.processes)
     prepare(folder, sweep)
     tracker, uri = open_parent(folder, sweep)
     waiting, running, failed = pending(folder, sweep), list[Started](), 0
@@ -125,14 +128,14 @@ def run_all(folder: Path, sweep: Sweep, jobs: int = 1) -> int:
     with local.caught_signals() as received:
         handed_on: set[int] = set()
         while waiting or running:
-            while waiting and len(running) < jobs and not received:
+            while waiting and free and not received:
                 run = waiting.pop(0)
                 if (lock := take(folder, run)) is None:
                     continue  # another sweep on this folder was quicker
                 if reached(folder, sweep, run) == "finished":
                     os.close(lock)
                     continue
-                running.append(start(folder, sweep, run, jobs, lock, tracker.run_id, uri))
+                running.append(start(folder, sweep, run, jobs, lock, tracker.run_id, uri, free.pop(0)))
             for number in set(received) - handed_on:
                 handed_on.add(number)
                 for one in running:
@@ -142,6 +145,7 @@ def run_all(folder: Path, sweep: Sweep, jobs: int = 1) -> int:
                     one.process.kill()
             for one in [one for one in running if one.process.poll() is not None]:
                 running.remove(one)
+                free.append(one.gpus)
                 failed += finish(folder, one) not in (0, REQUEUE)
                 said(f"{one.run.name}: {outcome(folder, sweep, one)}")
             if received and not running:
@@ -154,7 +158,8 @@ def run_all(folder: Path, sweep: Sweep, jobs: int = 1) -> int:
 
 
 def open_parent(folder: Path, sweep: Sweep) -> tuple[Tracker, str | None]:
-    """The MLflow run that all runs of the sweep are shown under, and the store that it is in, if there is one."""
+    """The MLflow run that all runs of the sweep are shown under, and the store that it is in, if there is one. A user's
+    name and password are not in its address: anybody may read words of a command, and runs inherit the environment."""
     tracker = Tracker(sweep.configured(sweep.runs[0]).metrics)
     tracker.start(folder, {"runs": len(sweep.runs)}, dump(sweep.base()), folder.name)
     tracker.tags({"msc.sweep": folder.name})
@@ -163,20 +168,23 @@ def open_parent(folder: Path, sweep: Sweep) -> tuple[Tracker, str | None]:
         return tracker, None
     if tracker.run_id is None:
         said("MLflow does not answer; the runs will not be shown under one parent")
-    return tracker, tracker.config.resolve(folder)
+    return tracker, shown(tracker.config.resolve(folder))
 
 
-def start(folder: Path, sweep: Sweep, run: Run, jobs: int, lock: int, parent: str | None, uri: str | None) -> Started:
+def start(
+    folder: Path, sweep: Sweep, run: Run, jobs: int, lock: int, parent: str | None, uri: str | None, gpus: str
+) -> Started:
     log = folder / "logs" / f"{run.name}.log"
     cores = len(os.sched_getaffinity(0)) // jobs
     threads = {"OMP_NUM_THREADS": str(max(1, cores // sweep.processes))}
     environment = {**threads, **os.environ, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+    environment |= {"CUDA_VISIBLE_DEVICES": gpus} if gpus else {}
     with log.open("ab") as out:
         process = subprocess.Popen(
             command(folder, sweep, run, parent, uri), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
             env=environment, start_new_session=True, preexec_fn=local.die_with_parent(),
         )  # fmt: skip
-    return Started(run, process, time.time(), lock)
+    return Started(run, process, time.time(), lock, gpus)
 
 
 def finish(folder: Path, one: Started) -> int:

@@ -41,7 +41,7 @@ def send(folder: Path, plan: Sweep, args: Namespace) -> int:
         parts = []
         for run in todo:
             inner = cli.parse(sweep.words(folder, plan, run, tracker.run_id, uri))
-            own, words, again = submit.prepare_training(inner, args, tasks)
+            own, words, again = submit.prepare_training(inner, args, tasks, idle=True)
             parts.append(submit.job_of(args, site, words, own, own / "jobs", tasks, again))
         record = submit.send(parts, folder / "jobs", args, site, folder.name, per_node, parallel=args.jobs or 0)
     except (ValueError, OSError):

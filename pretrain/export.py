@@ -82,7 +82,7 @@ def export(
             size = sum((aside / file).stat().st_size for file in files)
             named = files[0] if len(files) == 1 else f"{files[0]} … {files[-1]}"
             told.append(f"{which:<4} {named} ({size / 1e6:,.1f} MB): {proof}")
-        kept = hub.write_card(aside, run, facts, config, before=out / "README.md")
+        kept = hub.write_card(aside, run, facts, config, before=out / "README.md", repository=push_to)
         hub.write_pipeline(aside, facts)
         publish(aside, out)
     count = sum(map(math.prod, source.shapes.values()))

@@ -40,16 +40,20 @@ latents of `{autoencoder}` frame by frame, each frame at its own noise level and
 ## Use
 
 ```python
+{where}
+```
+
+```python
 from msc.pretrain.model import MSCTransformer
 
-model = MSCTransformer.from_pretrained("{name}")  # needs torch and safetensors only
+model = MSCTransformer.from_pretrained(folder)  # needs torch and safetensors only
 ```
 
 ```python
 from diffusers import DiffusionPipeline
 
 # `pipeline.py` in this folder imports the pipeline of the installed msc; diffusers asks before it runs such a file
-pipe = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
+pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
 video = pipe(units={units}).frames[0]  # [frames, height, width, 3] in [0, 1]
 ```
 
@@ -62,6 +66,10 @@ video = pipe(units={units}).frames[0]  # [frames, height, width, 3] in [0, 1]
 ```yaml
 {settings}```
 """
+FROM_HUB = """\
+from huggingface_hub import snapshot_download
+
+folder = snapshot_download("{}")  # of a private repository after `hf auth login`"""
 PIPELINE = '''\
 """What diffusers needs to find the pipeline of these weights: it is part of msc, which must be installed."""
 
@@ -71,10 +79,12 @@ __all__ = ["MSCPipeline"]
 '''
 
 
-def write_card(folder: Path, run: Path, facts: dict[str, Any], config: Config, before: Path) -> bool:
+def write_card(
+    folder: Path, run: Path, facts: dict[str, Any], config: Config, before: Path, repository: str | None = None
+) -> bool:
     """README.md: training facts, figures of the run's evaluation, settings. Of this machine it names at most the folder
     of an autoencoder, which config.json must name, too. A card `before` that somebody has edited is kept instead;
-    returns whether it was."""
+    returns whether it was. repository: of the Hub, where readers will find the folder."""
     if before.is_file() and edited(text := before.read_bytes()):
         write_atomically(folder / "README.md", text)
         return True
@@ -96,6 +106,7 @@ def write_card(folder: Path, run: Path, facts: dict[str, Any], config: Config, b
     settings["train"]["init_from"] = Path(settings["train"]["init_from"]).name
     card = CARD.format(
         name=run.resolve().name,
+        where=FROM_HUB.format(repository) if repository else 'folder = "."  # where this file lies',
         parameters=f"width {model.width}, {model.depth} layers, {model.heads} heads on {len(model.scales)} scales",
         autoencoder=data["autoencoder"],
         training="\n".join(f"| {name} | {value} |" for name, value in rows.items()),

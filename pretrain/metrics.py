@@ -22,7 +22,7 @@ from typing import Any, Literal
 import yaml
 
 from .meter import Meter, memory, mfu
-from .tracking import SYSTEM_SECONDS, File, Point, Store, refused, settle_run, shown
+from .tracking import SYSTEM_SECONDS, File, Point, Store, refused, settle_run, shown, without_user
 
 __all__ = ["Meter", "MetricsConfig", "Tracker", "memory", "mfu", "settle"]
 
@@ -34,8 +34,10 @@ State = Literal["FINISHED", "FAILED", "KILLED"]
 @dataclass(frozen=True)
 class MetricsConfig:
     """tracking_uri: of MLflow, http://… or sqlite:///…; empty: MLFLOW_TRACKING_URI, else mlflow.db beside the
-    run folder; "none": no tracking. experiment: its name there. system: also record CPU, memory, disk, network
-    and GPU use. parent: id of the MLflow run under which this one is shown (a sweep's)."""
+    run folder; "none": no tracking. It lands in files and in MLflow, so a user's name and password belong in the
+    environment: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_URI. experiment: its name
+    there. system: also record CPU, memory, disk, network and GPU use. parent: id of the MLflow run under which this
+    one is shown (a sweep's)."""
 
     tracking_uri: str = ""
     experiment: str = "msc"
@@ -50,14 +52,23 @@ class MetricsConfig:
             uri.startswith("file:") or ("://" not in uri and not uri.startswith("databricks"))
         ):
             raise ValueError(
-                f'metrics.tracking_uri "{uri}" is not one that MLflow can write to; '
+                f'metrics.tracking_uri "{shown(uri)}" is not one that MLflow can write to; '
                 "use http://HOST:PORT, sqlite:///FILE or none"
+            )
+        if shown(uri) != uri:
+            raise ValueError(
+                f"metrics.tracking_uri holds a user's name or password of {shown(uri)}, and would be written to files "
+                "and MLflow: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the whole address as "
+                "MLFLOW_TRACKING_URI, in the environment"
             )
 
     def resolve(self, run: Path) -> str:
-        """The tracking URI used for the run folder `run`."""
-        beside = f"sqlite:///{Path(run).resolve().parent}/mlflow.db"
-        return self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or beside
+        """The tracking URI used for the run folder `run`; with the user's name and password where the environment has
+        them for this very address."""
+        own = os.environ.get("MLFLOW_TRACKING_URI", "")
+        if self.tracking_uri and self.tracking_uri != shown(own):
+            return self.tracking_uri
+        return own or f"sqlite:///{Path(run).resolve().parent}/mlflow.db"
 
 
 def set_patience() -> None:
@@ -72,11 +83,14 @@ def settle(run: Path, state: State) -> str | None:
     """Give the MLflow run of a folder the end that its processes could not give it: they were killed. Its id where it
     was still RUNNING; None where it was not, is not tracked, or cannot be reached (which is a warning)."""
     set_patience()
+    uri = ""
     try:
         values = yaml.safe_load((run / "config.yaml").read_text())["metrics"]
-        return settle_run(MetricsConfig(**values).resolve(run), run, state)
+        uri = MetricsConfig(**values).resolve(run)
+        return settle_run(uri, run, state)
     except Exception as error:  # the job is over either way
-        logger.warning("mlflow: the end of %s could not be told: %s: %.200s", run, type(error).__name__, error)
+        reason = without_user(str(error), uri)
+        logger.warning("mlflow: the end of %s could not be told: %s: %.200s", run, type(error).__name__, reason)
         return None
 
 
@@ -285,7 +299,7 @@ class Tracker:
         return self.config.system and store.owns
 
     def _warn(self, store: Store, what: str, error: Exception) -> None:
-        reason = str(error).replace(store.uri, shown(store.uri)).strip().splitlines() or [""]
+        reason = without_user(str(error), store.uri).strip().splitlines() or [""]
         logger.warning("mlflow: %s %s (%s: %.200s)", shown(store.uri), what, type(error).__name__, reason[0])
 
     # What could not be sent in time -----------------------------------------------------------------------

@@ -248,8 +248,13 @@ def refused(error: Exception) -> bool:
 
 def shown(uri: str) -> str:
     """A tracking URI without the user's name and password."""
-    parts = urlsplit(uri)
-    return uri if "@" not in parts.netloc else parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    return without_user(uri, uri)
+
+
+def without_user(text: str, uri: str) -> str:
+    """A text, such as an error's, without the user's name and password of a tracking URI."""
+    user, sign, _ = urlsplit(uri if "://" in uri else f"//{uri}").netloc.rpartition("@")
+    return text.replace(user + sign, "") if sign else text
 
 
 def code_version() -> dict[str, str]:

@@ -329,17 +329,17 @@ def test_a_header_may_begin_like_a_pickle(tmp_path):
 def test_the_card_tells_the_facts_and_no_secrets(run, tmp_path):
     path = shutil.copytree(run.path, tmp_path / "first")
     text = (path / "config.yaml").read_text()
-    secret = text.replace("tracking_uri: ''", "tracking_uri: https://me:hunter2@host").replace(
+    secret = text.replace("tracking_uri: ''", "tracking_uri: https://inside.example").replace(
         "shards: ''", "shards: /home/me/private"
     )
-    assert "hunter2" in secret and "private" in secret
+    assert "inside.example" in secret and "private" in secret
     (path / "config.yaml").write_text(secret)
     write_evaluation(path / "evaluation.json", 40, path)
     export(path)
     written = {p.name: p.read_text(errors="replace") for p in (path / "export").iterdir()}
     assert written.keys() == {"config.json", "README.md", "model.safetensors", "model_index.json", "pipeline.py"}
     for text in written.values():
-        assert not any(word in text for word in ("hunter2", "/home/me", str(tmp_path)))
+        assert not any(word in text for word in ("inside.example", "/home/me", str(tmp_path)))
     card = written["README.md"]
     for fact in ("| steps | 40 |", "| clips seen | 320 (the set holds 99) |", "16 × 24 pixels at 12 frames/s",
                  "`pixels`", "averaged (ema), in fp32", "The ema weights on 3 held-out clips",
@@ -426,6 +426,24 @@ def test_upload_makes_a_private_repository_and_sends_the_folder(run, tmp_path, m
     with pytest.raises(ValueError, match=r"out2 is written, but not uploaded to me/first: no route to host"):
         export(run.path, tmp_path / "out2", push_to="me/first")
     assert (tmp_path / "out2" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("repository", [None, "me/first"])
+def test_the_lines_of_a_card_load_the_weights(run, tmp_path, monkeypatch, repository):
+    """From the folder in which the card lies, and from the Hub, of which only the download is left out."""
+    hugging = pytest.importorskip("huggingface_hub")
+    downloaded = []
+    monkeypatch.setattr(hugging, "HfApi", Api)
+    monkeypatch.setattr(hugging, "snapshot_download", lambda name: downloaded.append(name) or str(tmp_path / "out"))
+    export(run.path, tmp_path / "out", push_to=repository)
+    card = (tmp_path / "out" / "README.md").read_text()
+    where, model, pipeline = (part.partition("```")[0] for part in card.split("```python\n")[1:])
+    if not repository:
+        monkeypatch.chdir(tmp_path / "out")
+    names: dict = {}
+    exec(where + model, names)
+    assert isinstance(names["model"], MSCTransformer) and downloaded == ([repository] if repository else [])
+    assert "from_pretrained(folder, trust_remote_code=True)" in pipeline
 
 
 def test_an_upload_removes_the_weights_of_other_exports_and_nothing_else(exported):

@@ -266,6 +266,17 @@ def test_a_command_that_does_not_exist_leaves_nothing(tmp_path: Path) -> None:
         local.run(["no-such-program"], 2, tmp_path / "logs")
 
 
+def test_commands_at_a_time_have_gpus_of_their_own(monkeypatch):
+    seen = {"CUDA_VISIBLE_DEVICES": "5, 2,GPU-7a,1,-1,3"}  # CUDA stops reading at -1
+    assert local.gpu_shares(seen, 2, 2) == ["5,2", "GPU-7a,1"]
+    assert local.gpu_shares(seen, 3, 1) == ["5", "2", "GPU-7a"]
+    assert local.gpu_shares({"CUDA_VISIBLE_DEVICES": "-1"}, 3, 2) == ["", "", ""]
+    with pytest.raises(ValueError, match="3 runs at a time of 2 processes need 6 GPUs, but 4 are visible"):
+        local.gpu_shares(seen, 3, 2)
+    monkeypatch.setattr(local, "visible_gpus", lambda environment: 4)
+    assert local.gpu_shares({}, 2, 2) == ["0,1", "2,3"]
+
+
 def test_a_signal_that_the_caller_has_caught_is_handed_on(tmp_path):
     """Whoever runs ranks for a job must learn of the signal, or it would start them again after a cancellation."""
     command = [sys.executable, "-c", "import time; time.sleep(60)"]

@@ -273,8 +273,9 @@ def test_beyond_the_bound_the_oldest_go_and_are_counted(run, caplog):
     assert [step for step, _ in history(run, "loss")] == list(range(30, 50))
 
 
-def test_an_outage_is_told_once_and_without_passwords(run, caplog):
-    tracker = start(run, config(run, tracking_uri="http://me:swordfish@127.0.0.1:9"))
+def test_an_outage_is_told_once_and_without_passwords(run, caplog, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:swordfish@127.0.0.1:9")
+    tracker = start(run)
     log_quickly(tracker, range(3))
     time.sleep(4)  # several attempts
     log_quickly(tracker, range(3, 6))
@@ -357,11 +358,15 @@ def test_import_needs_neither_mlflow_nor_torch():
         ({"experiment": " "}, "experiment is empty"),
         ({"tracking_uri": "localhost:5000"}, "localhost:5000"),
         ({"tracking_uri": "file:///tmp/mlruns"}, "sqlite:///FILE"),
+        ({"tracking_uri": "me:swordfish@host:5000"}, '"host:5000" is not one'),
+        ({"tracking_uri": "http://me:swordfish@host:5000"}, "of http://host:5000,.*MLFLOW_TRACKING_PASSWORD"),
+        ({"tracking_uri": "postgresql://me:swordfish@host/x"}, "MLFLOW_TRACKING_URI, in the environment"),
     ],
 )
 def test_mistakes_in_the_configuration(changes, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=words) as error:
         MetricsConfig(**changes)
+    assert "swordfish" not in str(error.value)
 
 
 def test_where_a_run_is_tracked(tmp_path, monkeypatch):
@@ -370,6 +375,19 @@ def test_where_a_run_is_tracked(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
     assert MetricsConfig().resolve(run) == "http://host:5000"
     assert MetricsConfig(tracking_uri="sqlite:///x.db").resolve(run) == "sqlite:///x.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:swordfish@host:5000")
+    assert MetricsConfig(tracking_uri="http://host:5000").resolve(run) == "http://me:swordfish@host:5000"
+    assert MetricsConfig(tracking_uri="http://other:5000").resolve(run) == "http://other:5000"
+
+
+@pytest.mark.parametrize("uri", ["http://me:swordfish@127.0.0.1:9", "nothing://me:swordfish@host"])
+def test_an_end_that_cannot_be_told_is_told_without_passwords(run, caplog, monkeypatch, uri):
+    """Whether nobody answers, or MLflow names the address that it cannot use."""
+    (run / "config.yaml").write_text(yaml.safe_dump({"metrics": {}}))
+    (run / "mlflow.json").write_text(json.dumps({"key": "k", "run_id": "r"}))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert settle(run, "FAILED") is None
+    assert "could not be told" in caplog.text and "swordfish" not in caplog.text
 
 
 def test_what_a_killed_process_had_not_sent_is_kept_with_its_last_checkpoint(run):

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,10 +14,13 @@ import numpy as np
 import pytest
 from scipy.optimize import least_squares
 
+from msc.launch import cli
 from msc.launch.fit import fit_file, results, study
 from msc.launch.optima import iso_flop, learning_rate_and_batch
 from msc.launch.points import Point, Points, diverged, read_points
 from msc.launch.scaling import PARAMETERS, Law, best, fit, huber
+from msc.pretrain.config import dump, load
+from msc.pretrain.runs import LatentSpace
 
 TRUTH = Law(0.35, 8.0, 30.0, 0.35, 0.4)
 SIZES, BUDGETS = np.geomspace(1e5, 3e6, 6), np.geomspace(1e6, 3e7, 5)
@@ -224,6 +228,14 @@ def test_a_table_is_fitted_and_nothing_is_lost_silently(tmp_path):
         assert (tmp_path / "losses-fit" / name).stat().st_size > 10_000
 
 
+def test_a_held_out_run_that_is_too_far_away_is_refused_and_the_law_stays(tmp_path):
+    N, D = (np.append(values, 30 * values.max()) for values in GRID)
+    text, found = fit_file(table(tmp_path / "losses.csv", N, D, noisy(N, D, 1)), draws=50, tracking="none")
+    assert found and "refused: held out r30: N·D = " in text and "beyond 100 times nothing is said" in text
+    values = json.loads((tmp_path / "losses-fit" / "fit.json").read_text())
+    assert values["held_out"] == [] and "law" in values and len(values["optimal"]) == 2
+
+
 def test_the_best_learning_rate_of_a_size_and_budget_is_taken(tmp_path):
     rows = [{"N": n, "D": d, "L": 1 + f, "lr": f} for n in (1e4, 1e5) for d in (1e6, 1e7) for f in (0.3, 0.1, 0.2)]
     (tmp_path / "runs.json").write_text(json.dumps([*rows, {"N": 1e4, "L": 2}]))
@@ -231,6 +243,69 @@ def test_the_best_learning_rate_of_a_size_and_budget_is_taken(tmp_path):
     assert [point.lr for point in points.used] == [0.1] * 4 and len(points.others) == 8
     assert points.left_out[0][0] == "row 13" and "no D" in points.left_out[0][1]
     assert all(a.N <= b.N for a, b in pairwise(points.used))
+
+
+def trained(folder: Path, runs: dict[str, list[str]]) -> Path:
+    """A sweep folder with finished runs of these settings over one base."""
+    base = ["model.channels=3", "model.width=32", "model.depth=2", "train.batch=4", "train.clips=8"]
+    for number, (name, own) in enumerate(runs.items()):
+        config = load(overrides=[*base, *own])
+        (folder / name).mkdir(parents=True)
+        (folder / name / "config.yaml").write_text(dump(config))
+        (folder / name / "log.jsonl").write_text(json.dumps({"clock": config.train.clips, "loss": 1.0}))
+        (folder / name / "held_out.jsonl").write_text(json.dumps({"clock": config.train.clips, "mean": 1 + number}))
+        (folder / name / "data.json").write_text(json.dumps(asdict(LatentSpace("pixels", 4, 16, 16, 16, 16, 12.0))))
+    (folder / "sweep.json").write_text(json.dumps({**{name: {} for name in runs}, "later": {"model.gate": "none"}}))
+    return folder
+
+
+HEADS = "model.scales=[{{heads: {}, window: 2}}, {{heads: {}, space: 2}}]"
+SIZED = {
+    "small": ["optimizer.lr=0.02", HEADS.format(2, 2), "train.seed=1"],
+    "large": ["model.width=64", "model.depth=3", HEADS.format(4, 4), "train.clips=16", "train.batch=8",
+              "optimizer.warmup=3", "optimizer.ema_halflife=2", "parallel.sp=2", "metrics.parent=x"],
+}  # fmt: skip
+
+
+def test_a_law_spans_sizes_budgets_and_what_follows_from_them(tmp_path):
+    points = read_points(trained(tmp_path, SIZED))
+    assert len(points.used) == 2 and points.left_out == (("later", "not started"),)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["model.gate=none"], r"model.gate \(logits, none\) besides size"),
+        ([HEADS.format(3, 1)], "model.scales besides"),
+        (["parallel.precision=fp32", "diffusion.shift=7.0"], r"diffusion.shift \(.*7.0\), parallel.precision \(bf16, "),
+    ],
+)  # fmt: skip
+def test_runs_of_different_models_are_refused(settings, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        read_points(trained(tmp_path, SIZED | {"other": [HEADS.format(2, 2), *settings]}))
+
+
+def test_one_model_of_several_is_chosen(tmp_path, capsys):
+    each = ((name, own, gate) for name, own in SIZED.items() for gate in ("logits", "none"))
+    folder = trained(tmp_path, {f"{name}-gate{gate}": [*own, f"model.gate={gate}"] for name, own, gate in each})
+
+    def chosen(*only):
+        points = read_points(folder, only=only)
+        return {point.name for point in (*points.used, *points.others)}, dict(points.left_out)
+
+    assert chosen("model.gate=none") == ({"small-gatenone", "large-gatenone"}, {"later": "not started"})
+    assert chosen("*-gatelogits") == ({"small-gatelogits", "large-gatelogits"}, {})
+    assert chosen("model.gate=none", "optimizer.lr=2e-2")[0] == {"small-gatenone"}
+    for word, said in {"model.gait=1": "no setting model.gait", "model.gate=mix": "no run of", "x*": "no run of",
+                       "optimizer.lr=x": "'x' is no value of optimizer.lr"}.items():  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            chosen(word)
+    with pytest.raises(ValueError, match="is a table"):
+        read_points(table(tmp_path / "losses.csv", *GRID, TRUTH.loss(*GRID)), only=["x"])
+    assert cli.main(["fit", str(folder), "--tracking", "none"]) == 2
+    assert "differ in model.gate (logits, none)" in capsys.readouterr().err
+    assert cli.main(["fit", str(folder), "--tracking", "none", "--only", "model.gate=none"]) == 1
+    assert "2 runs" in capsys.readouterr().out, "too few for a law, but all that were asked for"
 
 
 @pytest.mark.slow

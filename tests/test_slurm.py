@@ -7,7 +7,9 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import socket
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -17,14 +19,14 @@ import pytest
 import starting
 import yaml
 from processes import run_ranks
-from test_training import SMALL, shards, wait_for  # noqa: F401
+from test_training import MSC, SMALL, shards, wait_for  # noqa: F401
 
 from msc.datasets.files import last_line
 from msc.launch import cli, ledger, rendezvous, sites, slurm, status, submit, supervisor
 from msc.launch.ledger import Record
 from msc.launch.slurm import State
 from msc.launch.supervisor import Job, decide
-from msc.pretrain import heartbeat
+from msc.pretrain import heartbeat, shelf
 
 # Where a rank is ---------------------------------------------------------------------------------------------
 
@@ -170,6 +172,15 @@ def test_where_the_site_is_looked_for(tmp_path):
 )
 def test_what_becomes_of_a_job(code, fruitless, stepped, verdict):
     assert decide(code, fruitless, 3, stepped)[0] == verdict
+
+
+@pytest.mark.parametrize("command", ["train", "convert", "evaluate", "sample", "export"])
+def test_what_begins_anew_does_not_run_into_its_time_limit_twice(command, local_job, capsys):
+    code, left = local_job((138, 0), (0, 0), words=(command, "x"))
+    goes_on = command in ("train", "convert")
+    assert (code, len(left)) == ((0, 0) if goes_on else (138, 1))
+    assert ("raise --time" in capsys.readouterr().err) != goes_on
+    assert decide(143, 1, 3, False, goes_on)[0] == "again", "preempted: that says nothing of its time"
 
 
 def test_starts_without_a_new_checkpoint_are_counted_from_the_last():
@@ -341,6 +352,21 @@ def test_every_option_reaches_all_evaluations(tmp_path, monkeypatch, capsys):
         assert vars(cli.parse(job.words)) | {"argv": alone} == vars(cli.parse(alone))
 
 
+def test_the_plan_of_a_run_goes_with_its_job(shards, tmp_path, monkeypatch, capsys):
+    """To the ranks and into the command that goes on, named so that it is found from anywhere."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    sent = []
+    monkeypatch.setattr(slurm, "send", lambda jobs, *_: sent.extend(jobs) or "7")
+    words = ["submit", "--preset", "demo", f"data.shards={shards}", *SMALL, "--run", "run", "--plan", "plan.json"]
+    assert cli.main(words) == 2 and "plan.json: No such file" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "plan.json").write_text(json.dumps({"step_s": 1.0, "memory_gib": 2.0}))
+    assert cli.main(words) == 0
+    again = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("go on"))
+    assert cli.parse(sent[0].words).plan == cli.parse(shlex.split(again)[3:]).inner.plan == tmp_path / "plan.json"
+
+
 @pytest.mark.parametrize("name", ["a\nb", "100%", "a\\b"])
 def test_paths_that_no_batch_script_can_hold_are_refused(name):
     with pytest.raises(ValueError, match="folder"):
@@ -440,6 +466,32 @@ def test_a_refused_submission_is_one_line_and_leaves_no_run(shards, stand_ins, t
     assert "--cluster local" in capsys.readouterr().err
 
 
+# Takes the first job and no other.
+ONE_ONLY = """#!/bin/sh
+[ -e '{place}/accepted' ] && { echo 'sbatch: error: job limit reached' >&2; exit 1; }
+touch '{place}/accepted'
+echo Submitted batch job 77
+"""
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_conversion_whose_merge_is_refused_is_taken_back(code, stand_ins, tmp_path, monkeypatch, capsys):
+    """Also where it cannot be: then what its tasks read stays, and so does its record for `msc cancel`."""
+    scancel = f"#!/bin/sh\necho $* >> '{stand_ins}/cancelled'\necho no answer >&2\nexit {code}\n"
+    for name, text in {"sbatch": ONE_ONLY.replace("{place}", str(stand_ins)), "scancel": scancel}.items():
+        (stand_ins / name).write_text(text)
+        (stand_ins / name).chmod(0o755)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    jobs = tmp_path / "shards.jobs"
+    assert cli.main(["submit", "convert", "videos", "--out", str(tmp_path / "shards"), "--parts", "3"]) == 2
+    said = capsys.readouterr().err
+    assert "job limit reached" in said and (stand_ins / "cancelled").read_text() == "77\n"
+    assert ("job 77 was accepted, and is cancelled" in said) == (code == 0)
+    assert ("job 77 was accepted and could not be taken back: no answer" in said) == (code == 1)
+    assert [record.id for record in ledger.records(jobs)] == ["77"] * code
+    assert (len(list(jobs.glob("*.pkl"))) >= 3) == (code == 1)
+
+
 # In the background of this machine ---------------------------------------------------------------------------
 
 
@@ -466,7 +518,42 @@ def test_a_job_in_the_background_is_watched_ended_and_saved(shards, tmp_path, ca
     said = capfd.readouterr().out
     assert "stopped at step" in said and f"in the queue again: msc submit --cluster local --resume --run {run}" in said
     assert cli.main(["logs", str(run), "--rank", "1"]) == 2
-    assert not submit.is_active(replace(record, created=1.0)), "another process with its number is not the job"
+    assert not submit.still_active([replace(record, created=1.0)]), "another process with its number is not the job"
+
+
+def test_a_job_here_and_now_saves_at_ctrl_c(shards, tmp_path):
+    run = tmp_path / "run"
+    words = ["submit", "--cluster", "debug", "--run", run, "--preset", "demo", f"data.shards={shards}", *SMALL]
+    with (tmp_path / "said").open("w") as said:
+        job = subprocess.Popen([MSC, *map(str, words), "train.clips=40000"], stdout=said, stderr=said,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # fmt: skip
+    try:
+        wait_for(lambda: last_line(run / "log.jsonl").get("step", 0) > 3 or job.poll() is not None, seconds=120)
+        job.send_signal(signal.SIGINT)
+        code = job.wait(timeout=60)
+    finally:
+        job.kill()
+    text = (tmp_path / "said").read_text()
+    assert code == supervisor.STOPPED and "stopped at step" in text and "go on" in text, text
+    assert shelf.newest_meta(run)["step"] > 3
+
+
+@pytest.mark.parametrize(
+    ("notes", "said"),
+    [
+        ([], "job 17 of run was started on elsewhere, and no sign of its end is here: use `msc cancel` there"),
+        ([{"from": 0}], "was started on elsewhere"),
+        ([{"from": 0}, {"code": 1, "verdict": "again"}, {"from": 4}], "was started on elsewhere"),
+        ([{"from": 0}, {"code": 0, "verdict": "done"}], "no job of run is in the queue or running"),
+    ],
+)
+def test_a_job_of_another_machine_is_cancelled_there(notes, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    ledger.write(Path("run/jobs"), Record("17", "local", ("train",), "x", host="elsewhere"))
+    for note in notes:
+        ledger.note(Path("run/jobs"), "17", **note)
+    assert cli.main(["cancel", "run"]) == 2
+    assert said in capsys.readouterr().err
 
 
 # What people are shown ---------------------------------------------------------------------------------------
@@ -540,7 +627,8 @@ def test_a_slurm_that_does_not_answer_is_not_taken_for_an_empty_queue(stand_ins,
 
 def test_slurm_is_asked_once_and_understood(stand_ins):
     (stand_ins / "squeue").write_text(
-        "#!/bin/sh\nprintf '5|RUNNING|None|2026-01-01T00:00:00\\n6|PENDING|Resources|N/A\\n6|RUNNING|None|N/A\\n'\n"
+        f"#!/bin/sh\necho $* >> '{stand_ins}/asked'\n"
+        "printf '5|RUNNING|None|2026-01-01T00:00:00\\n6|PENDING|Resources|N/A\\n6|RUNNING|None|N/A\\n'\n"
     )
     (stand_ins / "sacct").write_text(
         "#!/bin/sh\nprintf '7|CANCELLED by 0|0:15\\n8_0|FAILED|1:0\\n8_1|COMPLETED|0:0\\n'\n"
@@ -551,3 +639,28 @@ def test_slurm_is_asked_once_and_understood(stand_ins):
     assert got["7"] == [State("CANCELLED", exit="0:15")] and not got["7"][0].active
     assert [s.name for s in got["8"]] == ["FAILED", "COMPLETED"] and "9" not in got
     assert slurm.states(["8_1"]) == {"8_1": [State("COMPLETED", exit="0:0")]}
+    asked = (stand_ins / "asked").read_text().splitlines()
+    assert len(asked) == 2 and "--jobs=5,6,7,8,9 " in asked[0] and "--jobs=8 " in asked[1]
+
+
+def test_a_job_that_slurm_has_forgotten_is_no_failure_of_slurm(stand_ins):
+    (stand_ins / "squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2\nexit 1\n")
+    assert slurm.states(["5"]) == {}
+
+
+def test_jobs_are_cancelled_with_few_questions(tmp_path, monkeypatch):
+    """For all of a run at once, and seconds apart: one job goes at the second look, the other at the third."""
+    asked, slept, here = [], [], time.sleep
+    for number in "567":
+        ledger.write(tmp_path / "run/jobs", Record(number, "slurm", ("evaluate",), "x"))
+
+    def states(numbers):
+        asked.append(list(numbers))
+        return {number: [State("RUNNING" if len(asked) < int(number) - 3 else "CANCELLED")] for number in numbers}
+
+    monkeypatch.setattr(slurm, "states", states)
+    monkeypatch.setattr(status.shutil, "which", lambda name: name)
+    monkeypatch.setattr(status.subprocess, "run", lambda *_, **__: None)
+    monkeypatch.setattr(status.time, "sleep", lambda seconds: slept.append(seconds) if seconds > 1 else here(seconds))
+    assert status.cancel(tmp_path / "run") == "ended: 5, 6, 7"
+    assert asked == [["5", "6", "7"]] * 4 and slept == [status.ASK_SECONDS] * 2

@@ -19,6 +19,7 @@ from msc.launch import cli, ledger, slurm, sweep
 from msc.launch.ladder import Run, Sweep, nearest_power, read_sweep
 from msc.launch.points import read_points
 from msc.pretrain import cost
+from msc.pretrain.metrics import MetricsConfig
 from msc.pretrain.preflight import resolve
 
 SETTINGS = {key: yaml.safe_load(value) for key, value in (setting.split("=", 1) for setting in SMALL)}
@@ -66,6 +67,22 @@ def test_ladders_spend_what_they_say(shards, tmp_path, kind, budgets):  # noqa: 
     assert found[2][3].model.heads == 8 and [s.heads for s in found[2][3].model.scales] == [4, 2, 2]
 
 
+@pytest.mark.parametrize("kind", ["list", "grid"])
+def test_every_model_of_a_list_or_grid_spends_the_budget(shards, tmp_path, kind):  # noqa: F811
+    """A dense model pays more for a clip than a multi-scale one, so that it sees fewer of them."""
+    dense, scales = [{"heads": 4}], SETTINGS["model.scales"]
+    varied = {"list": [{"model.scales": dense}, {"model.scales": scales}], "grid": {"model.scales": [dense, scales]}}
+    ladder = {"sizes": [{"width": 32}, {"width": 64}], "flops": [3e9]}
+    plan = read_sweep(write(tmp_path / "s.yaml", shards, ladder=ladder, **{kind: varied[kind]}))
+    found = list(sizes(plan, read_index(shards)))
+    assert [(config.model.width, len(config.model.scales)) for *_, config in found] == [
+        (32, 1), (32, len(scales)), (64, 1), (64, len(scales))
+    ]  # fmt: skip
+    for _, _, flops, config in found:
+        assert abs(flops / 3e9 - 1) <= 0.51 * config.train.batch / config.train.clips
+    assert len({config.train.clips for *_, config in found}) == 4
+
+
 def test_the_rules_for_learning_rate_and_batch_are_those_stated(shards, tmp_path):  # noqa: F811
     ladder = {
         "sizes": [{"width": 32, "depth": 2}, {"width": 64, "depth": 8}], "clips": [100, 400],
@@ -87,6 +104,17 @@ def test_the_rules_for_learning_rate_and_batch_are_those_stated(shards, tmp_path
     assert {config.optimizer.lr for *_, config in sizes(over, read_index(shards))} == {0.5}
 
 
+def test_numbers_of_a_ladder_may_be_written_as_people_do(shards, tmp_path):  # noqa: F811
+    """1e-1 is a text to YAML."""
+    texts, floats = (
+        {"sizes": [{"width": 32}], "tokens": [of("1e4")], "batch": [of("2e0")], "lr": [of("1e-1"), of("1e0")],
+         "warmup": of("5e-2"), "ema": of("1e-1"), "base": {"lr": of("1e-2"), "tokens": of("1e4")},
+         "rules": {"batch": of("5e-1")}} for of in (str, float)
+    )  # fmt: skip
+    plans = [read_sweep(write(tmp_path / "s.yaml", shards, ladder=ladder)) for ladder in (texts, floats)]
+    assert plans[0] == plans[1] and plans[0].runs[0].settings["optimizer.lr"] < 0.01
+
+
 def test_batches_are_powers_of_two_of_a_micro_batch():
     assert [nearest_power(value, 3) for value in (0.1, 3, 4.3, 5, 11, 1000)] == [3, 3, 6, 6, 12, 768]
 
@@ -101,6 +129,10 @@ def test_batches_are_powers_of_two_of_a_micro_batch():
         ({"ladder": {"sizes": [{"width": 32}]}}, "exactly one of clips"),
         ({"ladder": {"sizes": [{"width": 32}], "clips": [1]}}, "less than one batch"),
         ({"ladder": {"sizes": [{"width": 32}], "clips": [8], "base": {"lr": 0}}}, "base.lr is 0"),
+        ({"ladder": {"sizes": [{"width": 32}], "clips": [8], "base": {"lr": "x"}}}, "base.lr is 'x'; it must be"),
+        ({"ladder": {"sizes": [{"width": 32}], "clips": [8], "lr": ["1e"]}}, "ladder: lr is '1e'; it must be a number"),
+        ({"ladder": {"sizes": [{"width": 32}], "clips": ["many"]}}, "ladder: clips is 'many'; it must be a number"),
+        ({"ladder": {"sizes": [{"width": 32}], "clips": [8], "ema": None}}, "ladder: ema is None; it must be a number"),
         ({"list": [{"train.seed": 1}, {"train.seed": 1}]}, "the same run twice"),
         ({"config": "x.yaml"}, "both a preset"),
     ],
@@ -149,6 +181,24 @@ def test_finished_runs_are_not_repeated_and_failed_ones_are(shards, tmp_path, st
     assert [(folder / run.name / "started").read_text() for run in plan.runs] == ["x", "xx", "x"]
 
 
+def test_runs_at_a_time_have_gpus_of_their_own(shards, tmp_path, monkeypatch):  # noqa: F811
+    """Two at a time, of two processes each: a run has the GPUs of the one that ended before it."""
+    program = "import os, sys, time; time.sleep(0.3); open(sys.argv[1], 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])"
+
+    def command(folder, plan, run, parent=None, uri=None):
+        return [sys.executable, "-c", program, str(folder / f"{run.name}.gpus")]
+
+    monkeypatch.setattr(sweep, "command", command)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1,0,2,5")
+    plan = read_sweep(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1, 2, 3]}, processes=2))
+    sweep.run_all(tmp_path / "s", plan, jobs=2)
+    given = [(tmp_path / "s" / f"{run.name}.gpus").read_text() for run in plan.runs]
+    assert given[:2] == ["3,1", "0,2"] and sorted(given[2:]) == ["0,2", "3,1"]
+    with pytest.raises(ValueError, match="need 6 GPUs, but 5 are visible"):
+        sweep.run_all(tmp_path / "t", plan, jobs=3)
+    assert not (tmp_path / "t").exists()
+
+
 def test_the_command_shows_what_would_run_and_where_it_is(shards, tmp_path, capsys):  # noqa: F811
     file = write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1]})
     assert cli.main(["sweep", str(file), "--dry-run"]) == 0
@@ -184,6 +234,17 @@ def test_a_sweep_is_taken_back_only_until_slurm_has_it(shards, tmp_path, monkeyp
     said = capsys.readouterr().err
     assert "No space left on device" in said and ("job 77: 2 of 2 runs" in said) == accepted
     assert len(list((tmp_path / "runs").glob("*/config.yaml"))) == 2 * accepted
+
+
+def test_slurm_is_asked_once_for_all_runs_that_are_sent_again(shards, tmp_path, monkeypatch):  # noqa: F811
+    file = write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1, 2]}, set={"metrics.tracking_uri": "none"})
+    folder, asked = tmp_path / "runs", []
+    monkeypatch.setattr(slurm, "states", lambda numbers: asked.append(len(numbers)) or {})
+    monkeypatch.setattr(slurm, "send", lambda *_: "77")
+    for _ in range(2):
+        assert cli.main(["sweep", str(file), "--out", str(folder), "--cluster", "slurm"]) == 0
+    assert len(ledger.records(folder / "jobs")) == 1 and len(ledger.records(folder / "seed0/jobs")) == 1
+    assert asked == [0, 3, 3, 3], "each time to see what is to do, and for the table"
 
 
 def test_where_runs_that_were_sent_are(shards, tmp_path, monkeypatch):  # noqa: F811
@@ -244,6 +305,26 @@ def test_a_torn_last_line_of_the_log_does_not_hide_what_was_reached(shards, tmp_
     assert sweep.reached(tmp_path, plan, plan.runs[0]) == "finished" and sweep.last_loss(own) == 0.5
 
 
+def test_a_password_of_the_store_reaches_runs_and_nothing_that_is_read(shards, tmp_path, monkeypatch, capfd):  # noqa: F811
+    """Neither their words, which `ps` shows, nor any file: they have it of the environment."""
+    program = "import json, os, sys; json.dump([sys.argv, os.environ['MLFLOW_TRACKING_URI']], open(sys.argv[1], 'w'))"
+
+    def command(*given):
+        return [sys.executable, "-c", program, str(tmp_path / "told"), *sweep.words(*given)]
+
+    monkeypatch.setattr(sweep, "command", command)
+    monkeypatch.setattr(sweep.Tracker, "flush", lambda tracker: False)  # nobody answers: no need to wait
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:swordfish@127.0.0.1:9")
+    plan = read_sweep(write(tmp_path / "s.yaml", shards, set={"metrics.tracking_uri": ""}))
+    assert sweep.run_all(tmp_path / "sweep", plan) == 0
+    words, inherited = json.loads((tmp_path / "told").read_text())
+    assert words[-1] == "metrics.tracking_uri=http://127.0.0.1:9"
+    assert MetricsConfig(tracking_uri=words[-1].partition("=")[2]).resolve(tmp_path) == inherited
+    assert inherited == "http://me:swordfish@127.0.0.1:9"
+    written = "".join(path.read_text() for path in (tmp_path / "sweep").rglob("*") if path.is_file())
+    assert "swordfish" not in written + "".join(words) + "".join(capfd.readouterr())
+
+
 def test_a_run_that_has_begun_goes_on(tmp_path):
     plan, run = Sweep((), "demo", None, 2), Run("a", {"train.seed": 3})
     fresh = sweep.command(tmp_path, plan, run, "abc", "sqlite:///x.db")
@@ -277,20 +358,27 @@ def test_a_real_sweep_is_nested_in_mlflow_and_can_be_fitted(shards, tmp_path):  
 
 
 def test_a_signal_stops_the_sweep_and_what_was_not_run_waits(shards, tmp_path, monkeypatch):  # noqa: F811
-    """The run in progress is told and may end as it likes (75: it saved); nothing new is started."""
-    program = (
-        "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); open(sys.argv[1], 'w'); time.sleep(60)"
-    )
+    """The run in progress is told and may end as it likes (75: it saved); nothing new is started. Continued, the sweep
+    starts what was stopped and what waited, and what was finished stays so."""
+    stops = "import signal, sys; signal.signal(15, lambda *_: sys.exit(75))"
+    waits = "import time; open(run.parent / (run.name + '.began'), 'w'); time.sleep(60)"
 
     def command(folder, plan, run, parent=None, uri=None):
-        return [sys.executable, "-c", program, str(folder / f"{run.name}.began")]
+        at_work = run.name == "seed1" and not (folder / "seed1.began").exists()
+        program = "\n".join([stops, STAND_IN.rpartition("(run /")[0], waits]) if at_work else STAND_IN
+        return [sys.executable, "-c", program, str(folder / run.name), *run.overrides]
 
     monkeypatch.setattr(sweep, "command", command)
-    plan = read_sweep(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1]}))
-    killer = subprocess.Popen([sys.executable, "-c", WHEN_BEGUN, str(tmp_path / "seed0.began"), str(os.getpid())])
+    plan = read_sweep(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1, 2]}))
+    killer = subprocess.Popen([sys.executable, "-c", WHEN_BEGUN, str(tmp_path / "seed1.began"), str(os.getpid())])
     assert sweep.run_all(tmp_path, plan) == 75
     assert killer.wait() == 0
-    assert [sweep.state(tmp_path, plan, run) for run in plan.runs] == ["stopped", "waiting"]
+    assert [sweep.state(tmp_path, plan, run) for run in plan.runs] == ["finished", "stopped", "waiting"]
+    assert sweep.run_all(tmp_path, plan) == 0
+    assert [sweep.state(tmp_path, plan, run) for run in plan.runs] == ["finished"] * 3
+    assert [(tmp_path / run.name / "started").read_text() for run in plan.runs] == ["x", "xx", "x"]
+    assert [len(sweep.attempts(tmp_path, run)) for run in plan.runs] == [1, 2, 1]
+    assert sweep.run_all(tmp_path, plan) == 0 and len(sweep.attempts(tmp_path, plan.runs[0])) == 1
 
 
 WHEN_BEGUN = """
