@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import hashlib
 import logging
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -107,8 +109,12 @@ def load_shm_op() -> None:
     torch's lock for compiling is a file without an owner: a process that is killed meanwhile leaves it, and every
     later start waits for it forever. Under a lock that ends with its process, whatever lies there is stale.
     """
+    from torch.utils.cpp_extension import _get_build_directory, get_default_build_root
+
+    # Of this environment alone: two that shared it would compile it anew in turns, as their paths are in it.
+    own = hashlib.sha256(sys.prefix.encode()).hexdigest()[:12]
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(get_default_build_root()) / f"msc-{own}"))
     from deepspeed.accelerator import get_accelerator
-    from torch.utils.cpp_extension import _get_build_directory
 
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is None or not builder.is_compatible(verbose=False):
