@@ -27,11 +27,15 @@ from msc.pretrain.timeline import WholeVideo
 
 GATES = ["logits", "values", "pair", "mix"]
 # Units (of how many frames) per video: shared out evenly, unevenly, and one for each rank
-SIZES = {2: [(6, 1), (5, 2), (2, 1)], 4: [(8, 1), (11, 1), (4, 1)]}
-GROUPS = [pytest.param(backend, ranks, marks=marks) for ranks in (2, 4) for backend, marks in (
-    ("gloo", pytest.mark.gloo),
-    ("nccl", pytest.mark.skipif(torch.cuda.device_count() < ranks, reason=f"needs {ranks} GPUs")),
-)]  # fmt: skip
+SIZES = {2: [(6, 1), (5, 2), (2, 1)], 4: [(8, 1), (11, 1), (4, 1)], 8: [(16, 1), (19, 1), (8, 1)]}
+
+
+def on(backend, ranks):
+    gpus = pytest.mark.skipif(torch.cuda.device_count() < ranks, reason=f"needs {ranks} GPUs")
+    return pytest.param(backend, ranks, marks=gpus if backend == "nccl" else pytest.mark.gloo)
+
+
+GROUPS = [on(backend, ranks) for ranks in (2, 4) for backend in ("gloo", "nccl")]
 
 
 def layouts(name, ranks):
@@ -85,7 +89,7 @@ def test_rows_that_lie_on_more_machines_than_they_need_are_told():
     assert scattered([*"aaabbb"], 2).startswith("1 of 3")
 
 
-@pytest.mark.parametrize("backend, ranks", GROUPS)
+@pytest.mark.parametrize("backend, ranks", [*GROUPS, on("nccl", 8)])
 def test_sharded_equals_one_process(backend, ranks):
     """Every kind of scale in every layout that serves it; with and without recomputation; all gates."""
     kinds = [(name, layout) for name in SCALES for layout in layouts(name, ranks)]

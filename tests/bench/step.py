@@ -1,14 +1,17 @@
 """Time and memory of a training step, multi-scale against dense causal, by clip length: ratios in one run.
 
     python tests/bench/step.py --preset base --frames 64 256 --backends sdpa flex
+    python tests/bench/step.py --preset base --frames 256 --backends flex --longest 16384   # until memory is full
 
 Frames are of 16 × 16 tokens. Steps are forward and backward passes of the whole model with recomputation as
-in the preset, weights in bf16 on a GPU and fp32 on a CPU. FLOPs are unmasked and without recomputation.
+in the preset, weights in bf16 on a GPU and fp32 on a CPU. FLOPs are unmasked and without recomputation. The longest
+clip that fits is looked for by doubling the frames, one timed step each.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -16,6 +19,7 @@ from dataclasses import replace
 
 import torch
 
+from msc.parallel import fp8
 from msc.pretrain import cost
 from msc.pretrain.layers import Block
 from msc.pretrain.meter import mfu
@@ -27,24 +31,30 @@ SIDE = 32  # latents: 16 x 16 tokens with patch 2
 
 
 def training_step(
-    config: ModelConfig, frames: int, backend: str, compiled: bool, recompute: bool
+    config: ModelConfig, frames: int, backend: str, compiled: bool, recompute: bool, in_fp8: bool = False
 ) -> Callable[[], None]:
     """A function that makes one forward and backward pass and returns when the device is done."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
-    model = MSCTransformer(config).to(device, dtype)
+    model = MSCTransformer(config)
+    torch.nn.init.normal_(model.final.weight, std=0.02)  # of zeros the backward pass would be zeros: faster on a GPU
+    model = model.to(device, dtype)
     model.recompute = recompute
     for block in model.blocks:
         assert isinstance(block, Block)
         block.attention.backend = backend  # type: ignore[assignment]
+        if in_fp8:
+            fp8.convert(block)
         if compiled:
             block.compile()
     x = torch.randn(1, frames, config.channels, SIDE, SIDE, device=device)
     t = torch.rand(1, frames, device=device)
 
     def step() -> None:
-        model(x, t).float().square().mean().backward()
+        with fp8.autocast(in_fp8):
+            y = model(x, t)
+        y.float().square().mean().backward()
         model.zero_grad(set_to_none=True)
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -53,11 +63,12 @@ def training_step(
 
 
 def measure(
-    config: ModelConfig, frames: int, backend: str, compiled: bool, recompute: bool, runs: int, top: int = 0
-) -> dict:
+    config: ModelConfig, frames: int, backend: str, compiled: bool, recompute: bool, runs: int, top: int = 0,
+    in_fp8: bool = False,
+) -> dict:  # fmt: skip
     """Median seconds of a step, peak memory in bytes, FLOPs; with `top`, a list of so many kernels."""
     torch._dynamo.reset()
-    step, on_gpu = training_step(config, frames, backend, compiled, recompute), torch.cuda.is_available()
+    step, on_gpu = training_step(config, frames, backend, compiled, recompute, in_fp8), torch.cuda.is_available()
     for _ in range(2):
         step()
     if on_gpu:
@@ -92,53 +103,92 @@ def kernels(step: Callable[[], None], top: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="pilot", choices=list(PRESETS))
     parser.add_argument("--frames", type=int, nargs="+", default=[16, 32])
     parser.add_argument("--backends", nargs="+", default=["sdpa"])
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--keep", action="store_true", help="keep all activations instead of recomputing them")
+    parser.add_argument("--fp8", action="store_true", help="linear layers by TransformerEngine; needs --keep")
     parser.add_argument("--depth", type=int, help="fewer layers, for a quick look")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--models", nargs="+", default=["multi-scale", "dense"], choices=["multi-scale", "dense"])
     parser.add_argument("--profile", type=int, metavar="N", help="also list the GPU's N longest kernels")
+    parser.add_argument(
+        "--longest", type=int, metavar="MOST", help="double the frames until they do not fit, up to MOST"
+    )
+    parser.add_argument("--patience", type=float, default=30, help="--longest: seconds of a step after which it ends")
     args = parser.parse_args()
     preset = PRESETS[args.preset]()
-    recompute = preset.parallel.recompute and not args.keep
+    args.recompute = preset.parallel.recompute and not args.keep
+    if args.fp8:
+        fp8.check_fp8(2, args.recompute, 256)
     model = replace(preset.model, channels=16, patch=2, depth=args.depth or preset.model.depth)
     dense = replace(model, scales=(Scale(model.heads),), gate="none")
+    models = {"multi-scale": model, "dense": dense}
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     size = f"{cost.parameters(model) / 1e6:.0f} M parameters, depth {model.depth}"
-    print(f"{args.preset}, {size}, {name}, torch {torch.__version__}")
-    columns = f"{'s/step':>9} {'tokens/s':>10} {'GB':>7} {'TFLOP':>8} {'MFU':>6}"
-    print(f"{'tokens':>8} {'model':<12} {'kernel':<6} {columns}  time ratio / FLOP ratio")
+    how = ["recomputed" if args.recompute else "kept", *(["compiled"] if args.compile else [])]
+    print(f"{args.preset}, {size}, {name}, torch {torch.__version__}, {', '.join(how)}{', fp8' if args.fp8 else ''}\n")
+    print("| tokens | model | kernel | s per step | tokens/s | GB | TFLOP | MFU |")
+    print("| ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |", flush=True)
+    if args.longest:
+        for label in args.models:
+            for backend in args.backends:
+                longest(args, models[label], label, backend, name)
+        return
+    ratios = []
     for frames in args.frames:
         best: dict[str, dict] = {}
         for label in args.models:
-            config = {"multi-scale": model, "dense": dense}[label]
             for backend in args.backends:
-                try:
-                    found = measure(config, frames, backend, args.compile, recompute, args.runs, args.profile)
-                except torch.OutOfMemoryError:
-                    print(f"{frames * 256:>8} {label:<12} {backend:<6} out of memory", flush=True)
-                    continue
-                finally:
-                    if torch.cuda.is_available():
-                        torch.cuda.empty_cache()
-                if label not in best or found["seconds"] < best[label]["seconds"]:
+                found = row(args, models[label], frames, label, backend, name)
+                if found and (label not in best or found["seconds"] < best[label]["seconds"]):
                     best[label] = found
-                seconds, flops = found["seconds"], found["flops"]
-                share = mfu(flops / seconds, name)
-                print(
-                    f"{frames * 256:>8} {label:<12} {backend:<6} {seconds:>9.4f} {frames * 256 / seconds:>10,.0f} "
-                    f"{found['memory'] / 1e9:>7.2f} {flops / 1e12:>8.2f} {'' if share is None else f'{share:.1%}':>6}",
-                    flush=True,
-                )
-                if args.profile:
-                    print(found["kernels"], flush=True)
         if len(best) == 2:
             times, flops = (best["dense"][key] / best["multi-scale"][key] for key in ("seconds", "flops"))
-            print(f"{'':>72} {times:.2f} / {flops:.2f} = {times / flops:.0%}", flush=True)
+            ratios.append(f"{frames * 256:,} tokens: {times:.2f} / {flops:.2f} = {times / flops:.0%}")
+    if ratios:
+        print("\nDense / multi-scale, time ratio / FLOP ratio. " + "; ".join(ratios), flush=True)
+
+
+def row(args: argparse.Namespace, config: ModelConfig, frames: int, label: str, backend: str, name: str) -> dict | None:
+    """Measure one configuration and print it; None where it does not fit."""
+    start = f"| {frames * 256:,} | {label} | {backend}"
+    try:
+        found = measure(config, frames, backend, args.compile, args.recompute, args.runs, args.profile, args.fp8)
+    except torch.OutOfMemoryError:
+        print(f"{start} | out of memory | | | | |", flush=True)
+        return None
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    seconds, flops = found["seconds"], found["flops"]
+    share = mfu(flops / seconds, name)
+    print(
+        f"{start} | {seconds:.4f} | {frames * 256 / seconds:,.0f} | {found['memory'] / 1e9:.2f} "
+        f"| {flops / 1e12:.2f} | {'' if share is None else f'{share:.1%}'} |",
+        flush=True,
+    )
+    if args.profile:
+        print(found["kernels"], flush=True)
+    return found
+
+
+def longest(args: argparse.Namespace, config: ModelConfig, label: str, backend: str, name: str) -> None:
+    """Double the frames until they do not fit, and say what did."""
+    args.runs, frames, fitted, ended = 1, args.frames[0], 0, "--longest"
+    while frames <= args.longest:
+        found = row(args, config, frames, label, backend, name)
+        if found is None:
+            ended = "memory"
+            break
+        fitted, frames = frames, 2 * frames
+        if found["seconds"] > args.patience:
+            ended = "--patience"
+            break
+    print(f"| longest: {fitted * 256:,} | {label} | {backend} | ended by {ended} | | | | |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,374 @@
+"""One video over several GPUs: weak and strong scaling of multi-scale and dense attention, by layout along time.
+
+    python tests/bench/several_gpus.py --preset base --frames 256 --video 512
+    python tests/bench/several_gpus.py --preset base --longest                 # a million tokens, trained
+    python tests/bench/several_gpus.py --device cpu --preset demo --side 16 --frames 4 --video 8 --ranks 1 2
+
+Weak: `--frames` for each GPU, so that the video grows with them; strong: one video of `--video` frames. Both are
+compared with one GPU in the same run. Steps are forward and backward passes of one clip, of the slowest rank, medians;
+with `--engine` whole steps by DeepSpeed (ZeRO as in the preset), with gradients reduced and an update. "Not hidden" is
+the share of a step that goes when no message along time is sent and receivers get random numbers instead; such steps
+and ordinary ones take turns. "Planned" is what launch/plan.py says of the same steps before. Rows come as they are
+measured; one that runs out of memory or time says so, and the others go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import gc
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from msc.launch import hardware, local
+from msc.launch.plan import plan
+from msc.parallel import exchange, process, zero
+from msc.pretrain import cost
+from msc.pretrain.diffusion import add_noise, frame_losses
+from msc.pretrain.layers import Block
+from msc.pretrain.layout import choose
+from msc.pretrain.model import MSCTransformer
+from msc.pretrain.parallelize import build, check_parallel, clip_of, make_mesh, own_timeline, parallelize
+from msc.pretrain.preflight import ASSUMED, resolve
+from msc.pretrain.presets import PRESETS
+from msc.pretrain.scales import Scale
+
+RANK = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import several_gpus; several_gpus.rank()"
+COLUMNS = [
+    "scaling", "scales", "layout", "GPUs", "tokens", "step, s", "planned, s", "tokens/s per GPU", "of one GPU's",
+    "of one GPU's FLOP/s", "not hidden", "GB",
+]  # fmt: skip
+
+
+def configure(args: argparse.Namespace, job: dict[str, Any]) -> tuple[Any, Any]:
+    """(configuration, index) of a job, resolved; ValueError where it cannot be laid out so."""
+    base = PRESETS[args.preset]()
+    model = replace(base.model, depth=args.depth or base.model.depth)
+    if job["scales"] == "dense":
+        model = replace(model, scales=(Scale(model.heads),), gate="none")
+    parallel = replace(
+        base.parallel, sp=job["ranks"], layout=job["layout"], compile=args.compile,
+        precision="fp32" if args.device == "cpu" else "bf16",
+        recompute=bool(args.longest) or (base.parallel.recompute and not args.keep),
+    )  # fmt: skip
+    index = replace(ASSUMED, frames=job["frames"], height=args.side, width=args.side)
+    config = replace(base, model=model, parallel=parallel, train=replace(base.train, batch=1, micro=1))
+    check_parallel(parallel, model, job["ranks"], job["frames"] // model.frames_per_unit)
+    return resolve(config, index), index
+
+
+def layouts_of(args: argparse.Namespace, job: dict[str, Any]) -> str:
+    """How the scales are laid out, "halo+halo+ulysses"; one word where all are the same."""
+    if job["ranks"] == 1:
+        return ""
+    config, index = configure(args, job)
+    clip = clip_of(config.model, config.parallel, index.frames, index.height, index.width)
+    speeds = config.parallel.bytes_per_s, config.parallel.flops_per_s
+    found = choose(config.model.scales, clip, job["ranks"], job["layout"], *speeds)
+    return found[0] if len(set(found)) == 1 else "+".join(found)
+
+
+def jobs_of(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """All that is measured, in order: one GPU, all of them, then what lies between."""
+    if args.longest:
+        model = PRESETS[args.preset]().model
+        frames = args.longest // cost.tokens_per_frame(model, args.side, args.side)
+        job = {"ranks": max(args.ranks), "scales": args.scales[0], "frames": frames, "layout": args.layouts[0]}
+        return [{**job, "layouts": layouts_of(args, job), "scaling": ["longest"]}]
+    jobs: list[dict[str, Any]] = []
+    for ranks in dict.fromkeys([1, max(args.ranks), *sorted(args.ranks, reverse=True)]):
+        for scales, layout in product(args.scales, args.layouts if ranks > 1 else ["auto"]):
+            for scaling, frames in (("weak", args.frames * ranks), ("strong", args.video)):
+                job = {"ranks": ranks, "scales": scales, "frames": frames, "layout": layout}
+                try:
+                    job["layouts"] = layouts_of(args, job)
+                except ValueError as error:
+                    print(f"Left out: {layout}, {scales}, {frames} frames on {ranks} ranks: {error}", file=sys.stderr)
+                    continue
+                same = [one for one in jobs if one | {"layout": layout, "scaling": 0} == job | {"scaling": 0}]
+                if not same:
+                    jobs.append({**job, "scaling": [scaling if ranks > 1 else "one"]})
+                elif scaling not in same[0]["scaling"] and ranks > 1:
+                    same[0]["scaling"].append(scaling)
+    return jobs
+
+
+# A rank ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def nothing_sent() -> Iterator[None]:
+    """Messages along time stay away inside the block: receivers get random numbers at once, of ordinary size."""
+    post = exchange.dist.batch_isend_irecv
+
+    def stand_in(operations: list[Any]) -> list[Any]:
+        for operation in operations:
+            if operation.op is dist.irecv:
+                operation.tensor.uniform_(0.1, 0.9)
+        return []
+
+    exchange.dist.batch_isend_irecv = stand_in
+    try:
+        yield
+    finally:
+        exchange.dist.batch_isend_irecv = post
+
+
+def awake(name: str, part: torch.nn.Module) -> None:
+    """The last layer begins with zeros, and so would all of the backward pass: on zeros a GPU is faster."""
+    if name == "final":
+        torch.nn.init.normal_(part.get_parameter("weight"), std=0.02)
+
+
+def training_step(args: argparse.Namespace, world: process.World, mesh: Any, job: dict[str, Any]) -> Callable[[], Any]:
+    """A function that takes one step and returns this rank's share of the loss."""
+    config, index = configure(args, job)
+    device, parallel = world.device, config.parallel
+    clip = clip_of(config.model, parallel, index.frames, index.height, index.width)
+    timeline, units = own_timeline(mesh, config.model, parallel, clip)
+    torch.manual_seed(0)
+    if args.engine:
+        model = parallelize(build(config.model, parallel, device, awake), parallel, config.optimizer, 1)
+    else:
+        with device:  # made there at once: on a CPU large ones take minutes
+            model = MSCTransformer(config.model, awake)
+        model = model.to(device, torch.float32 if parallel.precision == "fp32" else torch.bfloat16)
+        model.recompute = parallel.recompute
+        for block in model.blocks:
+            assert isinstance(block, Block)
+            block.attention.backend = parallel.attention
+            if parallel.compile:
+                block.compile()
+    colour = torch.randn(config.model.channels, 1, 1, device=device)  # of the whole video: something to learn
+    torch.manual_seed(1 + world.rank)
+    size = 1, len(units) * config.model.frames_per_unit, config.model.channels, index.height, index.width
+    x = 0.3 * torch.randn(size, device=device) + colour
+    noise, t = torch.randn_like(x), torch.rand(size[:2], device=device)
+    noisy = add_noise(x, noise, t)
+
+    def step() -> Any:
+        errors = frame_losses(model(noisy, t, None, None, timeline), x, noise)
+        share = errors.sum() / index.frames
+        if args.engine:
+            zero.backward(model, share * world.size)
+            zero.step(model, lambda norm: "")
+        else:
+            share.backward()
+            model.zero_grad(set_to_none=True)
+        return share.detach()
+
+    return step
+
+
+def agreed(yes: bool) -> bool:
+    """Whether all ranks say so."""
+    answer = torch.tensor(float(yes))
+    dist.all_reduce(answer, dist.ReduceOp.MIN)
+    return bool(answer)
+
+
+def measure(args: argparse.Namespace, world: process.World, mesh: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """Median seconds of a step with and without messages, memory of the fullest GPU, loss of first and last step."""
+    began, on_gpu = time.perf_counter(), world.device.type == "cuda"
+    torch._dynamo.reset()
+    step = training_step(args, world, mesh, job)
+    losses: list[torch.Tensor] = []
+
+    def timed(silent: bool) -> float:
+        dist.all_reduce(torch.zeros(1, device=world.device))  # all start together
+        if on_gpu:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        with nothing_sent() if silent else nullcontext():
+            share = step()
+            if on_gpu:
+                torch.cuda.synchronize()
+        if not silent:
+            losses.append(share.cpu())
+        return time.perf_counter() - start
+
+    ways = (False, True) if job["ranks"] > 1 and not args.longest else (False,)
+    for silent in (False, *ways):  # the first compiles
+        timed(silent)
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    times: list[list[float]] = []
+    while len(times) < args.runs and agreed(not times or time.perf_counter() - began < args.limit / 2):
+        times.append([timed(silent) for silent in ways])
+    slowest = torch.tensor(times)
+    memory = torch.tensor(float(torch.cuda.max_memory_allocated() if on_gpu else 0))
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    dist.all_reduce(memory, dist.ReduceOp.MAX)
+    ends = torch.stack([losses[0], losses[-1]])
+    dist.all_reduce(ends)
+    medians = [statistics.median(column) for column in slowest.T.tolist()]
+    device = hardware.named_by_driver(torch.cuda.get_device_name()) if on_gpu else None
+    return {
+        "seconds": medians[0],
+        "silent": medians[1] if len(medians) > 1 else None,
+        "memory": float(memory) or None,
+        "planned": planned(args, job, device) if device else None,
+        "losses": ends.tolist(),
+        "steps": len(losses),
+    }
+
+
+def planned(args: argparse.Namespace, job: dict[str, Any], device: hardware.Device) -> float:
+    config, index = configure(args, job)
+    found = plan(config, index, device, job["ranks"])
+    alone = () if args.engine else ("gradients", "weights", "update")
+    return sum(seconds for part, seconds in found.seconds.items() if part not in alone)
+
+
+def rank() -> None:
+    """Measure one job after the other, and end at the first that fails: the launcher starts the rest anew."""
+    given = json.loads(os.environ["SEVERAL_GPUS"])
+    args, folder = argparse.Namespace(**given["args"]), Path(given["folder"])
+    world = process.join(args.limit)
+    mesh = make_mesh(world.size, world.size, world.device.type)
+    for job in given["jobs"]:
+        if not agreed(time.time() < given["end"]):
+            break
+        if world.first:
+            (folder / "at").write_text(json.dumps(job))
+        faulthandler.dump_traceback_later(args.limit, exit=True)
+        try:
+            found = measure(args, world, mesh, job)
+        except Exception as error:
+            memory = isinstance(error, torch.OutOfMemoryError)
+            reason = "out of memory" if memory else f"{type(error).__name__}: {exchange.first_line(error)}"
+            (folder / f"failed-{world.rank}").write_text(reason)
+            if not memory:
+                traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)  # the others may wait for this one: nothing here must wait for them
+        if world.first:
+            tell(args, folder, job, found)
+        gc.collect()
+        if world.device.type == "cuda":
+            torch.cuda.empty_cache()
+    faulthandler.cancel_dump_traceback_later()
+    process.leave()
+
+
+# What is printed -------------------------------------------------------------------------------------------
+
+
+def tell(args: argparse.Namespace, folder: Path, job: dict[str, Any], found: dict[str, Any]) -> None:
+    """Print a row for each kind of scaling, and keep what was found for those that are compared with it."""
+    before = known(folder)
+    with (folder / "results.jsonl").open("a") as file:
+        file.write(json.dumps({**job, **found}) + "\n")
+    model, frames, ranks = configure(args, job)[0].model, job["frames"], job["ranks"]
+    tokens = frames * cost.tokens_per_frame(model, args.side, args.side)
+    for scaling in job["scaling"]:
+        row = [scaling, job["scales"], job["layouts"], str(ranks), f"{tokens:,}"]
+        if "failed" in found:
+            row += [found["failed"], *[""] * (len(COLUMNS) - 6)]
+        else:
+            compared = args.frames if scaling == "weak" else frames
+            one = next((one for one in before if one["ranks"] == 1 and one["scales"] == job["scales"]
+                        and one["frames"] == compared and "seconds" in one), None)  # fmt: skip
+            seconds, silent, memory = found["seconds"], found["silent"], found["memory"]
+            row += [f"{seconds:.4f}", f"{found['planned']:.4f}" if found["planned"] else ""]
+            row += [f"{tokens / seconds / ranks:,.0f}"]
+            if one is not None and ranks > 1:
+                work, own = (cost.step_flops(model, many, args.side, args.side) for many in (frames, compared))
+                faster = one["seconds"] / seconds / ranks
+                row += [f"{faster * frames / compared:.1%}", f"{faster * work / own:.1%}"]
+            else:
+                row += ["", ""]
+            row += ["" if silent is None else f"{1 - silent / seconds:.1%}", f"{memory / 1e9:.2f}" if memory else ""]
+        print(f"| {' | '.join(row)} |", flush=True)
+    if args.longest and "losses" in found:
+        first, last = found["losses"]
+        print(f"\nLoss of the same clip at step 1: {first:.4f}, at step {found['steps']}: {last:.4f}", flush=True)
+
+
+def known(folder: Path) -> list[dict[str, Any]]:
+    """All jobs that were told, with what was found."""
+    path = folder / "results.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def run(args: argparse.Namespace, folder: Path) -> None:
+    """Start ranks for all jobs of one number of GPUs, again for what is left after one that failed, and so on."""
+    end, waiting = time.time() + args.seconds, jobs_of(args)
+    environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {})}
+    with local.caught_signals() as received:
+        while waiting and not received and time.time() < end:
+            ranks = waiting[0]["ranks"]
+            batch = [job for job in waiting if job["ranks"] == ranks][: 1 if args.engine else None]
+            for mark in (folder / "at", *folder.glob("failed-*")):
+                mark.unlink(missing_ok=True)
+            given = {"args": vars(args), "jobs": batch, "folder": str(folder), "end": end}
+            environment["SEVERAL_GPUS"] = json.dumps(given)
+            command = [sys.executable, "-c", RANK]
+            code = local.run(command, ranks, folder / "logs", environment, grace=5.0, received=received)
+            at = json.loads((folder / "at").read_text()) if (folder / "at").exists() else batch[0]
+            if code and not received and not any(one | at == one for one in known(folder)):
+                reasons = sorted(path.read_text() for path in folder.glob("failed-*"))
+                reasons.sort(key=lambda reason: reason != "out of memory")  # the others fail of that
+                tell(args, folder, at, {"failed": (reasons or [f"killed, or no result in {args.limit:g} s"])[0]})
+            waiting = [job for job in waiting if not any(one | job == one for one in known(folder))]
+    for job in waiting:
+        named = f"{', '.join(job['scaling'])}: {job['scales']} {job['layouts']} on {job['ranks']}"
+        print(f"Not measured: {named}, {job['frames']} frames", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    gpus = torch.cuda.device_count()
+    parser.add_argument("--preset", default="base", choices=list(PRESETS))
+    parser.add_argument("--depth", type=int, help="fewer layers, for a quick look")
+    parser.add_argument("--side", type=int, default=32, help="latents of a frame's side (32: 256 tokens with patch 2)")
+    parser.add_argument("--frames", type=int, default=256, help="for each GPU, weak scaling")
+    parser.add_argument("--video", type=int, help="frames of the one video, strong scaling (default: twice --frames)")
+    parser.add_argument("--ranks", type=int, nargs="+", help="numbers of GPUs (default: 1, 2, 4, 8)")
+    parser.add_argument("--scales", nargs="+", default=["multi-scale", "dense"], choices=["multi-scale", "dense"])
+    parser.add_argument(
+        "--layouts", nargs="+", default=["auto", "ulysses", "ring"], choices=["auto", "halo", "ulysses", "ring"]
+    )
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--keep", action="store_true", help="keep all activations instead of recomputing them")
+    parser.add_argument("--engine", action="store_true", help="whole training steps, with DeepSpeed")
+    parser.add_argument("--longest", type=int, nargs="?", const=2**20, metavar="TOKENS",
+                        help="train on one clip of so many tokens over all GPUs, recomputed")  # fmt: skip
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if gpus else "cpu")
+    parser.add_argument("--seconds", type=float, default=3600, help="begin nothing after so many")
+    parser.add_argument("--limit", type=float, default=240, help="seconds for one row, starting and compiling included")
+    args = parser.parse_args()
+    most = gpus if args.device == "cuda" else 8
+    args.ranks = [ranks for ranks in args.ranks or (1, 2, 4, 8) if ranks <= most]
+    args.video, args.engine = args.video or 2 * args.frames, args.engine or bool(args.longest)
+    base = PRESETS[args.preset]()
+    model = replace(base.model, depth=args.depth or base.model.depth, channels=ASSUMED.channels)
+    name = f"{torch.cuda.get_device_name()}, {gpus} of them" if args.device == "cuda" else "CPU, gloo"
+    steps = "whole steps" if args.engine else "forward and backward"
+    how = "compiled" if args.compile else "not compiled"
+    print(
+        f"{args.preset}, {cost.parameters(model) / 1e6:.0f} M parameters, depth {model.depth}, {name}, torch "
+        f"{torch.__version__}; {steps}, {how}, {cost.tokens_per_frame(model, args.side, args.side)} tokens a frame\n"
+    )
+    print(f"| {' | '.join(COLUMNS)} |\n| --- | --- | --- |{' ---: |' * (len(COLUMNS) - 3)}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        run(args, Path(folder))
+
+
+if __name__ == "__main__":
+    main()
