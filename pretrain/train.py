@@ -255,6 +255,7 @@ def _train(
                     tracker.log({"skipped": history.skipped}, step)
                     rollback.note_skipped(run, step, clock - batch, batch, objected, found)
                 if history.in_a_row >= config.guard.stop_after:
+                    writer.leave(others_live=True)  # the last checkpoint is one to go back to, once it is whole
                     raise ValueError(rollback.too_many(run, history.in_a_row, objected))
             else:
                 losses.merge(of_step)
