@@ -72,6 +72,7 @@ COMPILED = Efficiency(products=0.8, attention=0.251, passes=8.5, launches=0.0012
 LINKS = 0.7  # ESTIMATE: share of a link's speed that large collectives reach
 OVERLAP = 0.8  # ESTIMATE: share of the backward pass behind which gradients can travel
 UPDATE = 60.0  # ESTIMATE: bytes through memory per parameter and update (AdamW with an average, fp32)
+LIVE = 10**9  # parameters that DeepSpeed keeps gathered at stage 3 (stage3_max_live_parameters, its default)
 RESERVED = 4e9  # ESTIMATE: bytes that CUDA, NCCL and kernels' workspaces take
 USABLE = 0.92  # ESTIMATE: share of the memory that fragmentation leaves
 

@@ -150,8 +150,8 @@ def memory(config: Config, clip: Clip, count: int, gpus: int) -> dict[str, float
     parts["activations"] = float(kept_activations(config.model, parallel, clip, micro, parallel.recompute))
     bucket = min(config.parallel.zero.bucket, count) if gpus > 1 else 0
     parts["communication buffers"] = 2 * 4.0 * bucket
-    if stage == 3:  # two blocks' weights: the one at work and the one that is fetched
-        parts["gathered weights"] = 2.0 * (2 if bf16 else 4) * count / config.model.depth
+    if stage == 3:
+        parts["gathered weights"] = (2.0 if bf16 else 4.0) * min(count, hardware.LIVE)
     parts["reserved"] = hardware.RESERVED
     return parts
 
