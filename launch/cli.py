@@ -25,12 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = parse(arguments)
     try:
-        code = args.function(args)
+        code = int(args.function(args))
         sys.stdout.flush()
-        return int(code)
     except KeyboardInterrupt as error:
         print(f"msc: interrupted{f': {error}' if str(error) else ''}", file=sys.stderr)
-        return 130
+        code = 130
     except BrokenPipeError:  # `msc … | head`: whoever read has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -43,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = 1
     # Outside of the handler nothing holds on to the frames of the error any more, nor they to loader workers.
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # The others learn of a failed rank when it ends; an orderly exit may wait for them instead.
+        # The others learn of a failed rank when it ends; an orderly exit may wait for them instead. And one that ended
+        # well may abort in it, as threads of torch's are still there.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -43,5 +45,11 @@ def _one(rank: int, function: Callable, ranks: int, port: int, folder: str, argu
         traceback.print_exc()
         raise
     torch.save(result, Path(folder) / f"{rank}.pt")
-    if dist.is_initialized():  # its threads, still there at the end of the process, may abort it
+    if dist.is_initialized():
         dist.destroy_process_group()
+    until = time.monotonic() + 30  # the store goes with the first rank, and another's thread may still ask it
+    while time.monotonic() < until and not all((Path(folder) / f"{r}.pt").exists() for r in range(ranks)):
+        time.sleep(0.02)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # threads of torch's that are still there at an orderly end may abort it, about once in a hundred
