@@ -45,11 +45,12 @@ def beating(
         yield lambda step, phase: None
         return
     place, known = (0, "starting", time.time()), identity(ranks)
+    moved = time.monotonic()  # the clock of `place` may be set meanwhile
     over = threading.Event()
 
     def at(step: int, phase: str) -> None:
-        nonlocal place
-        place = step, phase, time.time()
+        nonlocal place, moved
+        place, moved = (step, phase, time.time()), time.monotonic()
 
     def write() -> None:
         with suppress(OSError):  # a full disk is the checkpoint's to complain about
@@ -62,9 +63,8 @@ def beating(
 
     def look() -> None:  # a thread of its own, as a file system that answers no more also stops the other
         while stall and not over.wait(seconds):
-            step, phase, since = place
-            if time.time() - since > stall:
-                _end_stalled(step, phase, stall)
+            if time.monotonic() - moved > stall:
+                _end_stalled(*place[:2], stall)
 
     threads = [threading.Thread(target=target, name="msc-heartbeat", daemon=True) for target in (work, look)]
     for thread in threads:
