@@ -80,4 +80,4 @@ def autocast(enabled: bool) -> AbstractContextManager[Any]:
     from transformer_engine.common.recipe import DelayedScaling, Format
 
     recipe = DelayedScaling(fp8_format=Format.HYBRID, amax_history_len=16, amax_compute_algo="max")
-    return te.fp8_autocast(enabled=True, fp8_recipe=recipe)
+    return te.autocast(enabled=True, recipe=recipe)

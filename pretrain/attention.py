@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .backends import Attend, Backend, Blocks, Masks, attend
 from .gate import NODES, ON_KEYS, GatePlace, effective_log_snr, log_gate, log_gate_at_nodes, node_weights
-from .rope import Rope, normalise_and_rotate
+from .rope import Rope, normalise_and_rotate, still_channels
 from .scales import Scale, spatial_windows
 from .timeline import Layer
 from .view import View
@@ -27,8 +27,8 @@ from .view import View
 FIRST = Layer(0)
 
 
-def unrotated(gate: GatePlace) -> int:
-    """Channels of a head that carry no position; there the gate rides."""
+def still(gate: GatePlace) -> int:
+    """Channels of a head that carry no position, half of them at the end of each half; there the gate rides."""
     return len(NODES) if gate == "pair" else 2
 
 
@@ -171,8 +171,8 @@ class MultiScaleAttention(nn.Module):
         kv = self._gated(kv, view.rope_groups, view.log_snr_groups, view.constants.rho_pooled, delta_h)
         return torch.stack(kv, -3)
 
-    # The gate of the logits rides in the last channels of a head, which carry no position; no kernel needs to
-    # know of it, and no head grows wider. "logits": the query holds 1 in two channels, a key √d·log g split into
+    # The gate of the logits rides in the channels of a head that carry no position; no kernel needs to know of it,
+    # and no head grows wider. "logits": the query holds 1 in two channels, a key √d·log g split into
     # a coarse and a fine half so that bf16 keeps it to 2^-16. "pair": one channel per node.
 
     def _gated(
@@ -200,13 +200,13 @@ class MultiScaleAttention(nn.Module):
         if self.gate not in ("logits", "pair"):
             return k
         kept = k.new_ones(self.head_width)
-        kept[-unrotated(self.gate) :] = 0
+        still_channels(kept, still(self.gate)).zero_()
         return k * kept
 
     def _asking(self, q: Tensor, log_snr_BT: Tensor | None) -> Tensor | None:
-        """What queries carry in the last channels: `[B, frames, 1, channels]`."""
+        """What queries carry in the still channels: `[B, frames, 1, channels]`."""
         if self.gate == "logits":
-            return q.new_ones(1, 1, 1, 1)
+            return q.new_ones(1, 1, 1, still(self.gate))
         if self.gate == "pair":
             assert log_snr_BT is not None
             return node_weights(log_snr_BT).unsqueeze(2)
@@ -232,7 +232,7 @@ def _cut(x: Tensor, start: int, stop: int) -> Tensor:
 
 
 def place(x_BUFHWhd: Tensor, gain_d: Tensor, rope: Rope, tail_BThc: Tensor | None = None) -> Tensor:
-    """Normalised and rotated to where the units lie; `tail` takes the place of the last channels."""
+    """Normalised and rotated to where the units lie; `tail` takes the place of the still channels."""
     tail = None if tail_BThc is None else tail_BThc[:, :, None, None]
     return normalise_and_rotate(x_BUFHWhd.flatten(1, 2), gain_d, rope, tail).unflatten(1, x_BUFHWhd.shape[1:3])
 

@@ -19,7 +19,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Blocks], Tensor]
 Backend = Literal["auto", "sdpa", "flex", "flash"]
 VARIANTS = 256  # shapes that a function is compiled for
 CPU_UNITS = 16  # units of a call on a CPU, see _calls
-Masks = dict[int, Any]  # FlexAttention's block masks, by tokens of a block
+Masks = dict[int, Any]  # what FlexAttention knows of blocks beforehand (flex.Prepared), by their tokens
 
 
 def attend(
@@ -41,11 +41,10 @@ def attend(
     if backend == "flex":
         from . import flex  # its import costs seconds that the other kernels need not pay
 
-        mask = masks.get(q_BUnhd.shape[2]) if masks else None
+        n, d = q_BUnhd.shape[2], q_BUnhd.shape[-1]
         # Who has a mask need not look at the blocks: a compiled model would check each of their numbers at every call.
-        return flex.attend(
-            q_BUnhd, k_BRnhd, v_BRnhd, mask or flex.block_mask(blocks, q_BUnhd.shape[2], str(q_BUnhd.device))
-        )
+        prepared = masks[n] if masks and n in masks else flex.prepare(blocks, n, q_BUnhd.device, d)
+        return flex.attend(q_BUnhd, k_BRnhd, v_BRnhd, prepared)
     assert len(blocks) == q_BUnhd.shape[1] and all(blocks), "every query unit needs at least its own keys"
     if backend == "flash":
         from . import flash
@@ -65,7 +64,7 @@ def prepare(blocks: Blocks, sizes: Collection[int], device: torch.device, head_w
         return {}
     from . import flex
 
-    return {n: flex.block_mask(blocks, n, str(device)) for n in sizes}
+    return {n: flex.prepare(blocks, n, device, head_width) for n in sizes}
 
 
 def _choose_for(blocks: Blocks, device_type: str, head_width: int, dtype: torch.dtype = torch.bfloat16) -> Backend:

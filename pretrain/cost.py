@@ -8,7 +8,6 @@ from functools import lru_cache
 
 import torch
 
-from .attention import unrotated
 from .gate import ON_KEYS
 from .model import ModelConfig, MSCTransformer
 from .scales import Scale, spatial_windows
@@ -113,15 +112,13 @@ def activation_bytes(
     layer = layer_activation_bytes(config, run, rows, columns, batch, value_bytes)
     # ends: patches in; the last tokens, these normalised, and the same modulated
     ends = tokens * (config.channels * config.patch**2 + 3 * config.width) * value_bytes
-    tables = 2 * 4 * _pairs(config) * sum(_positions(scale, config, run, rows, columns) for scale in config.scales)
+    tables = 4 * config.head_width * sum(_positions(scale, config, run, rows, columns) for scale in config.scales)
     if not recompute:
         return config.depth * layer + ends + tables
     return config.depth * tokens * config.width * value_bytes + layer + ends + tables
 
 
-def layer_activation_bytes(
-    config: ModelConfig, run: Run, rows: int, columns: int, batch: int, value_bytes: int
-) -> int:
+def layer_activation_bytes(config: ModelConfig, run: Run, rows: int, columns: int, batch: int, value_bytes: int) -> int:
     """One block's part of `activation_bytes`."""
     tokens = batch * run.units * config.frames_per_unit * rows * columns
     # Both halves: the input, it normalised, it modulated, and the branch's output. Attention: its output before the
@@ -161,10 +158,6 @@ def _scale_activations(scale: Scale, config: ModelConfig, run: Run, rows: int, c
     # inverse norms of queries and keys, and the log-sum-exp
     statistics = 2 * run.units + past + finished + run.units
     return values * size * config.head_width, statistics * size
-
-
-def _pairs(config: ModelConfig) -> int:
-    return (config.head_width - unrotated(config.gate)) // 2
 
 
 def _positions(scale: Scale, config: ModelConfig, run: Run, rows: int, columns: int) -> int:

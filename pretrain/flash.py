@@ -20,7 +20,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 Blocks = tuple[tuple[int, ...], ...]
-# (q, k, v [tokens, h, d], cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=) -> out or (out, ...)
+# (q, k, v [tokens, h, d], cu_seqlens_q=, cu_seqlens_k=, max_seqlen_q=, max_seqlen_k=, softmax_scale=) -> out or
+# (out, ...); by name, because versions have them in different orders
 Varlen = Callable[..., Any]
 
 MODULES = {"flash-attn 2": "flash_attn", "flash-attn 3": "flash_attn_interface", "flash-attn 4": "flash_attn.cute"}
@@ -95,7 +96,10 @@ def _call(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, kernel: Varlen) -> Te
     index, ends_q, ends_k = _plan(blocks, batch, tokens, q.device)
     longest = max(map(len, blocks)) * tokens
     k, v = (_Gather.apply(x, index).flatten(0, 2) for x in (k, v))
-    out = kernel(q.flatten(0, 2), k, v, ends_q, ends_k, tokens, longest, softmax_scale=width**-0.5)
+    out = kernel(
+        q.flatten(0, 2), k, v, cu_seqlens_q=ends_q, cu_seqlens_k=ends_k, max_seqlen_q=tokens, max_seqlen_k=longest,
+        softmax_scale=width**-0.5,
+    )  # fmt: skip
     out = out[0] if isinstance(out, tuple) else out  # some versions return the log-sum-exp too
     return out.view(q.shape)
 

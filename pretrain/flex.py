@@ -8,14 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from .backends import many_shapes
+from .backends import Blocks, many_shapes
 
 TILE = 128
+# Tiles that were fastest on an H100 (tests/bench/flex_tiles.py, docs/benchmarks.md), by compute capability and channels
+# of a head; others take torch's own.
+HOPPER = {
+    "fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 3,
+    "bwd_BLOCK_M1": 64, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 64,
+    "bwd_num_warps": 4, "bwd_num_stages": 3,
+}  # fmt: skip
+TILES = {(9, 64): HOPPER}
 
 
 @lru_cache(maxsize=1)
@@ -24,18 +33,33 @@ def compiled() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def attend(q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, mask: BlockMask) -> Tensor:
-    """See backends.attend; the mask is `block_mask` of the blocks."""
+class Prepared(NamedTuple):
+    """Who sees whom, and FlexAttention's options for 16-bit tensors."""
+
+    mask: BlockMask
+    tiles: dict[str, int]
+
+
+def prepare(blocks: Blocks, n: int, device: torch.device, head_width: int) -> Prepared:
+    """For `attend`, before tensors are there. Not to be compiled: a compiler would unroll the table."""
+    capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    return Prepared(block_mask(blocks, n, str(device)), TILES.get((capability, head_width), {}))
+
+
+def attend(q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, prepared: Prepared) -> Tensor:
+    """See backends.attend; of its blocks, prepared."""
     units, n = q_BUnhd.shape[1:3]
     q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (q_BUnhd, k_BRnhd, v_BRnhd))
     inside = torch.compiler.is_compiling() or not q.is_cuda  # of a compiled model it becomes a part
-    out = flex_attention(q, k, v, block_mask=mask) if inside else compiled()(q, k, v, block_mask=mask)
+    kernel: Any = flex_attention if inside else compiled()
+    tiles = prepared.tiles if q.dtype.itemsize == 2 else {}
+    out = kernel(q, k, v, block_mask=prepared.mask, kernel_options=tiles)
     assert isinstance(out, Tensor)
     return out.transpose(1, 2).unflatten(1, (units, n))
 
 
 @lru_cache(maxsize=64)
-def block_mask(blocks: tuple[tuple[int, ...], ...], n: int, device: str) -> BlockMask:
+def block_mask(blocks: Blocks, n: int, device: str) -> BlockMask:
     """Mask of `len(blocks)` query units over the key blocks, all of n tokens; the last unit sees the last block."""
     rows = blocks[-1][-1] + 1
     table = torch.zeros(len(blocks), rows, dtype=torch.bool)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import unrotated
+from .attention import still
 from .gate import GateConstants, GatePlace
 from .layers import Block, NoiseEmbedding
 from .scales import Scale, check_scales
@@ -207,12 +207,12 @@ class MSCTransformer(nn.Module):
                 t_BT,
                 grid,
                 config.frames_per_unit,
-                config.head_width - unrotated(config.gate),
+                config.head_width,
+                still(config.gate),
                 config.rope_theta,
                 config.gate,
                 constants[index],
                 timeline,
-                config.head_width,
                 backend,
             )
             for index, scale in enumerate(config.scales)

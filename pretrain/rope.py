@@ -5,6 +5,7 @@ A pooled token sits at the centre of what it covers, so that scales share one co
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+TRITON = importlib.util.find_spec("triton") is not None
+EPS = 1e-6  # of the mean square
+
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotation of tokens at `frames × rows × columns`; cos and sin `[T, H, W, 1, pairs]`."""
+    """Rotation of tokens at `frames × rows × columns`; cos and sin `[T, H, W, 1, d/2]`, one pair of channels each.
+
+    The last pairs stand still (cosine 1, sine 0): their channels carry no position.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -26,59 +33,70 @@ class Rope:
 
 
 def rope_angles(
-    positions: tuple[Tensor, Tensor, Tensor], rotated: int, theta: float, dtype: torch.dtype = torch.float32
+    positions: tuple[Tensor, Tensor, Tensor],
+    head_width: int,
+    still: int,
+    theta: float,
+    dtype: torch.dtype = torch.float32,
 ) -> Rope:
     """Tables for tokens at the product of three axes' positions (in frames, rows and columns).
 
-    The `rotated / 2` pairs are divided evenly among time, height and width, time first.
+    Of the `head_width / 2` pairs the last `still / 2` do not rotate; the others are divided evenly among time, height
+    and width, time first.
     """
-    pairs = rotated // 2
+    pairs = (head_width - still) // 2
     shares = [pairs // 3 + (axis < pairs % 3) for axis in range(3)]
+    sizes = [len(position) for position in positions]
     angles = []
     for axis, (position, share) in enumerate(zip(positions, shares, strict=True)):
         # float64 before the product: a frame number of a long video times a frequency needs the digits
         speeds = theta ** (-torch.arange(share, dtype=torch.float64, device=position.device) / max(share, 1))
         shape = [1, 1, 1, 1, share]
         shape[axis] = len(position)
-        angles.append((position.double()[:, None] * speeds).reshape(shape))
-    sizes = [len(position) for position in positions]
-    full = torch.cat([angle.expand(*sizes, 1, angle.shape[-1]) for angle in angles], -1)
+        angles.append((position.double()[:, None] * speeds).reshape(shape).expand(*sizes, 1, share))
+    angles.append(angles[0].new_zeros(*sizes, 1, still // 2))
+    full = torch.cat(angles, -1)
     return Rope(full.cos().to(dtype), full.sin().to(dtype))
 
 
 def normalise_and_rotate(x_BTHWhd: Tensor, gain_d: Tensor, rope: Rope, tail: Tensor | None = None) -> Tensor:
-    """Every head's root mean square becomes 1, times a gain per channel; then its first `2·pairs` channels rotate.
+    """Every head's root mean square becomes 1, times a gain per channel; then channels i and d/2 + i rotate together.
 
-    The channels after them carry no position; `tail`, broadcast to them, takes their place if given. One function
-    with its own backward pass, as it acts on all queries and keys: autograd's would keep and move several times
-    as much. In bf16 an angle's cosine would lose what tells distant frames apart, so all of it is done in
-    the tables' type.
+    `tail` `[B, T, 1, 1, h or 1, channels]`, if given, takes the place of the channels that carry no position: its first
+    half ends the head's first half, its second half the second. One function with its own backward pass, as it acts on
+    all queries and keys: autograd's would keep and move several times as much. In bf16 an angle's cosine would lose
+    what tells distant frames apart, so all of it is done in the tables' type.
 
-    A compiler fuses and recomputes by itself, and gets the plain operations: torch 2.11's lost this function's
-    gradient without a word (q and k got none, outputs were right; torch 2.13's does not).
+    On a GPU this is a Triton kernel (rope_kernel.py). Elsewhere a compiler gets the plain operations: torch 2.11's
+    lost this function's gradient without a word (q and k got none, outputs were right; torch 2.13's does not).
     """
+    if TRITON and x_BTHWhd.is_cuda and rope.cos.dtype == torch.float32:
+        from . import rope_kernel
+
+        return rope_kernel.forward(x_BTHWhd, gain_d, rope.cos, rope.sin, tail, EPS)
     if torch.compiler.is_compiling():
         return _plain(x_BTHWhd, gain_d, rope.cos, rope.sin, tail)
     return _NormaliseAndRotate.apply(x_BTHWhd, gain_d, rope.cos, rope.sin, tail)
 
 
 def _plain(x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, tail: Tensor | None) -> Tensor:
-    pairs = cos.shape[-1]
     exact = x.to(cos.dtype)
-    scaled = exact * (exact.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * gain
-    a, b, rest = scaled.split((pairs, pairs, x.shape[-1] - 2 * pairs), -1)
+    a, b = (exact * (exact.square().mean(-1, keepdim=True) + EPS).rsqrt() * gain).chunk(2, -1)
+    halves = torch.stack((a * cos - b * sin, a * sin + b * cos), -2)
     if tail is not None:
-        rest = tail.to(cos.dtype).expand(rest.shape)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1).to(x.dtype)
+        ends = tail.to(cos.dtype).unflatten(-1, (2, -1))
+        pairs = cos.shape[-1] - ends.shape[-1]
+        halves = torch.cat((halves[..., :pairs], ends.expand(*halves.shape[:-1], -1)), -1)
+    return halves.flatten(-2).to(x.dtype)
 
 
 class _NormaliseAndRotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, tail: Tensor | None) -> Tensor:
-        inverse = x.to(cos.dtype).square().mean(-1, keepdim=True).add_(1e-6).rsqrt_()
+        inverse = x.to(cos.dtype).square().mean(-1, keepdim=True).add_(EPS).rsqrt_()
         out = _rotate((x * inverse).mul_(gain), cos, sin)
         if tail is not None:
-            out[..., 2 * cos.shape[-1] :] = tail
+            still_channels(out, tail.shape[-1]).copy_(tail.unflatten(-1, (2, -1)))
         ctx.save_for_backward(x, gain, cos, sin, inverse)
         ctx.tail_shape = None if tail is None else tail.shape
         return out.to(x.dtype)
@@ -89,8 +107,10 @@ class _NormaliseAndRotate(torch.autograd.Function):
         x, gain, cos, sin, inverse = ctx.saved_tensors
         grad, grad_tail = grads[0].to(cos.dtype, copy=True), None
         if ctx.tail_shape is not None:
-            grad_tail = grads[0][..., 2 * cos.shape[-1] :].sum_to_size(ctx.tail_shape)
-            grad[..., 2 * cos.shape[-1] :] = 0
+            *shape, channels = ctx.tail_shape
+            ends = still_channels(grad, channels)
+            grad_tail = ends.sum_to_size(*shape, 2, channels // 2).flatten(-2).to(grads[0].dtype, copy=True)
+            ends.zero_()
         grad = _rotate(grad, cos, -sin)
         unit = x * inverse
         product = grad * unit
@@ -100,10 +120,14 @@ class _NormaliseAndRotate(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_gain.to(gain.dtype), None, None, grad_tail
 
 
+def still_channels(x_d: Tensor, channels: int) -> Tensor:
+    """The channels that carry no position, of heads of d: a view `[..., 2, channels/2]`."""
+    return x_d.unflatten(-1, (2, -1))[..., x_d.shape[-1] // 2 - channels // 2 :]
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate in place the pairs that channels i and i + pairs make."""
-    pairs = cos.shape[-1]
-    a, b = x[..., :pairs], x[..., pairs : 2 * pairs]
+    """Rotate in place the pairs that channels i and d/2 + i make."""
+    a, b = x.chunk(2, -1)
     rest = a * sin
     a.mul_(cos).addcmul_(b, sin, value=-1)
     b.mul_(cos).add_(rest)

@@ -48,19 +48,19 @@ def view_frames(
     t_BT: Tensor,
     grid: tuple[int, int],
     frames_per_unit: int,
-    rotated: int,
+    head_width: int,
+    still: int,
     theta: float,
     gate: GatePlace,
     constants: GateConstants | None,
     timeline: Timeline,
-    head_width: int = 0,
     backend: Backend = "sdpa",
 ) -> View:
     """Positions, noise and visible blocks of a call's frames at one scale.
 
     t_BT are the noise levels of the own frames; grid is the full token grid (H, W); constants are what was
-    measured of the data at this scale (gate.gate_constants; None: nothing). For heads of `head_width` the kernel
-    `backend` prepares what it can.
+    measured of the data at this scale (gate.gate_constants; None: nothing). `still` channels of a head carry no
+    position. The kernel `backend` prepares what it can.
     """
     constants, gated = constants or UNMEASURED, gate in ON_KEYS
     t_BUF = t_BT.unflatten(1, (-1, frames_per_unit))
@@ -81,7 +81,7 @@ def view_frames(
             torch.arange(side // scale.space, device=t_BT.device) * scale.space + (scale.space - 1) / 2 for side in grid
         )
         dtype = torch.float64 if t_BT.dtype == torch.float64 else torch.float32
-        return rope_angles((frames, rows, columns), rotated, theta, dtype)
+        return rope_angles((frames, rows, columns), head_width, still, theta, dtype)
 
     def frames_of(units: Sequence[int]) -> Tensor:
         # As runs, made where they are needed: a list would be copied there, and the host wait for it.

@@ -93,8 +93,10 @@ def one_scale(module, qkv, t_BT, F, scale, constants, delta, theta):
                         t_q = t_BT[:, frame]
                         gate = pair_gate(2 * torch.log((1 - t_q) / t_q) + constants[0], lam, rho, delta)
                 log_gates.append(gate)
-            kept = d - tail if module.gate in ("logits", "pair") else d  # the gate takes these channels' place
-            logits = torch.einsum("bhd,bkhd->bkh", q[..., :kept], k[:, seen][..., :kept]) / math.sqrt(d)
+            kept = torch.ones(d, dtype=q.dtype)
+            if module.gate in ("logits", "pair"):  # the gate takes these channels' place
+                kept[d // 2 - tail // 2 : d // 2] = kept[d - tail // 2 :] = 0
+            logits = torch.einsum("bhd,bkhd->bkh", q * kept, k[:, seen]) / math.sqrt(d)
             gates = torch.stack(log_gates, 1)
             values = v[:, seen]
             if module.gate in ("logits", "pair"):
@@ -148,5 +150,7 @@ def rotate(x: Tensor, position, theta: float, tail: int) -> Tensor:
     shares = [pairs // 3 + (axis < pairs % 3) for axis in range(3)]
     angles = [p * theta ** (-i / max(n, 1)) for p, n in zip(position, shares, strict=True) for i in range(n)]
     cos, sin = x.new_tensor([math.cos(a) for a in angles]), x.new_tensor([math.sin(a) for a in angles])
-    a, b, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1)
+    half = x.shape[-1] // 2
+    a, b = x[..., :pairs], x[..., half : half + pairs]
+    rest_a, rest_b = x[..., pairs:half], x[..., half + pairs :]
+    return torch.cat((a * cos - b * sin, rest_a, b * cos + a * sin, rest_b), -1)

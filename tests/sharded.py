@@ -217,7 +217,7 @@ def compiled_gradients(scales, gate, kernel, device, compiler):
         for block in model.blocks:
             block.attention.backend = kernel if compiled else "sdpa"
             if compiled:
-                block.compile(backend=compiler)
+                block.compile(**({} if compiler == "inductor" else {"backend": compiler}))
         out = model(*inputs)
         out.square().mean().backward()
         found.append([out.detach(), *(p.grad for p in model.parameters())])

@@ -13,7 +13,7 @@ from reference import reference_attention
 from sharded import SCALES, compiled_gradients
 from torch.nn import functional as F
 
-from msc.pretrain.attention import MultiScaleAttention, unrotated
+from msc.pretrain.attention import MultiScaleAttention, still
 from msc.pretrain.gate import GateConstants
 from msc.pretrain.rope import normalise_and_rotate
 from msc.pretrain.scales import Scale, spatial_windows
@@ -51,7 +51,7 @@ def run(module, x, t, constants, frames_per_unit, timeline=None):
     timeline = timeline or WholeVideo()
     views = [
         view_frames(
-            scale, i, t, x.shape[2:4], frames_per_unit, module.head_width - unrotated(module.gate), THETA,
+            scale, i, t, x.shape[2:4], frames_per_unit, module.head_width, still(module.gate), THETA,
             module.gate, constants[i], timeline,
         )
         for i, scale in enumerate(module.scales)
@@ -95,7 +95,7 @@ def test_one_plain_scale_is_dense_causal_attention():
     scale = Scale(4)
     module, x, t, constants = build(((scale,), "none", False, 1, 4, (2, 3), 16))
     q, k, v = module.qkv(x).unflatten(-1, (3, 4, 16)).unbind(-3)
-    view = view_frames(scale, 0, t, (2, 3), 1, 14, THETA, "none", None, WholeVideo())
+    view = view_frames(scale, 0, t, (2, 3), 1, 16, 2, THETA, "none", None, WholeVideo())
     q, k = (normalise_and_rotate(y, gain, view.rope_own) for gain, y in ((module.q_gain, q), (module.k_gain, k)))
     q, k, v = (y.flatten(1, 3).transpose(1, 2) for y in (q, k, v))
     frame = torch.arange(4).repeat_interleave(6)

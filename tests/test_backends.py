@@ -53,7 +53,7 @@ def test_a_training_step_with_flex_is_captured_whole_and_not_once_per_layer(monk
 
     FlexAttention refuses to be compiled with gradients on a CPU; attention to all keys stands in for it.
     """
-    monkeypatch.setattr(flex, "flex_attention", lambda q, k, v, block_mask: F.scaled_dot_product_attention(q, k, v))
+    monkeypatch.setattr(flex, "flex_attention", lambda q, k, v, **_: F.scaled_dot_product_attention(q, k, v))
     config = ModelConfig(width=64, depth=6, scales=default_scales(4, patch_window=8), patch=1, channels=2)
     torch.manual_seed(0)
     model = MSCTransformer(config)
@@ -110,10 +110,11 @@ def test_flash_calls_equal_sdpa_forward_and_gradients(scale, units, n):
     q, k, v, blocks = draw(scale, units, n, torch.float64)
     calls = []
 
-    def varlen(q, k, v, ends_q, ends_k, longest_q, longest_k, softmax_scale):
+    def varlen(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale):
         """Plain torch in place of flash-attn's function of the same signature."""
+        ends_q, ends_k = cu_seqlens_q, cu_seqlens_k
         assert ends_q.dtype == ends_k.dtype == torch.int32 and (ends_q[-1], ends_k[-1]) == (len(q), len(k))
-        assert (longest_q, longest_k) == (ends_q.diff().max(), ends_k.diff().max())
+        assert (max_seqlen_q, max_seqlen_k) == (ends_q.diff().max(), ends_k.diff().max())
         calls.append(len(k))
         outs = []
         for a, b, c, d in zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from dataclasses import replace
 
 import pytest
@@ -10,11 +11,16 @@ import torch
 from sharded import SCALES, change_after, compiled_gradients, make
 from torch.nn import functional as F
 
-from msc.pretrain import flash, quality
+from msc.parallel import fp8
+from msc.pretrain import flash, quality, rope
 from msc.pretrain.backends import attend
 from msc.pretrain.scales import Scale
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def has(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def flash_attn_loads() -> bool:
@@ -67,6 +73,33 @@ def test_kernels_equal_the_float64_reference(scale, units, n, backend):
         assert relative(grad, wanted) < 1e-2
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("still, heads", [(0, 0), (2, 4), (2, 1), (6, 4)])  # channels and heads of what rides there
+@pytest.mark.parametrize("shape", [(2, 3, 2, 4, 4, 64), (1, 5, 1, 1, 4, 24), (2, 6, 8, 8, 4, 128)])
+def test_queries_and_keys_are_placed_as_by_plain_operations(shape, still, heads, compiled):
+    torch.manual_seed(0)
+    B, T, H, W, h, d = shape
+    qkv = torch.randn(B, T, H, W, 3, h, d, device="cuda")
+    gain, ends = torch.randn(d, device="cuda"), torch.randn(B, T, 1, 1, heads, still, device="cuda")
+    angles = rope.rope_angles(tuple(torch.arange(n, device="cuda") for n in (T, H, W)), d, still or 2, 100.0)
+    direction = torch.randn(shape, device="cuda")
+
+    def results(place):
+        inputs = [x.clone().requires_grad_() for x in (qkv, gain, ends)]
+        out = place(inputs[0].unbind(-3)[1], inputs[1], inputs[2] if still else None)
+        grads = torch.autograd.grad((out * direction).sum(), inputs, allow_unused=True)
+        return [x for x in (out, *grads) if x is not None]
+
+    def kernel(x, gain, ends):
+        return rope.normalise_and_rotate(x, gain, angles, ends)
+
+    expected = results(lambda x, gain, ends: rope._plain(x, gain, angles.cos, angles.sin, ends))
+    found = results(torch.compile(kernel, dynamic=False) if compiled else kernel)
+    assert len(found) == len(expected) == 3 + bool(still)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("name", ["default", "dense"])
 def test_causality_is_bit_identical(name, backend):
@@ -100,6 +133,27 @@ def test_compiled_blocks_have_the_gradients_of_eager_ones(gate):
     """
     scales = [replace(scale, patch_window=None) for scale in SCALES["default"]]
     assert compiled_gradients(tuple(scales), gate, "flex", "cuda", "inductor") < 1e-4
+
+
+@pytest.mark.skipif(not has("transformer_engine"), reason="no TransformerEngine")
+def test_fp8_layers_compute_what_bf16_ones_do():
+    """Within what 8 bits hold (e4m3 has 4 significant ones), and every weight gets its gradient."""
+    model, x, t, text, labels, _ = make(SCALES["default"], 8, 1, dtype=torch.float32, width=128)
+    model, inputs = model.cuda().bfloat16(), [y.cuda() for y in (x, t, text, labels)]
+    found = []
+    for in_fp8 in (False, True):
+        if in_fp8:
+            assert all(fp8.convert(block) for block in model.blocks)
+        for _ in range(3 if in_fp8 else 1):  # scales come from the steps before
+            model.zero_grad()
+            with fp8.autocast(in_fp8):
+                out = model(*inputs)
+            out.square().mean().backward()
+        found.append([out.detach(), *(p.grad.clone() for p in model.parameters())])
+    names = ["output", *(name for name, _ in model.named_parameters())]
+    far = {name: relative(b, a.double()) for name, a, b in zip(names, *found, strict=True) if a.norm() > 0}
+    assert 1e-4 < far["output"] < 0.05, "no difference at all: not computed in 8 bits"
+    assert max(far.values()) < 0.3, far
 
 
 def test_figures_of_videos_are_those_of_a_cpu():
