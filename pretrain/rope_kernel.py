@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-ROWS = 64  # heads of tokens that a program takes at once
-TIMES = 8  # that a program of the backward pass does so: it adds up the gain's gradient of its rows
+ROWS = 32  # heads of tokens that a program takes at once
+TIMES = 16  # that a program of the backward pass does so: it adds up the gain's gradient of its rows
 
 
 @triton.jit
