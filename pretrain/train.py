@@ -116,6 +116,7 @@ def _train(
     clock, step, history = before.get("clock", 0), before.get("step", 0), guard.History.read(before.get("guard"))
     if before:
         writer.step = step  # it need not be written again
+    writer.reserve(engine)
     if world.first:
         for change in checkpoint.changes(before, shards.samples("train"), order_settings(config, shards)):
             print(f"msc: {change}", file=sys.stderr, flush=True)

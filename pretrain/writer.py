@@ -52,6 +52,21 @@ class Writer:
         self.seconds = 0.0  # that the last write took
         self.step: int | None = None  # of the checkpoint last begun, or loaded
 
+    def reserve(self, engine: Any) -> None:
+        """Take the memory that checkpoints are copied to, before the first: pinning it takes half a second for each
+        GB, and where there is too little, a run should end before it has trained. OSError then."""
+        numel = sum(value.numel() for piece in self._pieces(engine) for value in piece.state.values())
+        try:
+            self._buffer = torch.empty(numel, pin_memory=torch.cuda.is_available() and numel > 0)
+        except RuntimeError as error:
+            raise OSError(
+                f"no {4 * numel / 1e9:.1f} GB of host memory for checkpoints on rank {self.rank}, which are copied there "
+                "before they are written; give every process of a machine as much, or use more GPUs"
+            ) from error
+
+    def _pieces(self, engine: Any) -> Any:
+        return zero.pieces(engine, (self.rank, self.world))
+
     def _begin(self) -> str:
         shelf.remove_unfinished(self.run)
         return uuid.uuid4().hex[:8]
@@ -110,12 +125,12 @@ class Writer:
         """Copy this rank's slices into the host buffer; where each begins and ends, in elements."""
         parts = [
             (f"{piece.name}|{piece.start}|{key}", value)
-            for piece in zero.pieces(engine, (self.rank, self.world))
+            for piece in self._pieces(engine)
             for key, value in piece.state.items()
         ]
         if self._buffer is None:
-            numel = sum(value.numel() for _, value in parts)
-            self._buffer = torch.empty(numel, pin_memory=torch.cuda.is_available() and numel > 0)
+            self.reserve(engine)
+        assert self._buffer is not None
         layout, at = {}, 0
         for name, value in parts:
             assert value.dtype == torch.float32
