@@ -60,7 +60,7 @@ class Writer:
             self._buffer = torch.empty(numel, pin_memory=torch.cuda.is_available() and numel > 0)
         except RuntimeError as error:
             raise OSError(
-                f"no {4 * numel / 1e9:.1f} GB of host memory for checkpoints on rank {self.rank}, which are copied there "
+                f"no {4 * numel / 1e9:.1f} GB of host memory on rank {self.rank}, to which checkpoints are copied "
                 "before they are written; give every process of a machine as much, or use more GPUs"
             ) from error
 
