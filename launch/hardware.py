@@ -1,14 +1,15 @@
 """What machines can do: data sheets' figures, and how much of them a step was measured to reach.
 
 Of an efficiency it is said whether it was MEASURED (docs/benchmarks.md) or is an ESTIMATE: a plan repeats that. Those
-measured come from steps with FlexAttention:
+measured come from steps with FlexAttention on one H100 SXM:
 
-    eager, one H100 SXM, `pilot`:  multi-scale 16,384 tokens 0.185 s, 65,536 tokens 0.255 s; dense 16,384 tokens 0.119 s
-    compiled, one H200 SXM:        `base`, multi-scale, 65,536 tokens 0.4241 s, of which matrix products 0.199 s;
-                                   `pilot`, multi-scale, 16,384 tokens 0.0461 s, bound by launches;
-                                   `pilot`, dense, 16,384 tokens: attention 0.0607 s
+    products    of the kernels of a compiled step of `base` with 8 layers and 65,536 tokens: 51.3 ms
+    attention   compiled dense steps of `base`: 8 layers, 65,536 tokens 0.8221 s; 4 layers, 262,144 tokens 6.1814 s
+    passes      compiled, multi-scale: `base` with 24 layers, 65,536 tokens 0.3199 s;
+                eager, recomputed: `base` with 4 layers, 131,072 tokens 0.1972 s
+    launches    compiled: `pilot`, 16,384 tokens 0.0397 s; eager: the same 0.185 s, with the kernels of November 23
 
-Five more compiled steps, from which nothing was taken, test them (tests/test_plan.py): -19 to +9 %.
+More steps, from which nothing was taken, test them (tests/test_plan.py): -19 to +11 %.
 """
 
 from __future__ import annotations
@@ -65,9 +66,9 @@ class Efficiency:
     launches: float
 
 
-# Products of eager steps are an ESTIMATE; what they take less, their passes take more. All others are MEASURED.
-EAGER = Efficiency(products=0.6, attention=0.255, passes=21.5, launches=0.0051)
-COMPILED = Efficiency(products=0.8, attention=0.251, passes=8.5, launches=0.00128)
+# Products and attention run on the same kernels, compiled or not.
+EAGER = Efficiency(products=0.78, attention=0.29, passes=11.0, launches=0.0051)
+COMPILED = Efficiency(products=0.78, attention=0.29, passes=6.0, launches=0.0011)
 
 LINKS = 0.7  # ESTIMATE: share of a link's speed that large collectives reach
 OVERLAP = 0.8  # ESTIMATE: share of the backward pass behind which gradients can travel
@@ -77,10 +78,9 @@ RESERVED = 4e9  # ESTIMATE: bytes that CUDA, NCCL and kernels' workspaces take
 USABLE = 0.92  # ESTIMATE: share of the memory that fragmentation leaves
 
 MEASURED = (
-    f"compiled, one H200 (eager, one H100): attention at {COMPILED.attention:.0%} ({EAGER.attention:.0%}) of the peak, "
-    f"products at {COMPILED.products:.0%} (estimated: {EAGER.products:.0%}), {COMPILED.passes:g} ({EAGER.passes:g}) "
-    f"passes over kept activations, {COMPILED.launches * 1e3:.1f} ({EAGER.launches * 1e3:.1f}) ms per scale and block "
-    "to launch"
+    f"compiled (eager), one H100: products at {COMPILED.products:.0%} of the peak, attention at "
+    f"{COMPILED.attention:.0%}, {COMPILED.passes:g} ({EAGER.passes:g}) passes over kept activations, "
+    f"{COMPILED.launches * 1e3:.1f} ({EAGER.launches * 1e3:.1f}) ms per scale and block to launch"
 )
 ESTIMATED = (
     f"links at {LINKS:.0%}, {OVERLAP:.0%} of the backward pass hides "

@@ -17,8 +17,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-ROWS = 32  # heads of tokens that a program takes at once
-TIMES = 16  # that a program of the backward pass does so: it adds up the gain's gradient of its rows
+# Heads of tokens that a program takes at once, and how often one of the backward pass does so: it adds up the gain's
+# gradient of its rows. Arguments of the operators, because torch's caches of compiled graphs know kernels and
+# arguments, but not what else is in this file.
+ROWS, TIMES = 64, 8
 
 
 @triton.jit
@@ -114,7 +116,7 @@ def _rows(x_BTHWhd: Tensor) -> tuple[Tensor, int, int]:
     return x_BTHWhd, x_BTHWhd.stride(axes[-1]) if axes else 0, x_BTHWhd.stride(4)
 
 
-def _sizes(x: Tensor, tail: Tensor | None, eps: float) -> dict[str, Any]:
+def _sizes(x: Tensor, tail: Tensor | None, eps: float, rows: int) -> dict[str, Any]:
     """What both kernels are compiled for."""
     half, heads = x.shape[-1] // 2, triton.next_power_of_2(x.shape[-2])
     return {
@@ -123,37 +125,21 @@ def _sizes(x: Tensor, tail: Tensor | None, eps: float) -> dict[str, Any]:
         "STILL": 0 if tail is None else tail.shape[-1] // 2,
         "CHANNELS": triton.next_power_of_2(half),
         "HEADS": heads,
-        "TOKENS": max(1, ROWS // heads),
+        "TOKENS": max(1, rows // heads),
     }
-
-
-@triton_op("msc::normalise_and_rotate", mutates_args={})
-def forward(x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, tail: Tensor | None, eps: float) -> Tensor:
-    """See rope.normalise_and_rotate: x `[B, T, H, W, h, d]`, tail `[B, T, 1, 1, h or 1, channels]`."""
-    B, T, H, W, h, d = x.shape
-    x, x_token, x_head = _rows(x)
-    out = torch.empty((B, T, H, W, h, d), dtype=x.dtype, device=x.device)
-    ends = x if tail is None else tail.contiguous()
-    tail_head = 0 if tail is None or tail.shape[-2] == 1 else tail.shape[-1]
-    tail_frame = 0 if tail is None or tail.shape[:2].numel() == 1 else tail.shape[-1] * tail.shape[-2]
-    count, sizes = B * T * H * W, _sizes(x, tail, eps)
-    if count:
-        wrap_triton(_forward)[(triton.cdiv(count, sizes["TOKENS"]),)](
-            x, gain, cos, sin, ends, out, count, h, T * H * W, H * W, x_token, x_head, tail_frame, tail_head, **sizes
-        )
-    return out
 
 
 @triton_op("msc::normalise_and_rotate_backward", mutates_args={})
 def backward(
-    grad: Tensor, x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, tail: Tensor | None, wanted: bool, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, tail: Tensor | None, wanted: bool, eps: float,
+    rows: int = ROWS, times: int = TIMES,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, of gain, and of tail `[B, T, h, channels]` in fp32 (of no size unless `wanted`)."""
     B, T, H, W, h, d = x.shape
     x, x_token, x_head = _rows(x)
     grad, g_token, g_head = _rows(grad)
-    count, sizes = B * T * H * W, _sizes(x, tail, eps)
-    programs = triton.cdiv(count, TIMES * sizes["TOKENS"])
+    count, sizes = B * T * H * W, _sizes(x, tail, eps, rows)
+    programs = triton.cdiv(count, times * sizes["TOKENS"])
     grad_x = torch.empty((B, T, H, W, h, d), dtype=x.dtype, device=x.device)
     grad_gain = torch.empty((programs, d), dtype=torch.float32, device=x.device)
     channels = 2 * sizes["STILL"] if wanted else 0
@@ -161,24 +147,46 @@ def backward(
     if count:
         wrap_triton(_backward)[(programs,)](
             grad, x, gain, cos, sin, grad_x, grad_gain, grad_tail, count, h, T * H * W, g_token, g_head, x_token,
-            x_head, WANTED=wanted, STEPS=TIMES, **sizes,
+            x_head, WANTED=wanted, STEPS=times, **sizes,
         )  # fmt: skip
     return grad_x, grad_gain.sum(0).to(gain.dtype), grad_tail.sum(2)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.eps = inputs
+    *tensors, ctx.eps, ctx.rows = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, gain, cos, sin, tail = ctx.saved_tensors
     wanted = tail is not None and ctx.needs_input_grad[4]
-    grad_x, grad_gain, grad_tail = backward(grad, x, gain, cos, sin, tail, wanted, ctx.eps)
+    grad_x, grad_gain, grad_tail = backward(grad, x, gain, cos, sin, tail, wanted, ctx.eps, ctx.rows, TIMES)
     ends = None
     if wanted:
         ends = grad_tail[:, :, None, None].sum_to_size(tail.shape).to(tail.dtype)
-    return grad_x, grad_gain, None, None, ends, None
+    return grad_x, grad_gain, None, None, ends, None, None
 
 
-forward.register_autograd(_differentiate, setup_context=_keep)
+def _differentiable(operator: Any) -> Any:
+    operator.register_autograd(_differentiate, setup_context=_keep)
+    return operator
+
+
+@_differentiable
+@triton_op("msc::normalise_and_rotate", mutates_args={})
+def forward(
+    x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, tail: Tensor | None, eps: float, rows: int = ROWS
+) -> Tensor:
+    """See rope.normalise_and_rotate: x `[B, T, H, W, h, d]`, tail `[B, T, 1, 1, h or 1, channels]`."""
+    B, T, H, W, h, d = x.shape
+    x, x_token, x_head = _rows(x)
+    out = torch.empty((B, T, H, W, h, d), dtype=x.dtype, device=x.device)
+    ends = x if tail is None else tail.contiguous()
+    tail_head = 0 if tail is None or tail.shape[-2] == 1 else tail.shape[-1]
+    tail_frame = 0 if tail is None or tail.shape[:2].numel() == 1 else tail.shape[-1] * tail.shape[-2]
+    count, sizes = B * T * H * W, _sizes(x, tail, eps, rows)
+    if count:
+        wrap_triton(_forward)[(triton.cdiv(count, sizes["TOKENS"]),)](
+            x, gain, cos, sin, ends, out, count, h, T * H * W, H * W, x_token, x_head, tail_frame, tail_head, **sizes
+        )
+    return out

@@ -107,6 +107,7 @@ def test_every_import_is_declared() -> None:
     declared = {canonical(Requirement(line).name) for line in metadata.requires("msc-video") or []}
     brought = {"packaging", "pyarrow", "huggingface-hub"}  # by deepspeed, mlflow and diffusers
     optional = {"flash_attn", "flash_attn_interface", "transformer_engine", "transformers"}
+    optional |= {"triton"}  # a part of torch's builds for GPUs
     for package in PACKAGES:
         for path in (ROOT / package).glob("*.py"):
             for module in imported(ast.parse(path.read_text())) - set(sys.stdlib_module_names) - optional - {"msc"}:

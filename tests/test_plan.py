@@ -97,48 +97,58 @@ def test_traffic_along_time_is_what_ranks_send(ranks):
 
 # Against what was measured on GPUs (docs/benchmarks.md) ----------------------------------------------------
 
-PILOT, BASE = (replace(PRESETS[name]().model, channels=16) for name in ("pilot", "base"))
+PILOT, BASE, WIDE = (replace(PRESETS[name]().model, channels=16) for name in ("pilot", "base", "2b"))
 DENSE, DENSE_BASE = (replace(model, scales=(Scale(model.heads),), gate="none") for model in (PILOT, BASE))
 
 
-def one_step(model, frames, compiled, device=H100):
+def one_step(model, frames, compiled, recompute=False):
     index = replace(ASSUMED, frames=frames, height=32, width=32)
-    config = PRESETS["pilot"]()  # keeps all activations
-    config = replace(
-        config, model=model, train=replace(config.train, batch=1), parallel=replace(config.parallel, compile=compiled)
-    )
-    return plan(resolve(config, index), index, device, 1)
+    config = PRESETS["pilot"]()
+    parallel = replace(config.parallel, compile=compiled, recompute=recompute)
+    config = replace(config, model=model, train=replace(config.train, batch=1), parallel=parallel)
+    return plan(resolve(config, index), index, H100, 1)
+
+
+def layers(model, depth):
+    return replace(model, depth=depth)
 
 
 @pytest.mark.parametrize(
-    ("model", "frames", "compiled", "device", "measured"),
+    ("model", "frames", "compiled", "recompute", "measured"),
     [
-        (PILOT, 256, False, "h100", 0.255),
-        (PILOT, 64, False, "h100", 0.185),
-        (DENSE, 64, False, "h100", 0.119),
-        (PILOT, 64, True, "h200", 0.0461),
-        (BASE, 256, True, "h200", 0.4241),
+        (PILOT, 64, True, False, 0.0397),
+        (PILOT, 64, False, False, 0.185),
+        (layers(BASE, 24), 256, True, False, 0.3199),
+        (layers(DENSE_BASE, 8), 256, True, False, 0.8221),
+        (layers(DENSE_BASE, 4), 1024, True, False, 6.1814),
+        (layers(BASE, 4), 512, False, True, 0.1972),
     ],
 )
-def test_the_steps_that_constants_were_taken_from_are_predicted(model, frames, compiled, device, measured):
+def test_the_steps_that_constants_were_taken_from_are_predicted(model, frames, compiled, recompute, measured):
     """Forward and backward, without the update, as they were measured."""
-    found = one_step(model, frames, compiled, KINDS[device])
+    found = one_step(model, frames, compiled, recompute)
     predicted = found.step_s - found.seconds["update"]
     assert predicted == pytest.approx(measured, rel=0.02)
 
 
 @pytest.mark.parametrize(
-    ("model", "frames", "measured"),
+    ("model", "frames", "compiled", "recompute", "measured"),
     [
-        (BASE, 64, 0.1391),
-        (DENSE_BASE, 64, 0.2983),
-        (DENSE_BASE, 256, 3.4918),
-        (replace(BASE, depth=4), 1024, 0.2692),
-        (replace(DENSE_BASE, depth=4), 1024, 6.6063),
+        (DENSE, 64, True, False, 0.0838),
+        (layers(BASE, 8), 64, True, False, 0.0330),
+        (layers(DENSE_BASE, 8), 64, True, False, 0.0753),
+        (layers(BASE, 8), 256, True, False, 0.1102),
+        (layers(BASE, 4), 1024, True, False, 0.2201),
+        (BASE, 2048, True, True, 4.3796),
+        (layers(BASE, 8), 512, True, True, 0.3051),
+        (layers(DENSE_BASE, 4), 256, False, True, 0.5312),
+        (layers(DENSE_BASE, 4), 512, False, True, 1.9465),
+        (layers(WIDE, 8), 256, False, True, 0.5209),
+        (layers(WIDE, 8), 512, False, True, 1.0226),
     ],
 )
-def test_steps_that_no_constant_was_taken_from_are_foretold(model, frames, measured):
-    found = one_step(model, frames, True, KINDS["h200"])
+def test_steps_that_no_constant_was_taken_from_are_foretold(model, frames, compiled, recompute, measured):
+    found = one_step(model, frames, compiled, recompute)
     assert found.step_s - found.seconds["update"] == pytest.approx(measured, rel=0.21)
 
 
