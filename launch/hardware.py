@@ -70,6 +70,7 @@ class Efficiency:
 EAGER = Efficiency(products=0.78, attention=0.29, passes=11.0, launches=0.0051)
 COMPILED = Efficiency(products=0.78, attention=0.29, passes=6.0, launches=0.0011)
 
+SHARDED = 1.54  # MEASURED, eager: launches of a block whose past comes from other ranks (two H100, `base`: 0.1256 s)
 LINKS = 0.7  # ESTIMATE: share of a link's speed that large collectives reach
 OVERLAP = 0.8  # ESTIMATE: share of the backward pass behind which gradients can travel
 UPDATE = 60.0  # ESTIMATE: bytes through memory per parameter and update (AdamW with an average, fp32)
@@ -80,7 +81,8 @@ USABLE = 0.92  # ESTIMATE: share of the memory that fragmentation leaves
 MEASURED = (
     f"compiled (eager), one H100: products at {COMPILED.products:.0%} of the peak, attention at "
     f"{COMPILED.attention:.0%}, {COMPILED.passes:g} ({EAGER.passes:g}) passes over kept activations, "
-    f"{COMPILED.launches * 1e3:.1f} ({EAGER.launches * 1e3:.1f}) ms per scale and block to launch"
+    f"{COMPILED.launches * 1e3:.1f} ({EAGER.launches * 1e3:.1f}) ms per scale and block to launch, "
+    f"{SHARDED:g} times that with parallel.sp > 1 (two H100, eager)"
 )
 ESTIMATED = (
     f"links at {LINKS:.0%}, {OVERLAP:.0%} of the backward pass hides "

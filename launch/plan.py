@@ -113,6 +113,7 @@ def plan(config: Config, index: Index, device: Device, gpus: int) -> Plan:
         "memory traffic": again * speed.passes * kept / device.bandwidth,
     }
     launches = again * speed.launches * len(model.scales) * model.depth
+    launches *= hardware.SHARDED if parallel.sp > 1 else 1.0
     micro["launches"] = max(0.0, launches - sum(micro.values()))
     computing = sum(micro.values())
     seconds = {name: accumulate * value for name, value in micro.items()}

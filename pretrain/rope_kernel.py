@@ -179,6 +179,7 @@ def forward(
 ) -> Tensor:
     """See rope.normalise_and_rotate: x `[B, T, H, W, h, d]`, tail `[B, T, 1, 1, h or 1, channels]`."""
     B, T, H, W, h, d = x.shape
+    assert tail is None or tail.shape[:2] in ((B, T), (1, 1))
     x, x_token, x_head = _rows(x)
     out = torch.empty((B, T, H, W, h, d), dtype=x.dtype, device=x.device)
     ends = x if tail is None else tail.contiguous()

@@ -19,7 +19,7 @@ from typing import Any
 
 from msc.datasets.files import sync_folder, write_atomically
 
-FORMAT = 1
+FORMAT = 2  # 1: rotary embedding paired other channels of a head, so that its weights would compute something else
 NAME = re.compile(r"step-\d{8,}")
 
 
@@ -90,7 +90,7 @@ def _digest(meta: dict[str, Any]) -> str:
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """What meta.json says; ValueError if it is missing, damaged or of a later version."""
+    """What meta.json says; ValueError if it is missing, damaged or of another version."""
     file = path / "meta.json"
     try:
         meta = json.loads(file.read_bytes())
@@ -100,8 +100,10 @@ def read_meta(path: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is truncated or damaged") from None
     if not isinstance(meta, dict) or meta.pop("sha256", None) not in (None, _digest(meta)):
         raise ValueError(f"{file} does not match its checksum")
-    if meta["format"] > FORMAT:
-        raise ValueError(f"{path} has checkpoint format {meta['format']}; this version reads up to {FORMAT}")
+    if meta["format"] != FORMAT:
+        raise ValueError(
+            f"{path} has checkpoint format {meta['format']}, and this version reads {FORMAT}: use the msc that wrote it"
+        )
     return meta
 
 

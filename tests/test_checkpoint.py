@@ -79,7 +79,14 @@ def flip(file, at):
     file.write_bytes(content)
 
 
+def of_another_format(path):
+    meta = json.loads((path / "meta.json").read_bytes())
+    meta.pop("sha256")
+    (path / "meta.json").write_text(json.dumps({**meta, "format": 1}))
+
+
 DAMAGE = {
+    "another format": (of_another_format, "has checkpoint format 1, and this version reads 2"),
     "a flipped byte": (lambda path: flip(path / "rank-00001.safetensors", -10), "rank-00001.*checksum"),
     "a truncated file": (lambda path: (path / "rank-00000.safetensors").write_bytes(b"x" * 99), "it has 99 of"),
     "a missing file": (lambda path: (path / "rank-00001.safetensors").unlink(), "rank-00001.safetensors is missing"),

@@ -152,6 +152,25 @@ def test_steps_that_no_constant_was_taken_from_are_foretold(model, frames, compi
     assert found.step_s - found.seconds["update"] == pytest.approx(measured, rel=0.21)
 
 
+@pytest.mark.parametrize(
+    ("model", "frames", "measured", "within"),
+    [
+        (layers(BASE, 4), 512, 0.1256, 0.02),  # from which the cost of more launches was taken
+        (layers(WIDE, 8), 512, 0.5499, 0.1),
+        (layers(DENSE_BASE, 4), 512, 1.0276, 0.1),
+    ],
+)
+def test_steps_on_two_gpus_are_foretold(model, frames, measured, within):
+    """Recomputed, not compiled, the clip shared along time, as its layout is chosen."""
+    index = replace(ASSUMED, frames=frames, height=32, width=32)
+    config = PRESETS["pilot"]()
+    parallel = replace(config.parallel, sp=2, recompute=True)
+    config = replace(config, model=model, train=replace(config.train, batch=1), parallel=parallel)
+    seconds = plan(resolve(config, index), index, H100, 2).seconds
+    found = sum(value for part, value in seconds.items() if part not in ("gradients", "weights", "update"))
+    assert found == pytest.approx(measured, rel=within)
+
+
 @pytest.mark.parametrize(("frames", "compiled", "measured"), [(64, False, 7.70), (256, False, 29.74), (64, True, 7.01)])
 def test_predicted_memory_is_near_the_measured_one(frames, compiled, measured):
     """Weights and gradients in bf16 and what is kept; a bound where it is compiled, as compilers fuse."""

@@ -1,0 +1,70 @@
+"""The kernels that place queries and keys (pretrain/rope_kernel.py), by rows that a program takes at once and in turn.
+
+    python tests/bench/placing.py --frames 256 --heads 8
+
+Heads of 64 channels of frames of 16 × 16 tokens, bf16, a view of a projection as in the model; medians of CUDA events,
+beside the time that reading and writing every value once would take at the speed of a plain copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+from itertools import product
+
+import torch
+
+from msc.pretrain import rope_kernel
+from msc.pretrain.rope import EPS, rope_angles
+
+SIDE, WIDTH = 16, 64
+
+
+def median_ms(work: Callable[[], object], runs: int) -> float:
+    times = []
+    for _ in range(runs + 2):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times[2:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--frames", type=int, default=256)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--rows", type=int, nargs="+", default=[32, 64, 128])
+    parser.add_argument("--times", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--runs", type=int, default=10)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("needs a CUDA device")
+    T, h = args.frames, args.heads
+    device, dtype = "cuda", torch.bfloat16
+    x = torch.randn(1, T, SIDE, SIDE, 3, 2 * h, WIDTH, device=device, dtype=dtype)[..., 1, :h, :]
+    grad, gain = torch.randn(x.shape, device=device, dtype=dtype), torch.ones(WIDTH, device=device, dtype=dtype)
+    axes = (torch.arange(T, device=device), *(torch.arange(SIDE, device=device) for _ in range(2)))
+    angles = rope_angles(axes, WIDTH, 2, 10_000.0)
+    tail = torch.randn(1, T, 1, 1, h, 2, device=device)
+    shared = (x, gain, angles.cos, angles.sin, tail)
+    copy = median_ms(lambda: grad.clone(), args.runs)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {T} frames, {h} heads; a copy: {copy:.3f} ms\n")
+    print("| rows | times | forward, ms (least) | backward, ms (least) |\n| ---: | ---: | ---: | ---: |", flush=True)
+    for rows, times in product(args.rows, args.times):
+        forward = median_ms(lambda rows=rows: rope_kernel.forward(*shared, EPS, rows), args.runs)
+        backward = median_ms(
+            lambda rows=rows, times=times: rope_kernel.backward(grad, *shared, True, EPS, rows, times), args.runs
+        )
+        print(
+            f"| {rows} | {times} | {forward:.3f} ({copy:.3f}) | {backward:.3f} ({1.5 * copy:.3f}) |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
