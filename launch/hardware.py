@@ -9,7 +9,7 @@ measured come from steps with FlexAttention on one H100 SXM:
                 eager, recomputed: `base` with 4 layers, 131,072 tokens 0.1972 s
     launches    compiled: `pilot`, 16,384 tokens 0.0397 s; eager: the same 0.185 s, with the kernels of November 23
 
-More steps, from which nothing was taken, test them (tests/test_plan.py): -19 to +11 %.
+More steps, from which nothing was taken, test them (tests/test_plan.py): -19 to +10 %.
 """
 
 from __future__ import annotations
@@ -85,6 +85,7 @@ MEASURED = (
     f"{SHARDED:g} times that with parallel.sp > 1 (two H100, eager)"
 )
 ESTIMATED = (
+    "as many more launches along time when compiled or in other layouts, "
     f"links at {LINKS:.0%}, {OVERLAP:.0%} of the backward pass hides "
     f"gradients, {UPDATE:g} bytes per parameter and update, {RESERVED / 1e9:g} GB reserved, {USABLE:.0%} of the memory "
     "usable; other kinds and widths do as `pilot` and `base` on that GPU"

@@ -57,6 +57,8 @@ def convert(block: nn.Module, skip: Collection[str] = ()) -> list[str]:
     """
     import transformer_engine.pytorch as te
 
+    if not hasattr(te, "autocast"):
+        raise ValueError("parallel.precision fp8 needs TransformerEngine 2.20 or later: pip install --upgrade it")
     layers = fitting(block, skip)
     for name, layer in layers.items():
         new = te.Linear(

@@ -24,7 +24,7 @@ from . import checkpoint, hub, shelf
 from .config import Config
 from .model import MSCTransformer
 from .runs import LatentSpace, read_run
-from .weights import Shapes, header, open_safetensors, shortened
+from .weights import FORMAT, Shapes, header, open_safetensors, shortened
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KEYS = {"ema": "ema", "raw": "weight"}  # what a checkpoint calls them
@@ -125,6 +125,7 @@ def describe(
     """config.json: what a reader of the weights must know, and where they come from."""
     return {
         "architectures": ["MSCTransformer"],
+        "format": FORMAT,
         "weights": list(weights),
         "dtype": dtype,
         "model": asdict(config.model),

@@ -42,7 +42,8 @@ class Prepared(NamedTuple):
 
 def prepare(blocks: Blocks, n: int, device: torch.device, head_width: int) -> Prepared:
     """For `attend`, before tensors are there. Not to be compiled: a compiler would unroll the table."""
-    capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    nvidia = device.type == "cuda" and torch.version.hip is None  # AMD's GPUs count differently
+    capability = torch.cuda.get_device_capability(device)[0] if nvidia else 0
     return Prepared(block_mask(blocks, n, str(device)), TILES.get((capability, head_width), {}))
 
 
@@ -52,7 +53,8 @@ def attend(q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, prepared: Prepared
     q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (q_BUnhd, k_BRnhd, v_BRnhd))
     inside = torch.compiler.is_compiling() or not q.is_cuda  # of a compiled model it becomes a part
     kernel: Any = flex_attention if inside else compiled()
-    tiles = prepared.tiles if q.dtype.itemsize == 2 else {}
+    # Fewer queries go to another kernel of torch's, which would write beyond its rows with tiles that are not its own.
+    tiles = prepared.tiles if q.dtype.itemsize == 2 and q.shape[2] >= TILE else {}
     out = kernel(q, k, v, block_mask=prepared.mask, kernel_options=tiles)
     assert isinstance(out, Tensor)
     return out.transpose(1, 2).unflatten(1, (units, n))

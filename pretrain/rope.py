@@ -70,7 +70,7 @@ def normalise_and_rotate(x_BTHWhd: Tensor, gain_d: Tensor, rope: Rope, tail: Ten
     On a GPU this is a Triton kernel (rope_kernel.py). Elsewhere a compiler gets the plain operations: torch 2.11's
     lost this function's gradient without a word (q and k got none, outputs were right; torch 2.13's does not).
     """
-    if TRITON and x_BTHWhd.is_cuda and rope.cos.dtype == torch.float32:
+    if TRITON and x_BTHWhd.is_cuda and rope.cos.dtype == torch.float32 and x_BTHWhd.dtype != torch.float64:
         from . import rope_kernel
 
         return rope_kernel.forward(x_BTHWhd, gain_d, rope.cos, rope.sin, tail, EPS, rope_kernel.ROWS)
@@ -98,7 +98,7 @@ class _NormaliseAndRotate(torch.autograd.Function):
         if tail is not None:
             still_channels(out, tail.shape[-1]).copy_(tail.unflatten(-1, (2, -1)))
         ctx.save_for_backward(x, gain, cos, sin, inverse)
-        ctx.tail_shape = None if tail is None else tail.shape
+        ctx.tail = None if tail is None else (tail.shape, tail.dtype)
         return out.to(x.dtype)
 
     @staticmethod
@@ -106,10 +106,10 @@ class _NormaliseAndRotate(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, gain, cos, sin, inverse = ctx.saved_tensors
         grad, grad_tail = grads[0].to(cos.dtype, copy=True), None
-        if ctx.tail_shape is not None:
-            *shape, channels = ctx.tail_shape
+        if ctx.tail is not None:
+            (*shape, channels), dtype = ctx.tail
             ends = still_channels(grad, channels)
-            grad_tail = ends.sum_to_size(*shape, 2, channels // 2).flatten(-2).to(grads[0].dtype, copy=True)
+            grad_tail = ends.sum_to_size(*shape, 2, channels // 2).flatten(-2).to(dtype, copy=True)
             ends.zero_()
         grad = _rotate(grad, cos, -sin)
         unit = x * inverse

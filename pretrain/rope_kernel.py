@@ -38,10 +38,12 @@ def _per_channel(gain, HALF: tl.constexpr, CHANNELS: tl.constexpr):
 
 @triton.jit
 def _angles(cos, sin, token, channel, count, positions, HALF: tl.constexpr):
-    at, seen = (token % positions) * HALF + channel, (token < count) & (channel < HALF)
+    at, seen = (token % positions).to(tl.int64) * HALF + channel, (token < count) & (channel < HALF)
     return tl.load(cos + at, seen, 0.0), tl.load(sin + at, seen, 0.0)
 
 
+# From x of `count` tokens and `heads`, by its strides, to out `[count, heads, 2 HALF]`. Tables are `[positions, HALF]`;
+# tail has a row for every `frame` tokens. Tiles are `[TOKENS, HEADS, CHANNELS]`, padded to powers of two.
 @triton.jit
 def _forward(
     x, gain, cos, sin, tail, out, count, heads, positions, frame, x_token, x_head, tail_frame, tail_head,
@@ -51,7 +53,7 @@ def _forward(
     channel, head = tl.arange(0, CHANNELS)[None, None], tl.arange(0, HEADS)[None, :, None]
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS))[:, None, None]
     seen = (token < count) & (head < heads) & (channel < HALF)
-    a, b = _read(x, token.to(tl.int64) * x_token + head * x_head + channel, seen, HALF)
+    a, b = _read(x, token.to(tl.int64) * x_token + head.to(tl.int64) * x_head + channel, seen, HALF)
     c, s = _angles(cos, sin, token, channel, count, positions, HALF)
     gain_a, gain_b = _per_channel(gain, HALF, CHANNELS)
     inverse = tl.rsqrt(tl.sum(a * a + b * b, 2, keep_dims=True) / (2 * HALF) + EPS)
@@ -67,6 +69,8 @@ def _forward(
     tl.store(out + at + HALF, second.to(out.dtype.element_ty), seen)
 
 
+# grad_x is `[count, heads, 2 HALF]`. The caller adds up grad_gain `[programs, 2 HALF]` and, if WANTED, grad_tail
+# `[count, heads, 2 STILL]`, in fp32: added up here, by programs that run in any order, no run would repeat another.
 @triton.jit
 def _backward(
     grad, x, gain, cos, sin, grad_x, grad_gain, grad_tail, count, heads, positions, g_token, g_head, x_token, x_head,
@@ -79,9 +83,9 @@ def _backward(
     for step in range(STEPS):
         token = ((tl.program_id(0) * STEPS + step) * TOKENS + tl.arange(0, TOKENS))[:, None, None]
         seen = (token < count) & (head < heads) & (channel < HALF)
-        far = token.to(tl.int64)
-        p, q = _read(grad, far * g_token + head * g_head + channel, seen, HALF)
-        a, b = _read(x, far * x_token + head * x_head + channel, seen, HALF)
+        far, wide = token.to(tl.int64), head.to(tl.int64)
+        p, q = _read(grad, far * g_token + wide * g_head + channel, seen, HALF)
+        a, b = _read(x, far * x_token + wide * x_head + channel, seen, HALF)
         c, s = _angles(cos, sin, token, channel, count, positions, HALF)
         row = far * heads + head
         if STILL > 0:
@@ -179,7 +183,9 @@ def forward(
 ) -> Tensor:
     """See rope.normalise_and_rotate: x `[B, T, H, W, h, d]`, tail `[B, T, 1, 1, h or 1, channels]`."""
     B, T, H, W, h, d = x.shape
-    assert tail is None or tail.shape[:2] in ((B, T), (1, 1))
+    assert tail is None or (tail.shape[:2] in ((B, T), (1, 1)) and tail.shape[4] in (1, h)), tail.shape
+    assert cos.shape == sin.shape == (T, H, W, 1, d // 2) and gain.shape == (d,), (cos.shape, gain.shape)
+    assert cos.is_contiguous() and sin.is_contiguous() and gain.is_contiguous()
     x, x_token, x_head = _rows(x)
     out = torch.empty((B, T, H, W, h, d), dtype=x.dtype, device=x.device)
     ends = x if tail is None else tail.contiguous()

@@ -23,6 +23,7 @@ from torch import Tensor
 TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 Shapes = Mapping[str, tuple[int, ...]]
 NAMED = 3  # tensors that an error names
+FORMAT = 2  # of exports; without one or in 1 rotary embedding paired other channels: the weights would compute nonsense
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,13 @@ def open_exported(folder: Path, weights: str | None = None) -> Exported:
     FileNotFoundError where files are missing, ValueError where they are not what `msc export` wrote.
     """
     facts = read_facts(folder)
-    listed = facts.get("weights", [])  # none in an early export: its files are named after the weights
-    weights = weights or (listed[0] if listed else "ema")
-    if listed and weights not in listed:
+    listed = facts.get("weights")
+    if not isinstance(listed, list) or not listed:
+        raise ValueError(f"{folder / 'config.json'} does not say which weights there are: export again")
+    weights = weights or str(listed[0])
+    if weights not in listed:
         raise ValueError(f"{folder} holds {' and '.join(listed)} weights, not {weights!r}: export again with --weights")
-    stem = "model" if listed and weights == listed[0] else weights
+    stem = "model" if weights == listed[0] else weights
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     placed: Any = {}
     if index.is_file():
@@ -99,13 +102,15 @@ def open_exported(folder: Path, weights: str | None = None) -> Exported:
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """The config.json of an exported folder."""
+    """The config.json of an exported folder. ValueError if it is none, or of another format."""
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no exported model: it has no config.json")
     facts = read_json(path)
     if not isinstance(facts.get("model"), dict):
         raise ValueError(f"{path} is not one that `msc export` wrote: it does not describe a model of ours")
+    if (found := facts.get("format", 1)) != FORMAT:
+        raise ValueError(f"{path} has export format {found}, this version reads {FORMAT}: use the msc that wrote it")
     return facts
 
 

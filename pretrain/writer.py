@@ -53,18 +53,18 @@ class Writer:
         self.step: int | None = None  # of the checkpoint last begun, or loaded
 
     def reserve(self, engine: Any) -> None:
-        """Take the memory that checkpoints are copied to, before the first: pinning it takes half a second for each
-        GB, and where there is too little, a run should end before it has trained. OSError then."""
+        """Take the memory that checkpoints are copied to. At the start, because pinning it takes half a second for each
+        GB, in which training would stand still at the first checkpoint."""
         numel = sum(value.numel() for piece in self._pieces(engine) for value in piece.state.values())
-        try:
-            self._buffer = torch.empty(numel, pin_memory=torch.cuda.is_available() and numel > 0)
-        except RuntimeError as error:
-            raise OSError(
-                f"no {4 * numel / 1e9:.1f} GB of host memory on rank {self.rank}, to which checkpoints are copied "
-                "before they are written; give every process of a machine as much, or use more GPUs"
-            ) from error
+        self._buffer = torch.empty(numel)
+        if torch.cuda.is_available() and numel:
+            # torch's own pinned memory comes in powers of two: up to twice as much
+            portable, size = 1, self._buffer.nbytes
+            if error := int(torch.cuda.cudart().cudaHostRegister(self._buffer.data_ptr(), size, portable)):
+                say(f"rank {self.rank}: {size / 1e9:.1f} GB for checkpoints cannot be pinned (CUDA error {error}); "
+                    "copying there takes longer")  # fmt: skip
 
-    def _pieces(self, engine: Any) -> Any:
+    def _pieces(self, engine: Any) -> list[zero.Piece]:
         return zero.pieces(engine, (self.rank, self.world))
 
     def _begin(self) -> str:

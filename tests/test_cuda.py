@@ -37,6 +37,9 @@ CASES = [
     (Scale(4, 2, 1, 8), 12, 64),
     (Scale(4, 4, 4, None), 11, 16),
     (Scale(4), 5, 200),
+    (Scale(3, 4, 1, 1), 1, 16),  # so few queries that FlexAttention takes another kernel
+    (Scale(4, 4, 4, None), 4, 16),
+    (Scale(2, 2, 1, 8), 1, 64),
 ]
 
 
@@ -75,14 +78,16 @@ def test_kernels_equal_the_float64_reference(scale, units, n, backend):
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("still, heads", [(0, 0), (2, 4), (2, 1), (6, 4)])  # channels and heads of what rides there
-@pytest.mark.parametrize("shape", [(2, 3, 2, 4, 4, 64), (1, 5, 1, 1, 4, 24), (2, 6, 8, 8, 4, 128)])
+@pytest.mark.parametrize("shape", [(2, 3, 2, 4, 4, 64), (1, 5, 1, 1, 3, 24), (2, 6, 8, 8, 4, 128), (2, 2, 2, 2, 6, 40)])
 def test_queries_and_keys_are_placed_as_by_plain_operations(shape, still, heads, compiled):
+    """Of a view of a projection, with a gradient whose heads lie apart; what rides is per head, or one for all."""
     torch.manual_seed(0)
     B, T, H, W, h, d = shape
     qkv = torch.randn(B, T, H, W, 3, h, d, device="cuda")
-    gain, ends = torch.randn(d, device="cuda"), torch.randn(B, T, 1, 1, heads, still, device="cuda")
+    gain = torch.randn(d, device="cuda")
+    ends = torch.randn(B, T, 1, 1, 1 if heads == 1 else h, still, device="cuda")
     angles = rope.rope_angles(tuple(torch.arange(n, device="cuda") for n in (T, H, W)), d, still or 2, 100.0)
-    direction = torch.randn(shape, device="cuda")
+    direction = torch.randn(B, h, T, H, W, d, device="cuda").permute(0, 2, 3, 4, 1, 5)
 
     def results(place):
         inputs = [x.clone().requires_grad_() for x in (qkv, gain, ends)]

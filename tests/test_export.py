@@ -305,12 +305,11 @@ def test_the_pickles_of_these_tests_would_have_gone_off(tmp_path):
     assert (tmp_path / "boom").exists()
 
 
-def test_an_export_of_the_first_version_still_loads(run, tmp_path):
-    """Its files are named after the weights, and config.json lists none."""
-    (tmp_path / "config.json").write_text(json.dumps({"model": run.models["ema"].config_dict()}))
-    save_file(run.models["raw"].state_dict(), tmp_path / "raw.safetensors")
-    assert same(MSCTransformer.from_pretrained(tmp_path, "raw"), run.models["raw"])
-    with pytest.raises(FileNotFoundError, match="ema.safetensors is missing"):
+def test_an_export_of_another_format_is_refused(run, tmp_path):
+    """Its weights have the same names and shapes, and would compute something else."""
+    (tmp_path / "config.json").write_text(json.dumps({"weights": ["raw"], "model": run.models["raw"].config_dict()}))
+    save_file(run.models["raw"].state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="has export format 1, this version reads 2"):
         MSCTransformer.from_pretrained(tmp_path)
 
 

@@ -132,24 +132,24 @@ def test_the_steps_that_constants_were_taken_from_are_predicted(model, frames, c
 
 
 @pytest.mark.parametrize(
-    ("model", "frames", "compiled", "recompute", "measured"),
+    ("model", "frames", "compiled", "recompute", "measured", "within"),
     [
-        (DENSE, 64, True, False, 0.0838),
-        (layers(BASE, 8), 64, True, False, 0.0330),
-        (layers(DENSE_BASE, 8), 64, True, False, 0.0753),
-        (layers(BASE, 8), 256, True, False, 0.1102),
-        (layers(BASE, 4), 1024, True, False, 0.2201),
-        (BASE, 2048, True, True, 4.3796),
-        (layers(BASE, 8), 512, True, True, 0.3051),
-        (layers(DENSE_BASE, 4), 256, False, True, 0.5312),
-        (layers(DENSE_BASE, 4), 512, False, True, 1.9465),
-        (layers(WIDE, 8), 256, False, True, 0.5209),
-        (layers(WIDE, 8), 512, False, True, 1.0226),
+        (DENSE, 64, True, False, 0.0838, 0.11),
+        (layers(BASE, 8), 64, True, False, 0.0330, 0.2),
+        (layers(DENSE_BASE, 8), 64, True, False, 0.0753, 0.11),
+        (layers(BASE, 8), 256, True, False, 0.1102, 0.11),
+        (layers(BASE, 4), 1024, True, False, 0.2201, 0.11),
+        (BASE, 2048, True, True, 4.3796, 0.11),
+        (layers(BASE, 8), 512, True, True, 0.3051, 0.11),
+        (layers(DENSE_BASE, 4), 256, False, True, 0.5312, 0.11),
+        (layers(DENSE_BASE, 4), 512, False, True, 1.9465, 0.11),
+        (layers(WIDE, 8), 256, False, True, 0.5209, 0.11),
+        (layers(WIDE, 8), 512, False, True, 1.0226, 0.11),
     ],
 )
-def test_steps_that_no_constant_was_taken_from_are_foretold(model, frames, compiled, recompute, measured):
+def test_steps_that_no_constant_was_taken_from_are_foretold(model, frames, compiled, recompute, measured, within):
     found = one_step(model, frames, compiled, recompute)
-    assert found.step_s - found.seconds["update"] == pytest.approx(measured, rel=0.21)
+    assert found.step_s - found.seconds["update"] == pytest.approx(measured, rel=within)
 
 
 @pytest.mark.parametrize(

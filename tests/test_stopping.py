@@ -313,6 +313,7 @@ def test_a_rank_is_lost_and_the_run_goes_on_with_fewer(what, shards, tmp_path):
     print(said)
     assert launcher.returncode not in (0, 75) and "rank 1" in said and time.monotonic() - began < 30
     Run(tmp_path / "hurt", shards, processes=1, stage=2, steps=12).go()
+    assert [line["from"] for line in run.consumed() if "from" in line][-1] > 0
     torch.testing.assert_close(curve(run.run), curve(whole.run), rtol=1e-5, atol=0)
 
 

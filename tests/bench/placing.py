@@ -2,7 +2,7 @@
 
     python tests/bench/placing.py --frames 256 --heads 8
 
-Heads of 64 channels of frames of 16 × 16 tokens, bf16, a view of a projection as in the model; medians of CUDA events,
+Frames of 16 × 16 tokens, bf16, a view of a projection as in the model; medians of CUDA events,
 beside the time that reading and writing every value once would take at the speed of a plain copy.
 """
 
@@ -19,7 +19,7 @@ import torch
 from msc.pretrain import rope_kernel
 from msc.pretrain.rope import EPS, rope_angles
 
-SIDE, WIDTH = 16, 64
+SIDE = 16
 
 
 def median_ms(work: Callable[[], object], runs: int) -> float:
@@ -38,22 +38,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=256)
     parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--width", type=int, default=64, help="channels of a head")
     parser.add_argument("--rows", type=int, nargs="+", default=[32, 64, 128])
     parser.add_argument("--times", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--runs", type=int, default=10)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("needs a CUDA device")
-    T, h = args.frames, args.heads
+    T, h, d = args.frames, args.heads, args.width
     device, dtype = "cuda", torch.bfloat16
-    x = torch.randn(1, T, SIDE, SIDE, 3, 2 * h, WIDTH, device=device, dtype=dtype)[..., 1, :h, :]
-    grad, gain = torch.randn(x.shape, device=device, dtype=dtype), torch.ones(WIDTH, device=device, dtype=dtype)
+    x = torch.randn(1, T, SIDE, SIDE, 3, 2 * h, d, device=device, dtype=dtype)[..., 1, :h, :]
+    grad, gain = torch.randn(x.shape, device=device, dtype=dtype), torch.ones(d, device=device, dtype=dtype)
     axes = (torch.arange(T, device=device), *(torch.arange(SIDE, device=device) for _ in range(2)))
-    angles = rope_angles(axes, WIDTH, 2, 10_000.0)
+    angles = rope_angles(axes, d, 2, 10_000.0)
     tail = torch.randn(1, T, 1, 1, h, 2, device=device)
     shared = (x, gain, angles.cos, angles.sin, tail)
     copy = median_ms(lambda: grad.clone(), args.runs)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {T} frames, {h} heads; a copy: {copy:.3f} ms\n")
+    name = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    print(f"{name}, {T} frames, {h} heads of {d}; a copy: {copy:.3f} ms\n")
     print("| rows | times | forward, ms (least) | backward, ms (least) |\n| ---: | ---: | ---: | ---: |", flush=True)
     for rows, times in product(args.rows, args.times):
         forward = median_ms(lambda rows=rows: rope_kernel.forward(*shared, EPS, rows), args.runs)
