@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import threading
@@ -33,6 +34,20 @@ SLOWEST = 3600.0  # seconds by which a rank's disk may be slower than another's;
 LAST_CHANCE = 3.0  # seconds for what is being written when another rank seems lost
 
 
+def pinned(numel: int) -> Tensor:
+    """fp32 in host memory that a GPU copies to while its host goes on.
+
+    Not torch's own pinned memory, which comes in powers of two: up to twice as much. And not for children: of pinned
+    pages every forked worker of a loader would get a copy.
+    """
+    pages = mmap.mmap(-1, 4 * numel, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.madvise(mmap.MADV_DONTFORK)
+    buffer, portable = torch.frombuffer(pages, dtype=torch.float32), 1
+    if error := int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, portable)):
+        say(f"{buffer.nbytes / 1e9:.1f} GB for checkpoints cannot be pinned (CUDA error {error}); copies take longer")
+    return buffer
+
+
 class Writer:
     """Writes a run's checkpoints while training goes on. Made by all ranks together; nothing else is a collective.
 
@@ -56,13 +71,7 @@ class Writer:
         """Take the memory that checkpoints are copied to. At the start, because pinning it takes half a second for each
         GB, in which training would stand still at the first checkpoint."""
         numel = sum(value.numel() for piece in self._pieces(engine) for value in piece.state.values())
-        self._buffer = torch.empty(numel)
-        if torch.cuda.is_available() and numel:
-            # torch's own pinned memory comes in powers of two: up to twice as much
-            portable, size = 1, self._buffer.nbytes
-            if error := int(torch.cuda.cudart().cudaHostRegister(self._buffer.data_ptr(), size, portable)):
-                say(f"rank {self.rank}: {size / 1e9:.1f} GB for checkpoints cannot be pinned (CUDA error {error}); "
-                    "copying there takes longer")  # fmt: skip
+        self._buffer = pinned(numel) if torch.cuda.is_available() and numel else torch.empty(numel)
 
     def _pieces(self, engine: Any) -> list[zero.Piece]:
         return zero.pieces(engine, (self.rank, self.world))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import writing
@@ -71,6 +74,30 @@ def written(tmp_path_factory):
     (run / "config.yaml").touch()
     run_ranks(writing.write_some, 2, str(run), 5)
     return run
+
+
+FORKS = """
+import os
+import torch
+from types import SimpleNamespace
+from msc.pretrain.writer import pinned
+
+calls = []
+torch.cuda.cudart = lambda: SimpleNamespace(cudaHostRegister=lambda *call: calls.append(call) or 0)
+buffer = pinned(5000)
+buffer[:] = torch.arange(5000.0)
+assert calls == [(buffer.data_ptr(), 20000, 1)] and buffer.sum() == 5000 * 4999 / 2
+child = os.fork()
+if child == 0:
+    buffer[0].item()
+    os._exit(0)
+print(os.WTERMSIG(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_pinned_memory_is_no_part_of_forked_workers():
+    done = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True)
+    assert done.stdout.split() == [str(int(signal.SIGSEGV))], done.stderr
 
 
 def flip(file, at):
