@@ -66,11 +66,13 @@ class Efficiency:
     launches: float
 
 
-# Products and attention run on the same kernels, compiled or not.
+# MEASURED, but for products and attention of eager steps: an ESTIMATE, as the same kernels serve both.
 EAGER = Efficiency(products=0.78, attention=0.29, passes=11.0, launches=0.0051)
 COMPILED = Efficiency(products=0.78, attention=0.29, passes=6.0, launches=0.0011)
 
-SHARDED = 1.54  # MEASURED, eager: launches of a block whose past comes from other ranks (two H100, `base`: 0.1256 s)
+# ESTIMATE: launches of a block whose past comes from other ranks. It makes an eager step on two H100 (`base`, 4 layers,
+# 131,072 tokens, halos) the 0.1256 s that were measured; what else it may have waited for was not looked at.
+SHARDED = 1.54
 LINKS = 0.7  # ESTIMATE: share of a link's speed that large collectives reach
 OVERLAP = 0.8  # ESTIMATE: share of the backward pass behind which gradients can travel
 UPDATE = 60.0  # ESTIMATE: bytes through memory per parameter and update (AdamW with an average, fp32)
@@ -79,13 +81,13 @@ RESERVED = 4e9  # ESTIMATE: bytes that CUDA, NCCL and kernels' workspaces take
 USABLE = 0.92  # ESTIMATE: share of the memory that fragmentation leaves
 
 MEASURED = (
-    f"compiled (eager), one H100: products at {COMPILED.products:.0%} of the peak, attention at "
-    f"{COMPILED.attention:.0%}, {COMPILED.passes:g} ({EAGER.passes:g}) passes over kept activations, "
-    f"{COMPILED.launches * 1e3:.1f} ({EAGER.launches * 1e3:.1f}) ms per scale and block to launch, "
-    f"{SHARDED:g} times that with parallel.sp > 1 (two H100, eager)"
+    f"compiled (eager), one H100: {COMPILED.passes:g} ({EAGER.passes:g}) passes over kept activations, "
+    f"{COMPILED.launches * 1e3:.1f} ({EAGER.launches * 1e3:.1f}) ms per scale and block to launch; "
+    f"compiled: products at {COMPILED.products:.0%} of the peak, attention at {COMPILED.attention:.0%}"
 )
 ESTIMATED = (
-    "as many more launches along time when compiled or in other layouts, "
+    "products and attention of eager steps as compiled, "
+    f"{SHARDED:g} times the launches with parallel.sp > 1, "
     f"links at {LINKS:.0%}, {OVERLAP:.0%} of the backward pass hides "
     f"gradients, {UPDATE:g} bytes per parameter and update, {RESERVED / 1e9:g} GB reserved, {USABLE:.0%} of the memory "
     "usable; other kinds and widths do as `pilot` and `base` on that GPU"

@@ -68,8 +68,8 @@ class Writer:
         self.step: int | None = None  # of the checkpoint last begun, or loaded
 
     def reserve(self, engine: Any) -> None:
-        """Take the memory that checkpoints are copied to. At the start, because pinning it takes half a second for each
-        GB, in which training would stand still at the first checkpoint."""
+        """Take the memory that checkpoints are copied to. At the start, because pinning many GB takes seconds, in
+        which training would stand still at the first checkpoint."""
         numel = sum(value.numel() for piece in self._pieces(engine) for value in piece.state.values())
         self._buffer = pinned(numel) if torch.cuda.is_available() and numel else torch.empty(numel)
 
