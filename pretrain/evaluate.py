@@ -57,7 +57,7 @@ def preview(
     batch = held_out_clip(shards, clip)
     feed = feeds[batch.bucket]
     assert isinstance(model, MSCTransformer)
-    x = model.normalise(latents_of(batch, feed.autoencoder).to(feed.device, torch.float32))
+    x = model.normalise(latents_of(batch, feed.autoencoder, feed.device))
     given, units = half(x.shape[1], config.model.frames_per_unit)
     text, labels = (None if v is None else v.to(feed.device) for v in (batch.text, batch.labels))
     model.eval()

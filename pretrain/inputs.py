@@ -36,12 +36,13 @@ class Inputs:
         return self.t > 0
 
 
-def latents_of(batch: Batch, autoencoder: Autoencoder) -> Tensor:
-    """Latents `[B, T, C, h, w]` of a batch, not normalised, encoded here where the shards hold video."""
+def latents_of(batch: Batch, autoencoder: Autoencoder, device: torch.device) -> Tensor:
+    """Latents `[B, T, C, h, w]` of a batch in float32, not normalised, on `device`, where video is encoded, too: it
+    comes there as bytes, from pinned memory."""
     if batch.latents is not None:
-        return batch.latents
+        return batch.latents.to(device, non_blocking=True).float()
     assert batch.video is not None
-    return autoencoder.encode(batch.video)
+    return autoencoder.encode(batch.video.to(device, non_blocking=True)).float()
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Feed:
         return torch.stack(t)[:, self.frames.start : self.frames.stop]
 
     def __call__(self, batch: Batch) -> Inputs:
-        latents = latents_of(batch, self.autoencoder)
+        latents = latents_of(batch, self.autoencoder, self.device)
         assert latents.shape[1] == len(self.frames)
         clips = list(zip(batch.samples, batch.epochs, strict=True))
         noise = batch.attached
@@ -87,9 +88,9 @@ class Feed:
         text = None if batch.text is None else batch.text * kept[:, None, None]
         labels = None if batch.labels is None else batch.labels.where(kept, self.model.config.classes)
 
-        to = partial(Tensor.to, device=self.device, non_blocking=True)  # from pinned memory
+        to = partial(Tensor.to, device=self.device, non_blocking=True)
         return Inputs(
-            self.model.normalise(to(latents).float()),
+            self.model.normalise(latents),
             to(noise),
             to(self.levels(batch)),
             None if text is None else to(text),

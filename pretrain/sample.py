@@ -223,7 +223,7 @@ def find_start(trained: Trained, video: Path | None, clip: int | None, context: 
     else:
         assert clip is not None
         batch, name = held_out_clip(open_shards(trained.config.data), clip), f"clip{clip}"
-    encoded = latents_of(batch, trained.autoencoder)[0].to(trained.device, torch.float32)
+    encoded = latents_of(batch, trained.autoencoder, trained.device)[0]
     if len(encoded) < units * per_unit:
         raise ValueError(
             f"a context of {units} units needs {units * per_unit} latent frames; "

@@ -20,7 +20,7 @@ root=$PWD work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 # A python beside an `msc`, as an installed package has them: tests and the demo start that.
-outer=${PYTHON:-python3}
+outer=$(command -v "${PYTHON:-python3}") || exit 1  # in full: its name alone would soon mean the other
 "$outer" -m venv --without-pip "$work/env" || exit 1
 programs='import os, sys; print(os.path.dirname(sys.executable))'
 export PATH="$work/env/bin:$("$outer" -c "$programs"):$PATH"  # ninja may lie beside the interpreter
@@ -135,3 +135,4 @@ else
 fi
 printf '\n== All steps\n\n' | tee -a "$out/suite.log"
 tee -a "$out/suite.log" < "$out/steps.txt"
+! grep -qvE ": (done|no time left)" "$out/steps.txt"
