@@ -1,55 +1,54 @@
-"""Messages between the ranks that share a video: posted together, waited for later, differentiable.
+"""Messages between the ranks that share a video: posted at once, waited for later, differentiable.
 
-Everything that travels along time goes through `Posted`: ranks post the same exchanges in the same order, so
-that messages between two ranks match by order and nothing can wait for what is never sent.
+Everything that travels along time goes through `post` and `wait`: all ranks of a group post the same exchanges in the
+same order, whether they have anything to give or not, so that nothing can wait for what is never sent. Both are torch's
+functional collectives: to a compiler they are operations like others, and a block that exchanges stays one graph.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 Index = tuple[Any, ...]
 
 
-class Posted:
-    """Tensors on their way between ranks of `group`: `sends` are (target, tensor), `receives` (source, buffer).
+@dataclass(frozen=True)
+class Route:
+    """How many numbers each rank of a group gets from this one, and gives it; `what` names them to the user."""
 
-    `what` names the exchange to the user should it fail.
-    """
+    group: str
+    gives: tuple[int, ...]
+    takes: tuple[int, ...]
+    what: str
 
-    def __init__(
-        self, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]], group: dist.ProcessGroup, what: str
-    ):
-        self.what = what
-        self.received = [buffer for _, buffer in receives]
-        self._sent = [(target, tensor.contiguous()) for target, tensor in sends]  # kept until it has arrived
-        operations = [
-            dist.P2POp(operation, tensor, dist.get_global_rank(group, peer), group)
-            for operation, messages in ((dist.isend, self._sent), (dist.irecv, receives))
-            for peer, tensor in messages
-            if tensor.numel()
-        ]
-        self._peers = sorted({peer for peer, _ in self._sent + receives})
-        self._works = self._named(lambda: dist.batch_isend_irecv(operations)) if operations else []
+    def back(self) -> Route:
+        return Route(self.group, self.takes, self.gives, f"gradient of {self.what}")
 
-    def wait(self) -> list[Tensor]:
-        """What was received, in the order of `receives`. ConnectionError where a rank is gone or too late."""
-        for work in self._works:
-            self._named(work.wait)
-        self._works, self._sent = [], []
-        return self.received
 
-    def _named(self, action: Any) -> Any:
-        try:
-            return action()
-        except RuntimeError as error:
-            ranks = ", ".join(map(str, self._peers))
-            raise ConnectionError(f"{self.what}, exchanged with sp rank {ranks}: {first_line(error)}") from None
+def post(x: Tensor, route: Route) -> Tensor:
+    """Send a flat tensor off, what is for the first rank first. What is returned may be read only after `wait`."""
+    arguments = x.contiguous(), route.takes, route.gives, route.group
+    return _named(lambda: torch.ops._c10d_functional.all_to_all_single(*arguments), route)
+
+
+def wait(x: Tensor, route: Route) -> Tensor:
+    """What was posted, arrived. ConnectionError where a rank is gone or too late."""
+    return _named(lambda: torch.ops._c10d_functional.wait_tensor(x), route)
+
+
+def _named(action: Any, route: Route) -> Tensor:
+    if torch.compiler.is_compiling():
+        return action()
+    try:
+        return action()
+    except RuntimeError as error:
+        ranks = [str(rank) for rank, sizes in enumerate(zip(route.gives, route.takes, strict=True)) if any(sizes)]
+        raise ConnectionError(f"{route.what}, exchanged with sp rank {', '.join(ranks)}: {first_line(error)}") from None
 
 
 def first_line(error: BaseException) -> str:
@@ -58,14 +57,48 @@ def first_line(error: BaseException) -> str:
     return re.sub(r"\[/[^]]*] ", "", line).partition(" This is typically")[0][:300]
 
 
-def move(
-    x: Tensor,
-    shape: torch.Size,
-    sends: list[Index],
-    receives: list[Index],
-    group: dist.ProcessGroup,
-    what: str,
-) -> Tensor:
+# Departure and arrival are two nodes of the graph. What is computed between them overlaps with the transfer. So it does
+# in the backward pass, which goes through the nodes in the opposite order: the gradient of what arrived is sent off
+# before that of what was computed meanwhile is worked out. As a gradient is of the size of what was sent, not of what
+# came, a tensor of that size ties the nodes, which has no memory of its own.
+
+
+def send(x: Tensor, route: Route) -> tuple[Tensor, Tensor]:
+    """`post`, with a gradient: what `arrive` wants."""
+    return _Send.apply(x, route)
+
+
+def arrive(sent: tuple[Tensor, Tensor], route: Route) -> Tensor:
+    """`wait` for what was sent, with a gradient."""
+    return _Arrive.apply(*sent, route)
+
+
+class _Send(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, route: Route) -> tuple[Tensor, Tensor]:
+        ctx.route = route
+        ctx.set_materialize_grads(False)
+        on_the_way = post(x, route)
+        ctx.mark_non_differentiable(on_the_way)
+        return on_the_way, x.new_zeros(()).expand(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return wait(grads[1], ctx.route.back()), None
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, on_the_way: Tensor, tie: Tensor, route: Route) -> Tensor:
+        ctx.route = route
+        return wait(on_the_way, route)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
+        return None, post(grads[0], ctx.route.back()), None
+
+
+def move(x: Tensor, shape: torch.Size, sends: list[Index], receives: list[Index], group: str, what: str) -> Tensor:
     """Deal `x` out to the ranks of a group and put together what they deal out: a tensor of `shape`.
 
     `sends[r]` is the part of x that rank r gets, `receives[r]` where its part goes in the result. Every element
@@ -77,7 +110,7 @@ def move(
 class _Move(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, shape: torch.Size, sends: list[Index], receives: list[Index], group: Any, what: str
+        ctx: Any, x: Tensor, shape: torch.Size, sends: list[Index], receives: list[Index], group: str, what: str
     ) -> Tensor:
         ctx.arguments = x.shape, sends, receives, group, what
         return deal(x, shape, sends, receives, group, what)
@@ -89,15 +122,15 @@ class _Move(torch.autograd.Function):
         return grad, None, None, None, None, None
 
 
-def deal(
-    x: Tensor, shape: torch.Size, sends: list[Index], receives: list[Index], group: dist.ProcessGroup, what: str
-) -> Tensor:
+def deal(x: Tensor, shape: torch.Size, sends: list[Index], receives: list[Index], group: str, what: str) -> Tensor:
     """`move` without a gradient; here ranks may be sent the same part."""
-    out, me = x.new_empty(shape), dist.get_rank(group)
-    others = [rank for rank in range(len(sends)) if rank != me]
-    buffers = [(rank, x.new_empty(out[receives[rank]].shape)) for rank in others]
-    posted = Posted([(rank, x[sends[rank]]) for rank in others], buffers, group, what)
-    out[receives[me]] = x[sends[me]]
-    for rank, part in zip(others, posted.wait(), strict=True):
-        out[receives[rank]] = part
+    out, parts = x.new_empty(shape), [x[index] for index in sends]
+    shapes = [out[index].shape for index in receives]
+    route = Route(group, tuple(part.numel() for part in parts), tuple(part.numel() for part in shapes), what)
+    packed = x.new_empty(sum(route.gives))
+    for place, part in zip(packed.split(route.gives), parts, strict=True):
+        place.view(part.shape).copy_(part)
+    arrived = wait(post(packed, route), route)
+    for index, part, like in zip(receives, arrived.split(route.takes), shapes, strict=True):
+        out[index] = part.view(like)
     return out

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .exchange import Posted, deal, move
+from . import exchange
+from .exchange import Route, deal, move
 
 Blocks = tuple[tuple[int, ...], ...]
 # (q, k, v, blocks) -> (out [B, U, n, h, d], log-sum-exp [B, U, h, n]); units that see nothing get 0 and -inf
@@ -44,7 +45,7 @@ class Ring:
 
     def __init__(self, group: dist.ProcessGroup, bounds: tuple[int, ...], forward: Forward, backward: Backward):
         ranks, self.rank = dist.get_world_size(group), dist.get_rank(group)
-        self.group, self.ranks, self.kernels = group, ranks, (forward, backward)
+        self.group, self.ranks, self.kernels = group.group_name, ranks, (forward, backward)
         self.held = zigzag(bounds[-1], ranks)
         self.units = self.held[self.rank]
         first, end = bounds[self.rank], bounds[self.rank + 1]
@@ -77,11 +78,14 @@ class Ring:
         """Which units of rank `source` each own unit sees: the earlier ones."""
         return tuple(tuple(j for j, key in enumerate(self.held[source]) if key < unit) for unit in self.units)
 
-    def pass_on(self, x: Tensor, source: int, what: str) -> Posted:
-        """Send `x` to the next rank; receive from the one before what is of the units of rank `source`."""
-        buffer = x.new_empty(*x.shape[:2], len(self.held[source]), *x.shape[3:])
-        before, after = (self.rank - 1) % self.ranks, (self.rank + 1) % self.ranks
-        return Posted([(after, x)], [(before, buffer)], self.group, what)
+    def pass_on(self, x: Tensor, source: int, what: str) -> Callable[[], Tensor]:
+        """Send `x` to the next rank; the result waits for what the one before has of the units of rank `source`."""
+        shape = torch.Size((*x.shape[:2], len(self.held[source]), *x.shape[3:]))
+        gives, takes = [0] * self.ranks, [0] * self.ranks
+        gives[(self.rank + 1) % self.ranks], takes[(self.rank - 1) % self.ranks] = x.numel(), shape.numel()
+        route = Route(self.group, tuple(gives), tuple(takes), what)
+        on_the_way = exchange.post(x.flatten(), route)
+        return lambda: exchange.wait(on_the_way, route).view(shape)
 
 
 class _Ring(torch.autograd.Function):
@@ -91,13 +95,13 @@ class _Ring(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, ring: Ring) -> Tensor:
         attend, _ = ring.kernels
         own = q.shape[1]
-        posted = ring.pass_on(torch.stack((k[:, :own], v[:, :own])), _source(ring, 1), "keys and values (ring)")
+        arriving = ring.pass_on(torch.stack((k[:, :own], v[:, :own])), _source(ring, 1), "keys and values (ring)")
         out, log_sum = attend(q, k, v, blocks)
         out = out.to(log_sum.dtype)  # at least fp32
         for step in range(1, ring.ranks):
-            (kv,) = posted.wait()
+            kv = arriving()
             if step + 1 < ring.ranks:
-                posted = ring.pass_on(kv, _source(ring, step + 1), "keys and values (ring)")
+                arriving = ring.pass_on(kv, _source(ring, step + 1), "keys and values (ring)")
             seen = ring.seen(_source(ring, step))
             if any(seen):
                 part, part_sum = attend(q, kv[0], kv[1], seen)
@@ -116,14 +120,14 @@ class _Ring(torch.autograd.Function):
         ring: Ring = ctx.ring
         _, differentiate = ring.kernels
         own, wide = q.shape[1], log_sum.dtype
-        posted = ring.pass_on(torch.stack((k[:, :own], v[:, :own])), _source(ring, 1), "keys and values (ring)")
+        arriving = ring.pass_on(torch.stack((k[:, :own], v[:, :own])), _source(ring, 1), "keys and values (ring)")
         parts = differentiate(grad_out, q, k, v, out, log_sum, ctx.blocks)
         grad_q, grad_k, grad_v = (part.to(wide) for part in parts)
-        home: Posted | None = None
+        home: Callable[[], Tensor] | None = None
         for step in range(1, ring.ranks):
-            (kv,) = posted.wait()
+            kv = arriving()
             if step + 1 < ring.ranks:
-                posted = ring.pass_on(kv, _source(ring, step + 1), "keys and values (ring)")
+                arriving = ring.pass_on(kv, _source(ring, step + 1), "keys and values (ring)")
             seen = ring.seen(_source(ring, step))
             grad_kv = torch.zeros_like(kv, dtype=wide)
             if any(seen):
@@ -131,11 +135,11 @@ class _Ring(torch.autograd.Function):
                 grad_q += dq
                 grad_kv += torch.stack(dkv)
             if home is not None:
-                grad_kv += home.wait()[0]
+                grad_kv += home()
             # What the ranks so far have gathered for this part goes on with it, and from the last one home.
             home = ring.pass_on(grad_kv, _source(ring, step + 1), "gradient of keys and values (ring)")
         assert home is not None
-        (grad_kv,) = home.wait()
+        grad_kv = home()
         grad_k[:, :own] += grad_kv[0]
         grad_v[:, :own] += grad_kv[1]
         return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None

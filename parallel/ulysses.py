@@ -22,7 +22,7 @@ class Ulysses:
     def __init__(self, group: dist.ProcessGroup, bounds: tuple[int, ...], heads: int):
         ranks, self.rank = dist.get_world_size(group), dist.get_rank(group)
         assert heads % ranks == 0, f"{heads} heads do not divide by {ranks} ranks"
-        self.group, self.own = group, bounds[self.rank + 1] - bounds[self.rank]
+        self.group, self.own = group.group_name, bounds[self.rank + 1] - bounds[self.rank]
         self.units = tuple(range(bounds[-1]))
         share = heads // ranks
         self.shares = [slice(rank * share, (rank + 1) * share) for rank in range(ranks)]

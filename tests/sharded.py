@@ -41,13 +41,14 @@ class Case(NamedTuple):
     gate: str = "logits"
     recompute: bool = False
     dtype: torch.dtype = torch.float64
+    width: int = 64
 
     @property
     def scales(self):
         return SCALES[self.name]
 
     def make(self):
-        return make(self.scales, self.units, self.frames_per_unit, self.gate, self.dtype)
+        return make(self.scales, self.units, self.frames_per_unit, self.gate, self.dtype, self.width)
 
 
 def make(scales, units, frames_per_unit, gate="logits", dtype=torch.float64, width=64):
@@ -101,22 +102,41 @@ def overlap_on_a_rank(rank, ranks, backend, cases):
 
 
 def run_case(case, rank, ranks, device, overlap=True):
-    model, *inputs = case.make()
-    model.recompute = case.recompute
-    model.to(device)
+    model, inputs, timeline = own_part(case, rank, ranks, device)
     for block in model.blocks:
         block.attention.backend = "sdpa"
+    timeline.travels = overlap
+    with counted() as forward, torch.no_grad():
+        model(*inputs[:-1], timeline)
+    with counted() as everything:
+        results = backward(model, *inputs, timeline)
+    return *results, sum(forward), sum(everything)
+
+
+def own_part(case, rank, ranks, device):
+    """Model, inputs and timeline of a rank."""
+    model, *inputs = case.make()
+    model.recompute = case.recompute
     edges = bounds(case.units, ranks)
     own = slice(edges[rank] * case.frames_per_unit, edges[rank + 1] * case.frames_per_unit)
     x, t, text, labels, direction = (value.to(device) for value in inputs)
     layouts = case.layout.split("+") if "+" in case.layout else [case.layout] * len(case.scales)
     timeline = sharded_timeline(dist.group.WORLD, edges, model.config, layouts)
-    timeline.travels = overlap
-    with counted() as forward, torch.no_grad():
-        model(x[:, own], t[:, own], text, labels, timeline)
-    with counted() as everything:
-        results = backward(model, x[:, own], t[:, own], text, labels, direction[:, own], timeline)
-    return *results, sum(forward), sum(everything)
+    return model.to(device), [x[:, own], t[:, own], text, labels, direction[:, own]], timeline
+
+
+def compiled_on_a_rank(rank, ranks, backend, cases):
+    """As on_a_rank, of blocks that are compiled and may not fall out of their graph."""
+    kernel, compiler = ("flex", "inductor") if backend == "nccl" else ("sdpa", "aot_eager")
+    found = []
+    with joined(rank, backend) as device:
+        for case in cases:
+            model, inputs, timeline = own_part(case, rank, ranks, device)
+            for block in model.blocks:
+                block.attention.backend = kernel
+                block.compile(backend=compiler, fullgraph=True)
+            found.append(backward(model, *inputs, timeline))
+    return found
 
 
 def kept_on_a_rank(rank, ranks, case):
@@ -127,14 +147,10 @@ def kept_on_a_rank(rank, ranks, case):
         tensors = (x for x in gc.get_objects() if issubclass(type(x), torch.Tensor))
         return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
 
-    with joined(rank, "gloo"):
-        model, x, t, text, labels, _ = case.make()
-        model.recompute = case.recompute
-        edges = bounds(case.units, ranks)
-        own = slice(edges[rank] * case.frames_per_unit, edges[rank + 1] * case.frames_per_unit)
-        timeline = sharded_timeline(dist.group.WORLD, edges, model.config, [case.layout] * len(case.scales))
+    with joined(rank, "gloo") as device:
+        model, (*inputs, _), timeline = own_part(case, rank, ranks, device)
         before = held()
-        out = model(x[:, own], t[:, own], text, labels, timeline)
+        out = model(*inputs, timeline)
         kept = held() - before - out.nbytes
         del out
         return kept
@@ -143,17 +159,17 @@ def kept_on_a_rank(rank, ranks, case):
 @contextmanager
 def counted():
     """Sizes in bytes of all tensors that this rank sends along time inside the block."""
-    sizes, post = [], exchange.dist.batch_isend_irecv
+    sizes, post = [], exchange.post
 
-    def counting(operations):
-        sizes.extend(operation.tensor.nbytes for operation in operations if operation.op is dist.isend)
-        return post(operations)
+    def counting(x, route):
+        sizes.append(x.element_size() * (sum(route.gives) - route.gives[dist.get_rank()]))  # the groups are the world
+        return post(x, route)
 
-    exchange.dist.batch_isend_irecv = counting
+    exchange.post = counting
     try:
         yield sizes
     finally:
-        exchange.dist.batch_isend_irecv = post
+        exchange.post = post
 
 
 def events_on_a_rank(rank, ranks, backend, case):
@@ -170,8 +186,8 @@ def events_on_a_rank(rank, ranks, backend, case):
         setattr(owner, name, noted)
 
     with joined(rank, backend) as device:
-        noting(exchange.Posted, "__init__", "post")
-        noting(exchange.Posted, "wait", "wait")
+        noting(exchange, "post", "post")
+        noting(exchange, "wait", "wait")
         noting(backends, "_forward", "attend")
         noting(backends, "_backward", "differentiate")
         run_case(case, rank, ranks, device)

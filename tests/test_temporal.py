@@ -15,6 +15,7 @@ from sharded import (
     backward,
     causal_on_a_rank,
     change_after,
+    compiled_on_a_rank,
     kept_on_a_rank,
     make,
     on_a_rank,
@@ -109,8 +110,21 @@ def test_sharded_equals_one_process(backend, ranks):
             close(sum(p[2][parameter] for p in parts), expected, f"{case}: gradient of {parameter}")
 
 
-def close(actual, expected, what):
-    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10, msg=lambda m: f"{what}: {m}")
+def close(actual, expected, what, tolerance=1e-10):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, msg=lambda m: f"{what}: {m}")
+
+
+@pytest.mark.slow  # a minute of tracing
+@pytest.mark.parametrize("backend, ranks", GROUPS)
+def test_compiled_blocks_stay_one_graph_across_ranks(backend, ranks):
+    """Messages included, and the same comes out. No windows in space: each of their sizes is a kernel to compile."""
+    kinds = [("pooled in time", "halo"), ("one windowed scale", "halo"), ("dense", "ulysses")]
+    cases = [Case(*kind, 9, dtype=torch.float32, width=128) for kind in kinds]
+    for case, *parts in zip(cases, *run_ranks(compiled_on_a_rank, ranks, backend, cases), strict=True):
+        model, *inputs = case.make()
+        one = summary([backward(model, *inputs, WholeVideo())])
+        for name, value in summary(parts).items():
+            assert (value - one[name]).norm() < 1e-5 * one[name].norm(), f"{case}: {name}"
 
 
 @pytest.mark.parametrize("backend, ranks", GROUPS)

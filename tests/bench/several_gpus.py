@@ -113,19 +113,13 @@ def jobs_of(args: argparse.Namespace) -> list[dict[str, Any]]:
 @contextmanager
 def nothing_sent() -> Iterator[None]:
     """Messages along time stay away inside the block: receivers get random numbers at once, of ordinary size."""
-    post = exchange.dist.batch_isend_irecv
-
-    def stand_in(operations: list[Any]) -> list[Any]:
-        for operation in operations:
-            if operation.op is dist.irecv:
-                operation.tensor.uniform_(0.1, 0.9)
-        return []
-
-    exchange.dist.batch_isend_irecv = stand_in
+    post, wait = exchange.post, exchange.wait
+    exchange.post = lambda x, route: x.new_empty(sum(route.takes)).uniform_(0.1, 0.9)
+    exchange.wait = lambda x, route: x
     try:
         yield
     finally:
-        exchange.dist.batch_isend_irecv = post
+        exchange.post, exchange.wait = post, wait
 
 
 def awake(name: str, part: torch.nn.Module) -> None:
@@ -202,7 +196,7 @@ def measure(args: argparse.Namespace, world: process.World, mesh: Any, job: dict
         return time.perf_counter() - start
 
     ways = (False, True) if job["ranks"] > 1 and not args.longest else (False,)
-    for silent in (False, *ways):  # the first compiles
+    for silent in (*ways, *ways):  # the first of each way compiles
         timed(silent)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
