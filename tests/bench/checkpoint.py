@@ -77,6 +77,7 @@ def stall(args: argparse.Namespace, folder: Path) -> None:
                 step()
                 steps += 1
             rows.append((way, plain, copied, time.perf_counter() - began - steps * plain, writer.seconds))
+            print(f"{way}: " + ", ".join(f"{seconds:.3f}" for seconds in rows[-1][1:]), file=sys.stderr, flush=True)
     state = 16 * cost.parameters(config)
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(

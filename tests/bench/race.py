@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--halflife", type=float, default=200, help="of the averaged weights, in steps")
-    parser.add_argument("--steps", type=int, default=8, help="of sampling")
+    parser.add_argument("--steps", type=int, default=8, help="of sampling; 0: no clip is continued")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--plot", type=Path, metavar="RESULTS.jsonl", help="draw these into FOLDER and end")
     args = parser.parse_args()
@@ -203,6 +203,8 @@ def main() -> None:
                 f"{name:<12} {seen['seconds']:7.1f} s {seen['steps']:6} steps  held-out loss {seen['loss']:.4f}",
                 flush=True,
             )
+        if not args.steps:
+            continue
         for which, steps in (("mean prediction", 1), ("sample", args.steps)):
             video = continued(model, rest, steps)
             quality = scores(pixels(video))
@@ -212,11 +214,12 @@ def main() -> None:
         rows.append((name, pixels(video[0])))
         sheet = [(label, (clip * 255).round().to(torch.uint8)) for label, clip in rows]
         contact_sheet(sheet, args.folder / "sheet.png", context=given)
-    truth = pixels(rest)
-    quality = scores(truth[:, given - 1 : given].expand_as(truth))
-    with results.open("a") as file:
-        file.write(json.dumps({"model": "copy last", "psnr": "copy last", "by_horizon": quality}) + "\n")
-    print("copy last    PSNR: " + " ".join(f"{quality[h - 1]:.2f}" for h in horizons(len(quality))))
+    if args.steps:
+        truth = pixels(rest)
+        quality = scores(truth[:, given - 1 : given].expand_as(truth))
+        with results.open("a") as file:
+            file.write(json.dumps({"model": "copy last", "psnr": "copy last", "by_horizon": quality}) + "\n")
+        print("copy last    PSNR: " + " ".join(f"{quality[h - 1]:.2f}" for h in horizons(len(quality))))
     plot(results, args.folder / "race.png")
 
 
@@ -228,19 +231,22 @@ def plot(results: Path, out: Path) -> None:
     from matplotlib import pyplot as plt
 
     lines = [json.loads(line) for line in results.read_text().splitlines()]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    continued = [line for line in lines if "psnr" in line]
+    panels = 2 if continued else 1
+    figure, axes = plt.subplots(1, panels, figsize=(5.5 * panels, 4), layout="constrained", squeeze=False)
+    left, right = axes[0][0], axes[0][-1]
     for name in dict.fromkeys(line["model"] for line in lines):
         seen = [line for line in lines if line["model"] == name and "loss" in line]
         if seen:
             left.plot([line["seconds"] for line in seen], [line["loss"] for line in seen], ".-", label=name)
     left.set(xlabel="seconds of training", ylabel="held-out loss", yscale="log")
     left.legend()
-    for line in lines:
-        if "psnr" in line:
-            label = line["psnr"] if line["psnr"] == line["model"] else f"{line['model']}, {line['psnr']}"
-            right.plot(range(1, len(line["by_horizon"]) + 1), line["by_horizon"], label=label)
-    right.set(xlabel="frames ahead", ylabel="PSNR, dB", xscale="log")
-    right.legend()
+    for line in continued:
+        label = line["psnr"] if line["psnr"] == line["model"] else f"{line['model']}, {line['psnr']}"
+        right.plot(range(1, len(line["by_horizon"]) + 1), line["by_horizon"], label=label)
+    if continued:
+        right.set(xlabel="frames ahead", ylabel="PSNR, dB", xscale="log")
+        right.legend()
     figure.savefig(out, dpi=90)
 
 
