@@ -124,7 +124,8 @@ def test_compiled_blocks_stay_one_graph_across_ranks(backend, ranks):
         model, *inputs = case.make()
         one = summary([backward(model, *inputs, WholeVideo())])
         for name, value in summary(parts).items():
-            assert (value - one[name]).norm() < 1e-5 * one[name].norm(), f"{case}: {name}"
+            tolerance = 1e-4 if backend == "nccl" else 1e-5  # FlexAttention in fp32, as in test_cuda.py
+            assert (value - one[name]).norm() < tolerance * one[name].norm(), f"{case}: {name}"
 
 
 @pytest.mark.parametrize("backend, ranks", GROUPS)

@@ -177,7 +177,7 @@ def agreed(yes: bool) -> bool:
 
 def measure(args: argparse.Namespace, world: process.World, mesh: Any, job: dict[str, Any]) -> dict[str, Any]:
     """Median seconds of a step with and without messages, memory of the fullest GPU, loss of first and last step."""
-    began, on_gpu = time.perf_counter(), world.device.type == "cuda"
+    on_gpu = world.device.type == "cuda"
     torch._dynamo.reset()
     step = training_step(args, world, mesh, job)
     losses: list[torch.Tensor] = []
@@ -201,7 +201,8 @@ def measure(args: argparse.Namespace, world: process.World, mesh: Any, job: dict
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     times: list[list[float]] = []
-    while len(times) < args.runs and agreed(not times or time.perf_counter() - began < args.limit / 2):
+    began = time.perf_counter()
+    while len(times) < args.runs and agreed(len(times) < 3 or time.perf_counter() - began < args.limit / 4):
         times.append([timed(silent) for silent in ways])
     slowest = torch.tensor(times)
     memory = torch.tensor(float(torch.cuda.max_memory_allocated() if on_gpu else 0))

@@ -2,10 +2,12 @@
 
     python tests/bench/step.py --preset base --frames 64 256 --backends sdpa flex
     python tests/bench/step.py --preset base --frames 256 --backends flex --longest 16384   # until memory is full
+    python tests/bench/step.py --preset base --frames 256 --backends flex --part 1 2 --profile 20
 
 Frames are of 16 × 16 tokens. Steps are forward and backward passes of the whole model with recomputation as
 in the preset, weights in bf16 on a GPU and fp32 on a CPU. FLOPs are unmasked and without recomputation. The longest
-clip that fits is looked for by doubling the frames, one timed step each.
+clip that fits is looked for by doubling the frames, one timed step each. With `--part R P` the frames are those of rank
+R of P that share a clip along time by halos; nothing is sent, what would come is random: what a rank's own work takes.
 """
 
 from __future__ import annotations
@@ -18,21 +20,40 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from msc.parallel import fp8
+from msc.parallel import exchange, fp8
+from msc.parallel.temporal import bounds
 from msc.pretrain import cost
 from msc.pretrain.layers import Block
 from msc.pretrain.meter import mfu
 from msc.pretrain.model import ModelConfig, MSCTransformer
+from msc.pretrain.parallelize import sharded_timeline
 from msc.pretrain.presets import PRESETS
 from msc.pretrain.scales import Scale
+from msc.pretrain.timeline import Timeline, WholeVideo
 
 SIDE = 32  # latents: 16 x 16 tokens with patch 2
 
 
+def timeline_of(config: ModelConfig, frames: int, part: tuple[int, int] | None) -> Timeline:
+    """Of a whole clip, or of a rank's part, in a group that talks to nobody."""
+    if part is None:
+        return WholeVideo()
+    rank, ranks = part
+    if not dist.is_initialized():
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+        exchange.post = lambda x, route: x.new_empty(sum(route.takes)).uniform_(0.1, 0.9)
+        exchange.wait = lambda x, route: x
+    edges = bounds(frames // config.frames_per_unit * ranks, ranks)
+    return sharded_timeline(dist.group.WORLD, edges, config, ["halo"] * len(config.scales))
+
+
 def training_step(
-    config: ModelConfig, frames: int, backend: str, compiled: bool, recompute: bool, in_fp8: bool = False
-) -> Callable[[], None]:
+    config: ModelConfig, frames: int, backend: str, compiled: bool, recompute: bool, in_fp8: bool = False,
+    part: tuple[int, int] | None = None,
+) -> Callable[[], None]:  # fmt: skip
     """A function that makes one forward and backward pass and returns when the device is done."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -50,10 +71,11 @@ def training_step(
             block.compile()
     x = torch.randn(1, frames, config.channels, SIDE, SIDE, device=device)
     t = torch.rand(1, frames, device=device)
+    timeline = timeline_of(config, frames, part)
 
     def step() -> None:
         with fp8.autocast(in_fp8):
-            y = model(x, t)
+            y = model(x, t, timeline=timeline)
         y.float().square().mean().backward()
         model.zero_grad(set_to_none=True)
         if device.type == "cuda":
@@ -64,16 +86,16 @@ def training_step(
 
 def measure(
     config: ModelConfig, frames: int, backend: str, compiled: bool, recompute: bool, runs: int, top: int = 0,
-    in_fp8: bool = False,
+    in_fp8: bool = False, part: tuple[int, int] | None = None,
 ) -> dict:  # fmt: skip
     """Median seconds of a step, peak memory in bytes, FLOPs; with `top`, a list of so many kernels."""
     torch._dynamo.reset()
-    step, on_gpu = training_step(config, frames, backend, compiled, recompute, in_fp8), torch.cuda.is_available()
+    step, on_gpu = training_step(config, frames, backend, compiled, recompute, in_fp8, part), torch.cuda.is_available()
     for _ in range(2):
         step()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    times = []
+    times, ranks = [], part[1] if part else 1
     for _ in range(runs):
         start = time.perf_counter()
         step()
@@ -81,7 +103,7 @@ def measure(
     return {
         "seconds": statistics.median(times),
         "memory": torch.cuda.max_memory_allocated() if on_gpu else 0,
-        "flops": cost.step_flops(config, frames, SIDE, SIDE),
+        "flops": cost.step_flops(config, frames * ranks, SIDE, SIDE) / ranks,
         "kernels": kernels(step, top) if top else "",
     }
 
@@ -110,6 +132,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--keep", action="store_true", help="keep all activations instead of recomputing them")
     parser.add_argument("--fp8", action="store_true", help="linear layers by TransformerEngine; needs --keep")
+    parser.add_argument("--part", type=int, nargs=2, metavar=("RANK", "RANKS"), help="as a rank along time")
     parser.add_argument("--depth", type=int, help="fewer layers, for a quick look")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--models", nargs="+", default=["multi-scale", "dense"], choices=["multi-scale", "dense"])
@@ -129,6 +152,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     size = f"{cost.parameters(model) / 1e6:.0f} M parameters, depth {model.depth}"
     how = ["recomputed" if args.recompute else "kept", *(["compiled"] if args.compile else [])]
+    how += ["rank {} of {}".format(*args.part)] if args.part else []
     print(f"{args.preset}, {size}, {name}, torch {torch.__version__}, {', '.join(how)}{', fp8' if args.fp8 else ''}\n")
     print("| tokens | model | kernel | s per step | tokens/s | GB | TFLOP | MFU |")
     print("| ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |", flush=True)
@@ -156,7 +180,8 @@ def row(args: argparse.Namespace, config: ModelConfig, frames: int, label: str, 
     """Measure one configuration and print it; None where it does not fit."""
     start = f"| {frames * 256:,} | {label} | {backend}"
     try:
-        found = measure(config, frames, backend, args.compile, args.recompute, args.runs, args.profile, args.fp8)
+        how = args.compile, args.recompute, args.runs, args.profile, args.fp8
+        found = measure(config, frames, backend, *how, args.part)
     except torch.OutOfMemoryError:
         print(f"{start} | out of memory | | | | |", flush=True)
         return None
