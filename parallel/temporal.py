@@ -54,7 +54,6 @@ class ShardedTimeline:
     `placements` names the scales (by their index) whose attention is computed elsewhere.
     """
 
-    travels = True
     grows = False
 
     def __init__(

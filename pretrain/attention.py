@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .backends import Attend, Backend, Blocks, Masks, attend
+from .backends import Attend, Backend, Blocks, attend
 from .gate import NODES, ON_KEYS, GatePlace, effective_log_snr, log_gate, log_gate_at_nodes, node_weights
 from .rope import Rope, normalise_and_rotate, still_channels
 from .scales import Scale, spatial_windows
@@ -82,14 +82,12 @@ class MultiScaleAttention(nn.Module):
         sizes = [scale.heads for scale in self.scales]
         deltas = [None] * len(sizes) if self.delta is None else self.delta.split(sizes)
         groups = zip(qkv.split(sizes, dim=-2), views, deltas, strict=True)
-        # The past of all scales is on its way while units that do not need it attend; then the others follow.
+        # The past of all scales is on its way while own queries and keys are placed; only then is it waited for.
         parts = [self._ask((layer, i), *group) for i, group in enumerate(groups)]
-        late = [self._attend_late(part) for part in parts]
         pasts = [self._receive(part) for part in parts]
         outs = []
-        for part, past, rest in zip(parts, pasts, late, strict=True):
-            out = self._attend_early(part, *past)
-            out = out if rest is None else torch.cat((out, rest), 1)
+        for part, past in zip(parts, pasts, strict=True):
+            out = self._attend(part, *past)
             if part.view.placement is not None:
                 out = part.view.placement.leave(out)
             outs.append(repeat_space(out.reshape(out.shape[0], frames, *out.shape[3:]), part.view.scale.space))
@@ -110,13 +108,6 @@ class MultiScaleAttention(nn.Module):
         k, v = self._gated(kv, view.rope_own, view.log_snr_own, view.constants.rho, delta_h)
         return Part(key, view, delta_h, q, kv, k, v, self._ungated(k), kv.unbind(-3)[1], past)
 
-    def _attend_late(self, part: Part) -> Tensor | None:
-        """Output of the units that need nothing from before the run."""
-        view, units = part.view, part.q.shape[1]
-        if view.early == units:
-            return None
-        return self._attend(part, view.early, units, [part.k_past], [part.v_past], view.blocks_late, view.masks_late)
-
     def _receive(self, part: Part) -> tuple[list[Tensor], list[Tensor], Callable | None]:
         """Keys and values of the units before the run and of the groups pooled in time; asks for earlier groups."""
         view, scale = part.view, part.view.scale
@@ -134,31 +125,22 @@ class MultiScaleAttention(nn.Module):
         k_pooled, v_pooled = pooled.unbind(-3)
         return [k_pooled, *k], [v_pooled, *v], groups
 
-    def _attend_early(self, part: Part, k: list[Tensor], v: list[Tensor], groups: Callable | None) -> Tensor:
-        """Output of the units that see what lies before the run."""
-        early = part.view.early
-        if groups is not None and (earlier := groups()) is not None:
-            k_pooled, v_pooled = earlier.unbind(-3)
-            k, v = [k_pooled, *k], [v_pooled, *v]
-        k, v = [*k, _cut(part.k_past, 0, early)], [*v, _cut(part.v_past, 0, early)]
-        return self._attend(part, 0, early, k, v, part.view.blocks_early, part.view.masks_early)
-
-    def _attend(
-        self, part: Part, start: int, stop: int, k: list[Tensor], v: list[Tensor], blocks: Blocks, masks: Masks
-    ) -> Tensor:
-        """Output of the units from `start` to `stop`.
+    def _attend(self, part: Part, k: list[Tensor], v: list[Tensor], groups: Callable | None) -> Tensor:
+        """Output of the own units.
 
         Key blocks lie as Scale.key_blocks orders them: [pooled groups | unpooled units | own units, ungated].
         """
         view = part.view
+        if groups is not None and (earlier := groups()) is not None:
+            k_pooled, v_pooled = earlier.unbind(-3)
+            k, v = [k_pooled, *k], [v_pooled, *v]
+        k, v = [*k, part.k_past], [*v, part.v_past]
         if self.gate in ON_KEYS:
-            k, v = [*k, _cut(part.k_own, start, stop)], [*v, _cut(part.v_own, start, stop)]
+            k, v = [*k, part.k_own], [*v, part.v_own]
         elsewhere = None if view.placement is None else view.placement.attend
-        kernel = elsewhere or partial(attend, backend=self.backend, masks=masks)
+        kernel = elsewhere or partial(attend, backend=self.backend, masks=view.masks)
         k_row, v_row = (x[0] if len(x) == 1 else torch.cat(x, 1) for x in (k, v))
-        return attend_windows(
-            _cut(part.q, start, stop), k_row, v_row, blocks, view.scale.patch_window, self.shifted, kernel
-        )
+        return attend_windows(part.q, k_row, v_row, view.blocks, view.scale.patch_window, self.shifted, kernel)
 
     def _pool_time(self, fresh: Tensor, view: View, delta_h: Tensor | None) -> Tensor:
         """Keys and values of the groups that own units complete: `[B, groups, F, H, W, 2, h, d]`."""

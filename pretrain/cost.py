@@ -142,17 +142,11 @@ def _scale_activations(scale: Scale, config: ModelConfig, run: Run, rows: int, c
     size = config.frames_per_unit * (rows // scale.space) * (columns // scale.space) * scale.heads
     gated, past, finished = config.gate in ON_KEYS, scale.fresh_before(run.first), scale.finished(run.first, run.units)
     whole = scale.patch_window is None or max(rows, columns) // scale.space <= scale.patch_window
-    early = run.units
-    if run.sharded and scale.time == 1 and scale.window:
-        early = min(early, scale.window)
-    late = run.units - early
-    k_early = scale.pooled_before(run.first) + finished + past + early * (1 + gated)
-    k_late = run.units + late * gated if late else 0
+    keys = scale.pooled_before(run.first) + finished + past + run.units * (1 + gated)
     # Keys always lie in rows of their own; values do, unless all there are is a view of the projection.
-    v_early = k_early if gated or not whole or run.sharded or scale.time > 1 or past else 0
-    v_late = k_late if gated or not whole else 0
+    rows_of_values = keys if gated or not whole or run.sharded or scale.time > 1 or past else 0
     raw = (3 * run.units if scale.space > 1 else 0) + 2 * past + 2 * finished
-    values = raw + 2 * run.units + k_early + k_late + v_early + v_late  # 2: queries and output
+    values = raw + 2 * run.units + keys + rows_of_values  # 2: queries and output
     if config.gate == "mix" and (scale.space > 1 or not whole):
         values += run.units * scale.space**2
     # inverse norms of queries and keys, and the log-sum-exp

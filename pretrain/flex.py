@@ -53,9 +53,10 @@ def attend(q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, prepared: Prepared
     q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (q_BUnhd, k_BRnhd, v_BRnhd))
     inside = torch.compiler.is_compiling() or not q.is_cuda  # of a compiled model it becomes a part
     kernel: Any = flex_attention if inside else compiled()
-    # Fewer queries go to another kernel of torch's, which would write beyond its rows with tiles that are not its own.
-    tiles = prepared.tiles if q.dtype.itemsize == 2 and q.shape[2] >= TILE else {}
-    out = kernel(q, k, v, block_mask=prepared.mask, kernel_options=tiles)
+    # For fewer than 128 queries torch has another kernel, which writes beyond its rows with tiles that are not its own,
+    # and in a compiled model takes a slice of queries to begin where the whole does (2.11, 2.13): not that one.
+    options = {"BACKEND": "TRITON", **(prepared.tiles if q.dtype.itemsize == 2 else {})}
+    out = kernel(q, k, v, block_mask=prepared.mask, kernel_options=options)
     assert isinstance(out, Tensor)
     return out.transpose(1, 2).unflatten(1, (units, n))
 

@@ -100,8 +100,8 @@ def estimates(
 ) -> dict[Layout, Estimate]:
     """Every layout that can serve a scale. A backward pass computes and sends twice and once the forward's.
 
-    Halos travel behind the attention of units that need none, keys of the ring behind the ring's attention;
-    pooled groups and Ulysses' exchanges are counted in full.
+    Keys of the ring travel behind the ring's attention. Halos, pooled groups and Ulysses' exchanges are counted in
+    full; halos hide behind the placing of own queries and keys, which is not counted here.
     """
     edges, size, work = bounds(clip.units, ranks), clip.unit_values(scale), unit_flops(scale, clip)
     shares = [range(edges[rank], edges[rank + 1]) for rank in range(ranks)]
@@ -113,14 +113,8 @@ def estimates(
         return ways * values * clip.value_bytes / bytes_per_s
 
     blocks = [seen_blocks(scale, own) for own in shares]
-    late = min(
-        seen_blocks(scale, own[scale.window :]) if scale.time == 1 and scale.window else 0 for own in shares
-    )
     sent = max(halo_values(scale, edges, size))
-    hidden = min(travel(sent), compute(late))
-    found: dict[Layout, Estimate] = {
-        "halo": Estimate(sent, max(blocks) * work, compute(max(blocks)) + travel(sent) - hidden)
-    }
+    found: dict[Layout, Estimate] = {"halo": Estimate(sent, max(blocks) * work, compute(max(blocks)) + travel(sent))}
     if scale.heads % ranks == 0:
         sent = max(ulysses_values(edges, size))
         found["ulysses"] = Estimate(sent, sum(blocks) * work // ranks, compute(sum(blocks) / ranks) + travel(sent))

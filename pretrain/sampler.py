@@ -27,7 +27,6 @@ _START, _CONTEXT = 0, 1  # what a frame's noise is for
 class Cache:
     """A `Timeline` whose past is remembered: the units generated so far."""
 
-    travels = False
     grows = True
 
     def __init__(self) -> None:

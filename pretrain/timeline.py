@@ -62,15 +62,12 @@ class Placement(Protocol):
 class Timeline(Protocol):
     """Where a run of units lies in its video, and how to get at what comes before it.
 
-    first: the first unit of the run. travels: whether asking takes time in which one had better compute.
-    grows: whether the past has another length at every call, so that it does not pay to compile for one.
+    first: the first unit of the run. grows: whether the past has another length at every call, so that it does not pay
+    to compile for one.
     """
 
     @property
     def first(self) -> int: ...
-
-    @property
-    def travels(self) -> bool: ...
 
     @property
     def grows(self) -> bool: ...
@@ -96,7 +93,6 @@ class WholeVideo:
     """The timeline of a video that lies here from its first frame: nothing comes before it."""
 
     first = 0
-    travels = False
     grows = False
 
     def ask(

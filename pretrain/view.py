@@ -18,20 +18,14 @@ from .timeline import Placement, Timeline, WholeVideo
 
 @dataclass(frozen=True)
 class View:
-    """One scale's view of the units whose attention is computed here.
-
-    The first `early` of them attend once the past has arrived. The others, if any, have all of theirs here.
-    """
+    """One scale's view of the units whose attention is computed here."""
 
     scale: Scale
     frames_per_unit: int
     timeline: Timeline
     placement: Placement | None
-    early: int
-    blocks_early: Blocks
-    blocks_late: Blocks
-    masks_early: Masks
-    masks_late: Masks
+    blocks: Blocks
+    masks: Masks
     rope_past: Rope  # unpooled past units
     rope_own: Rope
     rope_groups: Rope | None  # groups pooled in time that own units complete
@@ -72,9 +66,6 @@ def view_frames(
         t_BUF = placement.gather(t_BUF) if gated else t_BUF
     past = scale.fresh_before(first)
     finished = scale.finished(first, len(units))
-    early = len(units)
-    if timeline.travels and scale.time == 1 and scale.window:
-        early = min(early, scale.window)  # later ones of the run see nothing before it, wherever it starts
 
     def rope(frames: Tensor) -> Rope:
         rows, columns = (
@@ -106,22 +97,15 @@ def view_frames(
         log_snr_query = log_snr_own
     elif gate == "mix":
         log_snr_query = log_snr(t_BT) + constants.b
-    blocks_early = scale.key_blocks(first, early, separate_own=gated)
-    blocks_late = scale.key_blocks(first + early, len(units) - early, separate_own=gated)
-    sizes = window_sizes(scale, grid, frames_per_unit)
-    masks_early, masks_late = (
-        prepare(blocks, sizes, t_BT.device, head_width, backend) for blocks in (blocks_early, blocks_late)
-    )
+    blocks = scale.key_blocks(first, len(units), separate_own=gated)
+    masks = prepare(blocks, window_sizes(scale, grid, frames_per_unit), t_BT.device, head_width, backend)
     return View(
         scale,
         frames_per_unit,
         timeline,
         placement,
-        early,
-        blocks_early,
-        blocks_late,
-        masks_early,
-        masks_late,
+        blocks,
+        masks,
         rope(frames_of(range(first - past, first))),
         rope(frames_of(units)),
         rope_groups,

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from msc.parallel import exchange
 from msc.parallel.temporal import bounds
-from msc.pretrain import backends
+from msc.pretrain import attention, backends, rope
 from msc.pretrain.gate import GateConstants
 from msc.pretrain.model import ModelConfig, MSCTransformer
 from msc.pretrain.parallelize import sharded_timeline
@@ -79,11 +79,11 @@ def backward(model, x, t, text, labels, direction, timeline):
 
 @contextmanager
 def joined(rank, backend):
-    """Inside a group of ranks; yields the device. "nccl" needs as many GPUs."""
-    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
-    if backend == "nccl":
+    """Inside a group of ranks; yields the device. "nccl" needs as many GPUs, "one GPU" is shared by all over gloo."""
+    device = torch.device({"gloo": "cpu", "one GPU": "cuda:0", "nccl": f"cuda:{rank}"}[backend])
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(backend)
+    dist.init_process_group("nccl" if backend == "nccl" else "gloo")
     dist.all_reduce(torch.zeros(1, device=device))  # NCCL connects all ranks in the first call, which none may miss
     yield device
     dist.destroy_process_group()
@@ -95,17 +95,10 @@ def on_a_rank(rank, ranks, backend, cases):
         return [run_case(case, rank, ranks, device) for case in cases]
 
 
-def overlap_on_a_rank(rank, ranks, backend, cases):
-    """Results of each case as it is, and without overlap."""
-    with joined(rank, backend) as device:
-        return [[run_case(case, rank, ranks, device, overlap) for overlap in (True, False)] for case in cases]
-
-
-def run_case(case, rank, ranks, device, overlap=True):
+def run_case(case, rank, ranks, device):
     model, inputs, timeline = own_part(case, rank, ranks, device)
     for block in model.blocks:
         block.attention.backend = "sdpa"
-    timeline.travels = overlap
     with counted() as forward, torch.no_grad():
         model(*inputs[:-1], timeline)
     with counted() as everything:
@@ -126,16 +119,20 @@ def own_part(case, rank, ranks, device):
 
 
 def compiled_on_a_rank(rank, ranks, backend, cases):
-    """As on_a_rank, of blocks that are compiled and may not fall out of their graph."""
-    kernel, compiler = ("flex", "inductor") if backend == "nccl" else ("sdpa", "aot_eager")
+    """As on_a_rank, by the kernel of the device, of blocks as they are and of compiled ones, which may not fall out of
+    their graph: two results a case."""
+    kernel, compiler = ("sdpa", "aot_eager") if backend == "gloo" else ("flex", "inductor")
     found = []
     with joined(rank, backend) as device:
         for case in cases:
             model, inputs, timeline = own_part(case, rank, ranks, device)
             for block in model.blocks:
                 block.attention.backend = kernel
+            found.append([backward(model, *inputs, timeline)])
+            model.zero_grad(set_to_none=True)
+            for block in model.blocks:
                 block.compile(backend=compiler, fullgraph=True)
-            found.append(backward(model, *inputs, timeline))
+            found[-1].append(backward(model, *inputs, timeline))
     return found
 
 
@@ -173,7 +170,8 @@ def counted():
 
 
 def events_on_a_rank(rank, ranks, backend, case):
-    """What a rank does in a forward and a backward pass, in order: post and wait for messages, attend to keys."""
+    """What a rank does in a forward and a backward pass, in order: post and wait for messages, place queries and keys,
+    attend to keys."""
     events = []
 
     def noting(owner, name, event):
@@ -188,6 +186,8 @@ def events_on_a_rank(rank, ranks, backend, case):
     with joined(rank, backend) as device:
         noting(exchange, "post", "post")
         noting(exchange, "wait", "wait")
+        noting(attention, "place", "place")
+        noting(rope._NormaliseAndRotate, "backward", "place back")
         noting(backends, "_forward", "attend")
         noting(backends, "_backward", "differentiate")
         run_case(case, rank, ranks, device)
