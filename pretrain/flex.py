@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from .backends import Blocks, many_shapes
+from .backends import VARIANTS, Blocks, many_shapes
 
 TILE = 128
 # Tiles that were fastest on an H100 (tests/bench/flex_tiles.py, docs/benchmarks.md), by compute capability and channels
@@ -27,10 +28,16 @@ HOPPER = {
 TILES = {(9, 64): HOPPER}
 
 
-@lru_cache(maxsize=1)
-def compiled() -> Callable[..., Tensor]:
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: dict[str, Any]) -> Any:
+    return flex_attention(q, k, v, block_mask=mask, kernel_options=options)
+
+
+@lru_cache(maxsize=VARIANTS)
+def compiled(*shapes: object) -> Callable[..., Any]:
+    """FlexAttention for tensors of some shapes. Each has code of its own: torch keeps all that it compiled of one piece
+    of code in a row and tries one after the other at every call, with a dozen shapes for most of a call's time."""
     many_shapes()
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(FunctionType(_attend.__code__.replace(), globals()), dynamic=False)
 
 
 class Prepared(NamedTuple):
@@ -52,11 +59,11 @@ def attend(q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, prepared: Prepared
     units, n = q_BUnhd.shape[1:3]
     q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (q_BUnhd, k_BRnhd, v_BRnhd))
     inside = torch.compiler.is_compiling() or not q.is_cuda  # of a compiled model it becomes a part
-    kernel: Any = flex_attention if inside else compiled()
+    kernel = _attend if inside else compiled(q.shape, k.shape, q.dtype, torch.is_grad_enabled())
     # For fewer than 128 queries torch has another kernel, which writes beyond its rows with tiles that are not its own,
     # and in a compiled model takes a slice of queries to begin where the whole does (2.11, 2.13): not that one.
     options = {"BACKEND": "TRITON", **(prepared.tiles if q.dtype.itemsize == 2 else {})}
-    out = kernel(q, k, v, block_mask=prepared.mask, kernel_options=options)
+    out = kernel(q, k, v, prepared.mask, options)
     assert isinstance(out, Tensor)
     return out.transpose(1, 2).unflatten(1, (units, n))
 

@@ -193,3 +193,22 @@ def test_a_roll_outs_single_unit_needs_no_mask_and_so_no_compiling(monkeypatch):
         assert backends._choose_for(one, "cuda", 64) == "sdpa"
         assert backends._choose_for(two, "cuda", 64) == "flex"
     assert backends._choose_for(one, "cuda", 64) == "flex", "training has one kernel for all runs of units"
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_every_shape_is_compiled_for_itself(monkeypatch):
+    """Torch looks through all that it compiled of one piece of code at every call: here each finds just one."""
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, backend="eager", **options: whole(f, backend=backend, **options))
+    flex.compiled.cache_clear()
+    for units in (2, 3, 2):
+        mask = flex.block_mask(Scale(2, window=1).key_blocks(0, units, False), 8, "cpu")
+        q = torch.randn(1, 2, 8 * units, 16)
+        kernel = flex.compiled(q.shape, q.shape, q.dtype, True)
+        with torch.no_grad():
+            out = kernel(q, q, q, mask, {})
+        torch.testing.assert_close(out, flex._attend(q, q, q, mask, {}))
+        entries = torch._dynamo.eval_frame._debug_get_cache_entry_list(kernel._torchdynamo_orig_callable.__code__)
+        assert len(entries) == 1
+    assert flex.compiled.cache_info().currsize == 2
+    flex.compiled.cache_clear()

@@ -68,7 +68,7 @@ two_b() {
     msc convert "$videos"/{bigbuckbunny,bikes}.mp4 --out "$work/shards" --autoencoder pixels --frames 12 --size 48x64 \
         --fps 10 --stride 4 --held-out 0.2 --workers 2 || return
     msc train --preset 2b --run "$work/two_b" --processes 2 data.shards="$work/shards" parallel.zero.stage=3 train.batch=2 \
-        train.micro=1 train.clips=80 train.report=1 train.evaluate=0 checkpoint.every=10 checkpoint.keep=1 || return
+        train.micro=1 train.clips=80 train.report=1 train.evaluate=0 checkpoint.every=20 checkpoint.keep=1 || return
     python - "$work/mlflow.db" << 'E_PYTHON'
 import sqlite3
 import sys
@@ -95,6 +95,7 @@ if [ "$kind" = one ]; then
     steps base-16k 60 --preset base --frames 64 --compile --keep
     steps base-64k 90 --preset base --depth 8 --frames 256 --compile --keep
     steps base-mfu 90 --preset base --depth 24 --frames 256 --compile --keep --models multi-scale --runs 5
+    steps along 60 --preset base --depth 4 --frames 256 --compile --keep --models multi-scale --part 1 2 --profile 25
     steps base-256k 120 --preset base --depth 4 --frames 1024 --compile --keep --runs 2
     steps longest 150 --preset base --frames 2048 --compile --models multi-scale --longest 4096
     if has flash_attn || has flash_attn_interface; then
@@ -108,15 +109,17 @@ if [ "$kind" = one ]; then
         step checkpoint 90 python $bench/checkpoint.py --width 1024 --depth 4 --runs 2 --disk "$work"
         if has skvideo && has av && has mlflow; then step demo 330 ./demo.sh; fi
     fi
-    step race 500 python $bench/race.py "$work/race" --frames 256 --batch 1 --held-out 8 --compile --seconds 120
+    step race 500 python $bench/race.py "$out" --frames 256 --batch 1 --held-out 8 --compile --seconds 180 --steps 0
     step tiles 150 python $bench/flex_tiles.py
 elif [ "$kind" = several ]; then
     scaling() { step "$1" "$2" python $bench/several_gpus.py --seconds $(($2 - 20)) --limit 150 "${@:3}"; }
-    step parity 150 bash -c 'tests -n 3 tests/test_temporal.py -k nccl'
-    scaling scaling-2b 150 --preset 2b --depth 8 --frames 256 --scales multi-scale --layouts auto
-    scaling scaling 240 --preset base --depth 4 --frames 512
+    step parity 200 bash -c 'tests -n 3 tests/test_temporal.py -k nccl -m "slow or not slow"'
+    for frames in 256 512; do
+        scaling compiled-$frames 240 --preset base --depth 4 --frames $frames --compile --keep --scales multi-scale --layouts auto --profile 25
+    done
+    scaling scaling-2b 150 --preset 2b --depth 4 --frames 512 --scales multi-scale --layouts auto
+    scaling scaling 240 --preset base --depth 4 --frames 512 --profile 25
     if has deepspeed; then scaling longest 170 --preset base --longest --runs 3; fi
-    scaling compiled 240 --preset base --depth 8 --frames 256 --compile --scales multi-scale --layouts auto
     if has deepspeed && has av && has mlflow; then
         step stages 400 bash -c 'tests -n 5 tests/test_training.py -k "curve_at_any_stage or curve_at_any_mesh and not shapes"'
         step stopping 200 bash -c 'tests -n 3 tests/test_stopping.py -k "lost_and_the_run or another_world"'

@@ -8,8 +8,9 @@ Weak: `--frames` for each GPU, so that the video grows with them; strong: one vi
 compared with one GPU in the same run. Steps are forward and backward passes of one clip, of the slowest rank, medians;
 with `--engine` whole steps by DeepSpeed (ZeRO as in the preset), with gradients reduced and an update. "Not hidden" is
 the share of a step that goes when no message along time is sent and receivers get random numbers instead; such steps
-and ordinary ones take turns. "Planned" is what launch/plan.py says of the same steps before. Rows come as they are
-measured; one that runs out of memory or time says so, and the others go on.
+and ordinary ones take turns (but for compiled steps, which it would compile twice). "Planned" is what launch/plan.py
+says of the same steps before. Rows come as they are measured; one that runs out of memory or time says so, and the
+others go on.
 """
 
 from __future__ import annotations
@@ -195,7 +196,7 @@ def measure(args: argparse.Namespace, world: process.World, mesh: Any, job: dict
             losses.append(share.cpu())
         return time.perf_counter() - start
 
-    ways = (False, True) if job["ranks"] > 1 and not args.longest else (False,)
+    ways = (False,) if job["ranks"] == 1 or args.longest or args.compile else (False, True)
     for silent in (*ways, *ways):  # the first of each way compiles
         timed(silent)
     if on_gpu:
@@ -204,6 +205,12 @@ def measure(args: argparse.Namespace, world: process.World, mesh: Any, job: dict
     began = time.perf_counter()
     while len(times) < args.runs and agreed(len(times) < 3 or time.perf_counter() - began < args.limit / 4):
         times.append([timed(silent) for silent in ways])
+    if args.profile and on_gpu and job["ranks"] > 1:
+        from step import kernels
+
+        listed = kernels(lambda: timed(False), args.profile)
+        if world.first:
+            print(f"Kernels of the first rank:\n{listed}", file=sys.stderr, flush=True)
     slowest = torch.tensor(times)
     memory = torch.tensor(float(torch.cuda.max_memory_allocated() if on_gpu else 0))
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
@@ -344,6 +351,7 @@ def main() -> None:
     parser.add_argument("--engine", action="store_true", help="whole training steps, with DeepSpeed")
     parser.add_argument("--longest", type=int, nargs="?", const=2**20, metavar="TOKENS",
                         help="train on one clip of so many tokens over all GPUs, recomputed")  # fmt: skip
+    parser.add_argument("--profile", type=int, metavar="N", help="also list the first rank's N longest kernels")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if gpus else "cpu")
     parser.add_argument("--seconds", type=float, default=3600, help="begin nothing after so many")
     parser.add_argument("--limit", type=float, default=240, help="seconds for one row, starting and compiling included")
