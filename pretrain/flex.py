@@ -28,7 +28,7 @@ HOPPER = {
 TILES = {(9, 64): HOPPER}
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: dict[str, Any]) -> Any:
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Any) -> Any:
     return flex_attention(q, k, v, block_mask=mask, kernel_options=options)
 
 

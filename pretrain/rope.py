@@ -73,7 +73,7 @@ def normalise_and_rotate(x_BTHWhd: Tensor, gain_d: Tensor, rope: Rope, tail: Ten
     if TRITON and x_BTHWhd.is_cuda and rope.cos.dtype == torch.float32 and x_BTHWhd.dtype != torch.float64:
         from . import rope_kernel
 
-        return rope_kernel.forward(x_BTHWhd, gain_d, rope.cos, rope.sin, tail, EPS, rope_kernel.ROWS)
+        return rope_kernel.normalise_and_rotate(x_BTHWhd, gain_d, rope.cos, rope.sin, tail, EPS)
     if torch.compiler.is_compiling():
         return _plain(x_BTHWhd, gain_d, rope.cos, rope.sin, tail)
     return _NormaliseAndRotate.apply(x_BTHWhd, gain_d, rope.cos, rope.sin, tail)

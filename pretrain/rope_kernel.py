@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.library import triton_op, wrap_triton
 
 # Heads of tokens that a program takes at once, and how often one of the backward pass does so: it adds up the gain's
@@ -133,12 +134,30 @@ def _sizes(x: Tensor, tail: Tensor | None, eps: float, rows: int) -> dict[str, A
     }
 
 
-@triton_op("msc::normalise_and_rotate_backward", mutates_args={})
-def backward(
-    grad: Tensor, x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, tail: Tensor | None, wanted: bool, eps: float,
-    rows: int = ROWS, times: int = TIMES,
+def _run_forward(
+    kernel: Any, x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, tail: Tensor | None, eps: float, rows: int
+) -> Tensor:
+    B, T, H, W, h, d = x.shape
+    assert tail is None or (tail.shape[:2] in ((B, T), (1, 1)) and tail.shape[4] in (1, h)), tail.shape
+    assert cos.shape == sin.shape == (T, H, W, 1, d // 2) and gain.shape == (d,), (cos.shape, gain.shape)
+    assert cos.is_contiguous() and sin.is_contiguous() and gain.is_contiguous()
+    x, x_token, x_head = _rows(x)
+    out = torch.empty((B, T, H, W, h, d), dtype=x.dtype, device=x.device)
+    ends = x if tail is None else tail.contiguous()
+    tail_head = 0 if tail is None or tail.shape[-2] == 1 else tail.shape[-1]
+    tail_frame = 0 if tail is None or tail.shape[:2].numel() == 1 else tail.shape[-1] * tail.shape[-2]
+    count, sizes = B * T * H * W, _sizes(x, tail, eps, rows)
+    if count:
+        kernel[(triton.cdiv(count, sizes["TOKENS"]),)](
+            x, gain, cos, sin, ends, out, count, h, T * H * W, H * W, x_token, x_head, tail_frame, tail_head, **sizes
+        )
+    return out
+
+
+def _run_backward(
+    kernel: Any, grad: Tensor, x: Tensor, gain: Tensor, tables: tuple[Tensor, Tensor], tail: Tensor | None,
+    wanted: bool, eps: float, rows: int, times: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, of gain, and of tail `[B, T, h, channels]` in fp32 (of no size unless `wanted`)."""
     B, T, H, W, h, d = x.shape
     x, x_token, x_head = _rows(x)
     grad, g_token, g_head = _rows(grad)
@@ -149,11 +168,62 @@ def backward(
     channels = 2 * sizes["STILL"] if wanted else 0
     grad_tail = torch.empty((B, T, H * W, h, channels), dtype=torch.float32, device=x.device)
     if count:
-        wrap_triton(_backward)[(programs,)](
-            grad, x, gain, cos, sin, grad_x, grad_gain, grad_tail, count, h, T * H * W, g_token, g_head, x_token,
+        kernel[(programs,)](
+            grad, x, gain, *tables, grad_x, grad_gain, grad_tail, count, h, T * H * W, g_token, g_head, x_token,
             x_head, WANTED=wanted, STEPS=times, **sizes,
         )  # fmt: skip
     return grad_x, grad_gain.sum(0).to(gain.dtype), grad_tail.sum(2)
+
+
+def _gradients(ctx: Any, backward: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of x, gain and tail, by `backward` of (x, gain, cos, sin, tail, whether tail's is wanted)."""
+    x, gain, cos, sin, tail = ctx.saved_tensors
+    wanted = tail is not None and ctx.needs_input_grad[4]
+    grad_x, grad_gain, grad_tail = backward(x, gain, cos, sin, tail, wanted)
+    ends = grad_tail[:, :, None, None].sum_to_size(tail.shape).to(tail.dtype) if wanted else None
+    return grad_x, grad_gain, ends
+
+
+def normalise_and_rotate(
+    x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, tail: Tensor | None, eps: float
+) -> Tensor:
+    """See rope.normalise_and_rotate: x `[B, T, H, W, h, d]`, tail `[B, T, 1, 1, h or 1, channels]`."""
+    if torch.compiler.is_compiling():
+        return forward(x, gain, cos, sin, tail, eps, ROWS)
+    return _Direct.apply(x, gain, cos, sin, tail, eps)
+
+
+class _Direct(torch.autograd.Function):
+    """Without the dispatcher, by which a call takes the CPU a quarter of a millisecond."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, tail: Tensor | None, eps: float
+    ) -> Tensor:
+        ctx.eps = eps
+        ctx.save_for_backward(x, gain, cos, sin, tail)
+        return _run_forward(_forward, x, gain, cos, sin, tail, eps, ROWS)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        def run(x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, tail: Tensor | None, wanted: bool) -> Any:
+            return _run_backward(_backward, grads[0], x, gain, (cos, sin), tail, wanted, ctx.eps, ROWS, TIMES)
+
+        grad_x, grad_gain, grad_tail = _gradients(ctx, run)
+        return grad_x, grad_gain, None, None, grad_tail, None
+
+
+# The same for a compiler, as operators.
+
+
+@triton_op("msc::normalise_and_rotate_backward", mutates_args={})
+def backward(
+    grad: Tensor, x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, tail: Tensor | None, wanted: bool, eps: float,
+    rows: int = ROWS, times: int = TIMES,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, of gain, and of tail `[B, T, h, channels]` in fp32 (of no size unless `wanted`)."""
+    return _run_backward(wrap_triton(_backward), grad, x, gain, (cos, sin), tail, wanted, eps, rows, times)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -162,13 +232,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, gain, cos, sin, tail = ctx.saved_tensors
-    wanted = tail is not None and ctx.needs_input_grad[4]
-    grad_x, grad_gain, grad_tail = backward(grad, x, gain, cos, sin, tail, wanted, ctx.eps, ctx.rows, TIMES)
-    ends = None
-    if wanted:
-        ends = grad_tail[:, :, None, None].sum_to_size(tail.shape).to(tail.dtype)
-    return grad_x, grad_gain, None, None, ends, None, None
+    grad_x, grad_gain, grad_tail = _gradients(ctx, lambda *inputs: backward(grad, *inputs, ctx.eps, ctx.rows, TIMES))
+    return grad_x, grad_gain, None, None, grad_tail, None, None
 
 
 def _differentiable(operator: Any) -> Any:
@@ -181,19 +246,4 @@ def _differentiable(operator: Any) -> Any:
 def forward(
     x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, tail: Tensor | None, eps: float, rows: int = ROWS
 ) -> Tensor:
-    """See rope.normalise_and_rotate: x `[B, T, H, W, h, d]`, tail `[B, T, 1, 1, h or 1, channels]`."""
-    B, T, H, W, h, d = x.shape
-    assert tail is None or (tail.shape[:2] in ((B, T), (1, 1)) and tail.shape[4] in (1, h)), tail.shape
-    assert cos.shape == sin.shape == (T, H, W, 1, d // 2) and gain.shape == (d,), (cos.shape, gain.shape)
-    assert cos.is_contiguous() and sin.is_contiguous() and gain.is_contiguous()
-    x, x_token, x_head = _rows(x)
-    out = torch.empty((B, T, H, W, h, d), dtype=x.dtype, device=x.device)
-    ends = x if tail is None else tail.contiguous()
-    tail_head = 0 if tail is None or tail.shape[-2] == 1 else tail.shape[-1]
-    tail_frame = 0 if tail is None or tail.shape[:2].numel() == 1 else tail.shape[-1] * tail.shape[-2]
-    count, sizes = B * T * H * W, _sizes(x, tail, eps, rows)
-    if count:
-        wrap_triton(_forward)[(triton.cdiv(count, sizes["TOKENS"]),)](
-            x, gain, cos, sin, ends, out, count, h, T * H * W, H * W, x_token, x_head, tail_frame, tail_head, **sizes
-        )
-    return out
+    return _run_forward(wrap_triton(_forward), x, gain, cos, sin, tail, eps, rows)

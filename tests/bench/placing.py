@@ -16,7 +16,7 @@ from itertools import product
 
 import torch
 
-from msc.pretrain import rope_kernel
+from msc.pretrain import rope_kernel as placing
 from msc.pretrain.rope import EPS, rope_angles
 
 SIDE = 16
@@ -58,10 +58,10 @@ def main() -> None:
     print(f"{name}, {T} frames, {h} heads of {d}; a copy: {copy:.3f} ms\n")
     print("| rows | times | forward, ms (least) | backward, ms (least) |\n| ---: | ---: | ---: | ---: |", flush=True)
     for rows, times in product(args.rows, args.times):
-        forward = median_ms(lambda rows=rows: rope_kernel.forward(*shared, EPS, rows), args.runs)
-        backward = median_ms(
-            lambda rows=rows, times=times: rope_kernel.backward(grad, *shared, True, EPS, rows, times), args.runs
-        )
+        forward = median_ms(lambda rows=rows: placing._run_forward(placing._forward, *shared, EPS, rows), args.runs)
+        tables = angles.cos, angles.sin
+        given = placing._backward, grad, x, gain, tables, tail, True, EPS, rows, times
+        backward = median_ms(lambda given=given: placing._run_backward(*given), args.runs)
         print(
             f"| {rows} | {times} | {forward:.3f} ({copy:.3f}) | {backward:.3f} ({1.5 * copy:.3f}) |",
             flush=True,
