@@ -37,7 +37,7 @@ def post(x: Tensor, route: Route) -> Tensor:
 
 
 def wait(x: Tensor, route: Route) -> Tensor:
-    """What was posted, arrived. ConnectionError where a rank is gone or too late."""
+    """What was posted, arrived. ConnectionError where a rank is gone or too late; of compiled blocks torch's own."""
     return _named(lambda: torch.ops._c10d_functional.wait_tensor(x), route)
 
 
@@ -46,9 +46,10 @@ def _named(action: Any, route: Route) -> Tensor:
         return action()
     try:
         return action()
-    except RuntimeError as error:
-        ranks = [str(rank) for rank, sizes in enumerate(zip(route.gives, route.takes, strict=True)) if any(sizes)]
-        raise ConnectionError(f"{route.what}, exchanged with sp rank {', '.join(ranks)}: {first_line(error)}") from None
+    except torch.OutOfMemoryError:  # of what is to be received: a RuntimeError, too
+        raise
+    except RuntimeError as error:  # any rank of the group may be the one that is missed
+        raise ConnectionError(f"{route.what}, exchanged by {len(route.gives)} sp ranks: {first_line(error)}") from None
 
 
 def first_line(error: BaseException) -> str:
@@ -57,10 +58,10 @@ def first_line(error: BaseException) -> str:
     return re.sub(r"\[/[^]]*] ", "", line).partition(" This is typically")[0][:300]
 
 
-# Departure and arrival are two nodes of the graph. What is computed between them overlaps with the transfer. So it does
-# in the backward pass, which goes through the nodes in the opposite order: the gradient of what arrived is sent off
-# before that of what was computed meanwhile is worked out. As a gradient is of the size of what was sent, not of what
-# came, a tensor of that size ties the nodes, which has no memory of its own.
+# Departure and arrival are two nodes of the graph. What is computed between them overlaps with the transfer, in compiled
+# blocks as the compiler orders it. So it does in the backward pass, which goes through them the other way: the gradient
+# of what arrived is sent off before that of what was computed meanwhile is worked out. As a gradient has the size of
+# what was sent, not of what came, a tensor of that size ties the nodes, which has no memory of its own.
 
 
 def send(x: Tensor, route: Route) -> tuple[Tensor, Tensor]:
@@ -80,7 +81,7 @@ class _Send(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         on_the_way = post(x, route)
         ctx.mark_non_differentiable(on_the_way)
-        return on_the_way, x.new_zeros(()).expand(x.shape)
+        return on_the_way, x.new_empty(()).expand(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

@@ -70,6 +70,8 @@ class Ring:
         shape = torch.Size((x_BU.shape[0], len(self.units), *x_BU.shape[2:]))
         return deal(x_BU, shape, self.sends, self.receives, self.group, "noise levels")
 
+    # Compiled, torch 2.11 loses its gradients, and any torch takes both rounds for one and keeps the keys of all ranks.
+    @torch.compiler.disable
     def attend(self, q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, blocks: Blocks) -> Tensor:
         """As backends.attend; the first blocks of keys are those of the own units, as others see them."""
         return _Ring.apply(q_BUnhd, k_BRnhd, v_BRnhd, blocks, self)

@@ -86,13 +86,15 @@ class ShardedTimeline:
         # A compiler would make a block anew for every layer's name
         what = "" if torch.compiler.is_compiling() else _words(key)
         route = Route(self.name, tuple(n * size for n in given), tuple(n * size for n in taken), what)
-        # Also nothing is sent and received as a part of the graph: all ranks must go through it alike
+        # A copy, which nobody changes while it is sent. Nothing, too, is sent and received as a part of the graph: all
+        # ranks must go through it alike.
         sent = send(torch.cat(parts) if parts else x_BU[:, :0].flatten(), route)
 
         def earlier() -> Tensor:
             counts = [n for n in taken if n] or [0]
             arrived = arrive(sent, route).split([n * size for n in counts])
-            return torch.cat([part.view(B, n, *inner) for n, part in zip(counts, arrived, strict=True)], 1)
+            items = [part.view(B, n, *inner) for n, part in zip(counts, arrived, strict=True)]
+            return items[0] if len(items) == 1 else torch.cat(items, 1)
 
         return earlier
 

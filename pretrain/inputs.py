@@ -37,12 +37,12 @@ class Inputs:
 
 
 def latents_of(batch: Batch, autoencoder: Autoencoder, device: torch.device) -> Tensor:
-    """Latents `[B, T, C, h, w]` of a batch in float32, not normalised, on `device`, where video is encoded, too: it
-    comes there as bytes, from pinned memory."""
+    """Latents `[B, T, C, h, w]` of a batch in float32, not normalised, on `device`. Video comes there as bytes and is
+    encoded there, a clip at a time: in floating point a batch of it would take many times the memory."""
     if batch.latents is not None:
         return batch.latents.to(device, non_blocking=True).float()
     assert batch.video is not None
-    return autoencoder.encode(batch.video.to(device, non_blocking=True)).float()
+    return torch.stack([autoencoder.encode(clip.to(device, non_blocking=True)) for clip in batch.video]).float()
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,8 @@ class _Direct(torch.autograd.Function):
     ) -> Tensor:
         ctx.eps = eps
         ctx.save_for_backward(x, gain, cos, sin, tail)
-        return _run_forward(_forward, x, gain, cos, sin, tail, eps, ROWS)
+        with torch.cuda.device_of(x):  # Triton starts kernels on the current device; a backward pass is there already
+            return _run_forward(_forward, x, gain, cos, sin, tail, eps, ROWS)
 
     @staticmethod
     @once_differentiable

@@ -61,7 +61,6 @@ def test_windowed_attention_grows_linearly_with_the_video(scales):
 class Later(WholeVideo):
     """A run of units that starts at `first`; what came before it is sent by somebody."""
 
-
     def __init__(self, first):
         self.first = first
 

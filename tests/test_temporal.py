@@ -114,11 +114,20 @@ def close(actual, expected, what, tolerance=1e-10):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, msg=lambda m: f"{what}: {m}")
 
 
-@pytest.mark.slow  # a minute of tracing
+@pytest.mark.gloo
+def test_a_compiled_block_is_one_graph_with_its_messages():
+    compiled_equals_one_process("gloo", 2, [("one windowed scale", "halo")])
+
+
+@pytest.mark.slow  # minutes of tracing
 @pytest.mark.parametrize("backend, ranks", [*GROUPS, on("one GPU", 2)])
 def test_compiled_blocks_stay_one_graph_across_ranks(backend, ranks):
-    """Messages included, and the same comes out. No windows in space: each of their sizes is a kernel to compile."""
-    kinds = [("pooled in time", "halo"), ("one windowed scale", "halo"), ("dense", "ulysses")]
+    """No windows in space: each of their sizes is a kernel to compile."""
+    kinds = [("pooled in time", "halo"), ("one windowed scale", "halo"), ("dense", "ulysses"), ("dense", "ring")]
+    compiled_equals_one_process(backend, ranks, kinds)
+
+
+def compiled_equals_one_process(backend, ranks, kinds):
     cases = [Case(*kind, 9, dtype=torch.float32, width=128) for kind in kinds]
     tolerance = 1e-5 if backend == "gloo" else 1e-4  # FlexAttention in fp32, as in test_cuda.py
     for case, *ranks_results in zip(cases, *run_ranks(compiled_on_a_rank, ranks, backend, cases), strict=True):
