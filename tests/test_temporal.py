@@ -116,7 +116,7 @@ def close(actual, expected, what, tolerance=1e-10):
 
 @pytest.mark.gloo
 def test_a_compiled_block_is_one_graph_with_its_messages():
-    compiled_equals_one_process("gloo", 2, [("one windowed scale", "halo")])
+    compiled_equals_one_process("gloo", 2, [("one windowed scale", "halo")], units=3)
 
 
 @pytest.mark.slow  # minutes of tracing
@@ -127,8 +127,8 @@ def test_compiled_blocks_stay_one_graph_across_ranks(backend, ranks):
     compiled_equals_one_process(backend, ranks, kinds)
 
 
-def compiled_equals_one_process(backend, ranks, kinds):
-    cases = [Case(*kind, 9, dtype=torch.float32, width=128) for kind in kinds]
+def compiled_equals_one_process(backend, ranks, kinds, units=9):
+    cases = [Case(*kind, units, dtype=torch.float32, width=128) for kind in kinds]
     tolerance = 1e-5 if backend == "gloo" else 1e-4  # FlexAttention in fp32, as in test_cuda.py
     for case, *ranks_results in zip(cases, *run_ranks(compiled_on_a_rank, ranks, backend, cases), strict=True):
         model, *inputs = case.make()
