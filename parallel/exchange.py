@@ -58,10 +58,10 @@ def first_line(error: BaseException) -> str:
     return re.sub(r"\[/[^]]*] ", "", line).partition(" This is typically")[0][:300]
 
 
-# Departure and arrival are two nodes of the graph. What is computed between them overlaps with the transfer; in compiled
-# blocks the compiler orders it. So it does in the backward pass, which goes through them the other way: gradients of
-# what arrived are sent off before those of what was computed meanwhile are worked out. As a gradient has the size of
-# what was sent, not of what came, a tensor of that size ties the nodes, which has no memory of its own.
+# Departure and arrival are two nodes of the graph. What is computed between them overlaps with the transfer; in
+# compiled blocks the compiler orders it. So it does in the backward pass, which goes through them the other way:
+# gradients of what arrived are sent off before those of what was computed meanwhile are worked out. As a gradient has
+# the size of what was sent, not of what came, a tensor of that size ties the nodes, which has no memory of its own.
 
 
 def send(x: Tensor, route: Route) -> tuple[Tensor, Tensor]:
