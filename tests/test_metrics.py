@@ -317,6 +317,7 @@ else:
 """
 
 
+@pytest.mark.slow
 def test_several_processes_open_one_new_store_at_once(tmp_path):
     def one(i: int) -> subprocess.CompletedProcess:
         command = [sys.executable, "-P", "-c", SCRIPT, str(tmp_path / f"run{i}"), "finished"]

@@ -200,6 +200,7 @@ def test_a_rank_is_lost_while_a_checkpoint_is_written(shards, tmp_path):
             rank.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 def test_damaged_checkpoints_cost_time_and_no_data(shards, tmp_path):
     """A truncated, a flipped and a missing file in the last three: the run ends as if nothing had been."""
