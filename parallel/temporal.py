@@ -59,8 +59,8 @@ class ShardedTimeline:
     def __init__(
         self, group: dist.ProcessGroup, bounds: tuple[int, ...], placements: Mapping[int, Ulysses | Ring] | None = None
     ):
-        self.group, self.bounds, self.placements = group, bounds, placements or {}
-        self.name, self.rank, self.ranks = group.group_name, dist.get_rank(group), dist.get_world_size(group)
+        self.group, self.bounds, self.placements = group.group_name, bounds, placements or {}
+        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         self.first = bounds[self.rank]
 
     def placement(self, scale: int) -> Ulysses | Ring | None:
@@ -85,9 +85,9 @@ class ShardedTimeline:
                 taken[source] = b - a
         # A compiler would make a block anew for every layer's name
         what = "" if torch.compiler.is_compiling() else _words(key)
-        route = Route(self.name, tuple(n * size for n in given), tuple(n * size for n in taken), what)
-        # A copy, which nobody changes while it is sent. Nothing, too, is sent and received as a part of the graph: all
-        # ranks must go through it alike.
+        route = Route(self.group, tuple(n * size for n in given), tuple(n * size for n in taken), what)
+        # A copy, which nobody changes while it is sent. Who has nothing to give sends nothing, as a part of the graph:
+        # all ranks must go through it alike.
         sent = send(torch.cat(parts) if parts else x_BU[:, :0].flatten(), route)
 
         def earlier() -> Tensor:
