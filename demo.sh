@@ -24,7 +24,7 @@ msc convert "$videos"/{bigbuckbunny,bikes,carphone_pristine}.mp4 --out $demo/sha
 
 # Two processes share each clip along time: on the CPU, or on two GPUs; one GPU takes the whole clip.
 processes=2
-if [ "$(nvidia-smi -L 2>/dev/null | wc -l)" = 1 ]; then processes=1; fi
+if [ "$(python -c 'import torch; print(torch.cuda.device_count())')" = 1 ]; then processes=1; fi
 say "training on $processes process(es)"
 msc train --preset demo --run $run --processes $processes data.shards=$demo/shards parallel.sp=$processes "$@"
 

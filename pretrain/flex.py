@@ -40,6 +40,16 @@ def compiled(*shapes: object) -> Callable[..., Any]:
     return torch.compile(FunctionType(_attend.__code__.replace(), globals()), dynamic=False)
 
 
+def for_any_batch(*qkv_BhNd: Tensor) -> Callable[..., Any]:
+    """`compiled` for these tensors, and for such of any batch: of clips, and of windows in space, whose number differs
+    from region to region. Only one alone is another case to torch."""
+    q, k, _ = qkv_BhNd
+    if len(q) > 1:
+        for x in qkv_BhNd:
+            torch._dynamo.maybe_mark_dynamic(x, 0)
+    return compiled(len(q) > 1, q.shape[1:], k.shape[1:], q.dtype, torch.is_grad_enabled())
+
+
 class Prepared(NamedTuple):
     """Who sees whom, and FlexAttention's options for 16-bit tensors."""
 
@@ -58,8 +68,10 @@ def attend(q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, prepared: Prepared
     """See backends.attend; of its blocks, prepared."""
     units, n = q_BUnhd.shape[1:3]
     q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (q_BUnhd, k_BRnhd, v_BRnhd))
-    inside = torch.compiler.is_compiling() or not q.is_cuda  # of a compiled model it becomes a part
-    kernel = _attend if inside else compiled(q.shape, k.shape, q.dtype, torch.is_grad_enabled())
+    if torch.compiler.is_compiling() or not q.is_cuda:  # of a compiled model it becomes a part
+        kernel = _attend
+    else:
+        kernel = for_any_batch(q, k, v)
     # For fewer than 128 queries torch has another kernel, which writes beyond its rows with tiles that are not its own,
     # and in a compiled model takes a slice of queries to begin where the whole does (2.11, 2.13): not that one.
     options = {"BACKEND": "TRITON", **(prepared.tiles if q.dtype.itemsize == 2 else {})}

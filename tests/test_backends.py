@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 from msc.pretrain import backends, flash, flex
@@ -196,19 +197,19 @@ def test_a_roll_outs_single_unit_needs_no_mask_and_so_no_compiling(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_every_shape_is_compiled_for_itself(monkeypatch):
+def test_every_shape_is_compiled_for_itself_and_for_any_batch(monkeypatch):
     """Torch looks through all that it compiled of one piece of code at every call: here each finds just one."""
-    whole = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, backend="eager", **options: whole(f, backend=backend, **options))
+    whole, made = torch.compile, CompileCounter()
+    monkeypatch.setattr(torch, "compile", lambda f, backend=made, **options: whole(f, backend=backend, **options))
     flex.compiled.cache_clear()
-    for units in (2, 3, 2):
+    for batch, units in [(2, 2), (2, 3), (5, 2), (1, 2), (3, 2), (1, 2)]:
         mask = flex.block_mask(Scale(2, window=1).key_blocks(0, units, False), 8, "cpu")
-        q = torch.randn(1, 2, 8 * units, 16)
-        kernel = flex.compiled(q.shape, q.shape, q.dtype, True)
+        q = torch.randn(batch, 2, 8 * units, 16)
+        kernel = flex.for_any_batch(q, q, q)
         with torch.no_grad():
             out = kernel(q, q, q, mask, {})
         torch.testing.assert_close(out, flex._attend(q, q, q, mask, {}))
         entries = torch._dynamo.eval_frame._debug_get_cache_entry_list(kernel._torchdynamo_orig_callable.__code__)
         assert len(entries) == 1
-    assert flex.compiled.cache_info().currsize == 2
+    assert flex.compiled.cache_info().currsize == made.frame_count == 3
     flex.compiled.cache_clear()
