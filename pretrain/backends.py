@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Blocks = tuple[tuple[int, ...], ...]
 Attend = Callable[[Tensor, Tensor, Tensor, Blocks], Tensor]
@@ -265,31 +266,49 @@ def _scatter_add(grad_BRnhd: Tensor, part: Tensor, seen: list[tuple[int, ...]]) 
 
 # One rectangle --------------------------------------------------------------------------------------
 
+# Torch would choose cuDNN's kernels on Hopper. Their gradients are wrong for some shapes, without a word: here by 17 %
+# (docs/benchmarks.md), and so said others (pytorch issues 150700 and 196678).
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def scaled_dot_product(q_Bhnd: Tensor, k_Bhmd: Tensor, v_Bhmd: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Torch's attention, by none of cuDNN's kernels."""
+    if q_Bhnd.device.type == "cpu":
+        return F.scaled_dot_product_attention(q_Bhnd, k_Bhmd, v_Bhmd, attn_mask=mask)
+    with sdpa_kernel(KERNELS):
+        return F.scaled_dot_product_attention(q_Bhnd, k_Bhmd, v_Bhmd, attn_mask=mask)
+
 
 def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Output, and the log-sum-exp of the logits or nothing: only torch's own operators give it away."""
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v), q.new_empty(0)
+    if _flash(q):
+        out, log_sum, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
+        return out, log_sum
+    return scaled_dot_product(q, k, v), q.new_empty(0)
 
 
 def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor) -> tuple[Tensor, ...]:
     if q.device.type == "cpu":
         op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         return op(grad, q, k, v, out, log_sum, 0.0, False)
-    with torch.enable_grad():  # elsewhere the kernel's statistics are private: run it again
+    if _flash(q):
+        op = torch.ops.aten._scaled_dot_product_flash_attention_backward
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of a dropout that there is not
+        return op(grad, q, k, v, out, log_sum.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, False, seed, seed)
+    with torch.enable_grad():  # the kernel's statistics are private: run it again
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-        return torch.autograd.grad(F.scaled_dot_product_attention(inputs[0], inputs[1], inputs[2]), inputs, grad)
+        return torch.autograd.grad(scaled_dot_product(*inputs), inputs, grad)
 
 
-# The same with the log-sum-exp in hand, which parts need to be merged. Only torch's own operators give it away.
+# The same with the log-sum-exp in hand always, which parts need to be merged.
 
 
 def _forward_with_sum(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    if q.device.type == "cpu":
+    if q.device.type == "cpu" or _flash(q):
         return _forward(q, k, v)
-    if _flash(q):
-        out, log_sum, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
-        return out, log_sum
     logits = _wide(q) @ _wide(k).mT * q.shape[-1] ** -0.5
     log_sum = logits.logsumexp(-1)
     return ((logits - log_sum[..., None]).exp() @ _wide(v)).to(q.dtype), log_sum
@@ -298,12 +317,8 @@ def _forward_with_sum(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def _backward_with_sum(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor
 ) -> tuple[Tensor, ...]:
-    if q.device.type == "cpu":
+    if q.device.type == "cpu" or _flash(q):
         return _backward(grad, q, k, v, out, log_sum)
-    if _flash(q):
-        op = torch.ops.aten._scaled_dot_product_flash_attention_backward
-        seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of a dropout that there is not
-        return op(grad, q, k, v, out, log_sum.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, False, seed, seed)
     scale = q.shape[-1] ** -0.5
     weights = (_wide(q) @ _wide(k).mT * scale - log_sum[..., None]).exp()
     rest = _wide(grad) @ _wide(v).mT - (_wide(grad) * out).sum(-1, keepdim=True)
@@ -313,8 +328,15 @@ def _backward_with_sum(
 
 
 def _flash(q: Tensor) -> bool:
-    """Whether torch's flash attention takes these heads; others on a GPU take plain matrix products."""
-    return q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    """Whether torch's flash attention takes these heads."""
+    if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] % 8 or q.shape[-1] > 256:
+        return False
+    return _ampere()
+
+
+@torch.compiler.assume_constant_result
+def _ampere() -> bool:
+    return torch.cuda.get_device_capability() >= (8, 0)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -88,13 +88,9 @@ def block_mask(blocks: Blocks, n: int, device: str) -> BlockMask:
     for unit, seen in enumerate(blocks):
         table[unit, list(seen)] = True
     seen_tokens = tile_counts(table, n)
-    q_tiles, k_tiles = seen_tokens.shape
-    # the last tiles are shorter; only tiles whose every pair is visible may skip the mask function
-    q_sizes = torch.tensor([min(TILE, len(blocks) * n - i * TILE) for i in range(q_tiles)])
-    k_sizes = torch.tensor([min(TILE, rows * n - j * TILE) for j in range(k_tiles)])
-    whole = seen_tokens == TILE * TILE  # a short tile is never whole: its missing tokens need masking
+    # only tiles whose every pair is visible may skip the mask function; a short last tile is never whole
+    whole = seen_tokens == TILE * TILE
     partial = (seen_tokens > 0) & ~whole
-    assert (seen_tokens <= q_sizes[:, None] * k_sizes).all()
     where = table.to(device)
 
     def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -102,9 +98,10 @@ def block_mask(blocks: Blocks, n: int, device: str) -> BlockMask:
 
     def ordered(chosen: Tensor) -> tuple[Tensor, Tensor]:
         """(how many, which first) of the chosen key tiles of every query tile, as FlexAttention lists them."""
-        return chosen.sum(-1)[None, None].int(), chosen.int().argsort(dim=-1, descending=True, stable=True)[
-            None, None
-        ].int()
+        rows, columns = chosen.nonzero(as_tuple=True)
+        at = torch.zeros(chosen.shape, dtype=torch.int32)
+        at[rows, chosen.cumsum(-1)[rows, columns] - 1] = columns.int()
+        return chosen.sum(-1)[None, None].int(), at[None, None]
 
     some, some_at = ordered(partial)
     every, every_at = ordered(whole)
@@ -122,11 +119,11 @@ def block_mask(blocks: Blocks, n: int, device: str) -> BlockMask:
 def tile_counts(table: Tensor, n: int) -> Tensor:
     """Visible pairs of tokens in every TILE × TILE tile, from a table over units of n tokens."""
 
-    def overlap(units: int) -> Tensor:
-        """Tokens that tile i and unit u share: `[tiles, units]`."""
-        tiles = torch.arange(-(-units * n // TILE))[:, None] * TILE
-        starts = torch.arange(units)[None] * n
-        return (torch.minimum(tiles + TILE, starts + n) - torch.maximum(tiles, starts)).clamp_min(0).double()
+    def by_tiles(x: Tensor) -> Tensor:
+        """Rows of units, each as often as it has tokens, added up to rows of tiles."""
+        tokens = len(x) * n
+        edges = torch.cat((torch.arange(0, tokens, TILE), torch.arange(0, tokens + 1, n))).unique()
+        pieces = x[edges[:-1] // n] * edges.diff()[:, None].to(x.dtype)
+        return x.new_zeros(-(-tokens // TILE), x.shape[1]).index_add_(0, edges[:-1] // TILE, pieces)
 
-    counts = overlap(table.shape[0]) @ table.double() @ overlap(table.shape[1]).T
-    return counts.long()
+    return by_tiles(by_tiles(table.int()).T).T

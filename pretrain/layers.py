@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import MultiScaleAttention
-from .backends import many_shapes
+from .backends import many_shapes, scaled_dot_product
 from .gate import GatePlace
 from .scales import Scale
 from .timeline import Layer
@@ -71,11 +71,11 @@ class CrossAttention(nn.Module):
     def forward(self, x_BTHWD: Tensor, text_BLD: Tensor, seen_BL: Tensor) -> Tensor:
         q = self.q(self.norm(x_BTHWD)).flatten(1, 3).unflatten(-1, (self.heads, -1))
         k, v = self.kv(text_BLD).unflatten(-1, (2, self.heads, -1)).unbind(-3)
-        out = F.scaled_dot_product_attention(
+        out = scaled_dot_product(
             self.q_norm(q).transpose(1, 2),
             self.k_norm(k).transpose(1, 2),
             v.transpose(1, 2),
-            attn_mask=seen_BL[:, None, None],
+            seen_BL[:, None, None],
         )
         return self.out(out.transpose(1, 2).flatten(-2)).reshape(x_BTHWD.shape)
 
