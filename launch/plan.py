@@ -24,6 +24,7 @@ from msc.pretrain.config import Config
 from msc.pretrain.layout import Clip, Layout, choose, estimates
 from msc.pretrain.model import ModelConfig
 from msc.pretrain.parallelize import check_parallel, clip_of, kept_activations
+from msc.pretrain.scales import spatial_windows
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,16 @@ class Plan:
         return max(self.seconds, key=lambda part: self.seconds[part])
 
 
+def attention_calls(model: ModelConfig, grid: tuple[int, int]) -> float:
+    """Scales of a block by what the CPU has to start for them: windows in space are so many regions of equal ones."""
+    calls = 0.0
+    for scale in model.scales:
+        for shifted in (False, True):  # every second layer
+            rows, columns = (len(spatial_windows(side // scale.space, scale.patch_window, shifted)) for side in grid)
+            calls += (1 + hardware.REGION * (rows * columns - 1)) / 2
+    return calls
+
+
 def plan(config: Config, index: Index, device: Device, gpus: int) -> Plan:
     """What a resolved configuration takes as it is. ValueError where it cannot run on that many GPUs."""
     model, parallel = config.model, config.parallel
@@ -112,7 +123,7 @@ def plan(config: Config, index: Index, device: Device, gpus: int) -> Plan:
         "attention": again * attention / attention_rate,
         "memory traffic": again * speed.passes * kept / device.bandwidth,
     }
-    launches = again * speed.launches * len(model.scales) * model.depth
+    launches = again * speed.launches * attention_calls(model, clip.grid) * model.depth
     launches *= hardware.SHARDED if parallel.sp > 1 else 1.0
     micro["launches"] = max(0.0, launches - sum(micro.values()))
     computing = sum(micro.values())
@@ -246,7 +257,7 @@ def roll_out(model: ModelConfig, grid: tuple[int, int], device: Device, units: i
         """One forward pass: it computes, or reads weights and cache, or waits for launches, whichever takes longest."""
         computing = cost.unit_flops(model, unit, *grid) / (device.fp32 * hardware.EAGER.products)
         reading = (4 * count + cost.cache_bytes(model, unit, *grid)) / device.bandwidth
-        launching = hardware.EAGER.launches / 3 * len(model.scales) * model.depth
+        launching = hardware.EAGER.launches / 3 * attention_calls(model, grid) * model.depth
         return max(computing, reading, launching)
 
     own = 4.0 * model.frames_per_unit * grid[0] * grid[1] * (9 * model.width + 2 * model.hidden)

@@ -266,8 +266,9 @@ def _scatter_add(grad_BRnhd: Tensor, part: Tensor, seen: list[tuple[int, ...]]) 
 
 # One rectangle --------------------------------------------------------------------------------------
 
-# Torch would choose cuDNN's kernels on Hopper. Their gradients are wrong for some shapes, without a word: here by 17 %
-# (docs/benchmarks.md), and so said others (pytorch issues 150700 and 196678).
+# Left to itself torch 2.11 takes cuDNN's kernels on Hopper. Others found their gradients wrong, without a word or as
+# NaN (pytorch issues 150700, 196678), and here gradients of that choice were 17 % off (docs/benchmarks.md); that cuDNN
+# is to blame was not shown.
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 

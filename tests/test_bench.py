@@ -44,7 +44,7 @@ def several_gpus(*words):
 def test_scaling_over_several_ranks_is_told_row_by_row_past_one_that_fails():
     said = several_gpus("--frames", "4", "--ranks", "1", "2")
     rows = [line.strip("|").split(" | ") for line in said.splitlines() if line.startswith("| ")][2:]
-    assert {len(row) for row in rows} == {12}
+    assert {len(row) for row in rows} == {13}
     found = {tuple(cell.strip() for cell in row[:5]): [cell.strip() for cell in row[5:]] for row in rows}
     alone = [("one", scales, "", "1", tokens) for scales in ("multi-scale", "dense") for tokens in ("64", "128")]
     shared = [("multi-scale", "halo"), ("dense", "ulysses"), ("dense", "ring")]

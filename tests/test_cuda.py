@@ -131,7 +131,7 @@ def test_causality_is_bit_identical(name, backend):
 
 @pytest.mark.parametrize("backend", ["sdpa", "flex"])
 def test_gradients_in_bf16_err_no_more_than_on_a_cpu(backend):
-    """Logits far below zero, where the gate closes, and few queries: cuDNN's gradients would be wrong."""
+    """With logits far below zero, where the gate closes, and few queries."""
     model, *inputs = make(SCALES["default"], 11, 1, "pair", torch.bfloat16)
     exact = make(SCALES["default"], 11, 1, "pair")[0]
     truth = backward(exact, *(x.double() if x.is_floating_point() else x for x in inputs), WholeVideo())

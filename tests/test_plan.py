@@ -131,6 +131,12 @@ def test_the_steps_that_constants_were_taken_from_are_predicted(model, frames, c
     assert predicted == pytest.approx(measured, rel=0.02)
 
 
+def test_a_step_of_the_demo_with_its_windows_in_space_is_predicted():
+    """From which the cost of their regions was taken."""
+    index = replace(ASSUMED, channels=3, frames=12, height=48, width=64)
+    assert plan(resolve(PRESETS["demo"](), index), index, H100, 1).step_s == pytest.approx(0.135, rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("model", "frames", "compiled", "recompute", "measured", "within"),
     [

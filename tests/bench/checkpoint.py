@@ -45,7 +45,7 @@ def stall(args: argparse.Namespace, folder: Path) -> None:
     world = process.join(60)
     torch.manual_seed(0)
     config = ModelConfig(
-        width=args.width, depth=args.depth, scales=default_scales(8, patch_window=4), patch=2, channels=4
+        width=args.width, depth=args.depth, scales=default_scales(8, patch_window=None), patch=2, channels=4
     )
     parallel = ParallelConfig(precision="fp32")
     engine = parallelize(build(config, parallel, world.device), parallel, OptimizerConfig(), 1)

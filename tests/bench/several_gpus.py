@@ -8,9 +8,10 @@ Weak: `--frames` for each GPU, so that the video grows with them; strong: one vi
 compared with one GPU in the same run. Steps are forward and backward passes of one clip, of the slowest rank, medians;
 with `--engine` whole steps by DeepSpeed (ZeRO as in the preset), with gradients reduced and an update. "Not hidden" is
 the share of a step that goes when no message along time is sent and receivers get random numbers instead; such steps
-and ordinary ones take turns (but for compiled steps, which it would compile twice). "Planned" is what launch/plan.py
-says of the same steps before. Rows come as they are measured; one that runs out of memory or time says so, and the
-others go on.
+and ordinary ones take turns (but for compiled steps, which it would compile twice). "Of the CPU" are the seconds in
+which the slowest rank's starts all of a step: where a step takes no longer, the GPUs wait for it. "Planned" is what
+launch/plan.py says of the same steps before. Rows come as they are measured; one that runs out of memory or time says
+so, and the others go on.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ from msc.pretrain.scales import Scale
 
 RANK = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import several_gpus; several_gpus.rank()"
 COLUMNS = [
-    "scaling", "scales", "layout", "GPUs", "tokens", "step, s", "planned, s", "tokens/s per GPU", "of one GPU's",
-    "of one GPU's FLOP/s", "not hidden", "GB",
+    "scaling", "scales", "layout", "GPUs", "tokens", "step, s", "of the CPU", "planned, s", "tokens/s per GPU",
+    "of one GPU's", "of one GPU's FLOP/s", "not hidden", "GB",
 ]  # fmt: skip
 
 
@@ -177,38 +178,43 @@ def agreed(yes: bool) -> bool:
 
 
 def measure(args: argparse.Namespace, world: process.World, mesh: Any, job: dict[str, Any]) -> dict[str, Any]:
-    """Median seconds of a step with and without messages, memory of the fullest GPU, loss of first and last step."""
+    """Median seconds of a step, its CPU's and those without messages, memory of the fullest GPU, loss of first and last
+    step."""
     on_gpu = world.device.type == "cuda"
     torch._dynamo.reset()
     step = training_step(args, world, mesh, job)
     losses: list[torch.Tensor] = []
 
-    def timed(silent: bool) -> float:
+    def timed(silent: bool) -> tuple[float, float]:
+        """Seconds of a step, and until the CPU has started all of it."""
         dist.all_reduce(torch.zeros(1, device=world.device))  # all start together
         if on_gpu:
             torch.cuda.synchronize()
         start = time.perf_counter()
         with nothing_sent() if silent else nullcontext():
             share = step()
+            started = time.perf_counter() - start
             if on_gpu:
                 torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
         if not silent:
             losses.append(share.cpu())
-        return time.perf_counter() - start
+        return seconds, started
 
     ways = (False,) if job["ranks"] == 1 or args.longest or args.compile else (False, True)
     for silent in (*ways, *ways):  # the first of each way compiles
         timed(silent)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    times: list[list[float]] = []
+    times: list[list[tuple[float, float]]] = []
     began = time.perf_counter()
     while len(times) < args.runs and agreed(len(times) < 3 or time.perf_counter() - began < args.limit / 4):
         times.append([timed(silent) for silent in ways])
     if args.profile and on_gpu and job["ranks"] > 1:
         from step import kernels
 
-        listed = kernels(lambda: timed(False), args.profile)
+        trace = f"{args.trace}/{job['frames']}-frames-rank-{world.rank}.json.gz" if args.trace else None
+        listed = kernels(lambda: timed(False), args.profile, trace)
         if world.first:
             print(f"Kernels of the first rank:\n{listed}", file=sys.stderr, flush=True)
     slowest = torch.tensor(times)
@@ -217,11 +223,12 @@ def measure(args: argparse.Namespace, world: process.World, mesh: Any, job: dict
     dist.all_reduce(memory, dist.ReduceOp.MAX)
     ends = torch.stack([losses[0], losses[-1]])
     dist.all_reduce(ends)
-    medians = [statistics.median(column) for column in slowest.T.tolist()]
+    medians = [[statistics.median(runs) for runs in way] for way in slowest.permute(1, 2, 0).tolist()]
     device = hardware.named_by_driver(torch.cuda.get_device_name()) if on_gpu else None
     return {
-        "seconds": medians[0],
-        "silent": medians[1] if len(medians) > 1 else None,
+        "seconds": medians[0][0],
+        "started": medians[0][1],
+        "silent": medians[1][0] if len(medians) > 1 else None,
         "memory": float(memory) or None,
         "planned": planned(args, job, device) if device else None,
         "losses": ends.tolist(),
@@ -286,7 +293,8 @@ def tell(args: argparse.Namespace, folder: Path, job: dict[str, Any], found: dic
             one = next((one for one in before if one["ranks"] == 1 and one["scales"] == job["scales"]
                         and one["frames"] == compared and "seconds" in one), None)  # fmt: skip
             seconds, silent, memory = found["seconds"], found["silent"], found["memory"]
-            row += [f"{seconds:.4f}", f"{found['planned']:.4f}" if found["planned"] else ""]
+            row += [f"{seconds:.4f}", f"{found['started']:.4f}"]
+            row += [f"{found['planned']:.4f}" if found["planned"] else ""]
             row += [f"{tokens / seconds / ranks:,.0f}"]
             if one is not None and ranks > 1:
                 work, own = (cost.step_flops(model, many, args.side, args.side) for many in (frames, compared))
@@ -352,6 +360,7 @@ def main() -> None:
     parser.add_argument("--longest", type=int, nargs="?", const=2**20, metavar="TOKENS",
                         help="train on one clip of so many tokens over all GPUs, recomputed")  # fmt: skip
     parser.add_argument("--profile", type=int, metavar="N", help="also list the first rank's N longest kernels")
+    parser.add_argument("--trace", metavar="FOLDER", help="with --profile: a step of every rank for chrome://tracing")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if gpus else "cpu")
     parser.add_argument("--seconds", type=float, default=3600, help="begin nothing after so many")
     parser.add_argument("--limit", type=float, default=240, help="seconds for one row, starting and compiling included")

@@ -5,7 +5,8 @@
     python tests/bench/step.py --preset base --frames 256 --backends flex --part 1 2 --profile 20
 
 Frames are of 16 × 16 tokens. Steps are forward and backward passes of the whole model with recomputation as
-in the preset, weights in bf16 on a GPU and fp32 on a CPU. FLOPs are unmasked and without recomputation. The longest
+in the preset, weights in bf16 on a GPU and fp32 on a CPU. "Of the CPU" are the seconds in which it starts all of a
+step, which a GPU may wait for. FLOPs are unmasked and without recomputation. The longest
 clip that fits is looked for by doubling the frames, one timed step each. With `--part R P` the frames are those of rank
 R of P that share a clip along time by halos; nothing is sent, what would come is random: what a rank's own work takes.
 """
@@ -54,7 +55,7 @@ def training_step(
     config: ModelConfig, frames: int, backend: str, compiled: bool, recompute: bool, in_fp8: bool = False,
     part: tuple[int, int] | None = None,
 ) -> Callable[[], None]:  # fmt: skip
-    """A function that makes one forward and backward pass and returns when the device is done."""
+    """A function that makes one forward and backward pass; on a GPU it returns when all of it is started."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
@@ -78,42 +79,52 @@ def training_step(
             y = model(x, t, timeline=timeline)
         y.float().square().mean().backward()
         model.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
 
     return step
 
 
+def timed(step: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of a step until the device is done, and until the CPU has started all of it."""
+    start = time.perf_counter()
+    step()
+    started = time.perf_counter() - start
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, started
+
+
 def measure(
     config: ModelConfig, frames: int, backend: str, compiled: bool, recompute: bool, runs: int, top: int = 0,
-    in_fp8: bool = False, part: tuple[int, int] | None = None,
+    in_fp8: bool = False, part: tuple[int, int] | None = None, trace: str | None = None,
 ) -> dict:  # fmt: skip
-    """Median seconds of a step, peak memory in bytes, FLOPs; with `top`, a list of so many kernels."""
+    """Median seconds of a step and of the CPU, peak memory in bytes, FLOPs; with `top`, a list of so many kernels."""
     torch._dynamo.reset()
     step, on_gpu = training_step(config, frames, backend, compiled, recompute, in_fp8, part), torch.cuda.is_available()
     for _ in range(2):
-        step()
+        timed(step)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    times, ranks = [], part[1] if part else 1
-    for _ in range(runs):
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
+    ranks = part[1] if part else 1
+    seconds, started = map(statistics.median, zip(*(timed(step) for _ in range(runs)), strict=True))
     return {
-        "seconds": statistics.median(times),
+        "seconds": seconds,
+        "started": started,
         "memory": torch.cuda.max_memory_allocated() if on_gpu else 0,
         "flops": cost.step_flops(config, frames * ranks, SIDE, SIDE) / ranks,
-        "kernels": kernels(step, top) if top else "",
+        "kernels": kernels(step, top, trace) if top else "",
     }
 
 
-def kernels(step: Callable[[], None], top: int) -> str:
-    """The GPU's kernels of one step: the longest by name, all of them, and how long the GPU did nothing."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        start = time.perf_counter()
-        step()
-        wall = time.perf_counter() - start
+def kernels(step: Callable[[], object], top: int, trace: str | None = None) -> str:
+    """The GPU's kernels of one step: the longest by name, and all of them. trace: a file for chrome://tracing, which
+    also shows what the CPU did."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        wall, _ = timed(step)
+    if trace:  # of another step: looking at the CPU slows it down
+        with torch.profiler.profile(activities=[*activities, torch.profiler.ProfilerActivity.CPU]) as both:
+            timed(step)
+        both.export_chrome_trace(trace)
     found = [e for e in profiler.key_averages() if e.self_device_time_total > 0]
     found.sort(key=lambda e: -e.self_device_time_total)
     busy = sum(e.self_device_time_total for e in found) / 1e6
@@ -137,6 +148,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--models", nargs="+", default=["multi-scale", "dense"], choices=["multi-scale", "dense"])
     parser.add_argument("--profile", type=int, metavar="N", help="also list the GPU's N longest kernels")
+    parser.add_argument("--trace", metavar="FILE.json.gz", help="with --profile: a step for chrome://tracing")
     parser.add_argument(
         "--longest", type=int, metavar="MOST", help="double the frames until they do not fit, up to MOST"
     )
@@ -154,8 +166,8 @@ def main() -> None:
     how = ["recomputed" if args.recompute else "kept", *(["compiled"] if args.compile else [])]
     how += ["rank {} of {}".format(*args.part)] if args.part else []
     print(f"{args.preset}, {size}, {name}, torch {torch.__version__}, {', '.join(how)}{', fp8' if args.fp8 else ''}\n")
-    print("| tokens | model | kernel | s per step | tokens/s | GB | TFLOP | MFU |")
-    print("| ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |", flush=True)
+    print("| tokens | model | kernel | s per step | of the CPU | tokens/s | GB | TFLOP | MFU |")
+    print("| ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
     if args.longest:
         for label in args.models:
             for backend in args.backends:
@@ -180,10 +192,10 @@ def row(args: argparse.Namespace, config: ModelConfig, frames: int, label: str, 
     """Measure one configuration and print it; None where it does not fit."""
     start = f"| {frames * 256:,} | {label} | {backend}"
     try:
-        how = args.compile, args.recompute, args.runs, args.profile, args.fp8
-        found = measure(config, frames, backend, *how, args.part)
+        how = args.compile, args.recompute, args.runs, args.profile, args.fp8, args.part, args.trace
+        found = measure(config, frames, backend, *how)
     except torch.OutOfMemoryError:
-        print(f"{start} | out of memory | | | | |", flush=True)
+        print(f"{start} | out of memory | | | | | |", flush=True)
         return None
     finally:
         gc.collect()
@@ -192,7 +204,8 @@ def row(args: argparse.Namespace, config: ModelConfig, frames: int, label: str, 
     seconds, flops = found["seconds"], found["flops"]
     share = mfu(flops / seconds, name)
     print(
-        f"{start} | {seconds:.4f} | {frames * 256 / seconds:,.0f} | {found['memory'] / 1e9:.2f} "
+        f"{start} | {seconds:.4f} | {found['started']:.4f} | {frames * 256 / seconds:,.0f} "
+        f"| {found['memory'] / 1e9:.2f} "
         f"| {flops / 1e12:.2f} | {'' if share is None else f'{share:.1%}'} |",
         flush=True,
     )
@@ -213,7 +226,7 @@ def longest(args: argparse.Namespace, config: ModelConfig, label: str, backend: 
         if found["seconds"] > args.patience:
             ended = "--patience"
             break
-    print(f"| longest: {fitted * 256:,} | {label} | {backend} | ended by {ended} | | | | |", flush=True)
+    print(f"| longest: {fitted * 256:,} | {label} | {backend} | ended by {ended} | | | | | |", flush=True)
 
 
 if __name__ == "__main__":
