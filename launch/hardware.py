@@ -70,8 +70,8 @@ class Efficiency:
 EAGER = Efficiency(products=0.78, attention=0.29, passes=11.0, launches=0.0051)
 COMPILED = Efficiency(products=0.78, attention=0.29, passes=6.0, launches=0.0011)
 
-# MEASURED: launches of a further region of windows in space, by those of a scale. With it a step of `demo` (clips of 12
-# frames, not compiled) takes the 0.135 s that it took on one H100.
+# ESTIMATE: launches of a further region of windows in space, relative to those of a scale. It makes a step of `demo`
+# (12 frames, not compiled) on one H100 the 0.135 s that were measured.
 REGION = 0.47
 # ESTIMATE: launches of a block whose past comes from other ranks. It makes an eager step on two H100 (`base`, 4 layers,
 # 131,072 tokens, halos) the 0.1256 s that were measured; what else it may have waited for was not looked at.
@@ -85,13 +85,13 @@ USABLE = 0.92  # ESTIMATE: share of the memory that fragmentation leaves
 
 MEASURED = (
     f"compiled (eager), one H100: {COMPILED.passes:g} ({EAGER.passes:g}) passes over kept activations, "
-    f"{COMPILED.launches * 1e3:.1f} ({EAGER.launches * 1e3:.1f}) ms per scale and block to launch, {REGION:g} times "
-    "that per further region of windows in space; "
+    f"{COMPILED.launches * 1e3:.1f} ({EAGER.launches * 1e3:.1f}) ms per scale and block to launch; "
     f"compiled: products at {COMPILED.products:.0%} of the peak, attention at {COMPILED.attention:.0%}"
 )
 ESTIMATED = (
     "products and attention of eager steps as compiled, "
-    f"{SHARDED:g} times the launches with parallel.sp > 1, "
+    f"{REGION:g} times a scale's launches per further region of windows in space, {SHARDED:g} times all with "
+    "parallel.sp > 1, "
     f"links at {LINKS:.0%}, {OVERLAP:.0%} of the backward pass hides "
     f"gradients, {UPDATE:g} bytes per parameter and update, {RESERVED / 1e9:g} GB reserved, {USABLE:.0%} of the memory "
     "usable; other kinds and widths do as `pilot` and `base` on that GPU"

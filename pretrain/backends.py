@@ -7,7 +7,8 @@ list is all a kernel needs to know of causality, windows and pooling, so no N×N
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -296,12 +297,28 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_su
         return op(grad, q, k, v, out, log_sum, 0.0, False)
     if _flash(q):
         op = torch.ops.aten._scaled_dot_product_flash_attention_backward
-        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of a dropout that there is not
-        return op(grad, q, k, v, out, log_sum.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, False, seed, seed)
+        seed = q.new_empty(2, dtype=torch.int64)  # of a dropout that there is not: not read
+        lengths = q.shape[2], k.shape[2]
+        with _in_fixed_order():
+            return op(grad, q, k, v, out, log_sum.contiguous(), None, None, *lengths, 0.0, False, seed, seed)
     with torch.enable_grad():  # the kernel's statistics are private: run it again
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]
         return torch.autograd.grad(scaled_dot_product(*inputs), inputs, grad)
+
+
+@contextmanager
+def _in_fixed_order() -> Iterator[None]:
+    """Flash attention adds up the queries' gradients of several blocks of keys in any order, if not told otherwise: no
+    run would repeat another. A compiler is not told: in compiled models the order is torch's."""
+    if torch.compiler.is_compiling():
+        yield
+        return
+    mode, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(mode, warn_only=warns)
 
 
 # The same with the log-sum-exp in hand always, which parts need to be merged.
@@ -329,15 +346,15 @@ def _backward_with_sum(
 
 
 def _flash(q: Tensor) -> bool:
-    """Whether torch's flash attention takes these heads."""
-    if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] % 8 or q.shape[-1] > 256:
+    """Whether torch's flash attention takes these heads, in training on every GPU that it knows."""
+    if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] % 8 or q.shape[-1] > 192:
         return False
-    return _ampere()
+    return _has_flash()
 
 
 @torch.compiler.assume_constant_result
-def _ampere() -> bool:
-    return torch.cuda.get_device_capability() >= (8, 0)
+def _has_flash() -> bool:
+    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def _wide(x: Tensor) -> Tensor:

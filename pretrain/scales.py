@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,6 @@ class Scale:
         """Groups pooled in time that a run of units completes."""
         return (first + units) // self.time - first // self.time if self.time > 1 else 0
 
-    @lru_cache(maxsize=64)  # noqa: B019 - scales are few and small; of thousands of units it takes tens of milliseconds
     def key_blocks(self, first: int, units: int, separate_own: bool) -> tuple[tuple[int, ...], ...]:
         """Which blocks of keys each of `units` own units, starting at unit `first`, attends to.
 

@@ -177,6 +177,7 @@ def test_torch_export_of_a_step_with_a_cached_past():
     torch.testing.assert_close(graph.module()(x, t, past), model(x, t, None, None, cache), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow  # a minute and more of the exporter's
 def test_onnx_of_a_denoising_step(tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")

@@ -106,8 +106,8 @@ if [ "$kind" = one ]; then
         steps fp8 60 --preset base --depth 8 --frames 64 256 --keep --models multi-scale --fp8
     fi
     if has deepspeed; then
-        step checkpoint 90 python $bench/checkpoint.py --width 1024 --depth 4 --runs 2 --disk "$work"
-        if has skvideo && has av && has mlflow; then step demo 330 ./demo.sh; fi
+        step checkpoint 120 python $bench/checkpoint.py --width 1024 --depth 4 --runs 2 --disk "$work"
+        if has skvideo && has av && has mlflow; then step demo 540 ./demo.sh; fi
     fi
     step race 500 python $bench/race.py "$out" --frames 256 --batch 1 --held-out 8 --compile --seconds 180 --steps 0
     step tiles 150 python $bench/flex_tiles.py

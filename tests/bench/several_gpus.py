@@ -9,9 +9,9 @@ compared with one GPU in the same run. Steps are forward and backward passes of 
 with `--engine` whole steps by DeepSpeed (ZeRO as in the preset), with gradients reduced and an update. "Not hidden" is
 the share of a step that goes when no message along time is sent and receivers get random numbers instead; such steps
 and ordinary ones take turns (but for compiled steps, which it would compile twice). "Of the CPU" are the seconds in
-which the slowest rank's starts all of a step: where a step takes no longer, the GPUs wait for it. "Planned" is what
-launch/plan.py says of the same steps before. Rows come as they are measured; one that runs out of memory or time says
-so, and the others go on.
+which the slowest rank's starts all of a step, waits for room among what is started included: where it takes much less,
+no GPU waits for it. "Planned" is what launch/plan.py says of the same steps before. Rows come as they are measured; one
+that runs out of memory or time says so, and the others go on.
 """
 
 from __future__ import annotations
@@ -213,7 +213,8 @@ def measure(args: argparse.Namespace, world: process.World, mesh: Any, job: dict
     if args.profile and on_gpu and job["ranks"] > 1:
         from step import kernels
 
-        trace = f"{args.trace}/{job['frames']}-frames-rank-{world.rank}.json.gz" if args.trace else None
+        name = f"{job['scales']}-{job['layouts']}-{job['frames']}-frames-rank-{world.rank}.json.gz"
+        trace = f"{args.trace}/{name}" if args.trace else None
         listed = kernels(lambda: timed(False), args.profile, trace)
         if world.first:
             print(f"Kernels of the first rank:\n{listed}", file=sys.stderr, flush=True)
@@ -360,11 +361,14 @@ def main() -> None:
     parser.add_argument("--longest", type=int, nargs="?", const=2**20, metavar="TOKENS",
                         help="train on one clip of so many tokens over all GPUs, recomputed")  # fmt: skip
     parser.add_argument("--profile", type=int, metavar="N", help="also list the first rank's N longest kernels")
-    parser.add_argument("--trace", metavar="FOLDER", help="with --profile: a step of every rank for chrome://tracing")
+    parser.add_argument("--trace", metavar="FOLDER", help="also profile a step of every rank, for chrome://tracing")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if gpus else "cpu")
     parser.add_argument("--seconds", type=float, default=3600, help="begin nothing after so many")
     parser.add_argument("--limit", type=float, default=240, help="seconds for one row, starting and compiling included")
     args = parser.parse_args()
+    if args.trace:
+        args.profile = args.profile or 10
+        Path(args.trace).mkdir(parents=True, exist_ok=True)
     most = gpus if args.device == "cuda" else 8
     args.ranks = [ranks for ranks in args.ranks or (1, 2, 4, 8) if ranks <= most]
     args.video, args.engine = args.video or 2 * args.frames, args.engine or bool(args.longest)

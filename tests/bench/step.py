@@ -6,7 +6,7 @@
 
 Frames are of 16 × 16 tokens. Steps are forward and backward passes of the whole model with recomputation as
 in the preset, weights in bf16 on a GPU and fp32 on a CPU. "Of the CPU" are the seconds in which it starts all of a
-step, which a GPU may wait for. FLOPs are unmasked and without recomputation. The longest
+step; where they are much fewer, the GPU does not wait for it. FLOPs are unmasked and without recomputation. The longest
 clip that fits is looked for by doubling the frames, one timed step each. With `--part R P` the frames are those of rank
 R of P that share a clip along time by halos; nothing is sent, what would come is random: what a rank's own work takes.
 """
@@ -19,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -148,12 +149,15 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--models", nargs="+", default=["multi-scale", "dense"], choices=["multi-scale", "dense"])
     parser.add_argument("--profile", type=int, metavar="N", help="also list the GPU's N longest kernels")
-    parser.add_argument("--trace", metavar="FILE.json.gz", help="with --profile: a step for chrome://tracing")
+    parser.add_argument("--trace", metavar="FOLDER", help="also profile a step of every row, for chrome://tracing")
     parser.add_argument(
         "--longest", type=int, metavar="MOST", help="double the frames until they do not fit, up to MOST"
     )
     parser.add_argument("--patience", type=float, default=30, help="--longest: seconds of a step after which it ends")
     args = parser.parse_args()
+    if args.trace:
+        args.profile = args.profile or 10
+        Path(args.trace).mkdir(parents=True, exist_ok=True)
     preset = PRESETS[args.preset]()
     args.recompute = preset.parallel.recompute and not args.keep
     if args.fp8:
@@ -192,7 +196,8 @@ def row(args: argparse.Namespace, config: ModelConfig, frames: int, label: str, 
     """Measure one configuration and print it; None where it does not fit."""
     start = f"| {frames * 256:,} | {label} | {backend}"
     try:
-        how = args.compile, args.recompute, args.runs, args.profile, args.fp8, args.part, args.trace
+        trace = f"{args.trace}/{label}-{backend}-{frames}-frames.json.gz" if args.trace else None
+        how = args.compile, args.recompute, args.runs, args.profile, args.fp8, args.part, trace
         found = measure(config, frames, backend, *how)
     except torch.OutOfMemoryError:
         print(f"{start} | out of memory | | | | | |", flush=True)
