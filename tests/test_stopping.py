@@ -176,6 +176,7 @@ def test_too_many_in_a_row_stop_the_run_and_a_rollback_leaves_out_all_since(shar
     assert all(torch.equal(value, expected[name]) for name, value in final_weights(run.run).items())
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 def test_a_rank_is_lost_while_a_checkpoint_is_written(shards, tmp_path):
     """The other one does not wait for that checkpoint, which can never be whole, but ends and says who is missing."""
