@@ -309,16 +309,17 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_su
 @contextmanager
 def _in_fixed_order() -> Iterator[None]:
     """Flash attention adds up the queries' gradients of several blocks of keys in any order, if not told otherwise: no
-    run would repeat another. A compiler is not told: in compiled models the order is torch's."""
+    run would repeat another. A compiler is not told: in compiled models the order is torch's. The public switch would
+    also set torch's compiler, whatever the user set there."""
     if torch.compiler.is_compiling():
         yield
         return
     mode, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch._C._set_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(mode, warn_only=warns)
+        torch._C._set_deterministic_algorithms(mode, warn_only=warns)
 
 
 # The same with the log-sum-exp in hand always, which parts need to be merged.
