@@ -38,8 +38,7 @@ def attend(
     `blocks[u]` names the blocks unit u sees, never none. Logits are scaled by `d**-0.5`. `masks` are those that
     `prepare` made for the blocks, if it was asked. Returns `[B, U, n, h, d]`.
     """
-    if backend == "auto":
-        backend = _choose_for(blocks, q_BUnhd.device.type, q_BUnhd.shape[-1], q_BUnhd.dtype)
+    backend = chosen(backend, len(blocks), q_BUnhd.device.type, q_BUnhd.shape[-1], q_BUnhd.dtype)
     if backend == "flex":
         from . import flex  # its import costs seconds that the other kernels need not pay
 
@@ -56,12 +55,9 @@ def attend(
 
 
 def prepare(blocks: Blocks, sizes: Collection[int], device: torch.device, head_width: int, backend: Backend) -> Masks:
-    """What a kernel can know of `blocks` before queries and keys are there, for blocks of these numbers of tokens.
-
-    Made once per call of the model, outside of what may be compiled: a compiler would unroll it.
+    """What a kernel, not "auto", can know of `blocks` before queries and keys are there, for blocks of these numbers of
+    tokens. Made outside of what may be compiled: a compiler would unroll it.
     """
-    if backend == "auto":
-        backend = _choose_for(blocks, device.type, head_width)
     if backend != "flex" or not blocks:
         return {}
     from . import flex
@@ -69,14 +65,19 @@ def prepare(blocks: Blocks, sizes: Collection[int], device: torch.device, head_w
     return {n: flex.prepare(blocks, n, device, head_width) for n in sizes}
 
 
-def _choose_for(blocks: Blocks, device_type: str, head_width: int, dtype: torch.dtype = torch.bfloat16) -> Backend:
-    """As `choose_backend`; but a roll-out's single unit is one rectangle without a mask, and as its past grows `flex`
-    would compile anew for every length."""
-    if len(blocks) == 1 and not torch.is_grad_enabled():
+def chosen(
+    backend: Backend, units: int, device_type: str, head_width: int, dtype: torch.dtype = torch.bfloat16
+) -> Backend:
+    """The kernel itself where `backend` is "auto": as `choose_backend`, but a roll-out's single unit is one rectangle
+    without a mask, and as its past grows `flex` would compile anew for every length."""
+    if backend != "auto":
+        return backend
+    if units == 1 and not torch.is_grad_enabled():
         return "sdpa"
     return choose_backend(device_type, head_width, dtype)
 
 
+@torch.compiler.assume_constant_result  # looking for a package would cut a compiled block into pieces
 def choose_backend(device_type: str, head_width: int = 64, dtype: torch.dtype = torch.bfloat16) -> Backend:
     """The kernel that "auto" means on a device ("cpu", "cuda").
 
@@ -315,7 +316,7 @@ def _in_fixed_order() -> Iterator[None]:
         yield
         return
     mode, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch._C._set_deterministic_algorithms(True, warn_only=True)
+    torch._C._set_deterministic_algorithms(True, warn_only=False)  # of a warning alone it takes no notice
     try:
         yield
     finally:

@@ -47,16 +47,18 @@ def rope_angles(
     pairs = (head_width - still) // 2
     shares = [pairs // 3 + (axis < pairs % 3) for axis in range(3)]
     sizes = [len(position) for position in positions]
-    angles = []
+    cos, sin = [], []
     for axis, (position, share) in enumerate(zip(positions, shares, strict=True)):
         # float64 before the product: a frame number of a long video times a frequency needs the digits
         speeds = theta ** (-torch.arange(share, dtype=torch.float64, device=position.device) / max(share, 1))
         shape = [1, 1, 1, 1, share]
         shape[axis] = len(position)
-        angles.append((position.double()[:, None] * speeds).reshape(shape).expand(*sizes, 1, share))
-    angles.append(angles[0].new_zeros(*sizes, 1, still // 2))
-    full = torch.cat(angles, -1)
-    return Rope(full.cos().to(dtype), full.sin().to(dtype))
+        angles = (position.double()[:, None] * speeds).reshape(shape)
+        cos.append(angles.cos().to(dtype).expand(*sizes, 1, share))
+        sin.append(angles.sin().to(dtype).expand(*sizes, 1, share))
+    cos.append(cos[0].new_ones(()).expand(*sizes, 1, still // 2))
+    sin.append(sin[0].new_zeros(()).expand(*sizes, 1, still // 2))
+    return Rope(torch.cat(cos, -1), torch.cat(sin, -1))
 
 
 def normalise_and_rotate(x_BTHWhd: Tensor, gain_d: Tensor, rope: Rope, tail: Tensor | None = None) -> Tensor:

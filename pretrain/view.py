@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from .backends import Backend, Blocks, Masks, prepare
+from .backends import Backend, Blocks, Masks, chosen, prepare
 from .gate import ON_KEYS, UNMEASURED, GateConstants, GatePlace, log_snr, pooled_log_snr
 from .rope import Rope, rope_angles
 from .scales import Scale, spatial_windows
@@ -67,25 +68,23 @@ def view_frames(
     past = scale.fresh_before(first)
     finished = scale.finished(first, len(units))
 
-    def rope(frames: Tensor) -> Rope:
-        rows, columns = (
-            torch.arange(side // scale.space, device=t_BT.device) * scale.space + (scale.space - 1) / 2 for side in grid
-        )
-        dtype = torch.float64 if t_BT.dtype == torch.float64 else torch.float32
-        return rope_angles((frames, rows, columns), head_width, still, theta, dtype)
+    tables, seen = _tables, _seen
+    if type(t_BT) is not Tensor:  # but one of a tracer's, which dies with its trace
+        tables, seen = _tables.__wrapped__, _seen.__wrapped__
+    dtype = torch.float64 if t_BT.dtype == torch.float64 else torch.float32
+    axes = scale.space, grid, head_width, still, theta, dtype, t_BT.device
 
-    def frames_of(units: Sequence[int]) -> Tensor:
-        # As runs, made where they are needed: a list would be copied there, and the host wait for it.
+    def frames_of(units: Sequence[int]) -> tuple[tuple[int, int], ...]:
+        """As runs, first to end."""
         edges = [0, *(i for i in range(1, len(units)) if units[i] != units[i - 1] + 1), len(units)]
-        runs = [(units[a] * frames_per_unit, (units[b - 1] + 1) * frames_per_unit) for a, b in pairwise(edges) if a < b]
-        parts = [torch.arange(a, b, device=t_BT.device) for a, b in runs or [(0, 0)]]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return tuple(
+            (units[a] * frames_per_unit, (units[b - 1] + 1) * frames_per_unit) for a, b in pairwise(edges) if a < b
+        )
 
     rope_groups = log_snr_past = log_snr_own = log_snr_groups = log_snr_query = None
     if finished:
-        pooled = torch.arange(finished * frames_per_unit, device=t_BT.device)
         start = (first - past) * frames_per_unit
-        rope_groups = rope(start + pooled * scale.time + (scale.time - 1) / 2)
+        rope_groups = tables(((start, start + finished * frames_per_unit * scale.time),), scale.time, *axes)
     if gated:
         t_past = timeline.ask(("noise", index), t_BUF, scale.fresh_before, scale.fresh_kept)()
         t_past = t_BUF[:, :0] if t_past is None else t_past
@@ -97,8 +96,9 @@ def view_frames(
         log_snr_query = log_snr_own
     elif gate == "mix":
         log_snr_query = log_snr(t_BT) + constants.b
-    blocks = scale.key_blocks(first, len(units), separate_own=gated)
-    masks = prepare(blocks, window_sizes(scale, grid, frames_per_unit), t_BT.device, head_width, backend)
+    sizes = frozenset(window_sizes(scale, grid, frames_per_unit))
+    where = t_BT.device, head_width, chosen(backend, len(units), t_BT.device.type, head_width)
+    blocks, masks = seen(scale, first, len(units), gated, sizes, *where)
     return View(
         scale,
         frames_per_unit,
@@ -106,8 +106,8 @@ def view_frames(
         placement,
         blocks,
         masks,
-        rope(frames_of(range(first - past, first))),
-        rope(frames_of(units)),
+        tables(frames_of(range(first - past, first)), 1, *axes),
+        tables(frames_of(units), 1, *axes),
         rope_groups,
         constants,
         log_snr_query,
@@ -115,6 +115,38 @@ def view_frames(
         log_snr_own,
         log_snr_groups,
     )
+
+
+# What follows from where the units lie is the same at every step of a training run, and takes the CPU tens of
+# milliseconds to count or to start: made once, for training even if first needed in inference mode. In a roll-out it
+# changes from unit to unit, and the oldest goes.
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _seen(
+    scale: Scale, first: int, units: int, gated: bool, sizes: frozenset[int],
+    device: torch.device, head_width: int, backend: Backend,
+) -> tuple[Blocks, Masks]:  # fmt: skip
+    """Which blocks of keys the units see, and the kernel's masks."""
+    blocks = scale.key_blocks(first, units, separate_own=gated)
+    return blocks, prepare(blocks, sizes, device, head_width, backend)
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def _tables(
+    runs: tuple[tuple[int, int], ...], step: int, space: int, grid: tuple[int, int],
+    head_width: int, still: int, theta: float, dtype: torch.dtype, device: torch.device,
+) -> Rope:  # fmt: skip
+    """Of the frames in `runs` (first, end), every `step` of them as one at their centre."""
+
+    def centres(first: int, end: int, step: int) -> Tensor:
+        return torch.arange(first, end, step, dtype=torch.float64, device=device) + (step - 1) / 2
+
+    frames = torch.cat([centres(*run, step) for run in runs or ((0, 0),)])
+    rows, columns = (centres(0, side, space) for side in grid)
+    return rope_angles((frames, rows, columns), head_width, still, theta, dtype)
 
 
 def window_sizes(scale: Scale, grid: tuple[int, int], frames_per_unit: int) -> set[int]:

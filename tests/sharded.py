@@ -119,15 +119,15 @@ def own_part(case, rank, ranks, device):
 
 
 def compiled_on_a_rank(rank, ranks, backend, cases):
-    """As on_a_rank, by the kernel of the device, of blocks as they are and of compiled ones, which may fall out of
+    """As on_a_rank, by the kernel that "auto" means, of blocks as they are and of compiled ones, which may fall out of
     their graph for the ring only: two results a case."""
-    kernel, compiler = ("sdpa", "aot_eager") if backend == "gloo" else ("flex", "inductor")
+    compiler = "aot_eager" if backend == "gloo" else "inductor"
     found = []
     with joined(rank, backend) as device:
         for case in cases:
             model, inputs, timeline = own_part(case, rank, ranks, device)
             for block in model.blocks:
-                block.attention.backend = kernel
+                block.attention.backend = "auto"
             found.append([backward(model, *inputs, timeline)])
             model.zero_grad(set_to_none=True)
             for block in model.blocks:
@@ -223,8 +223,8 @@ def change_after(x, t, cut):
 
 
 def compiled_gradients(scales, gate, kernel, device, compiler):
-    """In float32: largest relative difference of blocks compiled with a kernel from plain ones with sdpa, in the output
-    or in the gradient of a parameter."""
+    """In float32: largest relative difference of blocks compiled as one graph with a kernel from plain ones with sdpa,
+    in the output or in the gradient of a parameter."""
     model, *inputs, _ = make(scales, 8, 1, gate, torch.float32, width=128)
     model = model.to(device)
     inputs = [x.to(device) for x in inputs]
@@ -233,7 +233,7 @@ def compiled_gradients(scales, gate, kernel, device, compiler):
         for block in model.blocks:
             block.attention.backend = kernel if compiled else "sdpa"
             if compiled:
-                block.compile(**({} if compiler == "inductor" else {"backend": compiler}))
+                block.compile(backend=compiler, fullgraph=True)
         out = model(*inputs)
         out.square().mean().backward()
         found.append([out.detach(), *(p.grad for p in model.parameters())])

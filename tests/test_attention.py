@@ -10,9 +10,11 @@ from drawn import scales_and_gate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import reference_attention
-from sharded import SCALES, compiled_gradients
+from sharded import SCALES, compiled_gradients, make
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
+from msc.pretrain import view
 from msc.pretrain.attention import MultiScaleAttention, still
 from msc.pretrain.gate import GateConstants
 from msc.pretrain.rope import normalise_and_rotate
@@ -156,3 +158,18 @@ def test_spatial_windows_tile_the_side(side, window, shifted):
 @pytest.mark.parametrize("gate", ["logits", "pair"])
 def test_compiled_blocks_have_the_gradients_of_eager_ones(gate):
     assert compiled_gradients(SCALES["default"], gate, "sdpa", "cpu", "aot_eager") < 1e-5
+
+
+def test_tables_are_made_once_and_serve_training_after_anything():
+    """Not kept from a tracer, whose tensors die with it, nor as inference mode makes them."""
+    model, x, t, text, labels, _ = make(SCALES["default"], 5, 1, dtype=torch.float32)
+    view._tables.cache_clear()
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        model(*(fake.from_tensor(y) for y in (x, t, text, labels)))
+    assert view._tables.cache_info().currsize == 0
+    with torch.inference_mode():
+        expected = model(x, t, text, labels)
+    made = view._tables.cache_info().misses
+    out = model(x, t, text, labels)
+    out.square().mean().backward()
+    assert torch.equal(out, expected) and view._tables.cache_info().misses == made > 0

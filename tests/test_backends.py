@@ -84,6 +84,15 @@ def test_a_training_step_with_flex_is_captured_whole_and_not_once_per_layer(monk
     assert len(graphs) == 2
 
 
+def test_looking_for_a_kernel_leaves_a_compiled_block_whole(monkeypatch):
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object())
+
+    def named(x):
+        return x * len(backends.chosen("auto", 2, "cuda", 64))
+
+    assert torch.compile(named, backend="eager", fullgraph=True)(torch.ones(1)) == len("flex")
+
+
 @pytest.mark.parametrize("scale, units, n", CASES)
 def test_tiles_count_every_visible_pair(scale, units, n):
     *_, k, _, blocks = draw(scale, units, n)
@@ -189,11 +198,10 @@ def test_parts_of_the_keys_and_what_sees_the_same_of_them():
 
 def test_a_roll_outs_single_unit_needs_no_mask_and_so_no_compiling(monkeypatch):
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object())  # Triton is there
-    one, two = ((0, 1, 2),), ((0, 1), (0, 1, 2))
     with torch.no_grad():
-        assert backends._choose_for(one, "cuda", 64) == "sdpa"
-        assert backends._choose_for(two, "cuda", 64) == "flex"
-    assert backends._choose_for(one, "cuda", 64) == "flex", "training has one kernel for all runs of units"
+        assert backends.chosen("auto", 1, "cuda", 64) == "sdpa"
+        assert backends.chosen("auto", 2, "cuda", 64) == "flex"
+    assert backends.chosen("auto", 1, "cuda", 64) == "flex", "training has one kernel for all runs of units"
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

@@ -85,14 +85,14 @@ def layouts_of(args: argparse.Namespace, job: dict[str, Any]) -> str:
 
 
 def jobs_of(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """All that is measured, in order: one GPU, all of them, then what lies between."""
+    """All that is measured, in order: one GPU (where asked for), all of them, then what lies between."""
     if args.longest:
         model = PRESETS[args.preset]().model
         frames = args.longest // cost.tokens_per_frame(model, args.side, args.side)
         job = {"ranks": max(args.ranks), "scales": args.scales[0], "frames": frames, "layout": args.layouts[0]}
         return [{**job, "layouts": layouts_of(args, job), "scaling": ["longest"]}]
     jobs: list[dict[str, Any]] = []
-    for ranks in dict.fromkeys([1, max(args.ranks), *sorted(args.ranks, reverse=True)]):
+    for ranks in dict.fromkeys([min(args.ranks), max(args.ranks), *sorted(args.ranks, reverse=True)]):
         for scales, layout in product(args.scales, args.layouts if ranks > 1 else ["auto"]):
             for scaling, frames in (("weak", args.frames * ranks), ("strong", args.video)):
                 job = {"ranks": ranks, "scales": scales, "frames": frames, "layout": layout}
@@ -148,7 +148,7 @@ def training_step(args: argparse.Namespace, world: process.World, mesh: Any, job
             assert isinstance(block, Block)
             block.attention.backend = parallel.attention
             if parallel.compile:
-                block.compile()
+                block.compile(fullgraph="ring" not in job["layouts"])  # what falls into pieces waits for the CPU
     colour = torch.randn(config.model.channels, 1, 1, device=device)  # of the whole video: something to learn
     torch.manual_seed(1 + world.rank)
     size = 1, len(units) * config.model.frames_per_unit, config.model.channels, index.height, index.width
