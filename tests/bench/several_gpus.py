@@ -94,7 +94,8 @@ def jobs_of(args: argparse.Namespace) -> list[dict[str, Any]]:
     jobs: list[dict[str, Any]] = []
     for ranks in dict.fromkeys([min(args.ranks), max(args.ranks), *sorted(args.ranks, reverse=True)]):
         for scales, layout in product(args.scales, args.layouts if ranks > 1 else ["auto"]):
-            for scaling, frames in (("weak", args.frames * ranks), ("strong", args.video)):
+            sizes = {"weak": args.frames * ranks, "strong": args.video}
+            for scaling, frames in ((name, sizes[name]) for name in args.scaling):
                 job = {"ranks": ranks, "scales": scales, "frames": frames, "layout": layout}
                 try:
                     job["layouts"] = layouts_of(args, job)
@@ -213,7 +214,7 @@ def measure(args: argparse.Namespace, world: process.World, mesh: Any, job: dict
     if args.profile and on_gpu and job["ranks"] > 1:
         from step import kernels
 
-        name = f"{job['scales']}-{job['layouts']}-{job['frames']}-frames-rank-{world.rank}.json.gz"
+        name = f"{job['scales']}-{job['layouts']}-{job['frames']}-frames-rank-{world.rank}-of-{world.size}.json.gz"
         trace = f"{args.trace}/{name}" if args.trace else None
         listed = kernels(lambda: timed(False), args.profile, trace)
         if world.first:
@@ -349,6 +350,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=32, help="latents of a frame's side (32: 256 tokens with patch 2)")
     parser.add_argument("--frames", type=int, default=256, help="for each GPU, weak scaling")
     parser.add_argument("--video", type=int, help="frames of the one video, strong scaling (default: twice --frames)")
+    parser.add_argument("--scaling", nargs="+", default=["weak", "strong"], choices=["weak", "strong"])
     parser.add_argument("--ranks", type=int, nargs="+", help="numbers of GPUs (default: 1, 2, 4, 8)")
     parser.add_argument("--scales", nargs="+", default=["multi-scale", "dense"], choices=["multi-scale", "dense"])
     parser.add_argument(
