@@ -99,10 +99,10 @@ def moving_textures(seed: int, clips: int, frames: int, height: int, width: int,
             cx = cx if shape == 0 else cx % width
             inside = (rows - cy.view(-1, 1, 1)) ** 2 + (columns - cx.view(-1, 1, 1)) ** 2
             inside = (inside < radius[:, shape].view(-1, 1, 1) ** 2)[:, None]
-            # The texture moves with its disc.
-            moved = torch.stack([
-                torch.roll(texture[n, shape], (int(cy[n]), int(cx[n])), (-2, -1)) for n in range(clips)
-            ])  # fmt: skip
+            # The texture moves with its disc, whole pixels at a time.
+            y, x = (rows - cy.int().view(-1, 1, 1)) % height, (columns - cx.int().view(-1, 1, 1)) % width
+            at = (y * width + x).view(clips, 1, -1).expand(-1, 3, -1)
+            moved = texture[:, shape].flatten(2).gather(2, at.long()).view(clips, 3, height, width)
             video[:, frame] = torch.where(inside, colour[:, shape] + 0.5 * moved, video[:, frame])
         hidden = ((columns - width / 2).abs() < bar.view(-1, 1, 1))[:, None]
         video[:, frame] = torch.where(hidden.expand(-1, 3, height, -1), torch.tensor(-0.8), video[:, frame])

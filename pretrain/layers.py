@@ -119,3 +119,9 @@ class Block(nn.Module):
         """
         many_shapes()
         super().compile(dynamic=False, **options)
+
+
+def pieces() -> str:
+    """Why what was compiled so far is more than one graph, with how often; nothing where it is not."""
+    reasons = torch._dynamo.utils.counters["graph_break"].most_common(3)
+    return "; ".join(f"{(str(reason).splitlines() or ['?'])[0][:120]} ({times} times)" for reason, times in reasons)

@@ -34,6 +34,7 @@ from .evaluate import preview
 from .expect import Expected, deviation, ratios
 from .held_out import Losses, held_out_losses
 from .inputs import Feed, micro_batches, noise_beside
+from .layers import pieces
 from .meter import DESCRIPTION, Meter
 from .metrics import State, Tracker
 from .optimizer import set_schedule
@@ -277,6 +278,8 @@ def _train(
                     **meter.read(),
                 }
                 reports += 1  # the first holds compilation and the first allocations
+                if reports == 1 and config.parallel.compile and world.first and (why := pieces()):
+                    bar.write(f"msc: compiled in pieces, which is slower to start: {why}", file=sys.stderr)
                 if expected is not None and reports > 1 and world.first:
                     tracker.log(ratios(values, expected), step)
                     if not off_plan and (told := deviation(values, expected)):

@@ -68,9 +68,8 @@ def view_frames(
     past = scale.fresh_before(first)
     finished = scale.finished(first, len(units))
 
-    tables, seen = _tables, _seen
-    if type(t_BT) is not Tensor:  # but one of a tracer's, which dies with its trace
-        tables, seen = _tables.__wrapped__, _seen.__wrapped__
+    kept = type(t_BT) is Tensor  # and not a tracer's, whose tensors die with its trace
+    tables, seen = (_tables, _seen) if kept else (_tables.__wrapped__, _seen.__wrapped__)
     dtype = torch.float64 if t_BT.dtype == torch.float64 else torch.float32
     axes = scale.space, grid, head_width, still, theta, dtype, t_BT.device
 

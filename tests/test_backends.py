@@ -8,10 +8,12 @@ import types
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from msc.pretrain import backends, flash, flex
 from msc.pretrain.backends import attend, choose_backend
+from msc.pretrain.layers import pieces
 from msc.pretrain.model import ModelConfig, MSCTransformer
 from msc.pretrain.sampler import generate
 from msc.pretrain.scales import Scale, default_scales
@@ -91,6 +93,18 @@ def test_looking_for_a_kernel_leaves_a_compiled_block_whole(monkeypatch):
         return x * len(backends.chosen("auto", 2, "cuda", 64))
 
     assert torch.compile(named, backend="eager", fullgraph=True)(torch.ones(1)) == len("flex")
+
+
+def test_it_is_said_why_what_is_compiled_falls_into_pieces():
+    def compiled(f):
+        return torch.compile(f, backend="eager")(torch.ones(2))
+
+    counters.clear()
+    compiled(lambda x: x + 1)
+    assert pieces() == ""
+    compiled(lambda x: torch.compiler.disable(torch.neg)(x) + 1)
+    assert "disable" in pieces() and pieces().endswith("(1 times)")
+    counters.clear()
 
 
 @pytest.mark.parametrize("scale, units, n", CASES)

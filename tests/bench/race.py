@@ -162,10 +162,13 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # many would wait for each other at every small tensor: minutes on a large machine
     train, rest = (
         moving_textures(seed, clips, args.frames, args.side, args.side).float()
         for seed, clips in ((100, args.clips), (9000, args.held_out))
     )
+    torch.set_num_threads(threads)
     statistics = measure(train[:64])
     mean, std = (torch.tensor(x)[:, None, None] for x in (statistics.mean, statistics.std))
     train, rest = (train - mean) / std, ((rest - mean) / std).to(device)

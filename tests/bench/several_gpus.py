@@ -5,13 +5,14 @@
     python tests/bench/several_gpus.py --device cpu --preset demo --side 16 --frames 4 --video 8 --ranks 1 2
 
 Weak: `--frames` for each GPU, so that the video grows with them; strong: one video of `--video` frames. Both are
-compared with one GPU in the same run. Steps are forward and backward passes of one clip, of the slowest rank, medians;
-with `--engine` whole steps by DeepSpeed (ZeRO as in the preset), with gradients reduced and an update. "Not hidden" is
-the share of a step that goes when no message along time is sent and receivers get random numbers instead; such steps
-and ordinary ones take turns (but for compiled steps, which it would compile twice). "Of the CPU" are the seconds in
-which the slowest rank's starts all of a step, waits for room among what is started included: where it takes much less,
-no GPU waits for it. "Planned" is what launch/plan.py says of the same steps before. Rows come as they are measured; one
-that runs out of memory or time says so, and the others go on.
+compared with one GPU in the same run; GPUs differ by some per cent, so with `--each` a row says how long the slowest
+of them takes where each has a clip of its own. Steps are forward and backward passes of one clip, of the slowest rank,
+medians; with `--engine` whole steps by DeepSpeed (ZeRO as in the preset), with gradients reduced and an update. "Not
+hidden" is the share of a step that goes when no message along time is sent and receivers get random numbers instead;
+such steps and ordinary ones take turns (but for compiled steps, which it would compile twice). "Of the CPU" are the
+seconds in which the slowest rank's starts all of a step, waits for room among what is started included: where it takes
+much less, no GPU waits for it. "Planned" is what launch/plan.py says of the same steps before. Rows come as they are
+measured; one that runs out of memory or time says so, and the others go on.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -89,14 +91,18 @@ def jobs_of(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.longest:
         model = PRESETS[args.preset]().model
         frames = args.longest // cost.tokens_per_frame(model, args.side, args.side)
-        job = {"ranks": max(args.ranks), "scales": args.scales[0], "frames": frames, "layout": args.layouts[0]}
+        job = {"ranks": max(args.ranks), "copies": 1, "scales": args.scales[0], "frames": frames}
+        job["layout"] = args.layouts[0]
         return [{**job, "layouts": layouts_of(args, job), "scaling": ["longest"]}]
     jobs: list[dict[str, Any]] = []
+    if args.each:
+        job = {"ranks": 1, "copies": max(args.ranks), "frames": args.frames, "layout": "auto", "layouts": ""}
+        jobs += [{**job, "scales": scales, "scaling": ["each"]} for scales in args.scales]
     for ranks in dict.fromkeys([min(args.ranks), max(args.ranks), *sorted(args.ranks, reverse=True)]):
         for scales, layout in product(args.scales, args.layouts if ranks > 1 else ["auto"]):
             sizes = {"weak": args.frames * ranks, "strong": args.video}
             for scaling, frames in ((name, sizes[name]) for name in args.scaling):
-                job = {"ranks": ranks, "scales": scales, "frames": frames, "layout": layout}
+                job = {"ranks": ranks, "copies": 1, "scales": scales, "frames": frames, "layout": layout}
                 try:
                     job["layouts"] = layouts_of(args, job)
                 except ValueError as error:
@@ -214,7 +220,8 @@ def measure(args: argparse.Namespace, world: process.World, mesh: Any, job: dict
     if args.profile and on_gpu and job["ranks"] > 1:
         from step import kernels
 
-        name = f"{job['scales']}-{job['layouts']}-{job['frames']}-frames-rank-{world.rank}-of-{world.size}.json.gz"
+        layouts, place = job["layouts"].replace("+", "-"), f"rank-{world.rank}-of-{world.size}"
+        name = f"{job['scales']}-{layouts}-{job['frames']}-frames-{place}.json.gz"
         trace = f"{args.trace}/{name}" if args.trace else None
         listed = kernels(lambda: timed(False), args.profile, trace)
         if world.first:
@@ -250,7 +257,7 @@ def rank() -> None:
     given = json.loads(os.environ["SEVERAL_GPUS"])
     args, folder = argparse.Namespace(**given["args"]), Path(given["folder"])
     world = process.join(args.limit)
-    mesh = make_mesh(world.size, world.size, world.device.type)
+    mesh = make_mesh(world.size, given["jobs"][0]["ranks"], world.device.type)
     for job in given["jobs"]:
         if not agreed(time.time() < given["end"]):
             break
@@ -292,7 +299,7 @@ def tell(args: argparse.Namespace, folder: Path, job: dict[str, Any], found: dic
             row += [found["failed"], *[""] * (len(COLUMNS) - 6)]
         else:
             compared = args.frames if scaling == "weak" else frames
-            one = next((one for one in before if one["ranks"] == 1 and one["scales"] == job["scales"]
+            one = next((one for one in before if one["ranks"] == one["copies"] == 1 and one["scales"] == job["scales"]
                         and one["frames"] == compared and "seconds" in one), None)  # fmt: skip
             seconds, silent, memory = found["seconds"], found["silent"], found["memory"]
             row += [f"{seconds:.4f}", f"{found['started']:.4f}"]
@@ -323,14 +330,14 @@ def run(args: argparse.Namespace, folder: Path) -> None:
     environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {})}
     with local.caught_signals() as received:
         while waiting and not received and time.time() < end:
-            ranks = waiting[0]["ranks"]
-            batch = [job for job in waiting if job["ranks"] == ranks][: 1 if args.engine else None]
+            size = waiting[0]["ranks"], waiting[0]["copies"]
+            batch = [job for job in waiting if (job["ranks"], job["copies"]) == size][: 1 if args.engine else None]
             for mark in (folder / "at", *folder.glob("failed-*")):
                 mark.unlink(missing_ok=True)
             given = {"args": vars(args), "jobs": batch, "folder": str(folder), "end": end}
             environment["SEVERAL_GPUS"] = json.dumps(given)
             command = [sys.executable, "-c", RANK]
-            code = local.run(command, ranks, folder / "logs", environment, grace=5.0, received=received)
+            code = local.run(command, prod(size), folder / "logs", environment, grace=5.0, received=received)
             at = json.loads((folder / "at").read_text()) if (folder / "at").exists() else batch[0]
             if code and not received and not any(one | at == one for one in known(folder)):
                 reasons = sorted(path.read_text() for path in folder.glob("failed-*"))
@@ -350,6 +357,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=32, help="latents of a frame's side (32: 256 tokens with patch 2)")
     parser.add_argument("--frames", type=int, default=256, help="for each GPU, weak scaling")
     parser.add_argument("--video", type=int, help="frames of the one video, strong scaling (default: twice --frames)")
+    parser.add_argument("--each", action="store_true", help="also each GPU by itself, all at once; the slowest counts")
     parser.add_argument("--scaling", nargs="+", default=["weak", "strong"], choices=["weak", "strong"])
     parser.add_argument("--ranks", type=int, nargs="+", help="numbers of GPUs (default: 1, 2, 4, 8)")
     parser.add_argument("--scales", nargs="+", default=["multi-scale", "dense"], choices=["multi-scale", "dense"])
