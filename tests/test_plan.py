@@ -151,6 +151,10 @@ def test_a_step_of_the_demo_with_its_windows_in_space_is_predicted():
         (layers(DENSE_BASE, 4), 512, False, True, 1.9465, 0.11),
         (layers(WIDE, 8), 256, False, True, 0.5209, 0.11),
         (layers(WIDE, 8), 512, False, True, 1.0226, 0.11),
+        (layers(BASE, 4), 512, True, False, 0.1042, 0.11),
+        (layers(BASE, 4), 1024, True, False, 0.2080, 0.11),
+        (BASE, 512, True, True, 1.1006, 0.11),
+        (layers(WIDE, 4), 512, False, True, 0.5226, 0.11),
     ],
 )
 def test_steps_that_no_constant_was_taken_from_are_foretold(model, frames, compiled, recompute, measured, within):
@@ -159,20 +163,25 @@ def test_steps_that_no_constant_was_taken_from_are_foretold(model, frames, compi
 
 
 @pytest.mark.parametrize(
-    ("model", "frames", "measured", "within"),
+    ("model", "gpus", "frames", "compiled", "recompute", "measured", "within"),
     [
-        (layers(BASE, 4), 512, 0.1256, 0.02),  # from which the cost of more launches was taken
-        (layers(WIDE, 8), 512, 0.5499, 0.1),
-        (layers(DENSE_BASE, 4), 512, 1.0276, 0.1),
+        (layers(BASE, 4), 2, 512, False, True, 0.1256, 0.02),  # from which the cost of more launches was taken
+        (layers(WIDE, 8), 2, 512, False, True, 0.5499, 0.1),
+        (layers(DENSE_BASE, 4), 2, 512, False, True, 1.0276, 0.1),
+        (layers(BASE, 4), 2, 1024, False, True, 0.2118, 0.1),
+        (layers(BASE, 4), 2, 1024, True, False, 0.1094, 0.1),
+        (layers(BASE, 4), 4, 1024, True, False, 0.0574, 0.1),
+        (layers(BASE, 4), 4, 2048, True, False, 0.1126, 0.1),
+        (BASE, 4, 2048, True, True, 1.1688, 0.1),
     ],
 )
-def test_steps_on_two_gpus_are_foretold(model, frames, measured, within):
-    """Recomputed, not compiled, the clip shared along time, as its layout is chosen."""
+def test_steps_on_several_gpus_are_foretold(model, gpus, frames, compiled, recompute, measured, within):
+    """The clip shared along time, as its layout is chosen."""
     index = replace(ASSUMED, frames=frames, height=32, width=32)
     config = PRESETS["pilot"]()
-    parallel = replace(config.parallel, sp=2, recompute=True)
+    parallel = replace(config.parallel, sp=gpus, recompute=recompute, compile=compiled)
     config = replace(config, model=model, train=replace(config.train, batch=1), parallel=parallel)
-    seconds = plan(resolve(config, index), index, H100, 2).seconds
+    seconds = plan(resolve(config, index), index, H100, gpus).seconds
     found = sum(value for part, value in seconds.items() if part not in ("gradients", "weights", "update"))
     assert found == pytest.approx(measured, rel=within)
 
