@@ -7,6 +7,7 @@ list is all a kernel needs to know of causality, windows and pooling, so no N×N
 from __future__ import annotations
 
 import importlib.util
+import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -55,9 +56,11 @@ def attend(
 
 
 def prepare(blocks: Blocks, sizes: Collection[int], device: torch.device, head_width: int, backend: Backend) -> Masks:
-    """What a kernel, not "auto", can know of `blocks` before queries and keys are there, for blocks of these numbers of
-    tokens. Made outside of what may be compiled: a compiler would unroll it.
+    """What a kernel can know of `blocks` before queries and keys are there, for blocks of these numbers of tokens.
+
+    Made outside of what may be compiled: a compiler would unroll it.
     """
+    assert backend != "auto", "the kernel itself, see `chosen`"
     if backend != "flex" or not blocks:
         return {}
     from . import flex
@@ -271,6 +274,7 @@ def _scatter_add(grad_BRnhd: Tensor, part: Tensor, seen: list[tuple[int, ...]]) 
 # Left to itself torch 2.11 takes cuDNN's kernels on Hopper. Others found their gradients wrong, without a word or as
 # NaN (pytorch issues 150700, 196678), and here gradients of that choice were 17 % off (docs/benchmarks.md); that cuDNN
 # is to blame was not shown.
+_SWITCH = threading.Lock()
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -315,12 +319,14 @@ def _in_fixed_order() -> Iterator[None]:
     if torch.compiler.is_compiling():
         yield
         return
-    mode, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch._C._set_deterministic_algorithms(True, warn_only=False)  # of a warning alone it takes no notice
-    try:
-        yield
-    finally:
-        torch._C._set_deterministic_algorithms(mode, warn_only=warns)
+    with _SWITCH:  # it is the whole process's
+        mode = torch.are_deterministic_algorithms_enabled()
+        warns = torch.is_deterministic_algorithms_warn_only_enabled()
+        torch._C._set_deterministic_algorithms(True, warn_only=False)  # where it only warns flash attention ignores it
+        try:
+            yield
+        finally:
+            torch._C._set_deterministic_algorithms(mode, warn_only=warns)
 
 
 # The same with the log-sum-exp in hand always, which parts need to be merged.

@@ -122,6 +122,8 @@ class Block(nn.Module):
 
 
 def pieces() -> str:
-    """Why what was compiled so far is more than one graph, with how often; nothing where it is not."""
-    reasons = torch._dynamo.utils.counters["graph_break"].most_common(3)
-    return "; ".join(f"{(str(reason).splitlines() or ['?'])[0][:120]} ({times} times)" for reason, times in reasons)
+    """Why what was compiled so far is more than one graph, and how often; nothing where it is not, or by design: the
+    ring and flash-attn keep out of compilers."""
+    breaks = torch._dynamo.utils.counters["graph_break"].most_common()
+    reasons = [((str(reason).splitlines() or ["?"])[0][:120], times) for reason, times in breaks]
+    return "; ".join(f"{reason} (×{times})" for reason, times in reasons if "torch.compiler.disable()" not in reason)

@@ -279,7 +279,8 @@ def _train(
                 }
                 reports += 1  # the first holds compilation and the first allocations
                 if reports == 1 and config.parallel.compile and world.first and (why := pieces()):
-                    bar.write(f"msc: compiled in pieces, which is slower to start: {why}", file=sys.stderr)
+                    told = f"blocks are compiled in pieces, so that the CPU takes longer to start a step: {why}"
+                    bar.write(f"msc: {told}", file=sys.stderr)
                 if expected is not None and reports > 1 and world.first:
                     tracker.log(ratios(values, expected), step)
                     if not off_plan and (told := deviation(values, expected)):

@@ -68,7 +68,7 @@ def view_frames(
     past = scale.fresh_before(first)
     finished = scale.finished(first, len(units))
 
-    kept = type(t_BT) is Tensor  # and not a tracer's, whose tensors die with its trace
+    kept = not timeline.grows and _lasting(t_BT.device)
     tables, seen = (_tables, _seen) if kept else (_tables.__wrapped__, _seen.__wrapped__)
     dtype = torch.float64 if t_BT.dtype == torch.float64 else torch.float32
     axes = scale.space, grid, head_width, still, theta, dtype, t_BT.device
@@ -117,12 +117,21 @@ def view_frames(
 
 
 # What follows from where the units lie is the same at every step of a training run, and takes the CPU tens of
-# milliseconds to count or to start: made once, for training even if first needed in inference mode. In a roll-out it
-# changes from unit to unit, and the oldest goes.
+# milliseconds to count or to start: made once. Not so in a roll-out, where it changes from unit to unit.
+
+
+def _lasting(device: torch.device) -> bool:
+    """Whether what is made here is still good later: not a tracer's, nor in the memory of a CUDA graph."""
+    if torch.compiler.is_dynamo_compiling():
+        return True  # it looks behind the cache
+    made = torch.empty(0, device=device)
+    if type(made) is not Tensor or torch._is_functional_tensor(made):
+        return False
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)
+@torch.inference_mode(False)  # so that training may use what an evaluation needed first
 def _seen(
     scale: Scale, first: int, units: int, gated: bool, sizes: frozenset[int],
     device: torch.device, head_width: int, backend: Backend,
@@ -132,7 +141,7 @@ def _seen(
     return blocks, prepare(blocks, sizes, device, head_width, backend)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=64)  # of `base` some 350 bytes a token and shape of clips
 @torch.inference_mode(False)
 def _tables(
     runs: tuple[tuple[int, int], ...], step: int, space: int, grid: tuple[int, int],

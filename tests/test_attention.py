@@ -18,6 +18,7 @@ from msc.pretrain import view
 from msc.pretrain.attention import MultiScaleAttention, still
 from msc.pretrain.gate import GateConstants
 from msc.pretrain.rope import normalise_and_rotate
+from msc.pretrain.sampler import generate
 from msc.pretrain.scales import Scale, spatial_windows
 from msc.pretrain.timeline import WholeVideo
 from msc.pretrain.view import view_frames
@@ -166,6 +167,8 @@ def test_tables_are_made_once_and_serve_training_after_anything():
     view._tables.cache_clear()
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         model(*(fake.from_tensor(y) for y in (x, t, text, labels)))
+        model(fake.from_tensor(x), t, text, labels)
+    list(generate(model, x[:, :2], 2, text=text, labels=labels, steps=1))
     assert view._tables.cache_info().currsize == 0
     with torch.inference_mode():
         expected = model(x, t, text, labels)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -96,15 +98,36 @@ def test_looking_for_a_kernel_leaves_a_compiled_block_whole(monkeypatch):
 
 
 def test_it_is_said_why_what_is_compiled_falls_into_pieces():
-    def compiled(f):
-        return torch.compile(f, backend="eager")(torch.ones(2))
+    """But not what keeps out of compilers by design."""
 
-    counters.clear()
-    compiled(lambda x: x + 1)
-    assert pieces() == ""
-    compiled(lambda x: torch.compiler.disable(torch.neg)(x) + 1)
-    assert "disable" in pieces() and pieces().endswith("(1 times)")
-    counters.clear()
+    def in_pieces(f):
+        counters.clear()
+        torch.compile(f, backend="eager")(torch.ones(2))
+        why = pieces()
+        counters.clear()
+        return why
+
+    def broken(x):
+        torch._dynamo.graph_break()
+        return x + 1
+
+    kept_out = torch.compiler.disable(lambda x: -x)
+    assert in_pieces(lambda x: x + 1) == "" == in_pieces(lambda x: kept_out(x) + 1)
+    why = in_pieces(broken)
+    assert "graph_break" in why and why.endswith("(×1)")
+
+
+def test_the_switch_for_a_fixed_order_is_left_as_it_was():
+    """Also where threads overlap, as of autograd with several GPUs."""
+
+    def use(_):
+        with backends._in_fixed_order():
+            time.sleep(0.002)
+            return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+    with ThreadPoolExecutor(4) as threads:
+        assert set(threads.map(use, range(40))) == {(True, False)}
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.parametrize("scale, units, n", CASES)

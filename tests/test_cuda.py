@@ -89,7 +89,7 @@ def test_kernels_equal_the_float64_reference(scale, units, n, width, backend):
 
 @pytest.mark.parametrize("backend", ["flex", "sdpa"])
 def test_gradients_repeat_bit_by_bit(backend):
-    """Of the kind that many blocks of keys add to: by itself torch's flash attention does so in any order."""
+    """Many blocks of keys add to those of queries: left alone, torch's flash attention lets them do so in any order."""
     torch.manual_seed(0)
     blocks = Scale(4).key_blocks(0, 12, separate_own=False)
     inputs = [torch.randn(2, 12, 256, 4, 64, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3)]

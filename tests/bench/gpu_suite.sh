@@ -114,10 +114,10 @@ if [ "$kind" = one ]; then
 elif [ "$kind" = several ]; then
     scaling() { step "$1" "$2" python $bench/several_gpus.py --seconds $(($2 - 20)) --limit 150 "${@:3}"; }
     step parity 200 bash -c 'tests -n 3 tests/test_temporal.py -k nccl -m "slow or not slow"'
-    for frames in 256 512; do
-        scaling compiled-$frames 240 --preset base --depth 4 --frames $frames --compile --keep --scales multi-scale --layouts auto --profile 25
-    done
-    scaling scaling-2b 150 --preset 2b --depth 4 --frames 512 --scales multi-scale --layouts auto
+    compiled() { scaling "$1" "$2" --compile --scales multi-scale --frames 512 --each "${@:3}"; }
+    compiled compiled 300 --preset base --depth 4 --keep --layouts auto halo --video 1024 --trace "$out/traces"
+    compiled whole 200 --preset base --layouts auto --scaling weak
+    compiled compiled-2b 240 --preset 2b --depth 4 --layouts auto
     scaling scaling 240 --preset base --depth 4 --frames 512 --profile 25
     if has deepspeed; then scaling longest 170 --preset base --longest --runs 3; fi
     if has deepspeed && has av && has mlflow; then

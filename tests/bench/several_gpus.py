@@ -5,14 +5,14 @@
     python tests/bench/several_gpus.py --device cpu --preset demo --side 16 --frames 4 --video 8 --ranks 1 2
 
 Weak: `--frames` for each GPU, so that the video grows with them; strong: one video of `--video` frames. Both are
-compared with one GPU in the same run; GPUs differ by some per cent, so with `--each` a row says how long the slowest
-of them takes where each has a clip of its own. Steps are forward and backward passes of one clip, of the slowest rank,
-medians; with `--engine` whole steps by DeepSpeed (ZeRO as in the preset), with gradients reduced and an update. "Not
-hidden" is the share of a step that goes when no message along time is sent and receivers get random numbers instead;
-such steps and ordinary ones take turns (but for compiled steps, which it would compile twice). "Of the CPU" are the
-seconds in which the slowest rank's starts all of a step, waits for room among what is started included: where it takes
-much less, no GPU waits for it. "Planned" is what launch/plan.py says of the same steps before. Rows come as they are
-measured; one that runs out of memory or time says so, and the others go on.
+compared with one GPU in the same run, if it is among `--ranks`; GPUs differ by some per cent, so with `--each` a row
+says how long the slowest of them takes where each has a clip of its own. Steps are forward and backward passes of one
+clip, of the slowest rank, medians; with `--engine` whole steps by DeepSpeed (ZeRO as in the preset), with gradients
+reduced and an update. "Not hidden" is the share of a step that goes when no message along time is sent and receivers
+get random numbers instead; such steps and ordinary ones take turns (but for compiled steps, which it would compile
+twice). "Of the CPU" are the seconds in which the slowest rank's starts all of a step, waits for room among what is
+started included: where it takes much less, no GPU waits for it. "Planned" is what launch/plan.py says of the same steps
+before. Rows come as they are measured; one that runs out of memory or time says so, and the others go on.
 """
 
 from __future__ import annotations
@@ -293,8 +293,9 @@ def tell(args: argparse.Namespace, folder: Path, job: dict[str, Any], found: dic
         file.write(json.dumps({**job, **found}) + "\n")
     model, frames, ranks = configure(args, job)[0].model, job["frames"], job["ranks"]
     tokens = frames * cost.tokens_per_frame(model, args.side, args.side)
+    gpus = str(ranks) if job["copies"] == 1 else f"{job['copies']} × 1"
     for scaling in job["scaling"]:
-        row = [scaling, job["scales"], job["layouts"], str(ranks), f"{tokens:,}"]
+        row = [scaling, job["scales"], job["layouts"], gpus, f"{tokens:,}"]
         if "failed" in found:
             row += [found["failed"], *[""] * (len(COLUMNS) - 6)]
         else:
@@ -381,6 +382,8 @@ def main() -> None:
         Path(args.trace).mkdir(parents=True, exist_ok=True)
     most = gpus if args.device == "cuda" else 8
     args.ranks = [ranks for ranks in args.ranks or (1, 2, 4, 8) if ranks <= most]
+    if args.each and (args.engine or args.longest):
+        parser.error("--each is for forward and backward passes: DeepSpeed would add up the gradients of all GPUs")
     args.video, args.engine = args.video or 2 * args.frames, args.engine or bool(args.longest)
     base = PRESETS[args.preset]()
     model = replace(base.model, depth=args.depth or base.model.depth, channels=ASSUMED.channels)
