@@ -223,6 +223,7 @@ def test_damaged_checkpoints_cost_time_and_no_data(shards, tmp_path):
     assert [line["from"] for line in run.consumed() if "from" in line] == [0, 8]
 
 
+@pytest.mark.slow
 def test_a_signal_while_a_checkpoint_is_written(shards, tmp_path):
     """One: that checkpoint and another of the last step are written. Two: neither, and the one before stays whole."""
     run = Run(tmp_path, shards, processes=1, steps=500, step_s=0.05, chunk_s=0.02)
