@@ -503,6 +503,7 @@ def held_out(run):
 LOOK = ("train.evaluate=4", "train.held_out=3")  # as `trained` does
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_exported_weights_and_goes_on_without_them(trained, shards, tmp_path):
     out, run = tmp_path / "out", tmp_path / "run"
     assert msc("export", trained, "--out", out).returncode == 0
