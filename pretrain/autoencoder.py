@@ -7,6 +7,7 @@ where the video was float64). Leading dimensions are free. Nothing here keeps st
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -18,7 +19,7 @@ DIFFUSERS = "diffusers:"
 CHUNK, OVERLAP = 14, 28  # latent frames that `decode_parts` decodes at once, and how many it looks back
 
 
-class Autoencoder:
+class Autoencoder(ABC):
     """What every autoencoder offers; `open_autoencoder` chooses one by its `spec`.
 
     channels: of a latent frame. spatial_factor: pixels per latent pixel, along height and along width.
@@ -69,11 +70,11 @@ class Autoencoder:
             )
         return self._decode(latents if latents.dtype == torch.float64 else latents.float())
 
-    def _encode(self, pixels: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def _encode(self, pixels: Tensor) -> Tensor: ...
 
-    def _decode(self, latents: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def _decode(self, latents: Tensor) -> Tensor: ...
 
 
 class Pixels(Autoencoder):

@@ -274,7 +274,6 @@ def _scatter_add(grad_BRnhd: Tensor, part: Tensor, seen: list[tuple[int, ...]]) 
 # Left to itself torch 2.11 takes cuDNN's kernels on Hopper. Others found their gradients wrong, without a word or as
 # NaN (pytorch issues 150700, 196678), and here gradients of that choice were 17 % off (docs/benchmarks.md); that cuDNN
 # is to blame was not shown.
-_SWITCH = threading.Lock()
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -309,6 +308,9 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_su
     with torch.enable_grad():  # the kernel's statistics are private: run it again
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]
         return torch.autograd.grad(scaled_dot_product(*inputs), inputs, grad)
+
+
+_SWITCH = threading.Lock()
 
 
 @contextmanager
