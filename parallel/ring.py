@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import exchange
-from .exchange import Route, deal, move
+from .exchange import Route, move
 
 Blocks = tuple[tuple[int, ...], ...]
 # (q, k, v, blocks) -> (out [B, U, n, h, d], log-sum-exp [B, U, h, n]); units that see nothing get 0 and -inf
@@ -65,10 +65,6 @@ class Ring:
         """The way back of `enter`."""
         shape = torch.Size((x_BU.shape[0], self.own, *x_BU.shape[2:]))
         return move(x_BU, shape, self.receives, self.sends, self.group, "attention output (ring)")
-
-    def gather(self, x_BU: Tensor) -> Tensor:
-        shape = torch.Size((x_BU.shape[0], len(self.units), *x_BU.shape[2:]))
-        return deal(x_BU, shape, self.sends, self.receives, self.group, "noise levels")
 
     # Compiled, torch 2.11 loses its gradients, and any torch takes both rounds for one and keeps the keys of all ranks.
     @torch.compiler.disable

@@ -9,13 +9,14 @@ the ranks. Scales that see all of the past may be computed elsewhere instead: se
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from math import prod
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .exchange import Route, arrive, send
+from .exchange import Route, arrive, deal, send
 from .ring import Ring
 from .ulysses import Ulysses
 
@@ -65,6 +66,12 @@ class ShardedTimeline:
 
     def placement(self, scale: int) -> Ulysses | Ring | None:
         return self.placements.get(scale)
+
+    def levels(self, t_BUF: Tensor, kept: int | None) -> tuple[Tensor, int]:
+        """Of the whole video: a number a frame."""
+        shape = torch.Size((t_BUF.shape[0], self.bounds[-1], *t_BUF.shape[2:]))
+        places = [(slice(None), slice(a, b)) for a, b in pairwise(self.bounds)]
+        return deal(t_BUF, shape, [(slice(None),)] * self.ranks, places, self.group, "noise levels"), 0
 
     def ask(
         self, key: tuple[object, ...], x_BU: Tensor, before: Before, kept: int | None, every: int = 1

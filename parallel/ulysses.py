@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .exchange import deal, move
+from .exchange import move
 
 
 class Ulysses:
@@ -23,7 +23,7 @@ class Ulysses:
         ranks, self.rank = dist.get_world_size(group), dist.get_rank(group)
         assert heads % ranks == 0, f"{heads} heads do not divide by {ranks} ranks"
         self.group, self.own = group.group_name, bounds[self.rank + 1] - bounds[self.rank]
-        self.units = tuple(range(bounds[-1]))
+        self.units = range(bounds[-1])
         share = heads // ranks
         self.shares = [slice(rank * share, (rank + 1) * share) for rank in range(ranks)]
         self.heads = self.shares[self.rank]
@@ -42,8 +42,3 @@ class Ulysses:
         B, _, *inner, _, d = x_BUhd.shape
         shape = torch.Size((B, self.own, *inner, self.shares[-1].stop, d))
         return move(x_BUhd, shape, self.by_units, self.by_heads, self.group, "attention output (Ulysses)")
-
-    def gather(self, x_BU: Tensor) -> Tensor:
-        """What has no heads, of all units: `[B, own units, ...] -> [B, all units, ...]`, without a gradient."""
-        shape = torch.Size((x_BU.shape[0], len(self.units), *x_BU.shape[2:]))
-        return deal(x_BU, shape, [(slice(None),)] * len(self.shares), self.by_units, self.group, "noise levels")

@@ -173,7 +173,7 @@ def cache_bytes(config: ModelConfig, units: int, rows: int, columns: int, batch:
         groups = groups if scale.window is None else min(scale.window, groups)
         tokens = config.frames_per_unit * (rows // scale.space) * (columns // scale.space)
         kept += (fresh + groups) * 2 * tokens * scale.heads * config.head_width
-        levels += fresh * config.frames_per_unit if config.gate in ON_KEYS else 0
+        levels = max(levels, fresh * config.frames_per_unit if config.gate in ON_KEYS else 0)
     return batch * (config.depth * kept * value_bytes + levels * 4)
 
 

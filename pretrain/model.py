@@ -198,25 +198,19 @@ class MSCTransformer(nn.Module):
         config = self.config
         first = self.blocks[0]
         assert isinstance(first, Block)
-        backend = first.attention.backend
-        constants = config.gate_constants or (None,) * len(config.scales)
-        return [
-            view_frames(
-                scale,
-                index,
-                t_BT,
-                grid,
-                config.frames_per_unit,
-                config.head_width,
-                still(config.gate),
-                config.rope_theta,
-                config.gate,
-                constants[index],
-                timeline,
-                backend,
-            )
-            for index, scale in enumerate(config.scales)
-        ]
+        return view_frames(
+            config.scales,
+            t_BT,
+            grid,
+            config.frames_per_unit,
+            config.head_width,
+            still(config.gate),
+            config.rope_theta,
+            config.gate,
+            config.gate_constants or (None,) * len(config.scales),
+            timeline,
+            first.attention.backend,
+        )
 
     # Latents as the autoencoder gives them <-> zero mean, unit variance per channel ---------------------
 

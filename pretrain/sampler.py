@@ -21,6 +21,7 @@ from .model import MSCTransformer
 from .timeline import Key, Placement
 
 Solver = Literal["euler", "heun"]
+LEVELS: Key = ("noise levels",)
 _START, _CONTEXT = 0, 1  # what a frame's noise is for
 
 
@@ -43,6 +44,13 @@ class Cache:
             self._kept[key] = _newest(stored, x_BU, kept)
         earlier = None if stored is None or need == 0 else stored[:, stored.shape[1] - need :]
         return lambda: earlier
+
+    def levels(self, t_BUF: Tensor, kept: int | None) -> tuple[Tensor, int]:
+        stored = self._kept.get(LEVELS)
+        if self.writing:
+            self._kept[LEVELS] = _newest(stored, t_BUF, kept)
+        known = t_BUF if stored is None else torch.cat((stored, t_BUF), 1)
+        return known, self.first + t_BUF.shape[1] - known.shape[1]
 
     def placement(self, scale: int) -> Placement | None:
         return None

@@ -7,7 +7,7 @@ generation cache provide them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,7 +38,7 @@ class Placement(Protocol):
     """
 
     @property
-    def units(self) -> tuple[int, ...]: ...
+    def units(self) -> Sequence[int]: ...
 
     @property
     def heads(self) -> slice: ...
@@ -52,10 +52,6 @@ class Placement(Protocol):
 
     def leave(self, x_BUhd: Tensor) -> Tensor:
         """The way back of `enter`."""
-        ...
-
-    def gather(self, x_BU: Tensor) -> Tensor:
-        """Values without heads for these units; no gradient."""
         ...
 
 
@@ -84,6 +80,14 @@ class Timeline(Protocol):
         """
         ...
 
+    def levels(self, t_BUF: Tensor, kept: int | None) -> tuple[Tensor, int]:
+        """Hand on the noise levels of the own units; levels of a run of units, and its first unit.
+
+        The run holds all units whose attention is computed here and all that they see: those before the own ones that
+        were ever handed on, of which no later run needs more than the last `kept` (None: all may be needed).
+        """
+        ...
+
     def placement(self, scale: int) -> Placement | None:
         """Where the attention of this scale is computed, if not here."""
         ...
@@ -99,6 +103,9 @@ class WholeVideo:
         self, key: Key, x_BU: Tensor, before: Callable[[int], int], kept: int | None, every: int = 1
     ) -> Callable[[], Tensor | None]:
         return lambda: None
+
+    def levels(self, t_BUF: Tensor, kept: int | None) -> tuple[Tensor, int]:
+        return t_BUF, 0
 
     def placement(self, scale: int) -> Placement | None:
         return None

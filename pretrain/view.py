@@ -16,6 +16,7 @@ from .rope import Rope, rope_angles
 from .scales import Scale, spatial_windows
 from .timeline import Placement, Timeline, WholeVideo
 
+Run = tuple[int, int]  # units, first to end
 
 @dataclass(frozen=True)
 class View:
@@ -38,8 +39,7 @@ class View:
 
 
 def view_frames(
-    scale: Scale,
-    index: int,
+    scales: Sequence[Scale],
     t_BT: Tensor,
     grid: tuple[int, int],
     frames_per_unit: int,
@@ -47,57 +47,76 @@ def view_frames(
     still: int,
     theta: float,
     gate: GatePlace,
-    constants: GateConstants | None,
+    constants: Sequence[GateConstants | None],
     timeline: Timeline,
     backend: Backend = "sdpa",
-) -> View:
-    """Positions, noise and visible blocks of a call's frames at one scale.
+) -> list[View]:
+    """Positions, noise and visible blocks of a call's frames at every scale.
 
     t_BT are the noise levels of the own frames; grid is the full token grid (H, W); constants are what was
-    measured of the data at this scale (gate.gate_constants; None: nothing). `still` channels of a head carry no
+    measured of the data at each scale (gate.gate_constants; None: nothing). `still` channels of a head carry no
     position. The kernel `backend` prepares what it can.
     """
-    constants, gated = constants or UNMEASURED, gate in ON_KEYS
-    t_BUF = t_BT.unflatten(1, (-1, frames_per_unit))
+    noise = None
+    if gate in ON_KEYS:
+        kept = [scale.fresh_kept for scale in scales]
+        most = None if None in kept else max(units for units in kept if units is not None)
+        t_BUF, first = timeline.levels(t_BT.unflatten(1, (-1, frames_per_unit)), most)
+        noise = Noise(first, t_BUF, log_snr(t_BUF))
+    return [
+        _view_frames(
+            scale, index, t_BT, noise, grid, frames_per_unit, head_width, still, theta, gate,
+            measured or UNMEASURED, timeline, backend,
+        )
+        for index, (scale, measured) in enumerate(zip(scales, constants, strict=True))
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Noise levels `[B, units, F]` of the units from `first` on, and their log SNR: the same for all scales."""
+
+    first: int
+    t_BUF: Tensor
+    log_snr_BUF: Tensor
+
+    def cut(self, x_BUF: Tensor, *runs: Run) -> Tensor:
+        """`[B, frames]` of some runs of units."""
+        assert all(self.first <= first <= end <= self.first + x_BUF.shape[1] for first, end in runs), "units unknown"
+        return _joined([x_BUF[:, first - self.first : end - self.first] for first, end in runs], 1).flatten(1)
+
+
+def _view_frames(
+    scale: Scale, index: int, t_BT: Tensor, noise: Noise | None, grid: tuple[int, int], frames_per_unit: int,
+    head_width: int, still: int, theta: float, gate: GatePlace, constants: GateConstants, timeline: Timeline,
+    backend: Backend,
+) -> View:  # fmt: skip
     first = timeline.first
-    units = tuple(range(first, first + t_BUF.shape[1]))
+    units: Sequence[int] = range(first, first + t_BT.shape[1] // frames_per_unit)
     placement = timeline.placement(index)
     if placement is not None:
         timeline, first, units = WholeVideo(), 0, placement.units
-        t_BUF = placement.gather(t_BUF) if gated else t_BUF
-    past = scale.fresh_before(first)
+    before, own = (first - scale.fresh_before(first), first), _runs(units)
     finished = scale.finished(first, len(units))
+    groups = before[0], before[0] + finished * scale.time  # the units of complete groups
 
     kept = not timeline.grows and _lasting(t_BT.device)
     tables, seen = (_tables, _seen) if kept else (_tables.__wrapped__, _seen.__wrapped__)
     dtype = torch.float64 if t_BT.dtype == torch.float64 else torch.float32
-    axes = scale.space, grid, head_width, still, theta, dtype, t_BT.device
+    axes = frames_per_unit, scale.space, grid, head_width, still, theta, dtype, t_BT.device
 
-    def frames_of(units: Sequence[int]) -> tuple[tuple[int, int], ...]:
-        """As runs, first to end."""
-        edges = [0, *(i for i in range(1, len(units)) if units[i] != units[i - 1] + 1), len(units)]
-        return tuple(
-            (units[a] * frames_per_unit, (units[b - 1] + 1) * frames_per_unit) for a, b in pairwise(edges) if a < b
-        )
-
-    rope_groups = log_snr_past = log_snr_own = log_snr_groups = log_snr_query = None
-    if finished:
-        start = (first - past) * frames_per_unit
-        rope_groups = tables(((start, start + finished * frames_per_unit * scale.time),), scale.time, *axes)
-    if gated:
-        t_past = timeline.ask(("noise", index), t_BUF, scale.fresh_before, scale.fresh_kept)()
-        t_past = t_BUF[:, :0] if t_past is None else t_past
-        log_snr_past, log_snr_own = (log_snr(t.flatten(1)) + constants.b for t in (t_past, t_BUF))
+    log_snr_past = log_snr_own = log_snr_groups = log_snr_query = None
+    if noise is not None:
+        log_snr_past, log_snr_own = (noise.cut(noise.log_snr_BUF, *runs) + constants.b for runs in ([before], own))
         if finished:
-            members = torch.cat((t_past, t_BUF), 1).flatten(1)[:, : finished * scale.time * frames_per_unit]
-            log_snr_groups = pooled_log_snr(members, scale.time) + constants.b_pooled
+            log_snr_groups = pooled_log_snr(noise.cut(noise.t_BUF, groups), scale.time) + constants.b_pooled
     if gate == "pair":
         log_snr_query = log_snr_own
     elif gate == "mix":
         log_snr_query = log_snr(t_BT) + constants.b
     sizes = frozenset(window_sizes(scale, grid, frames_per_unit))
     where = t_BT.device, head_width, chosen(backend, len(units), t_BT.device.type, head_width)
-    blocks, masks = seen(scale, first, len(units), gated, sizes, *where)
+    blocks, masks = seen(scale, first, len(units), noise is not None, sizes, *where)
     return View(
         scale,
         frames_per_unit,
@@ -105,15 +124,26 @@ def view_frames(
         placement,
         blocks,
         masks,
-        tables(frames_of(range(first - past, first)), 1, *axes),
-        tables(frames_of(units), 1, *axes),
-        rope_groups,
+        tables((before,), 1, *axes),
+        tables(own, 1, *axes),
+        tables((groups,), scale.time, *axes) if finished else None,
         constants,
         log_snr_query,
         log_snr_past,
         log_snr_own,
         log_snr_groups,
     )
+
+
+def _joined(parts: list[Tensor], axis: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
+
+
+@lru_cache(maxsize=64)
+def _runs(units: Sequence[int]) -> tuple[Run, ...]:
+    """Ascending numbers as runs, first to end."""
+    edges = [0, *(i for i in range(1, len(units)) if units[i] != units[i - 1] + 1), len(units)]
+    return tuple((units[a], units[b - 1] + 1) for a, b in pairwise(edges))
 
 
 # What follows from where the units lie is the same at every step of a training run, and takes the CPU tens of
@@ -144,15 +174,15 @@ def _seen(
 @lru_cache(maxsize=64)  # of `base` some 350 bytes a token and shape of clips
 @torch.inference_mode(False)
 def _tables(
-    runs: tuple[tuple[int, int], ...], step: int, space: int, grid: tuple[int, int],
+    runs: tuple[Run, ...], step: int, frames_per_unit: int, space: int, grid: tuple[int, int],
     head_width: int, still: int, theta: float, dtype: torch.dtype, device: torch.device,
 ) -> Rope:  # fmt: skip
-    """Of the frames in `runs` (first, end), every `step` of them as one at their centre."""
+    """Of the frames in runs of units, every `step` of them as one at their centre."""
 
     def centres(first: int, end: int, step: int) -> Tensor:
         return torch.arange(first, end, step, dtype=torch.float64, device=device) + (step - 1) / 2
 
-    frames = torch.cat([centres(*run, step) for run in runs or ((0, 0),)])
+    frames = _joined([centres(first * frames_per_unit, end * frames_per_unit, step) for first, end in runs], 0)
     rows, columns = (centres(0, side, space) for side in grid)
     return rope_angles((frames, rows, columns), head_width, still, theta, dtype)
 

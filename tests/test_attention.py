@@ -52,13 +52,10 @@ def build(case, seed=0):
 
 def run(module, x, t, constants, frames_per_unit, timeline=None):
     timeline = timeline or WholeVideo()
-    views = [
-        view_frames(
-            scale, i, t, x.shape[2:4], frames_per_unit, module.head_width, still(module.gate), THETA,
-            module.gate, constants[i], timeline,
-        )
-        for i, scale in enumerate(module.scales)
-    ]  # fmt: skip
+    head = module.head_width, still(module.gate)
+    views = view_frames(
+        module.scales, t, x.shape[2:4], frames_per_unit, *head, THETA, module.gate, constants, timeline
+    )
     return module(x, views)
 
 
@@ -98,7 +95,7 @@ def test_one_plain_scale_is_dense_causal_attention():
     scale = Scale(4)
     module, x, t, constants = build(((scale,), "none", False, 1, 4, (2, 3), 16))
     q, k, v = module.qkv(x).unflatten(-1, (3, 4, 16)).unbind(-3)
-    view = view_frames(scale, 0, t, (2, 3), 1, 16, 2, THETA, "none", None, WholeVideo())
+    (view,) = view_frames([scale], t, (2, 3), 1, 16, 2, THETA, "none", [None], WholeVideo())
     q, k = (normalise_and_rotate(y, gain, view.rope_own) for gain, y in ((module.q_gain, q), (module.k_gain, k)))
     q, k, v = (y.flatten(1, 3).transpose(1, 2) for y in (q, k, v))
     frame = torch.arange(4).repeat_interleave(6)

@@ -68,6 +68,9 @@ class Later(WholeVideo):
         size = before(self.first)
         return lambda: x_BU.new_zeros(x_BU.shape[0], size, *x_BU.shape[2:]).requires_grad_() if size else None
 
+    def levels(self, t_BUF, kept):
+        return torch.cat((t_BUF.new_zeros(t_BUF.shape[0], self.first, t_BUF.shape[2]), t_BUF), 1), 0
+
 
 def kept_bytes(model, timeline, *inputs):
     """What autograd really keeps: every storage once, without parameters."""

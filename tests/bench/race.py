@@ -12,10 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,7 +63,22 @@ def held_out_loss(model: MSCTransformer, clips: Tensor, batch: int) -> float:
     return sum(found) / len(found)
 
 
-def race(model: MSCTransformer, train: Tensor, rest: Tensor, args: argparse.Namespace) -> Iterator[dict]:
+def textures(seed: int, clips: int, size: tuple[int, int, int], part: int = 16) -> Tensor:
+    """`moving_textures`, made a few clips at a time by several processes: uint8 `[N, T, 3, H, W]`."""
+    parts = [(seed + first, min(part, clips - first), size) for first in range(0, clips, part)]
+    with ProcessPoolExecutor(min(16, os.cpu_count() or 1, len(parts)), get_context("spawn")) as workers:
+        return torch.cat([torch.from_numpy(made) for made in workers.map(some_textures, parts)])
+
+
+def some_textures(part: tuple[int, int, tuple[int, int, int]]) -> np.ndarray:
+    torch.set_num_threads(1)  # many would wait for each other at every small tensor
+    seed, clips, size = part
+    return moving_textures(seed, clips, *size).numpy()
+
+
+def race(
+    model: MSCTransformer, train: Tensor, rest: Tensor, mean: Tensor, std: Tensor, args: argparse.Namespace
+) -> Iterator[dict]:
     """Train until the time is over; yields what was seen now and then. Compiling is not counted."""
     device, average = rest.device, {name: p.detach().clone() for name, p in model.named_parameters()}
     source = torch.Generator().manual_seed(1)
@@ -71,6 +90,7 @@ def race(model: MSCTransformer, train: Tensor, rest: Tensor, args: argparse.Name
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, (number + 1) / 100)
         x = train[torch.randint(len(train), (args.batch,), generator=source)].to(device, non_blocking=True)
+        x = (x.float() - mean) / std
         t = levels((args.batch, x.shape[1]), source).to(device)
         losses(model, x, t, torch.randn_like(x)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -162,22 +182,17 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # many would wait for each other at every small tensor: minutes on a large machine
-    train, rest = (
-        moving_textures(seed, clips, args.frames, args.side, args.side).float()
-        for seed, clips in ((100, args.clips), (9000, args.held_out))
-    )
-    torch.set_num_threads(threads)
-    statistics = measure(train[:64])
-    mean, std = (torch.tensor(x)[:, None, None] for x in (statistics.mean, statistics.std))
-    train, rest = (train - mean) / std, ((rest - mean) / std).to(device)
-    train = train.pin_memory() if device.type == "cuda" else train
+    began, size = time.perf_counter(), (args.frames, args.side, args.side)
+    train, rest = textures(100, args.clips, size), textures(9000, args.held_out, size)
+    statistics = measure(train[:64].float())
+    mean, std = (torch.tensor(x, device=device)[:, None, None] for x in (statistics.mean, statistics.std))
+    train, rest = (train.pin_memory() if device.type == "cuda" else train), (rest.to(device).float() - mean) / std
+    print(f"{args.clips} + {args.held_out} clips made in {time.perf_counter() - began:.0f} s", flush=True)
 
     given = args.frames // 2
 
     def pixels(x: Tensor) -> Tensor:  # in [0, 1]
-        return ((x.float().cpu() * std + mean) / 255).clamp(0, 1)
+        return ((x.float() * std + mean) / 255).clamp(0, 1).cpu()
 
     def scores(videos: Tensor) -> list[float]:
         """PSNR by horizon, mean over clips."""
@@ -199,7 +214,7 @@ def main() -> None:
             torch._dynamo.reset()
             for block in model.blocks:
                 block.compile()
-        for seen in race(model, train, rest, args):
+        for seen in race(model, train, rest, mean, std, args):
             with results.open("a") as file:
                 file.write(json.dumps({"model": name, **seen}) + "\n")
             print(

@@ -227,6 +227,8 @@ def measure(args: argparse.Namespace, world: process.World, mesh: Any, job: dict
         if world.first:
             print(f"Kernels of the first rank:\n{listed}", file=sys.stderr, flush=True)
     slowest = torch.tensor(times)
+    by_rank = [torch.zeros_like(slowest[:, 0, 0]) for _ in range(world.size)]
+    dist.all_gather(by_rank, slowest[:, 0, 0].contiguous())
     memory = torch.tensor(float(torch.cuda.max_memory_allocated() if on_gpu else 0))
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     dist.all_reduce(memory, dist.ReduceOp.MAX)
@@ -236,6 +238,7 @@ def measure(args: argparse.Namespace, world: process.World, mesh: Any, job: dict
     device = hardware.named_by_driver(torch.cuda.get_device_name()) if on_gpu else None
     return {
         "seconds": medians[0][0],
+        "by_rank": [float(one.median()) for one in by_rank],
         "started": medians[0][1],
         "silent": medians[1][0] if len(medians) > 1 else None,
         "memory": float(memory) or None,
@@ -314,6 +317,9 @@ def tell(args: argparse.Namespace, folder: Path, job: dict[str, Any], found: dic
                 row += ["", ""]
             row += ["" if silent is None else f"{1 - silent / seconds:.1%}", f"{memory / 1e9:.2f}" if memory else ""]
         print(f"| {' | '.join(row)} |", flush=True)
+    if job["copies"] > 1 and "by_rank" in found:
+        alone = ", ".join(f"{seconds:.4f}" for seconds in found["by_rank"])
+        print(f"Seconds of each: {alone}", file=sys.stderr, flush=True)
     if args.longest and "losses" in found:
         first, last = found["losses"]
         print(f"\nLoss of the same clip at step 1: {first:.4f}, at step {found['steps']}: {last:.4f}", flush=True)
