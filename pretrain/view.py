@@ -18,6 +18,7 @@ from .timeline import Placement, Timeline, WholeVideo
 
 Run = tuple[int, int]  # units, first to end
 
+
 @dataclass(frozen=True)
 class View:
     """One scale's view of the units whose attention is computed here."""
