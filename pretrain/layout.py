@@ -18,6 +18,10 @@ from .scales import Scale, spatial_windows
 Layout = Literal["halo", "ulysses", "ring"]
 Choice = Literal["auto", "halo", "ulysses", "ring"]
 
+# Seconds that an exchange takes besides its bytes where all ranks wait for it: its start, and whoever comes last. On
+# four H100 (docs/benchmarks.md) `base` told 0.06 ms with all kept and 0.1 ms with recomputation.
+WAITED = 8e-5
+
 
 @dataclass(frozen=True)
 class Clip:
@@ -101,7 +105,8 @@ def estimates(
     """Every layout that can serve a scale. A backward pass computes and sends twice and once the forward's.
 
     Keys of the ring travel behind the ring's attention. Halos, pooled groups and Ulysses' exchanges are counted in
-    full; halos hide behind the placing of own queries and keys, which is not counted here.
+    full, those there and back also with what every rank waits; halos hide behind the placing of own queries and keys,
+    which is not counted here.
     """
     edges, size, work = bounds(clip.units, ranks), clip.unit_values(scale), unit_flops(scale, clip)
     shares = [range(edges[rank], edges[rank + 1]) for rank in range(ranks)]
@@ -117,13 +122,14 @@ def estimates(
     found: dict[Layout, Estimate] = {"halo": Estimate(sent, max(blocks) * work, compute(max(blocks)) + travel(sent))}
     if scale.heads % ranks == 0:
         sent = max(ulysses_values(edges, size))
-        found["ulysses"] = Estimate(sent, sum(blocks) * work // ranks, compute(sum(blocks) / ranks) + travel(sent))
+        seconds = compute(sum(blocks) / ranks) + travel(sent) + 4 * WAITED
+        found["ulysses"] = Estimate(sent, sum(blocks) * work // ranks, seconds)
     if is_dense(scale):
         placed, passed = (max(values) for values in ring_values(edges, size))
         most = max(seen_blocks(scale, held) for held in zigzag(clip.units, ranks))
         # backward: keys and values once more, their gradients in fp32
         around = travel(passed, 2 + 4 / clip.value_bytes)
-        seconds = travel(placed) + max(compute(most), around)
+        seconds = travel(placed) + 4 * WAITED + max(compute(most), around)
         found["ring"] = Estimate(placed + passed, most * work, seconds)
     return found
 

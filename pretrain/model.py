@@ -184,7 +184,8 @@ class MSCTransformer(nn.Module):
         for number, block in enumerate(self.blocks):
             arguments = (tokens, modulation, text, views, Layer(number))
             if self.recompute and torch.is_grad_enabled():
-                tokens = checkpoint(block, *arguments, use_reentrant=False)
+                # nothing in a block is random, and to set generators back takes the CPU time
+                tokens = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             elif timeline.grows:
                 tokens = block._call_impl(*arguments)  # as it is, compiled or not
             else:
