@@ -21,7 +21,7 @@ from msc.launch import hardware
 from msc.launch.hardware import Device
 from msc.pretrain import cost
 from msc.pretrain.config import Config
-from msc.pretrain.layout import Clip, Layout, choose, estimates
+from msc.pretrain.layout import Clip, Layout, Rates, choose, estimates
 from msc.pretrain.model import ModelConfig
 from msc.pretrain.parallelize import check_parallel, clip_of, kept_activations
 from msc.pretrain.scales import spatial_windows
@@ -97,9 +97,10 @@ def plan(config: Config, index: Index, device: Device, gpus: int) -> Plan:
     attention_rate = peak * speed.attention
     inside = parallel.sp <= device.node and device.node % parallel.sp == 0
     rate = (device.link if inside else device.network) * hardware.LINKS
+    rates = Rates(rate, attention_rate, hardware.WAIT)
     layouts: tuple[Layout, ...] = ()
     if parallel.sp > 1:
-        layouts = choose(model.scales, clip, parallel.sp, parallel.layout, rate, attention_rate)
+        layouts = choose(model.scales, clip, parallel.sp, parallel.layout, rates)
     kept = kept_activations(model, parallel, clip, config.train.micro, recompute=False)
     count = cost.parameters(model)
     bf16 = parallel.precision != "fp32"
@@ -111,7 +112,7 @@ def plan(config: Config, index: Index, device: Device, gpus: int) -> Plan:
     attention = config.train.micro * 3.0 * cost.attention_flops(model, index.frames, index.height, index.width)
     sent = hidden_not = 0.0
     if layouts:
-        each = [estimates(scale, clip, parallel.sp, rate, attention_rate)[layout]
+        each = [estimates(scale, clip, parallel.sp, rates)[layout]
                 for scale, layout in zip(model.scales, layouts, strict=True)]  # fmt: skip
         attention = config.train.micro * 3.0 * model.depth * sum(e.flops for e in each)
         travelling = sum(e.seconds - 3 * e.flops / attention_rate for e in each)

@@ -55,6 +55,9 @@ class Ring:
             (slice(None), [i for i, u in enumerate(self.units) if a <= u < b])
             for a, b in zip(bounds, bounds[1:], strict=False)
         ]
+        # Compiled, torch 2.11 loses its gradients, and any torch takes both rounds for one and keeps the keys of all
+        # ranks. (Said here and not above the function, where it would import the compiler at every start.)
+        self.attend = torch.compiler.disable(self._attend)
 
     def enter(self, x_BU: Tensor) -> Tensor:
         """`[B, own units, ...] -> [B, zig-zag units, ...]`."""
@@ -66,9 +69,7 @@ class Ring:
         shape = torch.Size((x_BU.shape[0], self.own, *x_BU.shape[2:]))
         return move(x_BU, shape, self.receives, self.sends, self.group, "attention output (ring)")
 
-    # Compiled, torch 2.11 loses its gradients, and any torch takes both rounds for one and keeps the keys of all ranks.
-    @torch.compiler.disable
-    def attend(self, q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, blocks: Blocks) -> Tensor:
+    def _attend(self, q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, blocks: Blocks) -> Tensor:
         """As backends.attend; the first blocks of keys are those of the own units, as others see them."""
         return _Ring.apply(q_BUnhd, k_BRnhd, v_BRnhd, blocks, self)
 

@@ -107,5 +107,5 @@ class ShardedTimeline:
 
 
 def _words(key: tuple[object, ...]) -> str:
-    what, *layer, scale = key
-    return f"{what} of scale {scale}" + (f" in layer {layer[0]}" if layer else "")
+    what, layer, scale = key
+    return f"{what} of scale {scale} in layer {layer}"

@@ -94,12 +94,26 @@ def _deepspeed() -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         load_shm_op()
-    import deepspeed
+    with _hidden("mlflow"):  # which its autotuner would import: a second and a half at the start of every rank
+        import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # deprecations of torch names that DeepSpeed still calls, once per rank and step
     warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed")
     return deepspeed
+
+
+@contextmanager
+def _hidden(package: str) -> Iterator[None]:
+    """Inside the block a package cannot be imported, as if it were not installed; unless it was before."""
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[package]
 
 
 @functools.cache

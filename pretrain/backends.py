@@ -10,7 +10,7 @@ import importlib.util
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 Blocks = tuple[tuple[int, ...], ...]
 Attend = Callable[[Tensor, Tensor, Tensor, Blocks], Tensor]
 Backend = Literal["auto", "sdpa", "flex", "flash"]
+Function = TypeVar("Function", bound=Callable[..., Any])
 VARIANTS = 256  # shapes that a function is compiled for
 CPU_UNITS = 16  # units of a call on a CPU, see _calls
 Masks = dict[int, Any]  # what FlexAttention knows of blocks beforehand (flex.Prepared), by their tokens
@@ -80,7 +81,16 @@ def chosen(
     return choose_backend(device_type, head_width, dtype)
 
 
-@torch.compiler.assume_constant_result  # looking for a package would cut a compiled block into pieces
+def _constant(function: Function) -> Function:
+    """Compilers take its result for a constant: what it looks at would cut a compiled block into pieces.
+
+    As torch.compiler.assume_constant_result, which would import the compiler: a second at the start of every command.
+    """
+    function.__dict__["_dynamo_marked_constant"] = True
+    return function
+
+
+@_constant
 def choose_backend(device_type: str, head_width: int = 64, dtype: torch.dtype = torch.bfloat16) -> Backend:
     """The kernel that "auto" means on a device ("cpu", "cuda").
 
@@ -362,7 +372,7 @@ def _flash(q: Tensor) -> bool:
     return _has_flash()
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _has_flash() -> bool:
     return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability() >= (8, 0)
 

@@ -75,7 +75,7 @@ def attend(q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, blocks: Blocks, ke
         return _call(q_BUnhd, k_BRnhd, v_BRnhd, blocks, kernel)
     parts = q_BUnhd.split([len(seen) for seen in packs], 1)
     outs = [
-        checkpoint(_call, q, k_BRnhd, v_BRnhd, seen, kernel, use_reentrant=False)
+        checkpoint(_call, q, k_BRnhd, v_BRnhd, seen, kernel, use_reentrant=False, preserve_rng_state=False)
         for q, seen in zip(parts, packs, strict=True)
     ]
     return torch.cat(outs, 1)

@@ -134,7 +134,7 @@ def held_out_losses(
     for batch in held_out_batches(config, shards, config.train.held_out, config.train.micro, rows, row, frames):
         feed = feeds[batch.bucket]
         inputs = feed(batch)
-        velocity = model(inputs.noisy, inputs.t, inputs.text, inputs.labels, feed.timeline)
+        velocity = model(inputs.noisy, inputs.t, inputs.text, inputs.labels, feed.timeline, inputs.all_t)
         losses.add(frame_losses(velocity, inputs.x, inputs.noise), inputs)
     model.train()
     losses.reduce()

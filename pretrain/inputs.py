@@ -19,13 +19,15 @@ from .timeline import Timeline, WholeVideo
 
 @dataclass(frozen=True)
 class Inputs:
-    """Own frames of some clips: x and noise `[B, T, C, H, W]`, t `[B, T]`; supervised frames have t > 0."""
+    """Own frames of some clips: x and noise `[B, T, C, H, W]`, t `[B, T]`; supervised frames have t > 0. all_t are the
+    noise levels of all frames of the clips, where others have the rest."""
 
     x: Tensor
     noise: Tensor
     t: Tensor
     text: Tensor | None
     labels: Tensor | None
+    all_t: Tensor | None = None
 
     @property
     def noisy(self) -> Tensor:
@@ -70,12 +72,15 @@ class Feed:
 
     def levels(self, batch: Batch) -> Tensor:
         """Noise levels of the own frames, `[B, T]` on the CPU; known before anything is decoded."""
+        return self._all_levels(batch)[:, self.frames.start : self.frames.stop]
+
+    def _all_levels(self, batch: Batch) -> Tensor:
         per_unit = self.model.config.frames_per_unit
         t = [
             noise_levels(self.diffusion, self.shift, self.seed, sample, epoch, self.all_units, per_unit)
             for sample, epoch in zip(batch.samples, batch.epochs, strict=True)
         ]
-        return torch.stack(t)[:, self.frames.start : self.frames.stop]
+        return torch.stack(t)
 
     def __call__(self, batch: Batch) -> Inputs:
         latents = latents_of(batch, self.autoencoder, self.device)
@@ -89,12 +94,14 @@ class Feed:
         labels = None if batch.labels is None else batch.labels.where(kept, self.model.config.classes)
 
         to = partial(Tensor.to, device=self.device, non_blocking=True)
+        all_t = to(self._all_levels(batch))
         return Inputs(
             self.model.normalise(latents),
             to(noise),
-            to(self.levels(batch)),
+            all_t[:, self.frames.start : self.frames.stop],
             None if text is None else to(text),
             None if labels is None else to(labels),
+            all_t,
         )
 
 

@@ -18,10 +18,6 @@ from .scales import Scale, spatial_windows
 Layout = Literal["halo", "ulysses", "ring"]
 Choice = Literal["auto", "halo", "ulysses", "ring"]
 
-# Seconds that an exchange takes besides its bytes where all ranks wait for it: its start, and whoever comes last. On
-# four H100 (docs/benchmarks.md) `base` told 0.06 ms with all kept and 0.1 ms with recomputation.
-WAITED = 8e-5
-
 
 @dataclass(frozen=True)
 class Clip:
@@ -37,6 +33,16 @@ class Clip:
         """Numbers in one unit's queries, or keys, or values, at a scale."""
         tokens = self.frames_per_unit * (self.grid[0] // scale.space) * (self.grid[1] // scale.space)
         return tokens * scale.heads * self.head_width
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a rank sends and computes in a second, and what an exchange that all ranks wait for takes besides its bytes:
+    its start, and whoever comes last."""
+
+    bytes_per_s: float
+    flops_per_s: float
+    wait_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -99,37 +105,35 @@ def seen_blocks(scale: Scale, units: Sequence[int]) -> int:
 # What it takes ---------------------------------------------------------------------------------------
 
 
-def estimates(
-    scale: Scale, clip: Clip, ranks: int, bytes_per_s: float, flops_per_s: float
-) -> dict[Layout, Estimate]:
+def estimates(scale: Scale, clip: Clip, ranks: int, rates: Rates) -> dict[Layout, Estimate]:
     """Every layout that can serve a scale. A backward pass computes and sends twice and once the forward's.
 
     Keys of the ring travel behind the ring's attention. Halos, pooled groups and Ulysses' exchanges are counted in
-    full, those there and back also with what every rank waits; halos hide behind the placing of own queries and keys,
-    which is not counted here.
+    full, those there and back (Ulysses, and the ring's zig-zag) also with what ranks wait for each other, each scale as
+    if it were the only one; halos hide behind the placing of own queries and keys, which is not counted here.
     """
     edges, size, work = bounds(clip.units, ranks), clip.unit_values(scale), unit_flops(scale, clip)
     shares = [range(edges[rank], edges[rank + 1]) for rank in range(ranks)]
 
     def compute(blocks: float) -> float:
-        return 3 * blocks * work / flops_per_s
+        return 3 * blocks * work / rates.flops_per_s
 
     def travel(values: float, ways: float = 2) -> float:
-        return ways * values * clip.value_bytes / bytes_per_s
+        return ways * values * clip.value_bytes / rates.bytes_per_s
 
     blocks = [seen_blocks(scale, own) for own in shares]
     sent = max(halo_values(scale, edges, size))
     found: dict[Layout, Estimate] = {"halo": Estimate(sent, max(blocks) * work, compute(max(blocks)) + travel(sent))}
     if scale.heads % ranks == 0:
         sent = max(ulysses_values(edges, size))
-        seconds = compute(sum(blocks) / ranks) + travel(sent) + 4 * WAITED
+        seconds = compute(sum(blocks) / ranks) + travel(sent) + 4 * rates.wait_s
         found["ulysses"] = Estimate(sent, sum(blocks) * work // ranks, seconds)
     if is_dense(scale):
         placed, passed = (max(values) for values in ring_values(edges, size))
         most = max(seen_blocks(scale, held) for held in zigzag(clip.units, ranks))
         # backward: keys and values once more, their gradients in fp32
         around = travel(passed, 2 + 4 / clip.value_bytes)
-        seconds = travel(placed) + 4 * WAITED + max(compute(most), around)
+        seconds = travel(placed) + 4 * rates.wait_s + max(compute(most), around)
         found["ring"] = Estimate(placed + passed, most * work, seconds)
     return found
 
@@ -139,7 +143,7 @@ def is_dense(scale: Scale) -> bool:
 
 
 def choose(
-    scales: Sequence[Scale], clip: Clip, ranks: int, choice: Choice, bytes_per_s: float, flops_per_s: float
+    scales: Sequence[Scale], clip: Clip, ranks: int, choice: Choice, rates: Rates
 ) -> tuple[Layout, ...]:
     """The layout of every scale: the cheapest where `choice` is "auto", else the one chosen.
 
@@ -153,7 +157,7 @@ def choose(
         return (choice,) * len(scales)
     layouts: list[Layout] = []
     for scale in scales:
-        found = estimates(scale, clip, ranks, bytes_per_s, flops_per_s)
+        found = estimates(scale, clip, ranks, rates)
         layouts.append(min(found, key=lambda layout: found[layout].seconds))
     return tuple(layouts)
 
@@ -172,14 +176,14 @@ def check_choice(scales: Sequence[Scale], ranks: int, choice: Choice) -> None:
 
 
 def table(
-    scales: Sequence[Scale], clip: Clip, ranks: int, choice: Choice, bytes_per_s: float, flops_per_s: float
+    scales: Sequence[Scale], clip: Clip, ranks: int, choice: Choice, rates: Rates
 ) -> list[tuple[str, str]]:
     """One line per scale for people: (scale, its layout and what each would take per layer and step)."""
     lines = []
     for index, (scale, layout) in enumerate(
-        zip(scales, choose(scales, clip, ranks, choice, bytes_per_s, flops_per_s), strict=True)
+        zip(scales, choose(scales, clip, ranks, choice, rates), strict=True)
     ):
-        found = estimates(scale, clip, ranks, bytes_per_s, flops_per_s)
+        found = estimates(scale, clip, ranks, rates)
         costs = ", ".join(
             f"{name} {estimate.seconds * 1e3:.3g} ms, sends {estimate.sent * clip.value_bytes / 1e6:.3g} MB"
             for name, estimate in found.items()

@@ -156,17 +156,19 @@ class MSCTransformer(nn.Module):
         text_BLE: Tensor | None = None,
         labels_B: Tensor | None = None,
         timeline: Timeline | None = None,
+        all_t_BT: Tensor | None = None,
     ) -> Tensor:
         """Velocity `ε - x` of every frame, `[B, T, C, H, W]` in the type of x.
 
         x: noisy normalised latents of the own frames; t: their noise levels in [0, 1]; text: embeddings
         (zeros where dropped or padded); labels: class numbers, `classes` meaning none; timeline: where the frames
-        lie in their video and where to get the past from (default: the whole video is here).
+        lie in their video and where to get the past from (default: the whole video is here); all_t: noise levels of
+        all frames of the video, if they are known (default: the timeline brings what is needed).
         """
         config, timeline = self.config, timeline or WholeVideo()
         kind = self.embed.weight.dtype
         tokens = self.embed(patchify(x_BTCHW, config.patch).to(kind))
-        views = self.view(t_BT, (tokens.shape[2], tokens.shape[3]), timeline)
+        views = self.view(t_BT, (tokens.shape[2], tokens.shape[3]), timeline, all_t_BT)
         embedding = self.noise(t_BT)
         if self.label is not None:
             none = torch.full((x_BTCHW.shape[0],), config.classes, device=x_BTCHW.device)
@@ -194,7 +196,9 @@ class MSCTransformer(nn.Module):
         residual = self.final(self.final_norm(tokens) * (1 + scale) + shift)
         return precondition(x_BTCHW, t_BT, unpatchify(residual, config.patch, config.channels))
 
-    def view(self, t_BT: Tensor, grid: tuple[int, int], timeline: Timeline) -> list[View]:
+    def view(
+        self, t_BT: Tensor, grid: tuple[int, int], timeline: Timeline, all_t_BT: Tensor | None = None
+    ) -> list[View]:
         """What each scale needs to know of these frames; computed once for all layers."""
         config = self.config
         first = self.blocks[0]
@@ -211,6 +215,7 @@ class MSCTransformer(nn.Module):
             config.gate_constants or (None,) * len(config.scales),
             timeline,
             first.attention.backend,
+            all_t_BT,
         )
 
     # Latents as the autoencoder gives them <-> zero mean, unit variance per channel ---------------------

@@ -20,7 +20,7 @@ from msc.parallel.zero import Precision, ZeroConfig, check_zero, make_engine, sh
 from . import cost
 from .backends import Backend, attend_part, check_backend, differentiate_part
 from .layers import Block
-from .layout import Choice, Clip, Layout, check_choice, choose
+from .layout import Choice, Clip, Layout, Rates, check_choice, choose
 from .model import Made, ModelConfig, MSCTransformer
 from .optimizer import OptimizerConfig, make_optimizer
 from .timeline import Timeline, WholeVideo
@@ -45,7 +45,8 @@ class ParallelConfig:
     is lost or stuck. stall: seconds in one phase, such as a pass or a checkpoint, after which the whole run is taken
     to hang and ended (0: never). attention: the kernel ("auto", "sdpa", "flex", "flash"; see backends.py). layout:
     how scales are shared out along time ("auto", "halo", "ulysses", "ring"; see layout.py); "auto" takes for each
-    scale what is cheapest between ranks that compute flops_per_s and send bytes_per_s."""
+    scale what is cheapest between ranks that compute flops_per_s, send bytes_per_s, and wait wait_s for each other in
+    an exchange of all."""
 
     sp: int = 1
     precision: Precision = "bf16"
@@ -53,6 +54,7 @@ class ParallelConfig:
     layout: Choice = "auto"
     bytes_per_s: float = 5e10
     flops_per_s: float = 3e14
+    wait_s: float = 8e-5
     recompute: bool = False
     compile: bool = False
     timeout: float = 600.0
@@ -65,9 +67,15 @@ class ParallelConfig:
         for name in ("timeout", "bytes_per_s", "flops_per_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"parallel.{name} is {getattr(self, name)}; it must be positive")
+        if self.wait_s < 0:
+            raise ValueError(f"parallel.wait_s is {self.wait_s}; it must not be negative")
         if self.stall < 0:
             raise ValueError(f"parallel.stall is {self.stall}; it must be positive, or 0 for no limit")
         check_zero(self.zero, self.precision)
+
+    @property
+    def rates(self) -> Rates:
+        return Rates(self.bytes_per_s, self.flops_per_s, self.wait_s)
 
 
 def check_parallel(config: ParallelConfig, model: ModelConfig, world: int, units: int) -> int:
@@ -102,7 +110,7 @@ def own_timeline(mesh: Mesh, model: ModelConfig, config: ParallelConfig, clip: C
     if mesh.sp == 1:
         return WholeVideo(), range(clip.units)
     edges = bounds(clip.units, mesh.sp)
-    layouts = choose(model.scales, clip, mesh.sp, config.layout, config.bytes_per_s, config.flops_per_s)
+    layouts = choose(model.scales, clip, mesh.sp, config.layout, config.rates)
     own = range(edges[mesh.sp_rank], edges[mesh.sp_rank + 1])
     return sharded_timeline(mesh.sp_group, edges, model, layouts), own
 

@@ -165,8 +165,7 @@ def describe(config: Config, processes: int = 1) -> str:
         start = warm.find(Path(config.train.init_from))
         facts += [("starts from", line) for line in warm.differences(start, config.model, index.autoencoder)]
     if config.parallel.sp > 1:
-        rates = config.parallel.bytes_per_s, config.parallel.flops_per_s
-        facts += table(config.model.scales, clip, config.parallel.sp, config.parallel.layout, *rates)
+        facts += table(config.model.scales, clip, config.parallel.sp, config.parallel.layout, config.parallel.rates)
     return dump(config) + "\n" + "\n".join(f"{name:<24} {value}" for name, value in facts)
 
 

@@ -21,7 +21,7 @@ from .model import MSCTransformer
 from .timeline import Key, Placement
 
 Solver = Literal["euler", "heun"]
-LEVELS: Key = ("noise levels",)
+LEVELS: Key = ("noise levels",)  # of all layers and scales
 _START, _CONTEXT = 0, 1  # what a frame's noise is for
 
 
@@ -81,8 +81,10 @@ def remember(
 ) -> None:
     """Let frames (whole units) join the cache's past; they hold noise of this level."""
     cache.writing = True
-    model(x_BTCHW, x_BTCHW.new_full(x_BTCHW.shape[:2], level), text, labels, cache)
-    cache.writing = False
+    try:
+        model(x_BTCHW, x_BTCHW.new_full(x_BTCHW.shape[:2], level), text, labels, cache)
+    finally:
+        cache.writing = False
     cache.first += x_BTCHW.shape[1] // model.config.frames_per_unit
 
 

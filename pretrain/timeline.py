@@ -7,7 +7,7 @@ generation cache provide them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,7 +26,7 @@ class Layer:
         return str(self.number)
 
 
-Key = tuple[str | Layer | int, ...]  # what is asked for: its name, and layer and scale or the scale alone
+Key = tuple[str | Layer | int, ...]  # what is asked for: its name, layer and scale
 
 
 class Placement(Protocol):
@@ -38,7 +38,7 @@ class Placement(Protocol):
     """
 
     @property
-    def units(self) -> Sequence[int]: ...
+    def units(self) -> range | tuple[int, ...]: ...
 
     @property
     def heads(self) -> slice: ...
@@ -81,7 +81,7 @@ class Timeline(Protocol):
         ...
 
     def levels(self, t_BUF: Tensor, kept: int | None) -> tuple[Tensor, int]:
-        """Hand on the noise levels of the own units; levels of a run of units, and its first unit.
+        """Hand on the noise levels of the own units; levels of a run of units, and its first unit. No gradient.
 
         The run holds all units whose attention is computed here and all that they see: those before the own ones that
         were ever handed on, of which no later run needs more than the last `kept` (None: all may be needed).

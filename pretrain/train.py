@@ -238,7 +238,7 @@ def _train(
                 with meter.waiting():
                     part = feed(clips_of_part)
                 with fp8.autocast(config.parallel.precision == "fp8"):
-                    velocity = engine(part.noisy, part.t, part.text, part.labels, feed.timeline)
+                    velocity = engine(part.noisy, part.t, part.text, part.labels, feed.timeline, part.all_t)
                 errors = frame_losses(velocity, part.x, part.noise)
                 of_step.add(errors.detach(), part)
                 errors_of_step.append(errors.detach())

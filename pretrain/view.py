@@ -51,19 +51,23 @@ def view_frames(
     constants: Sequence[GateConstants | None],
     timeline: Timeline,
     backend: Backend = "sdpa",
+    all_t_BT: Tensor | None = None,
 ) -> list[View]:
     """Positions, noise and visible blocks of a call's frames at every scale.
 
     t_BT are the noise levels of the own frames; grid is the full token grid (H, W); constants are what was
     measured of the data at each scale (gate.gate_constants; None: nothing). `still` channels of a head carry no
-    position. The kernel `backend` prepares what it can.
+    position. The kernel `backend` prepares what it can. all_t_BT are the levels of all of the video's frames (None: the
+    timeline brings those that are needed).
     """
     noise = None
-    if gate in ON_KEYS:
+    if gate in ON_KEYS and all_t_BT is not None:
+        noise = Noise.of(0, all_t_BT.unflatten(1, (-1, frames_per_unit)))
+    elif gate in ON_KEYS:
         kept = [scale.fresh_kept for scale in scales]
         most = None if None in kept else max(units for units in kept if units is not None)
         t_BUF, first = timeline.levels(t_BT.unflatten(1, (-1, frames_per_unit)), most)
-        noise = Noise(first, t_BUF, log_snr(t_BUF))
+        noise = Noise.of(first, t_BUF)
     return [
         _view_frames(
             scale, index, t_BT, noise, grid, frames_per_unit, head_width, still, theta, gate,
@@ -81,9 +85,16 @@ class Noise:
     t_BUF: Tensor
     log_snr_BUF: Tensor
 
-    def cut(self, x_BUF: Tensor, *runs: Run) -> Tensor:
+    @staticmethod
+    def of(first: int, t_BUF: Tensor) -> Noise:
+        return Noise(first, t_BUF, log_snr(t_BUF))
+
+    def cut(self, x_BUF: Tensor, runs: tuple[Run, ...]) -> Tensor:
         """`[B, frames]` of some runs of units."""
-        assert all(self.first <= first <= end <= self.first + x_BUF.shape[1] for first, end in runs), "units unknown"
+        known = self.first, self.first + x_BUF.shape[1]
+        for first, end in runs:
+            if not known[0] <= first <= end <= known[1]:
+                raise ValueError(f"noise levels of units {known[0]} to {known[1]} are known, not of {first} to {end}")
         return _joined([x_BUF[:, first - self.first : end - self.first] for first, end in runs], 1).flatten(1)
 
 
@@ -93,11 +104,11 @@ def _view_frames(
     backend: Backend,
 ) -> View:  # fmt: skip
     first = timeline.first
-    units: Sequence[int] = range(first, first + t_BT.shape[1] // frames_per_unit)
+    units: range | tuple[int, ...] = range(first, first + t_BT.shape[1] // frames_per_unit)
     placement = timeline.placement(index)
     if placement is not None:
         timeline, first, units = WholeVideo(), 0, placement.units
-    before, own = (first - scale.fresh_before(first), first), _runs(units)
+    before, own = (first - scale.fresh_before(first), first), _runs(units, first)
     finished = scale.finished(first, len(units))
     groups = before[0], before[0] + finished * scale.time  # the units of complete groups
 
@@ -108,9 +119,9 @@ def _view_frames(
 
     log_snr_past = log_snr_own = log_snr_groups = log_snr_query = None
     if noise is not None:
-        log_snr_past, log_snr_own = (noise.cut(noise.log_snr_BUF, *runs) + constants.b for runs in ([before], own))
+        log_snr_past, log_snr_own = (noise.cut(noise.log_snr_BUF, runs) + constants.b for runs in ((before,), own))
         if finished:
-            log_snr_groups = pooled_log_snr(noise.cut(noise.t_BUF, groups), scale.time) + constants.b_pooled
+            log_snr_groups = pooled_log_snr(noise.cut(noise.t_BUF, (groups,)), scale.time) + constants.b_pooled
     if gate == "pair":
         log_snr_query = log_snr_own
     elif gate == "mix":
@@ -141,8 +152,10 @@ def _joined(parts: list[Tensor], axis: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _runs(units: Sequence[int]) -> tuple[Run, ...]:
-    """Ascending numbers as runs, first to end."""
+def _runs(units: range | tuple[int, ...], first: int) -> tuple[Run, ...]:
+    """Ascending numbers as runs, first to end; an empty one at `first` where there are none."""
+    if not units:
+        return ((first, first),)
     edges = [0, *(i for i in range(1, len(units)) if units[i] != units[i - 1] + 1), len(units)]
     return tuple((units[a], units[b - 1] + 1) for a, b in pairwise(edges))
 

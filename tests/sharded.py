@@ -27,6 +27,7 @@ SCALES = {
     "dense": (Scale(4),),
     "dense in spatial windows": (Scale(4, 1, 1, None, 3),),
     "one windowed scale": (Scale(4, 2, 1, 1),),
+    "for every layout": (Scale(1, 1, 1, 2), Scale(1), Scale(2, 2, 2, None)),
     "default": (Scale(2, 1, 1, 2, 3), Scale(1, 2, 1, 8), Scale(1, 2, 4, None)),
 }
 
@@ -167,6 +168,30 @@ def counted():
         yield sizes
     finally:
         exchange.post = post
+
+
+def noise_on_a_rank(rank, ranks, cases):
+    """Of every case: how often noise levels travel in a forward pass where a rank knows its own alone and where it
+    knows all, and whether the outputs are the same."""
+    posted, post = [], exchange.post
+
+    def noting(x, route):
+        posted.append(route.what)
+        return post(x, route)
+
+    found = []
+    with joined(rank, "gloo") as device, torch.no_grad():
+        exchange.post = noting
+        for case in cases:
+            model, (*inputs, _), timeline = own_part(case, rank, ranks, device)
+            outs, times = [], []
+            for known in ([], [case.make()[2]]):
+                posted.clear()
+                outs.append(model(*inputs, timeline, *known))
+                times.append(posted.count("noise levels"))
+            found.append((*times, torch.equal(*outs)))
+        exchange.post = post
+    return found
 
 
 def events_on_a_rank(rank, ranks, backend, case):

@@ -32,15 +32,23 @@ def test_parts_of_the_loss_make_up_the_loss():
 class Elsewhere(Cache):
     """A past that was another one at some scales."""
 
-    def __init__(self, scales):
+    def __init__(self, changed, scales):
         super().__init__()
-        self.changed = set(scales)
+        self.changed, self.scales = set(changed), scales
 
     def ask(self, key, x_BU, before, kept, every=1):
         found = super().ask(key, x_BU, before, kept, every)
         if self.writing or key[-1] not in self.changed:
             return found
         return lambda: None if found() is None else found().flip(0) + 0.5
+
+    def levels(self, t_BUF, kept):
+        """All scales see the same: changed where all of them are."""
+        own = t_BUF.shape[1]
+        known, first = super().levels(t_BUF, kept)
+        if self.writing or len(self.changed) < self.scales:
+            return known, first
+        return torch.cat((1 - known[:, :-own], known[:, -own:]), 1), first
 
 
 @pytest.mark.parametrize("gate", ["logits", "pair", "values", "mix", "none"])
@@ -51,7 +59,7 @@ def test_what_is_hidden_has_no_influence_and_the_rest_has(name, gate):
     scales = range(len(model.config.scales))
 
     def last(seeing, *changed):
-        cache = Elsewhere(changed)
+        cache = Elsewhere(changed, len(scales))
         remember(model, cache, x[:, :-1], text, labels)
         with torch.no_grad():
             return seeing(x[:, -1:], t[:, -1:], text, labels, cache)

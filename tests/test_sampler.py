@@ -11,7 +11,7 @@ from sharded import SCALES, make
 
 from msc.pretrain import cost
 from msc.pretrain.diffusion import frame_noise, sampling_levels
-from msc.pretrain.sampler import Cache, generate, remember, short_sighted
+from msc.pretrain.sampler import LEVELS, Cache, generate, remember, short_sighted
 from msc.pretrain.scales import Scale
 
 
@@ -185,6 +185,29 @@ def test_going_on_from_a_cache_or_from_more_context_changes_no_bit():
     assert all(map(torch.equal, whole, parts))
     later = list(generate(model, torch.cat([x, *whole[:2]], 1), 2, 2, seed=1))
     assert all(map(torch.equal, whole[2:], later))
+
+
+@pytest.mark.parametrize("gate", ["none", "mix", "logits", "pair"])
+def test_no_frames_are_no_mistake(gate):
+    model, x, t, *_ = make(SCALES["default"], 3, 1, gate)
+    with torch.no_grad():
+        assert model(x[:, :0], t[:, :0]).shape == x[:, :0].shape
+    cache, other = Cache(), Cache()
+    for part in (x[:, :2], x[:, :0], x[:, 2:]):
+        remember(model, cache, part)
+    remember(model, other, x[:, :2])
+    remember(model, other, x[:, 2:])
+    assert cache.first == 3 and all(map(torch.equal, generate(model, x[:, :0], 1, 1, cache=cache),
+                                        generate(model, x[:, :0], 1, 1, cache=other)))  # fmt: skip
+
+
+def test_what_a_cache_does_not_hold_is_missed_not_made_up():
+    model, x, t, *_ = make(SCALES["default"], 5, 1)
+    cache = Cache()
+    remember(short_sighted(model, 1), cache, x[:, :4])
+    cache._kept = {LEVELS: cache._kept[LEVELS][:, -1:]}
+    with pytest.raises(ValueError, match="noise levels of units 3 to 5 are known, not of 2 to 4"):
+        model(x[:, 4:], t[:, 4:], timeline=cache)
 
 
 def test_short_sight_bounds_the_cache_and_changes_nothing_within_reach():

@@ -18,11 +18,13 @@ from sharded import (
     compiled_on_a_rank,
     kept_on_a_rank,
     make,
+    noise_on_a_rank,
     on_a_rank,
 )
 
 from msc.parallel.mesh import scattered
 from msc.parallel.temporal import bounds, transfers
+from msc.pretrain.gate import ON_KEYS
 from msc.pretrain.timeline import WholeVideo
 
 GATES = ["logits", "values", "pair", "mix"]
@@ -94,7 +96,8 @@ def test_rows_that_lie_on_more_machines_than_they_need_are_told():
 def test_sharded_equals_one_process(backend, ranks):
     """Every kind of scale in every layout that serves it; with and without recomputation; all gates."""
     kinds = [(name, layout) for name in SCALES for layout in layouts(name, ranks)]
-    kinds += [("default", "ulysses+halo+halo")] if ranks == 2 else []
+    mixed = [("default", "ulysses+halo+halo"), ("for every layout", "halo+ring+ulysses")]
+    kinds += mixed if ranks == 2 else []
     cases = [
         Case(name, layout, units, frames_per_unit, GATES[index % len(GATES)], recompute=name == "default")
         for index, ((name, layout), (units, frames_per_unit)) in enumerate(product(kinds, SIZES[ranks]))
@@ -108,6 +111,16 @@ def test_sharded_equals_one_process(backend, ranks):
         for parameter, expected in grads.items():
             assert expected is not None, f"{parameter} has no gradient"
             close(sum(p[2][parameter] for p in parts), expected, f"{case}: gradient of {parameter}")
+
+
+@pytest.mark.gloo
+def test_noise_levels_travel_once_and_only_where_they_are_not_known():
+    """As one message for all scales, layouts and layers; training knows those of whole clips."""
+    kinds = [("default", "halo"), ("for every layout", "halo+ring+ulysses")]
+    cases = [Case(*kind, 5, gate=gate) for kind in kinds for gate in (*GATES, "none")]
+    for results in run_ranks(noise_on_a_rank, 2, cases):
+        for case, (unknown, known, same) in zip(cases, results, strict=True):
+            assert (unknown, known, same) == (int(case.gate in ON_KEYS), 0, True), case
 
 
 def close(actual, expected, what, tolerance=1e-10):

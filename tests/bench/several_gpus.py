@@ -81,8 +81,7 @@ def layouts_of(args: argparse.Namespace, job: dict[str, Any]) -> str:
         return ""
     config, index = configure(args, job)
     clip = clip_of(config.model, config.parallel, index.frames, index.height, index.width)
-    speeds = config.parallel.bytes_per_s, config.parallel.flops_per_s
-    found = choose(config.model.scales, clip, job["ranks"], job["layout"], *speeds)
+    found = choose(config.model.scales, clip, job["ranks"], job["layout"], config.parallel.rates)
     return found[0] if len(set(found)) == 1 else "+".join(found)
 
 
@@ -160,11 +159,13 @@ def training_step(args: argparse.Namespace, world: process.World, mesh: Any, job
     torch.manual_seed(1 + world.rank)
     size = 1, len(units) * config.model.frames_per_unit, config.model.channels, index.height, index.width
     x = 0.3 * torch.randn(size, device=device) + colour
-    noise, t = torch.randn_like(x), torch.rand(size[:2], device=device)
+    noise, all_t = torch.randn_like(x), torch.rand(1, index.frames, generator=torch.Generator().manual_seed(1))
+    all_t, per_unit = all_t.to(device), config.model.frames_per_unit
+    t = all_t[:, units[0] * per_unit : (units[-1] + 1) * per_unit]
     noisy = add_noise(x, noise, t)
 
     def step() -> Any:
-        errors = frame_losses(model(noisy, t, None, None, timeline), x, noise)
+        errors = frame_losses(model(noisy, t, None, None, timeline, all_t), x, noise)
         share = errors.sum() / index.frames
         if args.engine:
             zero.backward(model, share * world.size)
@@ -238,7 +239,7 @@ def measure(args: argparse.Namespace, world: process.World, mesh: Any, job: dict
     device = hardware.named_by_driver(torch.cuda.get_device_name()) if on_gpu else None
     return {
         "seconds": medians[0][0],
-        "by_rank": [float(one.median()) for one in by_rank],
+        "by_rank": [statistics.median(one.tolist()) for one in by_rank],
         "started": medians[0][1],
         "silent": medians[1][0] if len(medians) > 1 else None,
         "memory": float(memory) or None,
