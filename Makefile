@@ -5,8 +5,9 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# Tests run beside each other and start processes of their own: one thread each.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --import-mode=importlib
+# Tests run beside each other and start processes of their own: one thread each. A file's tests stay together where
+# they can, as they share trained runs.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --import-mode=importlib
 # Type checkers and import-linter do not see an editable install of a namespace; they see these links.
 NAMES := .venv/names
 PACKAGES := pretrain parallel datasets launch

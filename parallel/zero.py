@@ -91,10 +91,10 @@ def _settings(config: ZeroConfig, precision: Precision, accumulate: int, clip: f
 
 def _deepspeed() -> Any:
     """The package, told to use the CPU where there is no GPU, and to be quiet."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        load_shm_op()
     with _hidden("mlflow"):  # which its autotuner would import: a second and a half at the start of every rank
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+            load_shm_op()
         import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

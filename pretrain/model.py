@@ -273,6 +273,8 @@ class MSCTransformer(nn.Module):
 
 def init_weights(part: nn.Module, depth: int) -> None:
     """Normal weights of variance 1/fan-in, residual branches scaled by the model's depth (Peebles & Xie 2022)."""
+    if next(part.parameters()).is_meta:  # a shape alone; to fill it would import the compiler
+        return
     for module in part.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
