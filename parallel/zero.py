@@ -91,7 +91,8 @@ def _settings(config: ZeroConfig, precision: Precision, accumulate: int, clip: f
 
 def _deepspeed() -> Any:
     """The package, told to use the CPU where there is no GPU, and to be quiet."""
-    with _hidden("mlflow"):  # which its autotuner would import: a second and a half at the start of every rank
+    # Its autotuner would import mlflow, a second and a half at the start of every rank. The tracker starts later.
+    with _hidden("mlflow"):
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
             load_shm_op()
@@ -113,7 +114,7 @@ def _hidden(package: str) -> Iterator[None]:
     try:
         yield
     finally:
-        del sys.modules[package]
+        sys.modules.pop(package, None)
 
 
 @functools.cache

@@ -139,7 +139,10 @@ class MSCTransformer(nn.Module):
         self.embed = new("embed", nn.Linear(tokens, width))
         self.noise = new("noise", NoiseEmbedding(width))
         self.modulate = new("modulate", nn.Linear(width, 6 * width), zero=True)
-        self.label = new("label", nn.Embedding(config.classes + 1, width)) if config.classes else None
+        self.label = None
+        if config.classes:  # its own first weights would import the compiler where the device is "meta"
+            table = torch.empty(config.classes + 1, width)
+            self.label = new("label", nn.Embedding.from_pretrained(table, freeze=False))
         self.text = new("text", nn.Linear(config.text_width, width)) if config.text_width else None
         self.blocks = nn.ModuleList()
         for layer in range(config.depth):
@@ -273,7 +276,7 @@ class MSCTransformer(nn.Module):
 
 def init_weights(part: nn.Module, depth: int) -> None:
     """Normal weights of variance 1/fan-in, residual branches scaled by the model's depth (Peebles & Xie 2022)."""
-    if next(part.parameters()).is_meta:  # a shape alone; to fill it would import the compiler
+    if next(part.parameters()).is_meta:  # a shape alone; to fill it would import the compiler, a second or more
         return
     for module in part.modules():
         if isinstance(module, nn.Linear):

@@ -67,7 +67,7 @@ class ParallelConfig:
         for name in ("timeout", "bytes_per_s", "flops_per_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"parallel.{name} is {getattr(self, name)}; it must be positive")
-        if self.wait_s < 0:
+        if not self.wait_s >= 0:
             raise ValueError(f"parallel.wait_s is {self.wait_s}; it must not be negative")
         if self.stall < 0:
             raise ValueError(f"parallel.stall is {self.stall}; it must be positive, or 0 for no limit")

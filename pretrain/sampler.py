@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from typing import Literal, get_args
@@ -55,6 +56,19 @@ class Cache:
     def placement(self, scale: int) -> Placement | None:
         return None
 
+    @contextmanager
+    def joined_by(self, units: int) -> Iterator[None]:
+        """What asks inside the block leaves its units here. Where that fails, the cache is as it was before."""
+        before, self.writing = dict(self._kept), True
+        try:
+            yield
+            self.first += units
+        except BaseException:
+            self._kept = before
+            raise
+        finally:
+            self.writing = False
+
     @property
     def bytes(self) -> int:
         """Memory held, in bytes."""
@@ -80,12 +94,8 @@ def remember(
     level: float = 0.0,
 ) -> None:
     """Let frames (whole units) join the cache's past; they hold noise of this level."""
-    cache.writing = True
-    try:
+    with cache.joined_by(x_BTCHW.shape[1] // model.config.frames_per_unit):
         model(x_BTCHW, x_BTCHW.new_full(x_BTCHW.shape[:2], level), text, labels, cache)
-    finally:
-        cache.writing = False
-    cache.first += x_BTCHW.shape[1] // model.config.frames_per_unit
 
 
 def generate(

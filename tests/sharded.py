@@ -43,6 +43,7 @@ class Case(NamedTuple):
     recompute: bool = False
     dtype: torch.dtype = torch.float64
     width: int = 64
+    known: bool = True  # whether ranks know all noise levels, as in training
 
     @property
     def scales(self):
@@ -71,9 +72,9 @@ def make(scales, units, frames_per_unit, gate="logits", dtype=torch.float64, wid
     return model.to(dtype), x, t, text, labels, torch.randn(2, T, 2, 4, 6).to(wide)
 
 
-def backward(model, x, t, text, labels, direction, timeline):
+def backward(model, x, t, text, labels, direction, timeline, all_t=None):
     x = x.clone().requires_grad_()
-    out = model(x, t, text, labels, timeline)
+    out = model(x, t, text, labels, timeline, all_t)
     (out * direction).sum().backward()
     return [out.detach().cpu(), x.grad.cpu(), {name: p.grad.cpu() for name, p in model.named_parameters()}]
 
@@ -97,26 +98,26 @@ def on_a_rank(rank, ranks, backend, cases):
 
 
 def run_case(case, rank, ranks, device):
-    model, inputs, timeline = own_part(case, rank, ranks, device)
+    model, inputs, past = own_part(case, rank, ranks, device)
     for block in model.blocks:
         block.attention.backend = "sdpa"
     with counted() as forward, torch.no_grad():
-        model(*inputs[:-1], timeline)
+        model(*inputs[:-1], *past)
     with counted() as everything:
-        results = backward(model, *inputs, timeline)
+        results = backward(model, *inputs, *past)
     return *results, sum(forward), sum(everything)
 
 
 def own_part(case, rank, ranks, device):
-    """Model, inputs and timeline of a rank."""
+    """Model and inputs of a rank; its timeline, and the noise levels of all frames where they are known."""
     model, *inputs = case.make()
     model.recompute = case.recompute
     edges = bounds(case.units, ranks)
     own = slice(edges[rank] * case.frames_per_unit, edges[rank + 1] * case.frames_per_unit)
     x, t, text, labels, direction = (value.to(device) for value in inputs)
     layouts = case.layout.split("+") if "+" in case.layout else [case.layout] * len(case.scales)
-    timeline = sharded_timeline(dist.group.WORLD, edges, model.config, layouts)
-    return model.to(device), [x[:, own], t[:, own], text, labels, direction[:, own]], timeline
+    past = sharded_timeline(dist.group.WORLD, edges, model.config, layouts), t if case.known else None
+    return model.to(device), [x[:, own], t[:, own], text, labels, direction[:, own]], past
 
 
 def compiled_on_a_rank(rank, ranks, backend, cases):
@@ -126,14 +127,14 @@ def compiled_on_a_rank(rank, ranks, backend, cases):
     found = []
     with joined(rank, backend) as device:
         for case in cases:
-            model, inputs, timeline = own_part(case, rank, ranks, device)
+            model, inputs, past = own_part(case, rank, ranks, device)
             for block in model.blocks:
                 block.attention.backend = "auto"
-            found.append([backward(model, *inputs, timeline)])
+            found.append([backward(model, *inputs, *past)])
             model.zero_grad(set_to_none=True)
             for block in model.blocks:
                 block.compile(backend=compiler, fullgraph="ring" not in case.layout)
-            found[-1].append(backward(model, *inputs, timeline))
+            found[-1].append(backward(model, *inputs, *past))
     return found
 
 
@@ -146,9 +147,9 @@ def kept_on_a_rank(rank, ranks, case):
         return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
 
     with joined(rank, "gloo") as device:
-        model, (*inputs, _), timeline = own_part(case, rank, ranks, device)
+        model, (*inputs, _), past = own_part(case, rank, ranks, device)
         before = held()
-        out = model(*inputs, timeline)
+        out = model(*inputs, *past)
         kept = held() - before - out.nbytes
         del out
         return kept
@@ -183,11 +184,11 @@ def noise_on_a_rank(rank, ranks, cases):
     with joined(rank, "gloo") as device, torch.no_grad():
         exchange.post = noting
         for case in cases:
-            model, (*inputs, _), timeline = own_part(case, rank, ranks, device)
             outs, times = [], []
-            for known in ([], [case.make()[2]]):
+            for known in (False, True):
+                model, (*inputs, _), past = own_part(case._replace(known=known), rank, ranks, device)
                 posted.clear()
-                outs.append(model(*inputs, timeline, *known))
+                outs.append(model(*inputs, *past))
                 times.append(posted.count("noise levels"))
             found.append((*times, torch.equal(*outs)))
         exchange.post = post
@@ -235,7 +236,7 @@ def causal_on_a_rank(rank, ranks, backend, cases, cuts):
             for cut in (case.units, *cuts):
                 y, s = change_after(x, t, cut)
                 with torch.no_grad():
-                    outs.append(model(y[:, own], s[:, own], text, labels, timeline).cpu())
+                    outs.append(model(y[:, own], s[:, own], text, labels, timeline, s if case.known else None).cpu())
             results.append(outs)
     return results
 

@@ -101,6 +101,17 @@ def test_importing_a_module_starts_nothing() -> None:
                 assert documented or isinstance(node, harmless), f"{path.name}:{node.lineno} runs when imported"
 
 
+def test_neither_the_compiler_nor_mlflow_delays_a_start() -> None:
+    """Training imported, and a model of labelled clips counted, as every command that trains does first."""
+    program = (
+        "import sys, msc.pretrain.train; from msc.pretrain import cost; from msc.pretrain.model import ModelConfig; "
+        "cost.parameters(ModelConfig(channels=3, classes=2)); "
+        "print(*{'torch._dynamo', 'torch._inductor', 'mlflow', 'deepspeed'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
 def test_every_import_is_declared() -> None:
     """What the code imports from outside is a requirement or an extra, so that a plain install is whole."""
     given = metadata.packages_distributions()

@@ -201,6 +201,25 @@ def test_no_frames_are_no_mistake(gate):
                                         generate(model, x[:, :0], 1, 1, cache=other)))  # fmt: skip
 
 
+def test_an_interrupted_unit_leaves_the_cache_as_it_was():
+    model, x, *_ = make(SCALES["default"], 3, 1)
+    caches = Cache(), Cache()
+    for cache in caches:
+        remember(model, cache, x[:, :2])
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = model.blocks[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        remember(model, caches[0], x[:, 2:])
+    hook.remove()
+    for cache in caches:
+        remember(model, cache, x[:, 2:])
+    assert caches[0].first == 3 and not caches[0].writing
+    assert all(map(torch.equal, *(generate(model, x[:, :0], 2, 1, cache=cache) for cache in caches)))
+
+
 def test_what_a_cache_does_not_hold_is_missed_not_made_up():
     model, x, t, *_ = make(SCALES["default"], 5, 1)
     cache = Cache()

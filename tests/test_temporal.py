@@ -99,7 +99,7 @@ def test_sharded_equals_one_process(backend, ranks):
     mixed = [("default", "ulysses+halo+halo"), ("for every layout", "halo+ring+ulysses")]
     kinds += mixed if ranks == 2 else []
     cases = [
-        Case(name, layout, units, frames_per_unit, GATES[index % len(GATES)], recompute=name == "default")
+        Case(name, layout, units, frames_per_unit, GATES[index % len(GATES)], name == "default", known=index % 3 > 0)
         for index, ((name, layout), (units, frames_per_unit)) in enumerate(product(kinds, SIZES[ranks]))
     ]
     results = run_ranks(on_a_rank, ranks, backend, cases)

@@ -20,7 +20,7 @@ import torch
 
 from msc.datasets.convert import ConvertConfig, convert
 from msc.datasets.synthetic import write_videos
-from msc.launch import cli
+from msc.launch import cli, commands, local
 from msc.launch.local import visible_gpus
 from msc.pretrain import evaluate as evaluation
 from msc.pretrain import hub
@@ -83,8 +83,11 @@ def msc(*words):
 
 
 @pytest.fixture
-def here(capfd):
-    """`msc` in this process: for what soon ends, without the seconds that another start takes."""
+def here(capfd, monkeypatch):
+    """`msc` in this process: for what soon ends and does not train, without the seconds that another start takes."""
+    for name in (*commands.DISTRIBUTED, local.LAUNCHED):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("msc.pretrain.train.train", lambda *_: pytest.fail("it trains"))
 
     def command(*words):
         capfd.readouterr()
@@ -350,7 +353,8 @@ BAD = {
 @pytest.mark.parametrize("what", BAD)
 def test_bad_input_is_one_clear_line_and_leaves_nothing(what, shards, tmp_path, here):
     settings, processes, message = BAD[what]
-    done = here(*train_words(shards, tmp_path / "run", *settings, processes=processes))
+    start = msc if what in ("unknown key", "another number of classes") else here  # where nothing else is said, either
+    done = start(*train_words(shards, tmp_path / "run", *settings, processes=processes))
     assert done.returncode == 2
     assert re.search(message, done.stderr), done.stderr
     assert done.stderr.startswith("msc: ") and done.stderr.count("\n") == 1
