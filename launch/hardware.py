@@ -77,9 +77,6 @@ REGION = 0.47
 # 131,072 tokens, halos) the 0.1256 s that were measured; what else it may have waited for was not looked at. Compiled
 # steps took the CPU 1.39 (two H100) and 1.56 times (four) as long as on one.
 SHARDED = 1.54
-# ESTIMATE: seconds that an exchange takes besides its bytes where all ranks wait for it. On four H100 Ulysses of one
-# scale of `base` told 0.06 ms with all kept and 0.1 ms with recomputation.
-WAIT = 8e-5
 LINKS = 0.7  # ESTIMATE: share of a link's speed that large collectives reach
 OVERLAP = 0.8  # ESTIMATE: share of the backward pass behind which gradients can travel
 UPDATE = 60.0  # ESTIMATE: bytes through memory per parameter and update (AdamW with an average, fp32)
@@ -96,7 +93,7 @@ ESTIMATED = (
     "products and attention of eager steps as compiled, "
     f"{REGION:g} times a scale's launches per further region of windows in space, {SHARDED:g} times all with "
     "parallel.sp > 1, "
-    f"links at {LINKS:.0%}, {WAIT * 1e3:g} ms of waiting for an exchange of all ranks, "
+    f"links at {LINKS:.0%}, waiting for an exchange of all ranks as parallel.wait_s, "
     f"{OVERLAP:.0%} of the backward pass hides gradients, {UPDATE:g} bytes per parameter and update, "
     f"{RESERVED / 1e9:g} GB reserved, {USABLE:.0%} of the memory usable; "
     "other kinds and widths do as `pilot` and `base` on that GPU"

@@ -97,7 +97,7 @@ def plan(config: Config, index: Index, device: Device, gpus: int) -> Plan:
     attention_rate = peak * speed.attention
     inside = parallel.sp <= device.node and device.node % parallel.sp == 0
     rate = (device.link if inside else device.network) * hardware.LINKS
-    rates = Rates(rate, attention_rate, hardware.WAIT)
+    rates = Rates(rate, attention_rate, parallel.wait_s)
     layouts: tuple[Layout, ...] = ()
     if parallel.sp > 1:
         layouts = choose(model.scales, clip, parallel.sp, parallel.layout, rates)

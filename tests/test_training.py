@@ -256,9 +256,12 @@ def finished(shards, tmp_path_factory):
     return run
 
 
-def test_looking_at_held_out_clips_changes_nothing(shards, finished, tmp_path):
-    """Held-out loss and preview from averaged weights: the same curve and the same weights, bit for bit."""
-    msc_train(shards, tmp_path / "looking", "train.evaluate=1", "train.held_out=2", steps=2)
+def test_looking_at_held_out_clips_and_saving_change_nothing(shards, finished, tmp_path):
+    """Held-out loss and preview from averaged weights, and a checkpoint on the way: the same curve and weights, bit for
+    bit."""
+    options = ("train.evaluate=1", "train.held_out=2", "checkpoint.every=1")
+    msc_train(shards, tmp_path / "looking", *options, steps=2)
+    assert len(list((tmp_path / "looking" / "checkpoints").glob("step-*"))) == 2
     assert len((tmp_path / "looking" / "held_out.jsonl").read_text().splitlines()) == 3
     assert torch.equal(curve(tmp_path / "looking"), curve(finished)[:2])
     averaged, expected = (dict(weights(latest(run), "ema")) for run in (tmp_path / "looking", finished))
