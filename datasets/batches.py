@@ -5,12 +5,14 @@ Which clip comes when is settled in order.py and mixture.py; here it is only rea
 
 import atexit
 import math
+import os
 import signal
 import sys
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
+from multiprocessing import reduction
 from typing import Any
 
 import torch
@@ -292,3 +294,7 @@ def _start_worker(_: int) -> None:
     for number in JOB_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+    # Tensors go by a socket that is made with the first of them: in a worker that ends just then, after its temporary
+    # folder was emptied, which then could not be removed and was left behind, with a traceback. So it is made now.
+    with open(os.devnull) as something:
+        reduction.DupFd(something.fileno())

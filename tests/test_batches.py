@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 import zlib
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -312,6 +314,20 @@ def test_a_program_that_ends_early_does_not_wait_for_its_workers(shards, tmp_pat
     done = subprocess.run(command, timeout=30, capture_output=True, text=True, check=False)
     assert (done.returncode, "ZeroDivisionError" in done.stderr) == (code, how == "raise")
     assert done.stderr.count("Error") == done.stderr.count("Traceback") == code
+
+
+def test_a_worker_has_its_socket_before_it_reads(shards, monkeypatch):
+    # made later, by a worker that ends at once, it would be left behind in a folder that cannot be removed
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own names are too long for sockets
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+
+        def sockets(*_) -> torch.Tensor:
+            return torch.tensor(len(list(Path(folder).glob("pymp-*/*"))))
+
+        index = read_index(shards)
+        with closing(loader(only(shards, index), "train", seed=0, clock=0, clips=2, workers=1, attach=sockets)) as read:
+            assert next(read).attached.tolist() == [1, 1]
+        assert not os.listdir(folder)
 
 
 # --- broken samples ----------------------------------------------------------------------------------------

@@ -218,7 +218,7 @@ def measure(args: argparse.Namespace, world: process.World, mesh: Any, job: dict
     began = time.perf_counter()
     while len(times) < args.runs and agreed(len(times) < 3 or time.perf_counter() - began < args.limit / 4):
         times.append([timed(silent) for silent in ways])
-    if args.profile and on_gpu and job["ranks"] > 1:
+    if args.profile and on_gpu:
         from step import kernels
 
         layouts, place = job["layouts"].replace("+", "-"), f"rank-{world.rank}-of-{world.size}"
