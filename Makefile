@@ -35,6 +35,7 @@ test-all: env
 check: env
 	$(BIN)/ruff check .
 	MYPYPATH=$(NAMES) $(BIN)/mypy $(PACKAGES:%=-p msc.%)
+	MYPYPATH=$(NAMES):tests/bench $(BIN)/mypy tests/bench/*.py
 	PYTHONPATH=$(NAMES) $(BIN)/lint-imports --no-cache --no-logo
 
 clean:

@@ -109,19 +109,20 @@ def plan(config: Config, index: Index, device: Device, gpus: int) -> Plan:
     again = 4 / 3 if parallel.recompute else 1.0
     share = -(-units // parallel.sp) / units
     flops = config.train.micro * 3 * share * cost.linear_flops(model, index.frames, index.height, index.width)
-    attention = config.train.micro * 3.0 * cost.attention_flops(model, index.frames, index.height, index.width)
+    attention = 3.0 * cost.attention_flops(model, index.frames, index.height, index.width)
+    attending = config.train.micro * attention / attention_rate
     sent = hidden_not = 0.0
     if layouts:
         each = [estimates(scale, clip, parallel.sp, rates)[layout]
                 for scale, layout in zip(model.scales, layouts, strict=True)]  # fmt: skip
-        attention = config.train.micro * 3.0 * model.depth * sum(e.flops for e in each)
-        travelling = sum(e.seconds - 3 * e.flops / attention_rate for e in each)
-        hidden_not = max(0.0, travelling) * model.depth * config.train.micro * (3 / 2 if parallel.recompute else 1)
+        attending = config.train.micro * model.depth * sum(e.computing for e in each)
+        hidden_not = config.train.micro * model.depth * sum(e.seconds - e.computing for e in each)
+        hidden_not *= 3 / 2 if parallel.recompute else 1
         times = 3 if parallel.recompute else 2  # forward, backward, and forward again
         sent = times * sum(e.sent for e in each) * clip.value_bytes * model.depth * config.train.micro * accumulate
     micro = {
         "matrix products": again * flops / (peak * speed.products),
-        "attention": again * attention / attention_rate,
+        "attention": again * attending,
         "memory traffic": again * speed.passes * kept / device.bandwidth,
     }
     launches = again * speed.launches * attention_calls(model, clip.grid) * model.depth

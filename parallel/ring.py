@@ -2,13 +2,16 @@
 
 Of 2P runs of units rank p computes runs p and 2P-1-p, an early and a late one, so that a causal mask leaves all
 ranks equal work. Keys and values travel around the ring, one rank further per step, while each rank attends to
-those it has; what the steps give is merged by their log-sum-exp in at least fp32. The backward pass is a second
-round with the final output and log-sum-exp, in which the gradients of keys and values travel along.
+those it has, to its own in a few rectangles (`causal_parts`); what they give is merged by their log-sum-exp in at least
+fp32. The backward pass is a second round with the final output and log-sum-exp, in which the gradients of keys and
+values travel along.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -35,6 +38,19 @@ def zigzag(units: int, ranks: int) -> list[tuple[int, ...]]:
     ]
 
 
+@lru_cache(maxsize=64)
+def causal_parts(units: int) -> list[Blocks]:
+    """`blocks[u] = (0, ..., u-1)` in parts that kernels compute in a call or two each, where those need one a unit.
+
+    Part i holds what bit i of u adds up to: every other run of 2^i units sees the whole run before it.
+    """
+    parts = []
+    for size in (2**i for i in range((units - 1).bit_length())):
+        runs = [tuple(range(start - size, start)) if start // size % 2 else () for start in range(0, units, size)]
+        parts.append(tuple(runs[unit // size] for unit in range(units)))
+    return parts
+
+
 class Ring:
     """Where a rank computes a dense causal scale: its zig-zag units, all heads; `attend` goes around the ring.
 
@@ -50,11 +66,13 @@ class Ring:
         self.units = self.held[self.rank]
         first, end = bounds[self.rank], bounds[self.rank + 1]
         self.own = end - first
-        self.sends = [(slice(None), [u - first for u in held if first <= u < end]) for held in self.held]
+        self.sends = [_neighbours([u - first for u in held if first <= u < end]) for held in self.held]
         self.receives = [
-            (slice(None), [i for i, u in enumerate(self.units) if a <= u < b])
+            _neighbours([i for i, u in enumerate(self.units) if a <= u < b])
             for a, b in zip(bounds, bounds[1:], strict=False)
         ]
+        # Which units of every rank each own unit sees: the earlier ones.
+        self.seen = [_first([bisect_left(held, unit) for unit in self.units]) for held in self.held]
         # Compiled, torch 2.11 loses its gradients, and any torch takes both rounds for one and keeps the keys of all
         # ranks. (Said here and not above the function, where it would import the compiler at every start.)
         self.attend = torch.compiler.disable(self._attend)
@@ -73,10 +91,6 @@ class Ring:
         """As backends.attend; the first blocks of keys are those of the own units, as others see them."""
         return _Ring.apply(q_BUnhd, k_BRnhd, v_BRnhd, blocks, self)
 
-    def seen(self, source: int) -> Blocks:
-        """Which units of rank `source` each own unit sees: the earlier ones."""
-        return tuple(tuple(j for j, key in enumerate(self.held[source]) if key < unit) for unit in self.units)
-
     def pass_on(self, x: Tensor, source: int, what: str) -> Callable[[], Tensor]:
         """Send `x` to the next rank; the result waits for what the one before has of the units of rank `source`."""
         shape = torch.Size((*x.shape[:2], len(self.held[source]), *x.shape[3:]))
@@ -94,19 +108,25 @@ class _Ring(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, ring: Ring) -> Tensor:
         attend, _ = ring.kernels
         own = q.shape[1]
-        arriving = ring.pass_on(torch.stack((k[:, :own], v[:, :own])), _source(ring, 1), "keys and values (ring)")
-        out, log_sum = attend(q, k, v, blocks)
+        k_past, v_past = k[:, :own], v[:, :own]
+        arriving = ring.pass_on(torch.stack((k_past, v_past)), _source(ring, 1), "keys and values (ring)")
+        out, log_sum = attend(q, k, v, _last(blocks))
         out = out.to(log_sum.dtype)  # at least fp32
+
+        def merge(k: Tensor, v: Tensor, seen: Blocks) -> tuple[Tensor, Tensor]:
+            part, part_sum = attend(q, k, v, seen)
+            total = torch.logaddexp(log_sum, part_sum)
+            return out * _per_token(log_sum - total) + part * _per_token(part_sum - total), total
+
+        for seen in causal_parts(own):
+            out, log_sum = merge(k_past, v_past, seen)
         for step in range(1, ring.ranks):
             kv = arriving()
             if step + 1 < ring.ranks:
                 arriving = ring.pass_on(kv, _source(ring, step + 1), "keys and values (ring)")
-            seen = ring.seen(_source(ring, step))
+            seen = ring.seen[_source(ring, step)]
             if any(seen):
-                part, part_sum = attend(q, kv[0], kv[1], seen)
-                total = torch.logaddexp(log_sum, part_sum)
-                out = out * _per_token(log_sum - total) + part * _per_token(part_sum - total)
-                log_sum = total
+                out, log_sum = merge(kv[0], kv[1], seen)
         out = out.to(q.dtype)
         ctx.blocks, ctx.ring = blocks, ring
         ctx.save_for_backward(q, k, v, out, log_sum)
@@ -119,15 +139,20 @@ class _Ring(torch.autograd.Function):
         ring: Ring = ctx.ring
         _, differentiate = ring.kernels
         own, wide = q.shape[1], log_sum.dtype
-        arriving = ring.pass_on(torch.stack((k[:, :own], v[:, :own])), _source(ring, 1), "keys and values (ring)")
-        parts = differentiate(grad_out, q, k, v, out, log_sum, ctx.blocks)
+        k_past, v_past = k[:, :own], v[:, :own]
+        arriving = ring.pass_on(torch.stack((k_past, v_past)), _source(ring, 1), "keys and values (ring)")
+        parts = differentiate(grad_out, q, k, v, out, log_sum, _last(ctx.blocks))
         grad_q, grad_k, grad_v = (part.to(wide) for part in parts)
+        for seen in causal_parts(own):
+            parts = differentiate(grad_out, q, k_past, v_past, out, log_sum, seen)
+            for total, part in zip((grad_q, grad_k[:, :own], grad_v[:, :own]), parts, strict=True):
+                total += part
         home: Callable[[], Tensor] | None = None
         for step in range(1, ring.ranks):
             kv = arriving()
             if step + 1 < ring.ranks:
                 arriving = ring.pass_on(kv, _source(ring, step + 1), "keys and values (ring)")
-            seen = ring.seen(_source(ring, step))
+            seen = ring.seen[_source(ring, step)]
             grad_kv = torch.zeros_like(kv, dtype=wide)
             if any(seen):
                 dq, *dkv = differentiate(grad_out, q, kv[0], kv[1], out, log_sum, seen)
@@ -147,6 +172,24 @@ class _Ring(torch.autograd.Function):
 def _source(ring: Ring, step: int) -> int:
     """Whose keys a rank holds at a step."""
     return (ring.rank - step) % ring.ranks
+
+
+def _last(blocks: Blocks) -> Blocks:
+    """Each unit's own block."""
+    return tuple(seen[-1:] for seen in blocks)
+
+
+def _first(counts: list[int]) -> Blocks:
+    """So many blocks for each unit, the first ones; neighbours share a tuple, which is quickly compared."""
+    prefixes = {count: tuple(range(count)) for count in counts}
+    return tuple(prefixes[count] for count in counts)
+
+
+def _neighbours(units: list[int]) -> tuple[slice, slice]:
+    """An index of units that follow each other. Lists would be copied to the GPU, and the CPU wait for it."""
+    first = units[0] if units else 0
+    assert units == list(range(first, first + len(units))), f"{units} do not follow each other"
+    return slice(None), slice(first, first + len(units))
 
 
 def _per_token(x_BUhn: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ import importlib.util
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar
+from itertools import groupby
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -153,9 +154,8 @@ def attend_part(q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, blocks: Block
     out, sums = _attend_calls(q_BUnhd, k_BRnhd, v_BRnhd, blocks, _forward_with_sum)
     B, U, n, h, _ = q_BUnhd.shape
     log_sum = q_BUnhd.new_full((B, U, h, n), -torch.inf, dtype=sums[0].dtype)
-    for (units, seen), part in zip(_calls(blocks, q_BUnhd.device), sums, strict=True):
-        joined = part.unflatten(-1, (-1, n)).transpose(1, 2)
-        log_sum[:, units] = joined if len(seen) == 1 else part.unflatten(0, (B, -1))
+    for (units, _), part in zip(_calls(blocks, q_BUnhd.device), sums, strict=True):
+        units.of(log_sum).copy_(part.unflatten(0, (B, units.number)).unflatten(3, (units.length, n)).transpose(2, 3))
     return out, log_sum
 
 
@@ -164,14 +164,29 @@ def differentiate_part(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from part of the keys, given the output and log-sum-exp of all parts together."""
     sums = [
-        log_sum_BUhn[:, units].transpose(1, 2).flatten(2) if len(seen) == 1 else log_sum_BUhn[:, units].flatten(0, 1)
-        for units, seen in _calls(blocks, q.device)
+        units.of(log_sum_BUhn).transpose(2, 3).flatten(3).flatten(0, 1) for units, _ in _calls(blocks, q.device)
     ]
     return _differentiate_calls(grad_out, q, k, v, out, sums, blocks, _backward_with_sum)
 
 
-# Units that see equally many blocks run as one batched call, units that see the same blocks as one with more queries;
-# each call is an unmasked rectangle.
+# Units that see the same blocks are a run, with more queries; equal runs are one batched call. Each call is an unmasked
+# rectangle.
+
+
+class Runs(NamedTuple):
+    """Runs of `length` neighbours, the first from `first` on, the next `step` further."""
+
+    first: int
+    step: int
+    number: int
+    length: int
+
+    def of(self, x_BU: Tensor) -> Tensor:
+        """A view of these of all: `[B, U, ...] -> [B, number, length, ...]`."""
+        x = x_BU[:, self.first : self.first + (self.number - 1) * self.step + self.length]
+        if self.number == 1 or self.step == self.length:
+            return x.unflatten(1, (self.number, self.length))
+        return x.unfold(1, self.length, self.step).movedim(-1, 2)
 
 
 def _attend_calls(
@@ -180,8 +195,8 @@ def _attend_calls(
     out = torch.empty_like(q) if all(blocks) else torch.zeros_like(q)
     statistics = []
     for units, seen in _calls(blocks, q.device):
-        out_call, log_sum = rectangle(_fold(q, units, seen), _gather(k, seen), _gather(v, seen))
-        out[:, units] = _unfold(out_call, q.shape[0], q.shape[2])
+        out_call, log_sum = rectangle(_fold(q, units), _gather(k, seen), _gather(v, seen))
+        units.of(out).copy_(_unfold(out_call, units, q.shape[2]))
         statistics.append(log_sum)
     return out, statistics
 
@@ -192,56 +207,63 @@ def _differentiate_calls(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     grad_q = torch.empty_like(q) if all(blocks) else torch.zeros_like(q)
     grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
-    batch, tokens = q.shape[0], q.shape[2]
     for (units, seen), log_sum in zip(_calls(blocks, q.device), statistics, strict=True):
         dq, dk, dv = rectangle(
-            _fold(grad_out, units, seen), _fold(q, units, seen), _gather(k, seen), _gather(v, seen),
-            _fold(out, units, seen), log_sum,
-        )  # fmt: skip
-        grad_q[:, units] = _unfold(dq, batch, tokens)
+            _fold(grad_out, units), _fold(q, units), _gather(k, seen), _gather(v, seen), _fold(out, units), log_sum
+        )
+        units.of(grad_q).copy_(_unfold(dq, units, q.shape[2]))
         _scatter_add(grad_k, dk, seen)
         _scatter_add(grad_v, dv, seen)
     return grad_q, grad_k, grad_v
 
 
-def _calls(blocks: Blocks, device: torch.device) -> list[tuple[slice, list[tuple[int, ...]]]]:
-    """Group neighbouring units that see the same number of blocks; those that see none are left out.
+def _calls(blocks: Blocks, device: torch.device) -> list[tuple[Runs, list[tuple[int, ...]]]]:
+    """Runs of units and what each of them sees, by calls; units that see nothing are left out.
 
-    Each call is its units and their lists; one list alone is that of all its units (in a ring, a run of units sees
-    the same of another rank's keys: a copy of them for each unit would be many times the keys).
+    In a ring a run of units sees the same of another rank's keys: a copy of them for each unit would be many times the
+    keys. Runs are joined where they are equally long, equally far apart and see equally many blocks.
     On a GPU all of them, for fewer launches. On a CPU a few at a time: copies of their keys then stay small enough
     for the allocator to use the same memory again, where fresh memory costs a page fault every 4 KB.
     """
     most = CPU_UNITS if device.type == "cpu" else len(blocks)
-    calls: list[tuple[slice, list[tuple[int, ...]]]] = []
-    for unit, seen in enumerate(blocks):
+    calls: list[tuple[Runs, list[tuple[int, ...]]]] = []
+    for seen, group in groupby(range(len(blocks)), blocks.__getitem__):
+        first, *rest = group
+        length = 1 + len(rest)
         if not seen:
             continue
-        if calls and unit == calls[-1][0].stop:
-            units, lists = calls[-1]
-            count = units.stop - units.start
-            if lists == [seen]:
-                calls[-1] = (slice(units.start, unit + 1), lists)
+        if calls:
+            runs, lists = calls[-1]
+            step = first - runs.first if runs.number == 1 else runs.step
+            follows = first == runs.first + runs.number * step and runs.number * length < most
+            if follows and (length, len(seen)) == (runs.length, len(lists[0])):
+                calls[-1] = (Runs(runs.first, step, runs.number + 1, length), [*lists, seen])
                 continue
-            if len(seen) == len(lists[0]) and len(lists) == count < most:
-                calls[-1] = (slice(units.start, unit + 1), [*lists, seen])
-                continue
-        calls.append((slice(unit, unit + 1), [seen]))
+        calls.append((Runs(first, length, 1, length), [seen]))
     return calls
 
 
-def _fold(x_BUnhd: Tensor, units: slice, seen: list[tuple[int, ...]]) -> Tensor:
-    """Units of a call join the batch, `[B, U, n, h, d] -> [B·U, h, n, d]`, or as more queries, `[B, h, U·n, d]`."""
-    x = x_BUnhd[:, units]
-    return (x.flatten(1, 2) if len(seen) == 1 else x.flatten(0, 1)).transpose(1, 2)
+def _fold(x_BUnhd: Tensor, units: Runs) -> Tensor:
+    """Runs join the batch, their units are more queries: `[B, U, n, h, d] -> [B·number, h, length·n, d]`."""
+    return units.of(x_BUnhd).flatten(2, 3).flatten(0, 1).transpose(1, 2)
 
 
-def _unfold(x_Bhnd: Tensor, batch: int, tokens: int) -> Tensor:
-    return x_Bhnd.transpose(1, 2).reshape(batch, -1, tokens, x_Bhnd.shape[1], x_Bhnd.shape[3])
+def _unfold(x_Bhnd: Tensor, units: Runs, tokens: int) -> Tensor:
+    """Back to `[B, number, length, n, h, d]`."""
+    return x_Bhnd.transpose(1, 2).unflatten(0, (-1, units.number)).unflatten(2, (units.length, tokens))
 
 
-def _runs(indices: list[int]) -> list[tuple[int, int, int]]:
-    """Consecutive runs in a list of indices: (position in the list, first index, length)."""
+def _evenly(seen: list[tuple[int, ...]]) -> Runs | None:
+    """Lists of blocks as runs, where they are such and have no block twice."""
+    first, length = seen[0][0], len(seen[0])
+    step = seen[1][0] - first if len(seen) > 1 else length
+    starts = range(first, first + len(seen) * step, step) if step >= length else ()
+    even = [tuple(range(start, start + length)) for start in starts] == seen
+    return Runs(first, step, len(seen), length) if even else None
+
+
+def _stretches(indices: list[int]) -> list[tuple[int, int, int]]:
+    """Where a list of indices counts on: (position in the list, first index, length)."""
     runs: list[tuple[int, int, int]] = []
     for position, index in enumerate(indices):
         if runs and index == runs[-1][1] + runs[-1][2]:
@@ -255,13 +277,14 @@ def _runs(indices: list[int]) -> list[tuple[int, int, int]]:
 def _gather(x_BRnhd: Tensor, seen: list[tuple[int, ...]]) -> Tensor:
     """Keys of a call: `[B, R, n, h, d] -> [B·U, h, len(seen[0])·n, d]`, a view where the blocks allow it."""
     batch, _, _, heads, width = x_BRnhd.shape
+    if (runs := _evenly(seen)) is not None:
+        return _fold(x_BRnhd, runs)
     if len(seen) == 1:
-        parts = [x_BRnhd[:, first : first + length] for _, first, length in _runs(list(seen[0]))]
-        rows = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        rows = torch.cat([x_BRnhd[:, first : first + length] for _, first, length in _stretches(list(seen[0]))], 1)
         return rows.reshape(batch, -1, heads, width).transpose(1, 2)
     columns = []
     for column in zip(*seen, strict=True):
-        parts = [x_BRnhd[:, first : first + length] for _, first, length in _runs(list(column))]
+        parts = [x_BRnhd[:, first : first + length] for _, first, length in _stretches(list(column))]
         columns.append(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
     return torch.cat(columns, 2).flatten(0, 1).transpose(1, 2)
 
@@ -269,13 +292,16 @@ def _gather(x_BRnhd: Tensor, seen: list[tuple[int, ...]]) -> Tensor:
 def _scatter_add(grad_BRnhd: Tensor, part: Tensor, seen: list[tuple[int, ...]]) -> None:
     """Add the gradients of gathered keys to their blocks, in a fixed order."""
     batch, _, tokens, heads, width = grad_BRnhd.shape
+    if (runs := _evenly(seen)) is not None:
+        runs.of(grad_BRnhd).add_(_unfold(part, runs, tokens))
+        return
     part = part.transpose(1, 2).reshape(batch, len(seen), -1, tokens, heads, width)
     if len(seen) == 1:
-        for position, first, length in _runs(list(seen[0])):
+        for position, first, length in _stretches(list(seen[0])):
             grad_BRnhd[:, first : first + length] += part[:, 0, position : position + length]
         return
     for j, column in enumerate(zip(*seen, strict=True)):
-        for position, first, length in _runs(list(column)):
+        for position, first, length in _stretches(list(column)):
             grad_BRnhd[:, first : first + length] += part[:, position : position + length, j]
 
 

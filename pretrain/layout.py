@@ -17,6 +17,9 @@ from .scales import Scale, spatial_windows
 
 Layout = Literal["halo", "ulysses", "ring"]
 Choice = Literal["auto", "halo", "ulysses", "ring"]
+# How much longer a ring's attention takes than another layout's: its parts are merged, and only torch's own flash
+# attention computes such. Two H100, 65,536 tokens each (docs/benchmarks.md).
+RING = 1.8
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,12 @@ class Rates:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one scale and layer: values that the busiest rank sends forward, FLOPs of the slowest rank forward,
-    seconds of a step (forward and backward, what is not hidden behind computation included)."""
+    """Of one scale and layer: values that the busiest rank sends forward, FLOPs of the slowest rank forward, its
+    seconds of a step (forward and backward) that it computes, and all of them, with what is not hidden behind that."""
 
     sent: int
     flops: int
+    computing: float
     seconds: float
 
 
@@ -123,18 +127,21 @@ def estimates(scale: Scale, clip: Clip, ranks: int, rates: Rates) -> dict[Layout
 
     blocks = [seen_blocks(scale, own) for own in shares]
     sent = max(halo_values(scale, edges, size))
-    found: dict[Layout, Estimate] = {"halo": Estimate(sent, max(blocks) * work, compute(max(blocks)) + travel(sent))}
+    most = max(blocks)
+    found: dict[Layout, Estimate] = {"halo": Estimate(sent, most * work, compute(most), compute(most) + travel(sent))}
     if scale.heads % ranks == 0:
         sent = max(ulysses_values(edges, size))
-        seconds = compute(sum(blocks) / ranks) + travel(sent) + 4 * rates.wait_s
-        found["ulysses"] = Estimate(sent, sum(blocks) * work // ranks, seconds)
+        computing = compute(sum(blocks) / ranks)
+        seconds = computing + travel(sent) + 4 * rates.wait_s
+        found["ulysses"] = Estimate(sent, sum(blocks) * work // ranks, computing, seconds)
     if is_dense(scale):
         placed, passed = (max(values) for values in ring_values(edges, size))
         most = max(seen_blocks(scale, held) for held in zigzag(clip.units, ranks))
         # backward: keys and values once more, their gradients in fp32
         around = travel(passed, 2 + 4 / clip.value_bytes)
-        seconds = travel(placed) + 4 * rates.wait_s + max(compute(most), around)
-        found["ring"] = Estimate(placed + passed, most * work, seconds)
+        computing = RING * compute(most)
+        seconds = travel(placed) + 4 * rates.wait_s + max(computing, around)
+        found["ring"] = Estimate(placed + passed, most * work, computing, seconds)
     return found
 
 

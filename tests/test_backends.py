@@ -214,20 +214,33 @@ def test_any_flash_attn_that_loads_is_used(name, monkeypatch):
 def test_parts_of_the_keys_and_what_sees_the_same_of_them():
     """Units that see the same blocks share one copy of them; units that see nothing have no part in the sum."""
     blocks = ((), (0, 1), (0, 1), (0, 1), (2, 4), (1, 3))
-    calls = [(units.start, units.stop, seen) for units, seen in backends._calls(blocks, torch.device("cpu"))]
-    assert calls == [(1, 4, [(0, 1)]), (4, 6, [(2, 4), (1, 3)])]
+    expected_calls = [((1, 3, 1, 3), [(0, 1)]), ((4, 1, 2, 1), [(2, 4), (1, 3)])]
+    check_part(blocks, expected_calls)
+
+
+def test_equal_runs_that_see_equally_many_blocks_are_one_call():
+    """As those of a ring's own units are, where the others' blocks do not lie beside theirs."""
+    blocks = ((), (), (0, 1), (0, 1), (), (), (4, 5), (4, 5), (), (), (8, 9), (8, 9), (), (0,))
+    check_part(blocks, [((2, 4, 3, 2), [(0, 1), (4, 5), (8, 9)]), ((13, 1, 1, 1), [(0,)])])
+
+
+def check_part(blocks: backends.Blocks, expected_calls: list) -> None:
+    assert backends._calls(blocks, torch.device("cpu")) == expected_calls
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, units, 3, 2, 8, dtype=torch.float64) for units in (6, 5, 5))
+    q, k, v = (torch.randn(2, units, 3, 2, 8, dtype=torch.float64) for units in (len(blocks), 11, 11))
     out, log_sum = backends.attend_part(q, k, v, blocks)
-    assert (out[:, 0] == 0).all() and (log_sum[:, 0] == -torch.inf).all()
-    for unit, seen in enumerate(blocks[1:], 1):
+    sees = [unit for unit, seen in enumerate(blocks) if seen]
+    for unit, seen in enumerate(blocks):
+        if not seen:
+            assert (out[:, unit] == 0).all() and (log_sum[:, unit] == -torch.inf).all()
+            continue
         logits = torch.einsum("bnhd,bkhd->bhnk", q[:, unit], k[:, list(seen)].flatten(1, 2)) / 8**0.5
         torch.testing.assert_close(log_sum[:, unit], logits.logsumexp(-1))
     inputs = [x.requires_grad_() for x in (q, k, v)]
-    whole = attend(q[:, 1:], k, v, blocks[1:], "sdpa")
-    torch.testing.assert_close(out[:, 1:], whole)
+    whole = attend(q[:, sees], k, v, tuple(blocks[unit] for unit in sees), "sdpa")
+    torch.testing.assert_close(out[:, sees], whole)
     grad = torch.randn_like(q)
-    expected = torch.autograd.grad((whole * grad[:, 1:]).sum(), inputs)
+    expected = torch.autograd.grad((whole * grad[:, sees]).sum(), inputs)
     found = backends.differentiate_part(grad, q, k, v, out, log_sum, blocks)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)

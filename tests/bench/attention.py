@@ -202,11 +202,11 @@ def main() -> None:
         before = frames, fast
 
     print("\n| frames | kept for backward MB | growth |\n| -----: | -------------------: | -----: |")
-    last = 0
+    shorter = 0.0
     for frames in (16, 32, 64, 128):
-        kept = kept_bytes(MULTI_SCALE, frames)
-        print(f"| {frames} | {kept / 1e6:.1f} | {f'{kept / last:.3f}' if last else ''} |", flush=True)
-        last = kept
+        size = kept_bytes(MULTI_SCALE, frames)
+        print(f"| {frames} | {size / 1e6:.1f} | {f'{size / shorter:.3f}' if shorter else ''} |", flush=True)
+        shorter = size
 
 
 if __name__ == "__main__":

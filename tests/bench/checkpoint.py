@@ -85,11 +85,11 @@ def stall(args: argparse.Namespace, folder: Path) -> None:
         f"{torch.get_num_threads()} thread(s), torch {torch.__version__}; medians of {args.runs}, (least to most)"
     )
     print(f"{'written':<10} {'step s':>8} {'copy s':>8} {'stall s':>8} {'write s':>8} {'stall of write':>15}")
-    write = statistics.median(row[4] for row in rows if row[0] == "before")
+    write = statistics.median(written for way, *_, written in rows if way == "before")
     stalls = {}
     for way in ("before", "beside"):
-        columns = [[row[i] for row in rows if row[0] == way] for i in (1, 2, 3, 4)]
-        stalls[way] = [row[3] / write for row in rows if row[0] == way]
+        columns = list(zip(*(seconds for other, *seconds in rows if other == way), strict=True))
+        stalls[way] = [stall / write for stall in columns[2]]
         values = " ".join(f"{statistics.median(column):>8.3f}" for column in columns)
         share = statistics.median(stalls[way])
         print(f"{way:<10} {values} {share:>15.1%}  ({min(stalls[way]):.1%} to {max(stalls[way]):.1%})")
@@ -133,7 +133,8 @@ def rank() -> int:
     timed(training.checkpoint, "load_newest", "checkpoint: verify, load")
     timed(training.process, "total_of", "loader, tracker, first batch")
     timed(training.zero, "step", "first step")
-    taken, step = [], training.zero.step
+    taken: list[int] = []
+    step = training.zero.step
 
     def first(*arguments: Any) -> Any:
         result = step(*arguments)
@@ -142,7 +143,7 @@ def rank() -> int:
         taken.append(1)
         return result
 
-    training.zero.step = first
+    training.zero.step = first  # type: ignore[assignment]
     return cli.main()
 
 

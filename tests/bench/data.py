@@ -18,7 +18,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import av
 import torch
@@ -73,7 +75,7 @@ def convert_all(folder: Path, out: Path, store: str) -> None:
 
 def read_ours(folder: Path, clips: int, workers: int) -> None:
     index = read_index(folder)
-    options = {"seed": 0, "clock": 0, "clips": BATCH, "stop": EPOCHS * clips, "workers": workers}
+    options: dict[str, Any] = {"seed": 0, "clock": 0, "clips": BATCH, "stop": EPOCHS * clips, "workers": workers}
     for batch in loader(only(folder, index), "train", **options):
         assert len(batch.samples) == BATCH
 
@@ -84,7 +86,8 @@ def tensor_of(sample: dict[str, bytes]) -> torch.Tensor:
     with av.open(io.BytesIO(sample["mp4"])) as container:
         container.streams.video[0].thread_type = "NONE"
         scaler = VideoReformatter()  # one for all frames; one each, as PyAV's own to_ndarray has, is slower
-        pictures = [scaler.reformat(frame, format="rgb24").to_ndarray() for frame in container.decode(video=0)]
+        frames = container.decode(video=0)  # type: ignore[union-attr]
+        pictures = [scaler.reformat(frame, format="rgb24").to_ndarray() for frame in frames]
     return torch.stack([torch.from_numpy(picture) for picture in pictures]).permute(0, 3, 1, 2).contiguous()
 
 
@@ -96,8 +99,8 @@ def read_webdataset(folder: Path, clips: int, workers: int, decode: bool) -> Non
     urls = [str(path) for path in sorted(folder.glob("train-*.tar"))] * EPOCHS
     dataset = webdataset.WebDataset(urls, shardshuffle=False, workersplitter=webdataset.split_by_worker)
     dataset = dataset.map(tensor_of if decode else as_stored)
-    options = {"batch_size": BATCH, "num_workers": workers}
-    seen = sum(len(batch) for batch in torch.utils.data.DataLoader(dataset, **options))
+    batches = torch.utils.data.DataLoader(dataset, batch_size=BATCH, num_workers=workers)
+    seen = sum(len(batch) for batch in batches)
     assert seen == EPOCHS * clips, (seen, clips)
 
 
@@ -183,11 +186,11 @@ def main() -> None:
             convert_all(sources, shards, "latent" if kind == "latent" else "video")
             read = medians(
                 options.repeats,
-                loader=lambda shards=shards: read_ours(shards, clips, workers),
-                bare_decoding=lambda shards=shards: read_bare(shards, clips, workers, False),
-                bare_handed_on=lambda shards=shards: read_bare(shards, clips, workers, True),
-                webdataset=lambda shards=shards: read_webdataset(shards, clips, workers, True),
-                webdataset_undecoded=lambda shards=shards: read_webdataset(shards, clips, workers, False),
+                loader=partial(read_ours, shards, clips, workers),
+                bare_decoding=partial(read_bare, shards, clips, workers, False),
+                bare_handed_on=partial(read_bare, shards, clips, workers, True),
+                webdataset=partial(read_webdataset, shards, clips, workers, True),
+                webdataset_undecoded=partial(read_webdataset, shards, clips, workers, False),
             )
             show(f"loader, {kind}", "clips", EPOCHS * clips, read)
             found |= {f"{kind} {name}": both for name, both in read.items()}

@@ -52,12 +52,13 @@ def options(word: str) -> dict[str, Any]:
         keys = "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2", "num_stages", "num_warps"  # type: ignore[assignment]
     if name in ("fwd", "bwd"):
         return {f"{name}_{key}": value for key, value in zip(keys, values, strict=True)}
-    return {
+    others: dict[str, dict[str, Any]] = {
         "default": {},
         "safe": {"ROWS_GUARANTEED_SAFE": True},
         "tma": {"USE_TMA": True},
         "flex-flash": {"BACKEND": "FLASH"},
-    }[name]
+    }
+    return others[name]
 
 
 def inputs(scale: Scale, frames: int, width: int) -> tuple[list[Tensor], Blocks, Tensor]:
@@ -78,8 +79,8 @@ def kernel(word: str, blocks: Blocks, n: int) -> Callable[[Tensor, Tensor, Tenso
     mask, chosen = flex.block_mask(blocks, n, "cuda"), options(word)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        flat = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
-        out = flex_attention(*flat, block_mask=mask, kernel_options=chosen)
+        flat_q, flat_k, flat_v = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
+        out: Any = flex_attention(flat_q, flat_k, flat_v, block_mask=mask, kernel_options=chosen)  # type: ignore[call-overload]
         return out.transpose(1, 2).unflatten(1, q.shape[1:3])
 
     return torch.compile(attend, dynamic=False)

@@ -12,6 +12,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 
 import torch
@@ -49,8 +50,8 @@ def main() -> None:
     device, dtype = "cuda", torch.bfloat16
     x = torch.randn(1, T, SIDE, SIDE, 3, 2 * h, d, device=device, dtype=dtype)[..., 1, :h, :]
     grad, gain = torch.randn(x.shape, device=device, dtype=dtype), torch.ones(d, device=device, dtype=dtype)
-    axes = (torch.arange(T, device=device), *(torch.arange(SIDE, device=device) for _ in range(2)))
-    angles = rope_angles(axes, d, 2, 10_000.0)
+    side = torch.arange(SIDE, device=device)
+    angles = rope_angles((torch.arange(T, device=device), side, side), d, 2, 10_000.0)
     tail = torch.randn(1, T, 1, 1, h, 2, device=device)
     shared = (x, gain, angles.cos, angles.sin, tail)
     copy = median_ms(lambda: grad.clone(), args.runs)
@@ -58,10 +59,10 @@ def main() -> None:
     print(f"{name}, {T} frames, {h} heads of {d}; a copy: {copy:.3f} ms\n")
     print("| rows | times | forward, ms (least) | backward, ms (least) |\n| ---: | ---: | ---: | ---: |", flush=True)
     for rows, times in product(args.rows, args.times):
-        forward = median_ms(lambda rows=rows: placing._run_forward(placing._forward, *shared, EPS, rows), args.runs)
+        forward = median_ms(partial(placing._run_forward, placing._forward, *shared, EPS, rows), args.runs)
         tables = angles.cos, angles.sin
         given = placing._backward, grad, x, gain, tables, tail, True, EPS, rows, times
-        backward = median_ms(lambda given=given: placing._run_backward(*given), args.runs)
+        backward = median_ms(partial(placing._run_backward, *given), args.runs)
         print(
             f"| {rows} | {times} | {forward:.3f} ({copy:.3f}) | {backward:.3f} ({1.5 * copy:.3f}) |",
             flush=True,

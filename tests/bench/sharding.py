@@ -14,6 +14,7 @@ import os
 import socket
 import statistics
 import time
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,9 +24,9 @@ from msc.parallel import exchange
 from msc.parallel.temporal import bounds
 from msc.pretrain.layout import Clip, choose, halo_values, ring_values, ulysses_values
 from msc.pretrain.model import ModelConfig, MSCTransformer
-from msc.pretrain.parallelize import sharded_timeline
+from msc.pretrain.parallelize import ParallelConfig, sharded_timeline
 from msc.pretrain.scales import Scale, default_scales
-from msc.pretrain.timeline import WholeVideo
+from msc.pretrain.timeline import Timeline, WholeVideo
 
 HEADS, HEAD_WIDTH, GRID = 16, 64, (64, 64)  # the width of `base`, 4,096 tokens per frame
 RANKS, RUNS = 2, 7
@@ -60,7 +61,7 @@ def traffic() -> None:
             print(f"| {frames} | {ranks} | {cells} | {ulysses / total:.1f}× | {dense / total:.1f}× |")
 
 
-def step_times(rank: int, ranks: int, port: int, name: str, layout: str, frames: int, results) -> None:
+def step_times(rank: int, ranks: int, port: int, name: str, layout: Any, frames: int, results: Any) -> None:
     """Seconds of every step, and of the waits in it."""
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
     torch.set_num_threads(1)
@@ -69,13 +70,14 @@ def step_times(rank: int, ranks: int, port: int, name: str, layout: str, frames:
     torch.manual_seed(0)
     model = MSCTransformer(config)
     edges = bounds(frames, ranks)
-    timeline = WholeVideo()
+    timeline: Timeline = WholeVideo()
     if ranks > 1:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         dist.init_process_group("gloo")
         if layout != APART:
             clip = Clip(frames, 1, (16, 16), config.head_width, 4)
-            layouts = choose(scales, clip, ranks, layout, 5e10, 3e14)
+            layouts = choose(scales, clip, ranks, layout, ParallelConfig().rates)
+            assert dist.group.WORLD is not None
             timeline = sharded_timeline(dist.group.WORLD, edges, config, layouts)
     x, t = torch.randn(1, edges[rank + 1] - edges[rank], 4, 32, 32), torch.rand(1, edges[rank + 1] - edges[rank])
     waited = [0.0]
@@ -100,15 +102,14 @@ def step_times(rank: int, ranks: int, port: int, name: str, layout: str, frames:
         dist.destroy_process_group()
 
 
-def measure(ranks: int, *arguments) -> tuple[float, float]:
+def measure(ranks: int, *arguments: Any) -> tuple[float, float]:
     """(median seconds of a step, which ends with the slower rank; share of it that the ranks wait, at the median)."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     results = mp.get_context("spawn").SimpleQueue()
-    context = mp.spawn(step_times, (ranks, port, *arguments, results), nprocs=ranks, join=False)
+    mp.spawn(step_times, (ranks, port, *arguments, results), nprocs=ranks)
     runs = [times for _, times in sorted(results.get() for _ in range(ranks))]
-    context.join()
     steps = [max(seconds for seconds, _ in step) for step in zip(*runs, strict=True)]
     waits = [sum(waited for _, waited in step) / ranks for step in zip(*runs, strict=True)]
     seconds = statistics.median(steps)

@@ -49,6 +49,7 @@ def timeline_of(config: ModelConfig, frames: int, part: tuple[int, int] | None) 
         exchange.post = lambda x, route: x.new_empty(sum(route.takes)).uniform_(0.1, 0.9)
         exchange.wait = lambda x, route: x
     edges = bounds(frames // config.frames_per_unit * ranks, ranks)
+    assert dist.group.WORLD is not None
     return sharded_timeline(dist.group.WORLD, edges, config, ["halo"] * len(config.scales))
 
 

@@ -141,7 +141,7 @@ def load(name: str, clips: int, held_out: int, shards: Path | None, device: torc
 def levels(shape: tuple[int, int], source: torch.Generator) -> Tensor:
     """Noise of training: independent per frame, a quarter of the frames clean, `[B, T]`."""
     t = torch.sigmoid(1.5 * torch.randn(shape, generator=source))
-    t = shift_levels(t, 1.5)  # type: ignore[arg-type]
+    t = torch.from_numpy(shift_levels(t.numpy(), 1.5))
     clean = torch.rand(shape, generator=source) < 0.25
     clean[:, -1] = False
     return t.masked_fill(clean, 0.0)
@@ -193,8 +193,12 @@ def trainer(
         # By way of the optimizer, so that its state, which the graph writes to, lives as long as this function.
         optimizer.param_groups[0]["lr"].fill_(lr * min((number + 1) / 50, max(0.02, 1 - number / steps)))
 
+    def at_once(number: int) -> None:
+        feed(number)
+        step()
+
     if not on_gpu:
-        return lambda number: (feed(number), step())[1]
+        return at_once
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):  # with a learning rate of 0
@@ -272,6 +276,7 @@ def build(task: Task, variant: str, seed: int, args: argparse.Namespace) -> MSCT
     torch.manual_seed(seed)
     model = MSCTransformer(configure(task, scales, gate, args)).to(task.held_out.device)
     for block in model.blocks:
+        assert isinstance(block, Block)
         if block.attention.delta is not None:
             block.attention.delta.requires_grad_(learned)
     kernel(model, args.backend)

@@ -86,14 +86,14 @@ def tables(runs: Runs) -> None:
         print(f"| {variant} | " + " | ".join(cells) + " |")
     for task in tasks:
         print(f"\n{task}: error of a frame at noise t_q, all earlier frames at t_c, by t_q / t_c:\n")
-        cells = [(i, j) for i in range(len(QUERY)) for j in range(len(CONTEXT))]
-        print("| variant | " + " | ".join(f"{QUERY[i]:g} / {CONTEXT[j]:g}" for i, j in cells) + " |")
-        print("| --- |" + " ---: |" * len(cells))
+        places = [(i, j) for i in range(len(QUERY)) for j in range(len(CONTEXT))]
+        print("| variant | " + " | ".join(f"{QUERY[i]:g} / {CONTEXT[j]:g}" for i, j in places) + " |")
+        print("| --- |" + " ---: |" * len(places))
         for variant in VARIANTS:
             if found := runs.get((task, variant)):
-                print(f"| {variant} | " + " | ".join(f"{mean(found, i, j):.3f}" for i, j in cells) + " |")
+                print(f"| {variant} | " + " | ".join(f"{mean(found, i, j):.3f}" for i, j in places) + " |")
         if task == "fields":
-            bounds = [field_bounds(QUERY[i], CONTEXT[j]) for i, j in cells]
+            bounds = [field_bounds(QUERY[i], CONTEXT[j]) for i, j in places]
             for name, row in zip(("best linear", "told the direction"), zip(*bounds, strict=True), strict=True):
                 print(f"| {name} | " + " | ".join(f"{value:.3f}" for value in row) + " |")
     print("\nRoll-out of 4 frames in 4 steps: squared error of the first and the last, by noise put on the past:\n")
@@ -124,7 +124,7 @@ def mean(found: list[dict], i: int, j: int) -> float:
 def plot(runs: Runs, path: Path) -> None:
     tasks = [task for task in TASKS if any(key[0] == task for key in runs)]
     figure, axes = plt.subplots(2, len(tasks), figsize=(4.2 * len(tasks), 7), squeeze=False, layout="constrained")
-    colours = dict(zip(VARIANTS, plt.get_cmap("tab10").colors, strict=False))
+    colours = dict(zip(VARIANTS, matplotlib.color_sequences["tab10"], strict=False))
     for column, task in enumerate(tasks):
         names = [variant for variant in VARIANTS if (task, variant) in runs]
         above, below = axes[0, column], axes[1, column]
