@@ -222,7 +222,9 @@ def measure(args: argparse.Namespace, world: process.World, mesh: Any, job: dict
         from step import kernels
 
         layouts, place = job["layouts"].replace("+", "-"), f"rank-{world.rank}-of-{world.size}"
-        name = f"{job['scales']}-{layouts}-{job['frames']}-frames-{place}.json.gz"
+        depth = args.depth or PRESETS[args.preset]().model.depth
+        shape = f"{depth}-layers-{job['frames']}-frames"
+        name = "-".join(filter(None, (job["scales"], layouts, shape, place))) + ".json.gz"
         trace = f"{args.trace}/{name}" if args.trace else None
         listed = kernels(lambda: timed(False), args.profile, trace)
         if world.first:
