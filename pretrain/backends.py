@@ -10,7 +10,6 @@ import importlib.util
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from itertools import groupby
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -226,18 +225,21 @@ def _calls(blocks: Blocks, device: torch.device) -> list[tuple[Runs, list[tuple[
     for the allocator to use the same memory again, where fresh memory costs a page fault every 4 KB.
     """
     most = CPU_UNITS if device.type == "cpu" else len(blocks)
+    runs: list[tuple[int, int]] = []  # first, end
+    for unit, seen in enumerate(blocks):
+        if runs and runs[-1][1] == unit and blocks[unit - 1] == seen:
+            runs[-1] = (runs[-1][0], unit + 1)
+        elif seen:
+            runs.append((unit, unit + 1))
     calls: list[tuple[Runs, list[tuple[int, ...]]]] = []
-    for seen, group in groupby(range(len(blocks)), blocks.__getitem__):
-        first, *rest = group
-        length = 1 + len(rest)
-        if not seen:
-            continue
+    for first, end in runs:
+        length, seen = end - first, blocks[first]
         if calls:
-            runs, lists = calls[-1]
-            step = first - runs.first if runs.number == 1 else runs.step
-            follows = first == runs.first + runs.number * step and runs.number * length < most
-            if follows and (length, len(seen)) == (runs.length, len(lists[0])):
-                calls[-1] = (Runs(runs.first, step, runs.number + 1, length), [*lists, seen])
+            last, lists = calls[-1]
+            step = first - last.first if last.number == 1 else last.step
+            follows = first == last.first + last.number * step and last.number * length < most
+            if follows and (length, len(seen)) == (last.length, len(lists[0])):
+                calls[-1] = (Runs(last.first, step, last.number + 1, length), [*lists, seen])
                 continue
         calls.append((Runs(first, length, 1, length), [seen]))
     return calls

@@ -88,6 +88,19 @@ def test_a_training_step_with_flex_is_captured_whole_and_not_once_per_layer(monk
     assert len(graphs) == 2
 
 
+def test_a_cpus_kernel_leaves_a_compiled_block_whole():
+    blocks = ((0, 5), (0, 1, 6), (1, 2, 7), (2, 3, 8))
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, units, 3, 2, 8, requires_grad=True) for units in (4, 9, 9))
+    for kernel in (attend, torch.compile(attend, backend="aot_eager", fullgraph=True)):
+        out = kernel(q, k, v, blocks, "sdpa")
+        grads = torch.autograd.grad(out.square().sum(), (q, k, v))
+        if kernel is attend:
+            expected = grads
+    for grad, wanted in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, wanted)
+
+
 def test_looking_for_a_kernel_leaves_a_compiled_block_whole(monkeypatch):
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object())
 
