@@ -75,7 +75,7 @@ COMPILED = Efficiency(products=0.78, attention=0.29, passes=6.0, launches=0.0011
 REGION = 0.47
 # ESTIMATE: launches of a block whose past comes from other ranks. It makes an eager step on two H100 (`base`, 4 layers,
 # 131,072 tokens, halos) the 0.1256 s that were measured; what else it may have waited for was not looked at. Compiled
-# steps took the CPU 1.39 (two H100) and 1.56 times (four) as long as on one.
+# steps took the CPU 1.4 to 2.4 times as long as on one, by machine and length; eager ones on four 1.7 times.
 SHARDED = 1.54
 LINKS = 0.7  # ESTIMATE: share of a link's speed that large collectives reach
 OVERLAP = 0.8  # ESTIMATE: share of the backward pass behind which gradients can travel

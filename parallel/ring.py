@@ -88,7 +88,9 @@ class Ring:
         return move(x_BU, shape, self.receives, self.sends, self.group, "attention output (ring)")
 
     def _attend(self, q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, blocks: Blocks) -> Tensor:
-        """As backends.attend; the first blocks of keys are those of the own units, as others see them."""
+        """As backends.attend. Units see all earlier own ones, `blocks[u] == (0, ..., u-1, own)`: the first blocks of
+        keys are the own units as others see them, the last of u is u as it sees itself."""
+        assert blocks[-1][:-1] == tuple(range(len(blocks) - 1)), "a ring serves dense causal scales"
         return _Ring.apply(q_BUnhd, k_BRnhd, v_BRnhd, blocks, self)
 
     def pass_on(self, x: Tensor, source: int, what: str) -> Callable[[], Tensor]:

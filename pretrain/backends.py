@@ -22,7 +22,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Blocks], Tensor]
 Backend = Literal["auto", "sdpa", "flex", "flash"]
 Function = TypeVar("Function", bound=Callable[..., Any])
 VARIANTS = 256  # shapes that a function is compiled for
-CPU_UNITS = 16  # units of a call on a CPU, see _calls
+CPU_UNITS = 16  # units that are joined to a call on a CPU, see _calls
 Masks = dict[int, Any]  # what FlexAttention knows of blocks beforehand (flex.Prepared), by their tokens
 
 
@@ -237,7 +237,7 @@ def _calls(blocks: Blocks, device: torch.device) -> list[tuple[Runs, list[tuple[
         if calls:
             last, lists = calls[-1]
             step = first - last.first if last.number == 1 else last.step
-            follows = first == last.first + last.number * step and last.number * length < most
+            follows = first == last.first + last.number * step and (last.number + 1) * length <= most
             if follows and (length, len(seen)) == (last.length, len(lists[0])):
                 calls[-1] = (Runs(last.first, step, last.number + 1, length), [*lists, seen])
                 continue

@@ -18,7 +18,7 @@ from .scales import Scale, spatial_windows
 Layout = Literal["halo", "ulysses", "ring"]
 Choice = Literal["auto", "halo", "ulysses", "ring"]
 # How much longer a ring's attention takes than another layout's: its parts are merged, and only torch's own flash
-# attention computes such. Two H100, 65,536 tokens each (docs/benchmarks.md).
+# attention computes such. Two H100, 65,536 tokens each, in 16 bits (docs/benchmarks.md); on a CPU it takes as long.
 RING = 1.8
 
 

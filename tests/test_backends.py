@@ -224,17 +224,21 @@ def test_any_flash_attn_that_loads_is_used(name, monkeypatch):
     flash.load.cache_clear()
 
 
-def test_parts_of_the_keys_and_what_sees_the_same_of_them():
+def test_parts_of_the_keys_and_what_sees_the_same_of_them(monkeypatch):
     """Units that see the same blocks share one copy of them; units that see nothing have no part in the sum."""
     blocks = ((), (0, 1), (0, 1), (0, 1), (2, 4), (1, 3))
     expected_calls = [((1, 3, 1, 3), [(0, 1)]), ((4, 1, 2, 1), [(2, 4), (1, 3)])]
     check_part(blocks, expected_calls)
+    monkeypatch.setattr(backends, "CPU_UNITS", 1)
+    check_part(blocks, [((1, 3, 1, 3), [(0, 1)]), ((4, 1, 1, 1), [(2, 4)]), ((5, 1, 1, 1), [(1, 3)])])
 
 
-def test_equal_runs_that_see_equally_many_blocks_are_one_call():
-    """As those of a ring's own units are, where the others' blocks do not lie beside theirs."""
+def test_equal_runs_that_see_equally_many_blocks_are_one_call(monkeypatch):
+    """As those of a ring's own units are; on a CPU a few at a time."""
     blocks = ((), (), (0, 1), (0, 1), (), (), (4, 5), (4, 5), (), (), (8, 9), (8, 9), (), (0,))
     check_part(blocks, [((2, 4, 3, 2), [(0, 1), (4, 5), (8, 9)]), ((13, 1, 1, 1), [(0,)])])
+    monkeypatch.setattr(backends, "CPU_UNITS", 5)
+    check_part(blocks, [((2, 4, 2, 2), [(0, 1), (4, 5)]), ((10, 2, 1, 2), [(8, 9)]), ((13, 1, 1, 1), [(0,)])])
 
 
 def check_part(blocks: backends.Blocks, expected_calls: list) -> None:

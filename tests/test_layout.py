@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from processes import run_ranks
 from sharded import SCALES, Case, events_on_a_rank, on_a_rank
 
-from msc.parallel.ring import zigzag
+from msc.parallel.ring import causal_parts, zigzag
 from msc.parallel.temporal import bounds
-from msc.pretrain.layout import Clip, Rates, choose, estimates, halo_values, ring_values, table, ulysses_values
+from msc.pretrain.backends import _calls
+from msc.pretrain.layout import RING, Clip, Rates, choose, estimates, halo_values, ring_values, table, ulysses_values
 from msc.pretrain.parallelize import ParallelConfig
 from msc.pretrain.presets import PRESETS
 from msc.pretrain.scales import Scale, default_scales
@@ -75,6 +76,14 @@ def test_zigzag_deals_out_every_unit_and_equal_work(ranks, units):
         assert len({sum(unit + 1 for unit in own) for own in held}) == 1
 
 
+@given(st.integers(1, 300))
+def test_the_parts_of_a_rings_own_units_are_all_earlier_ones_in_few_calls(units):
+    parts = causal_parts(units)
+    for unit in range(units):
+        assert sorted(seen for part in parts for seen in part[unit]) == list(range(unit))
+    assert all(len(_calls(part, torch.device("cuda"))) <= 2 for part in parts)
+
+
 @pytest.mark.gloo
 def test_messages_travel_while_own_queries_and_keys_are_placed():
     """Forward and backward: posted before, waited for after."""
@@ -90,6 +99,7 @@ def test_contiguous_shards_of_a_global_mask_are_uneven_work():
     found = estimates(Scale(8), clip, 8, Rates(1e9, 1e12))
     assert found["ulysses"].flops / found["halo"].flops == pytest.approx(4 / 7.5, rel=1e-3)
     assert found["ring"].flops == pytest.approx(found["ulysses"].flops, rel=1e-3)
+    assert found["ring"].computing == pytest.approx(RING * found["ulysses"].computing, rel=1e-3)
     windowed = estimates(Scale(8, window=2), clip, 8, Rates(1e9, 1e12))
     assert windowed["halo"].flops == pytest.approx(windowed["ulysses"].flops, rel=1e-3)
 
