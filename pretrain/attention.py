@@ -17,10 +17,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .backends import Attend, Backend, Blocks, attend
+from .backends import Attend, Backend, attend
 from .gate import NODES, ON_KEYS, GatePlace, effective_log_snr, log_gate, log_gate_at_nodes, node_weights
 from .rope import Rope, normalise_and_rotate, still_channels
-from .scales import Scale, spatial_windows
+from .scales import Blocks, Scale, spatial_windows
 from .timeline import Layer
 from .view import View
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-Blocks = tuple[tuple[int, ...], ...]
+from .scales import Blocks
+
 # (q, k, v [tokens, h, d], cu_seqlens_q=, cu_seqlens_k=, max_seqlen_q=, max_seqlen_k=, softmax_scale=) -> out or
 # (out, ...); by name, because versions have them in different orders
 Varlen = Callable[..., Any]

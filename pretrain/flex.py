@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from .backends import VARIANTS, Blocks, many_shapes
+from .compiling import VARIANTS, many_shapes
+from .scales import Blocks
 
 TILE = 128
 # Tiles that were fastest on an H100 (tests/bench/flex_tiles.py, docs/benchmarks.md), by compute capability and channels

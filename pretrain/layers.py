@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import MultiScaleAttention
-from .backends import many_shapes, scaled_dot_product
+from .compiling import many_shapes
 from .gate import GatePlace
 from .scales import Scale
+from .sdpa import scaled_dot_product
 from .timeline import Layer
 from .view import View
 
@@ -119,11 +120,3 @@ class Block(nn.Module):
         """
         many_shapes()
         super().compile(dynamic=False, **options)
-
-
-def pieces() -> str:
-    """Why what was compiled so far is more than one graph, and how often; nothing where it is not, or by design: the
-    ring and flash-attn keep out of compilers."""
-    breaks = torch._dynamo.utils.counters["graph_break"].most_common()
-    reasons = [((str(reason).splitlines() or ["?"])[0][:120], times) for reason, times in breaks]
-    return "; ".join(f"{reason} (×{times})" for reason, times in reasons if "torch.compiler.disable()" not in reason)

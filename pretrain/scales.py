@@ -10,6 +10,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+Blocks = tuple[tuple[int, ...], ...]  # of keys, that each query unit sees
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -62,7 +64,7 @@ class Scale:
         """Groups pooled in time that a run of units completes."""
         return (first + units) // self.time - first // self.time if self.time > 1 else 0
 
-    def key_blocks(self, first: int, units: int, separate_own: bool) -> tuple[tuple[int, ...], ...]:
+    def key_blocks(self, first: int, units: int, separate_own: bool) -> Blocks:
         """Which blocks of keys each of `units` own units, starting at unit `first`, attends to.
 
         The key blocks lie in one row: the pooled groups, then the unpooled units (past ones and own

@@ -28,13 +28,13 @@ from msc.parallel.watch import of_communication, watching
 from . import checkpoint, cost, guard, heartbeat, rollback, shelf, warm
 from .autoencoder import open_autoencoder
 from .broken import Broken, read_broken
+from .compiling import pieces
 from .config import Config, dump, flat
 from .diffusion import frame_losses, frame_shift
 from .evaluate import preview
 from .expect import Expected, deviation, ratios
 from .held_out import Losses, held_out_losses
 from .inputs import Feed, micro_batches, noise_beside
-from .layers import pieces
 from .meter import DESCRIPTION, Meter
 from .metrics import State, Tracker
 from .optimizer import set_schedule

@@ -10,10 +10,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .backends import Backend, Blocks, Masks, chosen, prepare
+from .backends import Backend, Masks, chosen, prepare
 from .gate import ON_KEYS, UNMEASURED, GateConstants, GatePlace, log_snr, pooled_log_snr
 from .rope import Rope, rope_angles
-from .scales import Scale, spatial_windows
+from .scales import Blocks, Scale, spatial_windows
 from .timeline import Placement, Timeline, WholeVideo
 
 Run = tuple[int, int]  # units, first to end

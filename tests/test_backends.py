@@ -13,12 +13,12 @@ from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
-from msc.pretrain import backends, flash, flex
+from msc.pretrain import backends, flash, flex, sdpa
 from msc.pretrain.backends import attend, choose_backend
-from msc.pretrain.layers import pieces
+from msc.pretrain.compiling import pieces
 from msc.pretrain.model import ModelConfig, MSCTransformer
 from msc.pretrain.sampler import generate
-from msc.pretrain.scales import Scale, default_scales
+from msc.pretrain.scales import Blocks, Scale, default_scales
 
 CASES = [
     (scale, units, n)
@@ -134,7 +134,7 @@ def test_the_switch_for_a_fixed_order_is_left_as_it_was():
     """Also where threads overlap, as of autograd with several GPUs."""
 
     def use(_):
-        with backends._in_fixed_order():
+        with sdpa._in_fixed_order():
             time.sleep(0.002)
             return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
@@ -229,7 +229,7 @@ def test_parts_of_the_keys_and_what_sees_the_same_of_them(monkeypatch):
     blocks = ((), (0, 1), (0, 1), (0, 1), (2, 4), (1, 3))
     expected_calls = [((1, 3, 1, 3), [(0, 1)]), ((4, 1, 2, 1), [(2, 4), (1, 3)])]
     check_part(blocks, expected_calls)
-    monkeypatch.setattr(backends, "CPU_UNITS", 1)
+    monkeypatch.setattr(sdpa, "CPU_UNITS", 1)
     check_part(blocks, [((1, 3, 1, 3), [(0, 1)]), ((4, 1, 1, 1), [(2, 4)]), ((5, 1, 1, 1), [(1, 3)])])
 
 
@@ -237,15 +237,15 @@ def test_equal_runs_that_see_equally_many_blocks_are_one_call(monkeypatch):
     """As those of a ring's own units are; on a CPU a few at a time."""
     blocks = ((), (), (0, 1), (0, 1), (), (), (4, 5), (4, 5), (), (), (8, 9), (8, 9), (), (0,))
     check_part(blocks, [((2, 4, 3, 2), [(0, 1), (4, 5), (8, 9)]), ((13, 1, 1, 1), [(0,)])])
-    monkeypatch.setattr(backends, "CPU_UNITS", 5)
+    monkeypatch.setattr(sdpa, "CPU_UNITS", 5)
     check_part(blocks, [((2, 4, 2, 2), [(0, 1), (4, 5)]), ((10, 2, 1, 2), [(8, 9)]), ((13, 1, 1, 1), [(0,)])])
 
 
-def check_part(blocks: backends.Blocks, expected_calls: list) -> None:
-    assert backends._calls(blocks, torch.device("cpu")) == expected_calls
+def check_part(blocks: Blocks, expected_calls: list) -> None:
+    assert sdpa._calls(blocks, torch.device("cpu")) == expected_calls
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, units, 3, 2, 8, dtype=torch.float64) for units in (len(blocks), 11, 11))
-    out, log_sum = backends.attend_part(q, k, v, blocks)
+    out, log_sum = sdpa.attend_part(q, k, v, blocks)
     sees = [unit for unit, seen in enumerate(blocks) if seen]
     for unit, seen in enumerate(blocks):
         if not seen:
@@ -258,7 +258,7 @@ def check_part(blocks: backends.Blocks, expected_calls: list) -> None:
     torch.testing.assert_close(out[:, sees], whole)
     grad = torch.randn_like(q)
     expected = torch.autograd.grad((whole * grad[:, sees]).sum(), inputs)
-    found = backends.differentiate_part(grad, q, k, v, out, log_sum, blocks)
+    found = sdpa.differentiate_part(grad, q, k, v, out, log_sum, blocks)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
 

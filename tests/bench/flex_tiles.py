@@ -25,8 +25,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from msc.pretrain import flash, flex
-from msc.pretrain.backends import Blocks
-from msc.pretrain.scales import Scale, default_scales
+from msc.pretrain.scales import Blocks, Scale, default_scales
 
 SIDE = 16  # tokens of a frame's side
 TRIES = [

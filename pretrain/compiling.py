@@ -1,0 +1,35 @@
+"""What torch's compiler is told, and asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+VARIANTS = 256  # shapes that a function is compiled for
+
+
+def constant(function: Function) -> Function:
+    """Compilers take its result for a constant: what it looks at would cut a compiled block into pieces.
+
+    As torch.compiler.assume_constant_result, which would import the compiler: a second at the start of every command.
+    """
+    function.__dict__["_dynamo_marked_constant"] = True
+    return function
+
+
+def many_shapes() -> None:
+    """Let torch compile a function for more shapes than its default of 8, before it runs it uncompiled."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, VARIANTS)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, VARIANTS)
+
+
+def pieces() -> str:
+    """Why what was compiled so far is more than one graph, and how often; nothing where it is not, or by design: the
+    ring and flash-attn keep out of compilers."""
+    breaks = torch._dynamo.utils.counters["graph_break"].most_common()
+    reasons = [((str(reason).splitlines() or ["?"])[0][:120], times) for reason, times in breaks]
+    return "; ".join(f"{reason} (×{times})" for reason, times in reasons if "torch.compiler.disable()" not in reason)

@@ -1,0 +1,309 @@
+"""`attend` by torch's scaled_dot_product_attention: unmasked rectangles of units and the blocks that they see.
+
+Also in parts that are merged, as a ring needs (parallel/ring.py): `attend_part`, `differentiate_part`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .compiling import constant
+from .scales import Blocks
+
+CPU_UNITS = 16  # units that are joined to a call on a CPU, see _calls
+
+
+def attend(q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, blocks: Blocks) -> Tensor:
+    """See backends.attend."""
+    return _Rectangles.apply(q_BUnhd, k_BRnhd, v_BRnhd, blocks)
+
+
+class _Rectangles(torch.autograd.Function):
+    """A hand-written backward, because autograd's for overlapping slices materialises one full-size
+    gradient per slice: quadratic memory traffic in the number of units.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
+        out, statistics = _attend_calls(q, k, v, blocks, _forward)
+        ctx.blocks = blocks
+        ctx.save_for_backward(q, k, v, out, *statistics)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, *statistics = ctx.saved_tensors
+        return *_differentiate_calls(grads[0], q, k, v, out, statistics, ctx.blocks, _backward), None
+
+
+def attend_part(q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
+    """Attention to part of the keys that queries see in all, to be merged with other parts.
+
+    As `attend`, but units may see nothing; returns also the log-sum-exp of the logits `[B, U, h, n]` in at least
+    fp32. Units that see nothing have 0 and -inf. No gradient: see `differentiate_part`.
+    """
+    out, sums = _attend_calls(q_BUnhd, k_BRnhd, v_BRnhd, blocks, _forward_with_sum)
+    B, U, n, h, _ = q_BUnhd.shape
+    log_sum = q_BUnhd.new_full((B, U, h, n), -torch.inf, dtype=sums[0].dtype)
+    for (units, _), part in zip(_calls(blocks, q_BUnhd.device), sums, strict=True):
+        units.of(log_sum).copy_(part.unflatten(0, (B, units.number)).unflatten(3, (units.length, n)).transpose(2, 3))
+    return out, log_sum
+
+
+def differentiate_part(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_BUhn: Tensor, blocks: Blocks
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v from part of the keys, given the output and log-sum-exp of all parts together."""
+    sums = [
+        units.of(log_sum_BUhn).transpose(2, 3).flatten(3).flatten(0, 1) for units, _ in _calls(blocks, q.device)
+    ]
+    return _differentiate_calls(grad_out, q, k, v, out, sums, blocks, _backward_with_sum)
+
+
+# Units that see the same blocks are a run, with more queries; equal runs are one batched call. Each call is an unmasked
+# rectangle.
+
+
+class Runs(NamedTuple):
+    """Runs of `length` neighbours, the first from `first` on, the next `step` further."""
+
+    first: int
+    step: int
+    number: int
+    length: int
+
+    def of(self, x_BU: Tensor) -> Tensor:
+        """A view of these of all: `[B, U, ...] -> [B, number, length, ...]`."""
+        x = x_BU[:, self.first : self.first + (self.number - 1) * self.step + self.length]
+        if self.number == 1 or self.step == self.length:
+            return x.unflatten(1, (self.number, self.length))
+        return x.unfold(1, self.length, self.step).movedim(-1, 2)
+
+
+def _attend_calls(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, rectangle: Callable[..., tuple[Tensor, Tensor]]
+) -> tuple[Tensor, list[Tensor]]:
+    out = torch.empty_like(q) if all(blocks) else torch.zeros_like(q)
+    statistics = []
+    for units, seen in _calls(blocks, q.device):
+        out_call, log_sum = rectangle(_fold(q, units), _gather(k, seen), _gather(v, seen))
+        units.of(out).copy_(_unfold(out_call, units, q.shape[2]))
+        statistics.append(log_sum)
+    return out, statistics
+
+
+def _differentiate_calls(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: list[Tensor], blocks: Blocks,
+    rectangle: Callable[..., tuple[Tensor, ...]],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_q = torch.empty_like(q) if all(blocks) else torch.zeros_like(q)
+    grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
+    for (units, seen), log_sum in zip(_calls(blocks, q.device), statistics, strict=True):
+        dq, dk, dv = rectangle(
+            _fold(grad_out, units), _fold(q, units), _gather(k, seen), _gather(v, seen), _fold(out, units), log_sum
+        )
+        units.of(grad_q).copy_(_unfold(dq, units, q.shape[2]))
+        _scatter_add(grad_k, dk, seen)
+        _scatter_add(grad_v, dv, seen)
+    return grad_q, grad_k, grad_v
+
+
+def _calls(blocks: Blocks, device: torch.device) -> list[tuple[Runs, list[tuple[int, ...]]]]:
+    """Runs of units and what each of them sees, by calls; units that see nothing are left out.
+
+    In a ring a run of units sees the same of another rank's keys: a copy of them for each unit would be many times the
+    keys. Runs are joined where they are equally long, equally far apart and see equally many blocks.
+    On a GPU all of them, for fewer launches. On a CPU a few at a time: copies of their keys then stay small enough
+    for the allocator to use the same memory again, where fresh memory costs a page fault every 4 KB.
+    """
+    most = CPU_UNITS if device.type == "cpu" else len(blocks)
+    runs: list[tuple[int, int]] = []  # first, end
+    for unit, seen in enumerate(blocks):
+        if runs and runs[-1][1] == unit and blocks[unit - 1] == seen:
+            runs[-1] = (runs[-1][0], unit + 1)
+        elif seen:
+            runs.append((unit, unit + 1))
+    calls: list[tuple[Runs, list[tuple[int, ...]]]] = []
+    for first, end in runs:
+        length, seen = end - first, blocks[first]
+        if calls:
+            last, lists = calls[-1]
+            step = first - last.first if last.number == 1 else last.step
+            follows = first == last.first + last.number * step and (last.number + 1) * length <= most
+            if follows and (length, len(seen)) == (last.length, len(lists[0])):
+                calls[-1] = (Runs(last.first, step, last.number + 1, length), [*lists, seen])
+                continue
+        calls.append((Runs(first, length, 1, length), [seen]))
+    return calls
+
+
+def _fold(x_BUnhd: Tensor, units: Runs) -> Tensor:
+    """Runs join the batch, their units are more queries: `[B, U, n, h, d] -> [B·number, h, length·n, d]`."""
+    return units.of(x_BUnhd).flatten(2, 3).flatten(0, 1).transpose(1, 2)
+
+
+def _unfold(x_Bhnd: Tensor, units: Runs, tokens: int) -> Tensor:
+    """Back to `[B, number, length, n, h, d]`."""
+    return x_Bhnd.transpose(1, 2).unflatten(0, (-1, units.number)).unflatten(2, (units.length, tokens))
+
+
+def _evenly(seen: list[tuple[int, ...]]) -> Runs | None:
+    """Lists of blocks as runs, where they are such and have no block twice."""
+    first, length = seen[0][0], len(seen[0])
+    step = seen[1][0] - first if len(seen) > 1 else length
+    starts = range(first, first + len(seen) * step, step) if step >= length else ()
+    even = [tuple(range(start, start + length)) for start in starts] == seen
+    return Runs(first, step, len(seen), length) if even else None
+
+
+def _stretches(indices: list[int]) -> list[tuple[int, int, int]]:
+    """Where a list of indices counts on: (position in the list, first index, length)."""
+    runs: list[tuple[int, int, int]] = []
+    for position, index in enumerate(indices):
+        if runs and index == runs[-1][1] + runs[-1][2]:
+            at, first, length = runs[-1]
+            runs[-1] = (at, first, length + 1)
+        else:
+            runs.append((position, index, 1))
+    return runs
+
+
+def _gather(x_BRnhd: Tensor, seen: list[tuple[int, ...]]) -> Tensor:
+    """Keys of a call: `[B, R, n, h, d] -> [B·U, h, len(seen[0])·n, d]`, a view where the blocks allow it."""
+    batch, _, _, heads, width = x_BRnhd.shape
+    if (runs := _evenly(seen)) is not None:
+        return _fold(x_BRnhd, runs)
+    if len(seen) == 1:
+        rows = torch.cat([x_BRnhd[:, first : first + length] for _, first, length in _stretches(list(seen[0]))], 1)
+        return rows.reshape(batch, -1, heads, width).transpose(1, 2)
+    columns = []
+    for column in zip(*seen, strict=True):
+        parts = [x_BRnhd[:, first : first + length] for _, first, length in _stretches(list(column))]
+        columns.append(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
+    return torch.cat(columns, 2).flatten(0, 1).transpose(1, 2)
+
+
+def _scatter_add(grad_BRnhd: Tensor, part: Tensor, seen: list[tuple[int, ...]]) -> None:
+    """Add the gradients of gathered keys to their blocks, in a fixed order."""
+    batch, _, tokens, heads, width = grad_BRnhd.shape
+    if (runs := _evenly(seen)) is not None:
+        runs.of(grad_BRnhd).add_(_unfold(part, runs, tokens))
+        return
+    part = part.transpose(1, 2).reshape(batch, len(seen), -1, tokens, heads, width)
+    if len(seen) == 1:
+        for position, first, length in _stretches(list(seen[0])):
+            grad_BRnhd[:, first : first + length] += part[:, 0, position : position + length]
+        return
+    for j, column in enumerate(zip(*seen, strict=True)):
+        for position, first, length in _stretches(list(column)):
+            grad_BRnhd[:, first : first + length] += part[:, position : position + length, j]
+
+
+# One rectangle --------------------------------------------------------------------------------------
+
+# Left to itself torch 2.11 takes cuDNN's kernels on Hopper. Others found their gradients wrong, without a word or as
+# NaN (pytorch issues 150700, 196678), and here gradients of that choice were 17 % off (docs/benchmarks.md); that cuDNN
+# is to blame was not shown.
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def scaled_dot_product(q_Bhnd: Tensor, k_Bhmd: Tensor, v_Bhmd: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Torch's attention, by none of cuDNN's kernels."""
+    if q_Bhnd.device.type == "cpu":
+        return F.scaled_dot_product_attention(q_Bhnd, k_Bhmd, v_Bhmd, attn_mask=mask)
+    with sdpa_kernel(KERNELS):
+        return F.scaled_dot_product_attention(q_Bhnd, k_Bhmd, v_Bhmd, attn_mask=mask)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Output, and the log-sum-exp of the logits or nothing: only torch's own operators give it away."""
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    if _flash(q):
+        out, log_sum, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
+        return out, log_sum
+    return scaled_dot_product(q, k, v), q.new_empty(0)
+
+
+def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor) -> tuple[Tensor, ...]:
+    if q.device.type == "cpu":
+        op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return op(grad, q, k, v, out, log_sum, 0.0, False)
+    if _flash(q):
+        op = torch.ops.aten._scaled_dot_product_flash_attention_backward
+        seed = q.new_empty(2, dtype=torch.int64)  # of a dropout that there is not: not read
+        lengths = q.shape[2], k.shape[2]
+        with _in_fixed_order():
+            return op(grad, q, k, v, out, log_sum.contiguous(), None, None, *lengths, 0.0, False, seed, seed)
+    with torch.enable_grad():  # the kernel's statistics are private: run it again
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        return torch.autograd.grad(scaled_dot_product(*inputs), inputs, grad)
+
+
+_SWITCH = threading.Lock()
+
+
+@contextmanager
+def _in_fixed_order() -> Iterator[None]:
+    """Flash attention adds up the queries' gradients of several blocks of keys in any order, if not told otherwise: no
+    run would repeat another. A compiler is not told: in compiled models the order is torch's. The public switch would
+    also set torch's compiler, whatever the user set there."""
+    if torch.compiler.is_compiling():
+        yield
+        return
+    with _SWITCH:  # it is the whole process's
+        mode = torch.are_deterministic_algorithms_enabled()
+        warns = torch.is_deterministic_algorithms_warn_only_enabled()
+        torch._C._set_deterministic_algorithms(True, warn_only=False)  # where it only warns flash attention ignores it
+        try:
+            yield
+        finally:
+            torch._C._set_deterministic_algorithms(mode, warn_only=warns)
+
+
+# The same with the log-sum-exp in hand always, which parts need to be merged.
+
+
+def _forward_with_sum(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    if q.device.type == "cpu" or _flash(q):
+        return _forward(q, k, v)
+    logits = _wide(q) @ _wide(k).mT * q.shape[-1] ** -0.5
+    log_sum = logits.logsumexp(-1)
+    return ((logits - log_sum[..., None]).exp() @ _wide(v)).to(q.dtype), log_sum
+
+
+def _backward_with_sum(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor
+) -> tuple[Tensor, ...]:
+    if q.device.type == "cpu" or _flash(q):
+        return _backward(grad, q, k, v, out, log_sum)
+    scale = q.shape[-1] ** -0.5
+    weights = (_wide(q) @ _wide(k).mT * scale - log_sum[..., None]).exp()
+    rest = _wide(grad) @ _wide(v).mT - (_wide(grad) * out).sum(-1, keepdim=True)
+    grad_logits = weights * rest * scale
+    grads = grad_logits @ _wide(k), grad_logits.mT @ _wide(q), weights.mT @ _wide(grad)
+    return tuple(part.to(q.dtype) for part in grads)
+
+
+def _flash(q: Tensor) -> bool:
+    """Whether torch's flash attention takes these heads, in training on every GPU that it knows."""
+    if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] % 8 or q.shape[-1] > 192:
+        return False
+    return _has_flash()
+
+
+@constant
+def _has_flash() -> bool:
+    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability() >= (8, 0)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
