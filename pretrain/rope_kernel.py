@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op, wrap_triton  # by name: torch looks for `wrap_triton(...)` in an operator's source
 
 # Heads of tokens that a program takes at once, and how often one of the backward pass does so: it adds up the gain's
 # gradient of its rows. Arguments of the operators, because torch's caches of compiled graphs know kernels and
