@@ -22,10 +22,11 @@ from . import exchange
 from .exchange import Route, move
 
 Blocks = tuple[tuple[int, ...], ...]
-# (q, k, v, blocks) -> (out [B, U, n, h, d], log-sum-exp [B, U, h, n]); units that see nothing get 0 and -inf
-Forward = Callable[[Tensor, Tensor, Tensor, Blocks], tuple[Tensor, Tensor]]
-# (gradient of out, q, k, v, out, log-sum-exp, blocks) -> gradients of q, k, v
-Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Blocks], tuple[Tensor, Tensor, Tensor]]
+# (q, k, v, blocks, out [B, U, n, h, d], log-sum-exp [B, U, n, h, 1]): merged into the last two, in place
+Forward = Callable[[Tensor, Tensor, Tensor, Blocks, Tensor, Tensor], None]
+Grads = tuple[Tensor, Tensor, Tensor]
+# (gradient of out, q, k, v, out, log-sum-exp, blocks, gradients of q, k, v): added to the last, in place
+Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Blocks, Grads], None]
 
 
 def zigzag(units: int, ranks: int) -> list[tuple[int, ...]]:
@@ -112,23 +113,16 @@ class _Ring(torch.autograd.Function):
         own = q.shape[1]
         k_past, v_past = k[:, :own], v[:, :own]
         arriving = ring.pass_on(torch.stack((k_past, v_past)), _source(ring, 1), "keys and values (ring)")
-        out, log_sum = attend(q, k, v, _last(blocks))
-        out = out.to(log_sum.dtype)  # at least fp32
-
-        def merge(k: Tensor, v: Tensor, seen: Blocks) -> tuple[Tensor, Tensor]:
-            part, part_sum = attend(q, k, v, seen)
-            total = torch.logaddexp(log_sum, part_sum)
-            return out * _per_token(log_sum - total) + part * _per_token(part_sum - total), total
-
+        out = torch.zeros_like(q, dtype=_wide(q))
+        log_sum = out.new_full((*q.shape[:-1], 1), -torch.inf)
+        attend(q, k, v, _last(blocks), out, log_sum)
         for seen in causal_parts(own):
-            out, log_sum = merge(k_past, v_past, seen)
+            attend(q, k_past, v_past, seen, out, log_sum)
         for step in range(1, ring.ranks):
             kv = arriving()
             if step + 1 < ring.ranks:
                 arriving = ring.pass_on(kv, _source(ring, step + 1), "keys and values (ring)")
-            seen = ring.seen[_source(ring, step)]
-            if any(seen):
-                out, log_sum = merge(kv[0], kv[1], seen)
+            attend(q, kv[0], kv[1], ring.seen[_source(ring, step)], out, log_sum)
         out = out.to(q.dtype)
         ctx.blocks, ctx.ring = blocks, ring
         ctx.save_for_backward(q, k, v, out, log_sum)
@@ -140,34 +134,29 @@ class _Ring(torch.autograd.Function):
         q, k, v, out, log_sum = ctx.saved_tensors
         ring: Ring = ctx.ring
         _, differentiate = ring.kernels
-        own, wide = q.shape[1], log_sum.dtype
+        own = q.shape[1]
         k_past, v_past = k[:, :own], v[:, :own]
         arriving = ring.pass_on(torch.stack((k_past, v_past)), _source(ring, 1), "keys and values (ring)")
-        parts = differentiate(grad_out, q, k, v, out, log_sum, _last(ctx.blocks))
-        grad_q, grad_k, grad_v = (part.to(wide) for part in parts)
+        grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=_wide(x)) for x in (q, k, v))
+        differentiate(grad_out, q, k, v, out, log_sum, _last(ctx.blocks), (grad_q, grad_k, grad_v))
+        grads_past = grad_q, grad_k[:, :own], grad_v[:, :own]
         for seen in causal_parts(own):
-            parts = differentiate(grad_out, q, k_past, v_past, out, log_sum, seen)
-            for total, part in zip((grad_q, grad_k[:, :own], grad_v[:, :own]), parts, strict=True):
-                total += part
+            differentiate(grad_out, q, k_past, v_past, out, log_sum, seen, grads_past)
         home: Callable[[], Tensor] | None = None
         for step in range(1, ring.ranks):
             kv = arriving()
             if step + 1 < ring.ranks:
                 arriving = ring.pass_on(kv, _source(ring, step + 1), "keys and values (ring)")
+            grad_kv = torch.zeros_like(kv, dtype=_wide(kv))
             seen = ring.seen[_source(ring, step)]
-            grad_kv = torch.zeros_like(kv, dtype=wide)
-            if any(seen):
-                dq, *dkv = differentiate(grad_out, q, kv[0], kv[1], out, log_sum, seen)
-                grad_q += dq
-                grad_kv += torch.stack(dkv)
+            differentiate(grad_out, q, kv[0], kv[1], out, log_sum, seen, (grad_q, grad_kv[0], grad_kv[1]))
             if home is not None:
                 grad_kv += home()
             # What the ranks so far have gathered for this part goes on with it, and from the last one home.
             home = ring.pass_on(grad_kv, _source(ring, step + 1), "gradient of keys and values (ring)")
         assert home is not None
-        grad_kv = home()
-        grad_k[:, :own] += grad_kv[0]
-        grad_v[:, :own] += grad_kv[1]
+        for total, gathered in zip(grads_past[1:], home(), strict=True):
+            total += gathered
         return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
 
 
@@ -194,6 +183,6 @@ def _neighbours(units: list[int]) -> tuple[slice, slice]:
     return slice(None), slice(first, first + len(units))
 
 
-def _per_token(x_BUhn: Tensor) -> Tensor:
-    """Weights as factors of an output `[B, U, n, h, d]`."""
-    return x_BUhn.exp().transpose(2, 3).unsqueeze(-1)
+def _wide(x: Tensor) -> torch.dtype:
+    """In which parts add up."""
+    return torch.promote_types(x.dtype, torch.float32)

@@ -33,7 +33,11 @@ class _Rectangles(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
-        out, statistics = _attend_calls(q, k, v, blocks, _forward)
+        out, statistics = torch.empty_like(q), []
+        for units, seen in _calls(blocks, q.device):
+            part, log_sum = _forward(_fold(q, units), _gather(k, seen), _gather(v, seen))
+            units.of(out).copy_(_unfold(part, units, q.shape[2]))
+            statistics.append(log_sum)
         ctx.blocks = blocks
         ctx.save_for_backward(q, k, v, out, *statistics)
         return out
@@ -41,31 +45,38 @@ class _Rectangles(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, *statistics = ctx.saved_tensors
-        return *_differentiate_calls(grads[0], q, k, v, out, statistics, ctx.blocks, _backward), None
+        into = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        _differentiate_calls(grads[0], q, k, v, out, statistics, ctx.blocks, _backward, into)
+        return *into, None
 
 
-def attend_part(q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
-    """Attention to part of the keys that queries see in all, to be merged with other parts.
+def attend_part(
+    q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, blocks: Blocks, out_BUnhd: Tensor, log_sum_BUnh1: Tensor
+) -> None:
+    """Merge attention to part of the keys into that to the parts before, in place.
 
-    As `attend`, but units may see nothing; returns also the log-sum-exp of the logits `[B, U, h, n]` in at least
-    fp32. Units that see nothing have 0 and -inf. No gradient: see `differentiate_part`.
+    q, k, v and blocks as in `attend`, but units may see nothing. `out` and the log-sum-exp of the logits, at least
+    fp32, are 0 and -inf before the first part. No gradient: see `differentiate_part`.
     """
-    out, sums = _attend_calls(q_BUnhd, k_BRnhd, v_BRnhd, blocks, _forward_with_sum)
-    B, U, n, h, _ = q_BUnhd.shape
-    log_sum = q_BUnhd.new_full((B, U, h, n), -torch.inf, dtype=sums[0].dtype)
-    for (units, _), part in zip(_calls(blocks, q_BUnhd.device), sums, strict=True):
-        units.of(log_sum).copy_(part.unflatten(0, (B, units.number)).unflatten(3, (units.length, n)).transpose(2, 3))
-    return out, log_sum
+    for units, seen in _calls(blocks, q_BUnhd.device):
+        part, part_sum = _forward_with_sum(_fold(q_BUnhd, units), _gather(k_BRnhd, seen), _gather(v_BRnhd, seen))
+        part, part_sum = (_unfold(x, units, q_BUnhd.shape[2]) for x in (part, part_sum.unsqueeze(-1)))
+        out, log_sum = units.of(out_BUnhd), units.of(log_sum_BUnh1)
+        total = torch.logaddexp(log_sum, part_sum)
+        out.mul_((log_sum - total).exp()).addcmul_(part, (part_sum - total).exp())
+        log_sum.copy_(total)
 
 
 def differentiate_part(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_BUhn: Tensor, blocks: Blocks
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v from part of the keys, given the output and log-sum-exp of all parts together."""
-    sums = [
-        units.of(log_sum_BUhn).transpose(2, 3).flatten(3).flatten(0, 1) for units, _ in _calls(blocks, q.device)
-    ]
-    return _differentiate_calls(grad_out, q, k, v, out, sums, blocks, _backward_with_sum)
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, blocks: Blocks,
+    grads: tuple[Tensor, Tensor, Tensor],
+) -> None:  # fmt: skip
+    """Add what part of the keys gives to the gradients of q, k and v, of any wider type: `grads`, in place.
+
+    `out` and its log-sum-exp are those of all parts together; shapes as in `attend_part`.
+    """
+    sums = [_fold(log_sum, units).squeeze(-1) for units, _ in _calls(blocks, q.device)]
+    _differentiate_calls(grad_out, q, k, v, out, sums, blocks, _backward_with_sum, grads)
 
 
 # Units that see the same blocks are a run, with more queries; equal runs are one batched call. Each call is an unmasked
@@ -88,32 +99,18 @@ class Runs(NamedTuple):
         return x.unfold(1, self.length, self.step).movedim(-1, 2)
 
 
-def _attend_calls(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, rectangle: Callable[..., tuple[Tensor, Tensor]]
-) -> tuple[Tensor, list[Tensor]]:
-    out = torch.empty_like(q) if all(blocks) else torch.zeros_like(q)
-    statistics = []
-    for units, seen in _calls(blocks, q.device):
-        out_call, log_sum = rectangle(_fold(q, units), _gather(k, seen), _gather(v, seen))
-        units.of(out).copy_(_unfold(out_call, units, q.shape[2]))
-        statistics.append(log_sum)
-    return out, statistics
-
-
 def _differentiate_calls(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: list[Tensor], blocks: Blocks,
-    rectangle: Callable[..., tuple[Tensor, ...]],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    grad_q = torch.empty_like(q) if all(blocks) else torch.zeros_like(q)
-    grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
+    rectangle: Callable[..., tuple[Tensor, ...]], grads: tuple[Tensor, Tensor, Tensor],
+) -> None:  # fmt: skip
+    grad_q, grad_k, grad_v = grads
     for (units, seen), log_sum in zip(_calls(blocks, q.device), statistics, strict=True):
         dq, dk, dv = rectangle(
             _fold(grad_out, units), _fold(q, units), _gather(k, seen), _gather(v, seen), _fold(out, units), log_sum
         )
-        units.of(grad_q).copy_(_unfold(dq, units, q.shape[2]))
+        units.of(grad_q).add_(_unfold(dq, units, q.shape[2]))
         _scatter_add(grad_k, dk, seen)
         _scatter_add(grad_v, dv, seen)
-    return grad_q, grad_k, grad_v
 
 
 def _calls(blocks: Blocks, device: torch.device) -> list[tuple[Runs, list[tuple[int, ...]]]]:

@@ -245,20 +245,22 @@ def check_part(blocks: Blocks, expected_calls: list) -> None:
     assert sdpa._calls(blocks, torch.device("cpu")) == expected_calls
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, units, 3, 2, 8, dtype=torch.float64) for units in (len(blocks), 11, 11))
-    out, log_sum = sdpa.attend_part(q, k, v, blocks)
+    out, log_sum = torch.zeros_like(q), torch.full((2, len(blocks), 3, 2, 1), -torch.inf, dtype=q.dtype)
+    sdpa.attend_part(q, k, v, blocks, out, log_sum)
     sees = [unit for unit, seen in enumerate(blocks) if seen]
     for unit, seen in enumerate(blocks):
         if not seen:
             assert (out[:, unit] == 0).all() and (log_sum[:, unit] == -torch.inf).all()
             continue
-        logits = torch.einsum("bnhd,bkhd->bhnk", q[:, unit], k[:, list(seen)].flatten(1, 2)) / 8**0.5
-        torch.testing.assert_close(log_sum[:, unit], logits.logsumexp(-1))
+        logits = torch.einsum("bnhd,bkhd->bnhk", q[:, unit], k[:, list(seen)].flatten(1, 2)) / 8**0.5
+        torch.testing.assert_close(log_sum[:, unit], logits.logsumexp(-1, keepdim=True))
     inputs = [x.requires_grad_() for x in (q, k, v)]
     whole = attend(q[:, sees], k, v, tuple(blocks[unit] for unit in sees), "sdpa")
     torch.testing.assert_close(out[:, sees], whole)
     grad = torch.randn_like(q)
     expected = torch.autograd.grad((whole * grad[:, sees]).sum(), inputs)
-    found = sdpa.differentiate_part(grad, q, k, v, out, log_sum, blocks)
+    found = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    sdpa.differentiate_part(grad, q, k, v, out, log_sum, blocks, found)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
 
