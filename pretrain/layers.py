@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from .attention import MultiScaleAttention
 from .compiling import many_shapes
 from .gate import GatePlace
+from .rectangle import scaled_dot_product
 from .scales import Scale
-from .sdpa import scaled_dot_product
 from .timeline import Layer
 from .view import View
 

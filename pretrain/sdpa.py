@@ -5,17 +5,13 @@ Also in parts that are merged, as a ring needs (parallel/ring.py): `attend_part`
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .compiling import constant
+from . import rectangle
 from .scales import Blocks
 
 CPU_UNITS = 16  # units that are joined to a call on a CPU, see _calls
@@ -35,7 +31,7 @@ class _Rectangles(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
         out, statistics = torch.empty_like(q), []
         for units, seen in _calls(blocks, q.device):
-            part, log_sum = _forward(_fold(q, units), _gather(k, seen), _gather(v, seen))
+            part, log_sum = rectangle.forward(_fold(q, units), _gather(k, seen), _gather(v, seen))
             units.of(out).copy_(_unfold(part, units, q.shape[2]))
             statistics.append(log_sum)
         ctx.blocks = blocks
@@ -46,7 +42,7 @@ class _Rectangles(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, *statistics = ctx.saved_tensors
         into = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        _differentiate_calls(grads[0], q, k, v, out, statistics, ctx.blocks, _backward, into)
+        _differentiate_calls(grads[0], q, k, v, out, statistics, ctx.blocks, rectangle.backward, into)
         return *into, None
 
 
@@ -59,8 +55,9 @@ def attend_part(
     fp32, are 0 and -inf before the first part. No gradient: see `differentiate_part`.
     """
     for units, seen in _calls(blocks, q_BUnhd.device):
-        part, part_sum = _forward_with_sum(_fold(q_BUnhd, units), _gather(k_BRnhd, seen), _gather(v_BRnhd, seen))
-        part, part_sum = (_unfold(x, units, q_BUnhd.shape[2]) for x in (part, part_sum.unsqueeze(-1)))
+        k, v = _gather(k_BRnhd, seen), _gather(v_BRnhd, seen)
+        results = rectangle.forward_with_sum(_fold(q_BUnhd, units), k, v)
+        part, part_sum = (_unfold(x, units, q_BUnhd.shape[2]) for x in (results[0], results[1].unsqueeze(-1)))
         out, log_sum = units.of(out_BUnhd), units.of(log_sum_BUnh1)
         total = torch.logaddexp(log_sum, part_sum)
         out.mul_((log_sum - total).exp()).addcmul_(part, (part_sum - total).exp())
@@ -76,7 +73,7 @@ def differentiate_part(
     `out` and its log-sum-exp are those of all parts together; shapes as in `attend_part`.
     """
     sums = [_fold(log_sum, units).squeeze(-1) for units, _ in _calls(blocks, q.device)]
-    _differentiate_calls(grad_out, q, k, v, out, sums, blocks, _backward_with_sum, grads)
+    _differentiate_calls(grad_out, q, k, v, out, sums, blocks, rectangle.backward_with_sum, grads)
 
 
 # Units that see the same blocks are a run, with more queries; equal runs are one batched call. Each call is an unmasked
@@ -101,11 +98,11 @@ class Runs(NamedTuple):
 
 def _differentiate_calls(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: list[Tensor], blocks: Blocks,
-    rectangle: Callable[..., tuple[Tensor, ...]], grads: tuple[Tensor, Tensor, Tensor],
+    backward: Callable[..., tuple[Tensor, ...]], grads: tuple[Tensor, Tensor, Tensor],
 ) -> None:  # fmt: skip
     grad_q, grad_k, grad_v = grads
     for (units, seen), log_sum in zip(_calls(blocks, q.device), statistics, strict=True):
-        dq, dk, dv = rectangle(
+        dq, dk, dv = backward(
             _fold(grad_out, units), _fold(q, units), _gather(k, seen), _gather(v, seen), _fold(out, units), log_sum
         )
         units.of(grad_q).add_(_unfold(dq, units, q.shape[2]))
@@ -202,105 +199,3 @@ def _scatter_add(grad_BRnhd: Tensor, part: Tensor, seen: list[tuple[int, ...]]) 
     for j, column in enumerate(zip(*seen, strict=True)):
         for position, first, length in _stretches(list(column)):
             grad_BRnhd[:, first : first + length] += part[:, position : position + length, j]
-
-
-# One rectangle --------------------------------------------------------------------------------------
-
-# Left to itself torch 2.11 takes cuDNN's kernels on Hopper. Others found their gradients wrong, without a word or as
-# NaN (pytorch issues 150700, 196678), and here gradients of that choice were 17 % off (docs/benchmarks.md); that cuDNN
-# is to blame was not shown.
-KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
-def scaled_dot_product(q_Bhnd: Tensor, k_Bhmd: Tensor, v_Bhmd: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Torch's attention, by none of cuDNN's kernels."""
-    if q_Bhnd.device.type == "cpu":
-        return F.scaled_dot_product_attention(q_Bhnd, k_Bhmd, v_Bhmd, attn_mask=mask)
-    with sdpa_kernel(KERNELS):
-        return F.scaled_dot_product_attention(q_Bhnd, k_Bhmd, v_Bhmd, attn_mask=mask)
-
-
-def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Output, and the log-sum-exp of the logits or nothing: only torch's own operators give it away."""
-    if q.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-    if _flash(q):
-        out, log_sum, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
-        return out, log_sum
-    return scaled_dot_product(q, k, v), q.new_empty(0)
-
-
-def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor) -> tuple[Tensor, ...]:
-    if q.device.type == "cpu":
-        op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return op(grad, q, k, v, out, log_sum, 0.0, False)
-    if _flash(q):
-        op = torch.ops.aten._scaled_dot_product_flash_attention_backward
-        seed = q.new_empty(2, dtype=torch.int64)  # of a dropout that there is not: not read
-        lengths = q.shape[2], k.shape[2]
-        with _in_fixed_order():
-            return op(grad, q, k, v, out, log_sum.contiguous(), None, None, *lengths, 0.0, False, seed, seed)
-    with torch.enable_grad():  # the kernel's statistics are private: run it again
-        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-        return torch.autograd.grad(scaled_dot_product(*inputs), inputs, grad)
-
-
-_SWITCH = threading.Lock()
-
-
-@contextmanager
-def _in_fixed_order() -> Iterator[None]:
-    """Flash attention adds up the queries' gradients of several blocks of keys in any order, if not told otherwise: no
-    run would repeat another. A compiler is not told: in compiled models the order is torch's. The public switch would
-    also set torch's compiler, whatever the user set there."""
-    if torch.compiler.is_compiling():
-        yield
-        return
-    with _SWITCH:  # it is the whole process's
-        mode = torch.are_deterministic_algorithms_enabled()
-        warns = torch.is_deterministic_algorithms_warn_only_enabled()
-        torch._C._set_deterministic_algorithms(True, warn_only=False)  # where it only warns flash attention ignores it
-        try:
-            yield
-        finally:
-            torch._C._set_deterministic_algorithms(mode, warn_only=warns)
-
-
-# The same with the log-sum-exp in hand always, which parts need to be merged.
-
-
-def _forward_with_sum(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    if q.device.type == "cpu" or _flash(q):
-        return _forward(q, k, v)
-    logits = _wide(q) @ _wide(k).mT * q.shape[-1] ** -0.5
-    log_sum = logits.logsumexp(-1)
-    return ((logits - log_sum[..., None]).exp() @ _wide(v)).to(q.dtype), log_sum
-
-
-def _backward_with_sum(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor
-) -> tuple[Tensor, ...]:
-    if q.device.type == "cpu" or _flash(q):
-        return _backward(grad, q, k, v, out, log_sum)
-    scale = q.shape[-1] ** -0.5
-    weights = (_wide(q) @ _wide(k).mT * scale - log_sum[..., None]).exp()
-    rest = _wide(grad) @ _wide(v).mT - (_wide(grad) * out).sum(-1, keepdim=True)
-    grad_logits = weights * rest * scale
-    grads = grad_logits @ _wide(k), grad_logits.mT @ _wide(q), weights.mT @ _wide(grad)
-    return tuple(part.to(q.dtype) for part in grads)
-
-
-def _flash(q: Tensor) -> bool:
-    """Whether torch's flash attention takes these heads, in training on every GPU that it knows."""
-    if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] % 8 or q.shape[-1] > 192:
-        return False
-    return _has_flash()
-
-
-@constant
-def _has_flash() -> bool:
-    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability() >= (8, 0)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

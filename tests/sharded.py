@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from msc.parallel import exchange
 from msc.parallel.temporal import bounds
-from msc.pretrain import attention, rope, sdpa
+from msc.pretrain import attention, rectangle, rope
 from msc.pretrain.gate import GateConstants
 from msc.pretrain.model import ModelConfig, MSCTransformer
 from msc.pretrain.parallelize import sharded_timeline
@@ -214,8 +214,8 @@ def events_on_a_rank(rank, ranks, backend, case):
         noting(exchange, "wait", "wait")
         noting(attention, "place", "place")
         noting(rope._NormaliseAndRotate, "backward", "place back")
-        noting(sdpa, "_forward", "attend")
-        noting(sdpa, "_backward", "differentiate")
+        noting(rectangle, "forward", "attend")
+        noting(rectangle, "backward", "differentiate")
         run_case(case, rank, ranks, device)
     return events
 

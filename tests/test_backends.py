@@ -6,6 +6,7 @@ import sys
 import time
 import types
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
-from msc.pretrain import backends, flash, flex, sdpa
+from msc.pretrain import backends, flash, flex, rectangle, sdpa
 from msc.pretrain.backends import attend, choose_backend
 from msc.pretrain.compiling import pieces
 from msc.pretrain.model import ModelConfig, MSCTransformer
@@ -134,13 +135,33 @@ def test_the_switch_for_a_fixed_order_is_left_as_it_was():
     """Also where threads overlap, as of autograd with several GPUs."""
 
     def use(_):
-        with sdpa._in_fixed_order():
+        with rectangle.in_fixed_order():
             time.sleep(0.002)
             return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
     with ThreadPoolExecutor(4) as threads:
         assert set(threads.map(use, range(40))) == {(True, False)}
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_heads_are_differentiated_in_groups_that_fill_a_gpu():
+    """In a fixed order; how long it takes: docs/benchmarks.md."""
+    groups = rectangle.groups_of_heads
+    assert groups(1, 16, 32768, 132) == [12, 4]
+    assert groups(2, 16, 16384, 132) == [11, 3, 2]
+    assert groups(8, 16, 4096, 132) == groups(128, 16, 256, 132) == groups(1, 16, 32768, 144) == [16], "full already"
+    for batch, heads, keys, processors in product((1, 3), (1, 5, 20, 24), (100, 5000), (108, 132)):
+        assert sum(groups(batch, heads, keys, processors)) == heads
+
+
+def test_gradients_of_groups_of_heads_are_those_of_all():
+    torch.manual_seed(0)
+    q, k, v, grad = (torch.randn(2, 5, n, 8, dtype=torch.float64) for n in (6, 9, 9, 6))
+    operands = grad, q, k, v, *rectangle.forward(q, k, v)
+    expected = rectangle.backward(*operands)
+    for groups in ([5], [3, 2], [2, 1, 2]):
+        for a, b in zip(rectangle.in_groups(rectangle.backward, groups, *operands), expected, strict=True):
+            torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("scale, units, n", CASES)

@@ -7,7 +7,7 @@ import torch
 from sharded import SCALES
 from torch.utils.flop_counter import FlopCounterMode
 
-from msc.pretrain import cost, sdpa
+from msc.pretrain import cost, rectangle
 from msc.pretrain.model import ModelConfig, MSCTransformer
 from msc.pretrain.presets import PRESETS
 from msc.pretrain.scales import Scale
@@ -29,8 +29,8 @@ def test_attention_flops_equal_those_of_the_calls_made(name, frames_per_unit, mo
         counted.append(2 * 2 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * q.shape[3])
         return forward(q, k, v)
 
-    forward = sdpa._forward
-    monkeypatch.setattr(sdpa, "_forward", counting)
+    forward = rectangle.forward
+    monkeypatch.setattr(rectangle, "forward", counting)
     c = config(SCALES[name], frames_per_unit)
     with torch.no_grad():
         MSCTransformer(c)(torch.randn(1, 10, 3, 8, 12), torch.rand(1, 10))

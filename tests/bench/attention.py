@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from msc.parallel.process import keep_freed_memory
-from msc.pretrain import cost, sdpa
+from msc.pretrain import cost, rectangle, sdpa
 from msc.pretrain.attention import MultiScaleAttention
 from msc.pretrain.layers import Block
 from msc.pretrain.model import ModelConfig, MSCTransformer
@@ -117,11 +117,11 @@ def module_and_pure_work(frames: int) -> tuple[Callable[[], None], Callable[[], 
 
     def pure() -> None:
         projected = tokens @ qkv.T
-        outs = [sdpa._forward(*rectangle) for rectangle in rectangles]
+        outs = [rectangle.forward(*operands) for operands in rectangles]
         _ = tokens @ out.T
         _, _ = grad @ out, grad.T @ tokens
         for (q, k, v), (o, log_sum) in zip(rectangles, outs, strict=True):
-            sdpa._backward(o, q, k, v, o, log_sum)
+            rectangle.backward(o, q, k, v, o, log_sum)
         _, _ = projected @ qkv, projected.T @ tokens
 
     return step, pure
@@ -130,18 +130,18 @@ def module_and_pure_work(frames: int) -> tuple[Callable[[], None], Callable[[], 
 def rectangles_of(module: MultiScaleAttention, x: Tensor, views: list[View]) -> list[tuple[Tensor, ...]]:
     """Queries, keys and values of all calls that the module makes, each gathered and in one piece."""
     rectangles = []
-    forward = sdpa._forward
+    forward = rectangle.forward
 
     def recording(*inputs: Tensor) -> tuple[Tensor, Tensor]:
         rectangles.append(tuple(tensor.detach().contiguous() for tensor in inputs))
         return forward(*inputs)
 
-    sdpa._forward = recording  # type: ignore[assignment]
+    rectangle.forward = recording  # type: ignore[assignment]
     try:
         with torch.no_grad():
             module(x, views)
     finally:
-        sdpa._forward = forward
+        rectangle.forward = forward
     return rectangles
 
 

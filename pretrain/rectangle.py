@@ -1,0 +1,163 @@
+"""Attention of one unmasked rectangle of queries and keys, by torch's own kernels, forward and backward.
+
+Shapes: q `[B, h, n, d]`, k and v `[B, h, m, d]`, the logits' log-sum-exp `[B, h, n]`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .compiling import constant
+
+# Left to itself torch 2.11 takes cuDNN's kernels on Hopper. Others found their gradients wrong, without a word or as
+# NaN (pytorch issues 150700, 196678), and here gradients of that choice were 17 % off (docs/benchmarks.md); that cuDNN
+# is to blame was not shown.
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def scaled_dot_product(q_Bhnd: Tensor, k_Bhmd: Tensor, v_Bhmd: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Torch's attention, by none of cuDNN's kernels."""
+    if q_Bhnd.device.type == "cpu":
+        return F.scaled_dot_product_attention(q_Bhnd, k_Bhmd, v_Bhmd, attn_mask=mask)
+    with sdpa_kernel(KERNELS):
+        return F.scaled_dot_product_attention(q_Bhnd, k_Bhmd, v_Bhmd, attn_mask=mask)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Output, and the log-sum-exp of the logits or nothing: only torch's own operators give it away."""
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    if _flash(q):
+        out, log_sum, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
+        return out, log_sum
+    return scaled_dot_product(q, k, v), q.new_empty(0)
+
+
+def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor) -> tuple[Tensor, ...]:
+    if q.device.type == "cpu":
+        op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return op(grad, q, k, v, out, log_sum, 0.0, False)
+    if _flash(q):
+        if torch.compiler.is_compiling():  # a compiler is not told of the order: it is torch's
+            return _flash_backward(grad, q, k, v, out, log_sum)
+        groups = groups_of_heads(*q.shape[:2], k.shape[2], _multiprocessors())
+        with in_fixed_order():
+            return in_groups(_flash_backward, groups, grad, q, k, v, out, log_sum)
+    with torch.enable_grad():  # the kernel's statistics are private: run it again
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        return torch.autograd.grad(scaled_dot_product(*inputs), inputs, grad)
+
+
+def _flash_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor
+) -> tuple[Tensor, ...]:
+    seed = q.new_empty(2, dtype=torch.int64)  # of a dropout that there is not: not read
+    lengths = q.shape[2], k.shape[2]
+    return torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        grad, q, k, v, out, log_sum.contiguous(), None, None, *lengths, 0.0, False, seed, seed
+    )
+
+
+def in_groups(
+    backward: Callable[..., tuple[Tensor, ...]], groups: list[int], *operands: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients, of so many heads at a time."""
+    parts = [backward(*group) for group in zip(*(x.split(groups, 1) for x in operands), strict=True)]
+    return parts[0] if len(parts) == 1 else tuple(torch.cat(grads, 1) for grads in zip(*parts, strict=True))
+
+
+_SWITCH = threading.Lock()
+
+
+@contextmanager
+def in_fixed_order() -> Iterator[None]:
+    """Flash attention adds up the queries' gradients of several blocks of keys in any order, if not told otherwise: no
+    run would repeat another. The public switch would also set torch's compiler, whatever the user set there."""
+    with _SWITCH:  # it is the whole process's
+        mode = torch.are_deterministic_algorithms_enabled()
+        warns = torch.is_deterministic_algorithms_warn_only_enabled()
+        torch._C._set_deterministic_algorithms(True, warn_only=False)  # where it only warns flash attention ignores it
+        try:
+            yield
+        finally:
+            torch._C._set_deterministic_algorithms(mode, warn_only=warns)
+
+
+KEYS = 128  # that flash attention's backward pass takes at a time (flash_bwd_launch_template.h, heads up to 64 wide)
+
+
+@lru_cache(maxsize=1024)
+def groups_of_heads(batch: int, heads: int, keys: int, multiprocessors: int) -> list[int]:
+    """How many heads to differentiate at a time: all, or fewer where they would leave much of a GPU idle.
+
+    In a fixed order flash attention deals the keys of each of `batch · heads` out in as many shares as give every
+    multiprocessor one, and a multiprocessor computes one at a time. On the 132 of an H100, 16 heads in 9 shares take
+    two turns, of which the second has work for 12; 12 heads in 11 shares and 4 in 33 take one turn each.
+    """
+    blocks = -(-keys // KEYS)
+
+    def cost(group: int) -> int:
+        """In blocks of keys one after the other; setting up and adding up the shares take about as long as two."""
+        shares = -(-multiprocessors // (batch * group))
+        turns = -(-batch * group * shares // multiprocessors)
+        return turns * -(-blocks // shares) + 2
+
+    best: list[tuple[int, list[int]]] = [(0, [])]
+    for some in range(1, heads + 1):
+        ways = ((cost(group) + best[some - group][0], group) for group in range(some, 0, -1))
+        least, group = min(ways, key=lambda way: way[0])
+        best.append((least, [group, *best[some - group][1]]))
+    return best[heads][1]
+
+
+# The same with the log-sum-exp in hand always, which parts need to be merged.
+
+
+def forward_with_sum(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    if q.device.type == "cpu" or _flash(q):
+        return forward(q, k, v)
+    logits = _wide(q) @ _wide(k).mT * q.shape[-1] ** -0.5
+    log_sum = logits.logsumexp(-1)
+    return ((logits - log_sum[..., None]).exp() @ _wide(v)).to(q.dtype), log_sum
+
+
+def backward_with_sum(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor
+) -> tuple[Tensor, ...]:
+    if q.device.type == "cpu" or _flash(q):
+        return backward(grad, q, k, v, out, log_sum)
+    scale = q.shape[-1] ** -0.5
+    weights = (_wide(q) @ _wide(k).mT * scale - log_sum[..., None]).exp()
+    rest = _wide(grad) @ _wide(v).mT - (_wide(grad) * out).sum(-1, keepdim=True)
+    grad_logits = weights * rest * scale
+    grads = grad_logits @ _wide(k), grad_logits.mT @ _wide(q), weights.mT @ _wide(grad)
+    return tuple(part.to(q.dtype) for part in grads)
+
+
+def _flash(q: Tensor) -> bool:
+    """Whether torch's flash attention takes these heads, in training on every GPU that it knows."""
+    if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] % 8 or q.shape[-1] > 192:
+        return False
+    return _has_flash()
+
+
+@constant
+def _has_flash() -> bool:
+    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability() >= (8, 0)
+
+
+@constant
+def _multiprocessors() -> int:
+    return torch.cuda.get_device_properties("cuda").multi_processor_count
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
