@@ -19,7 +19,7 @@ Layout = Literal["halo", "ulysses", "ring"]
 Choice = Literal["auto", "halo", "ulysses", "ring"]
 # How much longer a ring's attention takes than another layout's: its parts are merged, and only torch's own flash
 # attention computes such. Two H100, 65,536 tokens each, in 16 bits (docs/benchmarks.md); on a CPU it takes as long.
-RING = 1.8
+RING = 1.4
 
 
 @dataclass(frozen=True)
