@@ -113,7 +113,7 @@ class _Ring(torch.autograd.Function):
         own = q.shape[1]
         k_past, v_past = k[:, :own], v[:, :own]
         arriving = ring.pass_on(torch.stack((k_past, v_past)), _source(ring, 1), "keys and values (ring)")
-        out = torch.zeros_like(q, dtype=_wide(q))
+        out = torch.zeros_like(q, dtype=_sum_type(q))
         log_sum = out.new_full((*q.shape[:-1], 1), -torch.inf)
         attend(q, k, v, _last(blocks), out, log_sum)
         for seen in causal_parts(own):
@@ -137,7 +137,7 @@ class _Ring(torch.autograd.Function):
         own = q.shape[1]
         k_past, v_past = k[:, :own], v[:, :own]
         arriving = ring.pass_on(torch.stack((k_past, v_past)), _source(ring, 1), "keys and values (ring)")
-        grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=_wide(x)) for x in (q, k, v))
+        grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=_sum_type(x)) for x in (q, k, v))
         differentiate(grad_out, q, k, v, out, log_sum, _last(ctx.blocks), (grad_q, grad_k, grad_v))
         grads_past = grad_q, grad_k[:, :own], grad_v[:, :own]
         for seen in causal_parts(own):
@@ -147,7 +147,7 @@ class _Ring(torch.autograd.Function):
             kv = arriving()
             if step + 1 < ring.ranks:
                 arriving = ring.pass_on(kv, _source(ring, step + 1), "keys and values (ring)")
-            grad_kv = torch.zeros_like(kv, dtype=_wide(kv))
+            grad_kv = torch.zeros_like(kv, dtype=_sum_type(kv))
             seen = ring.seen[_source(ring, step)]
             differentiate(grad_out, q, kv[0], kv[1], out, log_sum, seen, (grad_q, grad_kv[0], grad_kv[1]))
             if home is not None:
@@ -183,6 +183,6 @@ def _neighbours(units: list[int]) -> tuple[slice, slice]:
     return slice(None), slice(first, first + len(units))
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    """In which parts add up."""
+def _sum_type(x: Tensor) -> torch.dtype:
+    """The type in which parts add up."""
     return torch.promote_types(x.dtype, torch.float32)

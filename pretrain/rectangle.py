@@ -1,4 +1,4 @@
-"""Attention of one unmasked rectangle of queries and keys, by torch's own kernels, forward and backward.
+"""Attention of one rectangle of queries and keys, by torch's own kernels, forward and backward; masked only for text.
 
 Shapes: q `[B, h, n, d]`, k and v `[B, h, m, d]`, the logits' log-sum-exp `[B, h, n]`.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -46,28 +46,26 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum
         op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         return op(grad, q, k, v, out, log_sum, 0.0, False)
     if _flash(q):
+        seed = q.new_empty(2, dtype=torch.int64)  # of a dropout that there is not: not read
+
+        def flash(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor) -> tuple[Tensor, ...]:
+            rest = None, None, q.shape[2], k.shape[2], 0.0, False, seed, seed
+            op = torch.ops.aten._scaled_dot_product_flash_attention_backward
+            return op(grad, q, k, v, out, log_sum.contiguous(), *rest)
+
         if torch.compiler.is_compiling():  # a compiler is not told of the order: it is torch's
-            return _flash_backward(grad, q, k, v, out, log_sum)
-        groups = groups_of_heads(*q.shape[:2], k.shape[2], _multiprocessors())
+            return flash(grad, q, k, v, out, log_sum)
+        multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
+        groups = groups_of_heads(*q.shape[:3], k.shape[2], multiprocessors)
         with in_fixed_order():
-            return in_groups(_flash_backward, groups, grad, q, k, v, out, log_sum)
+            return in_groups(flash, groups, grad, q, k, v, out, log_sum)
     with torch.enable_grad():  # the kernel's statistics are private: run it again
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]
         return torch.autograd.grad(scaled_dot_product(*inputs), inputs, grad)
 
 
-def _flash_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor
-) -> tuple[Tensor, ...]:
-    seed = q.new_empty(2, dtype=torch.int64)  # of a dropout that there is not: not read
-    lengths = q.shape[2], k.shape[2]
-    return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        grad, q, k, v, out, log_sum.contiguous(), None, None, *lengths, 0.0, False, seed, seed
-    )
-
-
 def in_groups(
-    backward: Callable[..., tuple[Tensor, ...]], groups: list[int], *operands: Tensor
+    backward: Callable[..., tuple[Tensor, ...]], groups: tuple[int, ...], *operands: Tensor
 ) -> tuple[Tensor, ...]:
     """Gradients, of so many heads at a time."""
     parts = [backward(*group) for group in zip(*(x.split(groups, 1) for x in operands), strict=True)]
@@ -84,37 +82,46 @@ def in_fixed_order() -> Iterator[None]:
     with _SWITCH:  # it is the whole process's
         mode = torch.are_deterministic_algorithms_enabled()
         warns = torch.is_deterministic_algorithms_warn_only_enabled()
+        fills = torch._C._get_deterministic_fill_uninitialized_memory()
         torch._C._set_deterministic_algorithms(True, warn_only=False)  # where it only warns flash attention ignores it
+        torch._C._set_deterministic_fill_uninitialized_memory(False)  # all of the gradients are written
         try:
             yield
         finally:
             torch._C._set_deterministic_algorithms(mode, warn_only=warns)
+            torch._C._set_deterministic_fill_uninitialized_memory(fills)
 
 
-KEYS = 128  # that flash attention's backward pass takes at a time (flash_bwd_launch_template.h, heads up to 64 wide)
+# Keys that flash attention's backward pass takes at a time (flash_bwd_launch_template.h: heads up to 128 wide on A100
+# and H100; wider ones, and 128 on smaller GPUs, 64).
+KEYS = 128
+# What setting up a call and adding up its shares takes, in turns of one block of keys: two, and launches, which weigh
+# the more the fewer queries there are.
+SETUP, LAUNCHES = 2, 3000
 
 
-@lru_cache(maxsize=1024)
-def groups_of_heads(batch: int, heads: int, keys: int, multiprocessors: int) -> list[int]:
+@cache
+def groups_of_heads(batch: int, heads: int, queries: int, keys: int, multiprocessors: int) -> tuple[int, ...]:
     """How many heads to differentiate at a time: all, or fewer where they would leave much of a GPU idle.
 
     In a fixed order flash attention deals the keys of each of `batch · heads` out in as many shares as give every
     multiprocessor one, and a multiprocessor computes one at a time. On the 132 of an H100, 16 heads in 9 shares take
-    two turns, of which the second has work for 12; 12 heads in 11 shares and 4 in 33 take one turn each.
+    two turns, of which the second has work for 12; 12 heads in 11 shares and 4 in 33 take one turn each. The batch is
+    never split.
     """
     blocks = -(-keys // KEYS)
 
-    def cost(group: int) -> int:
-        """In blocks of keys one after the other; setting up and adding up the shares take about as long as two."""
+    def cost(group: int) -> float:
+        """In blocks of keys one after the other."""
         shares = -(-multiprocessors // (batch * group))
         turns = -(-batch * group * shares // multiprocessors)
-        return turns * -(-blocks // shares) + 2
+        return turns * -(-blocks // shares) + SETUP + LAUNCHES / queries
 
-    best: list[tuple[int, list[int]]] = [(0, [])]
+    best: list[tuple[float, tuple[int, ...]]] = [(0, ())]
     for some in range(1, heads + 1):
         ways = ((cost(group) + best[some - group][0], group) for group in range(some, 0, -1))
         least, group = min(ways, key=lambda way: way[0])
-        best.append((least, [group, *best[some - group][1]]))
+        best.append((least, (group, *best[some - group][1])))
     return best[heads][1]
 
 
@@ -152,11 +159,6 @@ def _flash(q: Tensor) -> bool:
 @constant
 def _has_flash() -> bool:
     return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability() >= (8, 0)
-
-
-@constant
-def _multiprocessors() -> int:
-    return torch.cuda.get_device_properties("cuda").multi_processor_count
 
 
 def _wide(x: Tensor) -> Tensor:

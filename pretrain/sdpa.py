@@ -68,7 +68,7 @@ def differentiate_part(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, blocks: Blocks,
     grads: tuple[Tensor, Tensor, Tensor],
 ) -> None:  # fmt: skip
-    """Add what part of the keys gives to the gradients of q, k and v, of any wider type: `grads`, in place.
+    """Add what part of the keys gives to the gradients of q, k and v, of their type or a wider one: `grads`, in place.
 
     `out` and its log-sum-exp are those of all parts together; shapes as in `attend_part`.
     """
@@ -132,11 +132,17 @@ def _calls(blocks: Blocks, device: torch.device) -> list[tuple[Runs, list[tuple[
             last, lists = calls[-1]
             step = first - last.first if last.number == 1 else last.step
             follows = first == last.first + last.number * step and (last.number + 1) * length <= most
-            if follows and (length, len(seen)) == (last.length, len(lists[0])):
+            if follows and _joined(length, step) and (length, len(seen)) == (last.length, len(lists[0])):
                 calls[-1] = (Runs(last.first, step, last.number + 1, length), [*lists, seen])
                 continue
         calls.append((Runs(first, length, 1, length), [seen]))
     return calls
+
+
+def _joined(length: int, step: int) -> bool:
+    """Whether runs may be one view. What is written to one with gaps becomes 0 in them if it is compiled (pytorch issue
+    198102)."""
+    return step == length or (step > length and not torch.compiler.is_compiling())
 
 
 def _fold(x_BUnhd: Tensor, units: Runs) -> Tensor:
@@ -153,7 +159,7 @@ def _evenly(seen: list[tuple[int, ...]]) -> Runs | None:
     """Lists of blocks as runs, where they are such and have no block twice."""
     first, length = seen[0][0], len(seen[0])
     step = seen[1][0] - first if len(seen) > 1 else length
-    starts = range(first, first + len(seen) * step, step) if step >= length else ()
+    starts = range(first, first + len(seen) * step, step) if _joined(length, step) else ()
     even = [tuple(range(start, start + length)) for start in starts] == seen
     return Runs(first, step, len(seen), length) if even else None
 

@@ -110,7 +110,9 @@ def test_auto_takes_halos_for_windows_and_balance_for_dense_scales():
     assert choose((*default_scales(16), Scale(16)), clip, 8, "auto", rates)[:2] == ("halo", "halo")
     assert choose((Scale(16),), clip, 8, "auto", rates) == ("ulysses",)
     assert choose((Scale(9),), clip, 8, "auto", rates) == ("ring",)
-    assert choose((Scale(9),), Clip(64, 1, (16, 16), 64), 8, "auto", rates) == ("halo",), "a ring's rounds take longer"
+    assert choose((Scale(9),), clip, 2, "auto", rates) == ("ring",)
+    assert choose((Scale(9),), Clip(64, 1, (16, 16), 64), 2, "auto", rates) == ("halo",), "attention in parts is slower"
+    assert choose((Scale(9),), Clip(64, 1, (16, 16), 64), 8, "auto", rates) == ("halo",), "keys travel for longer"
     assert choose((Scale(16), Scale(8, window=1)), clip, 8, "ring", rates) == ("ring", "halo")
     with pytest.raises(ValueError, match="9 heads of scale 1 do not divide by parallel.sp = 8"):
         choose((Scale(16), Scale(9)), clip, 8, "ulysses", rates)
