@@ -6,9 +6,10 @@ Shapes: q `[B, h, n, d]`, k and v `[B, h, m, d]`, the logits' log-sum-exp `[B, h
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -46,39 +47,27 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum
         op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         return op(grad, q, k, v, out, log_sum, 0.0, False)
     if _flash(q):
+        op = torch.ops.aten._scaled_dot_product_flash_attention_backward
         seed = q.new_empty(2, dtype=torch.int64)  # of a dropout that there is not: not read
-
-        def flash(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor) -> tuple[Tensor, ...]:
-            rest = None, None, q.shape[2], k.shape[2], 0.0, False, seed, seed
-            op = torch.ops.aten._scaled_dot_product_flash_attention_backward
-            return op(grad, q, k, v, out, log_sum.contiguous(), *rest)
-
-        if torch.compiler.is_compiling():  # a compiler is not told of the order: it is torch's
-            return flash(grad, q, k, v, out, log_sum)
-        multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
-        groups = groups_of_heads(*q.shape[:3], k.shape[2], multiprocessors)
-        with in_fixed_order():
-            return in_groups(flash, groups, grad, q, k, v, out, log_sum)
+        lengths = q.shape[2], k.shape[2]
+        with _in_fixed_order():
+            return op(grad, q, k, v, out, log_sum.contiguous(), None, None, *lengths, 0.0, False, seed, seed)
     with torch.enable_grad():  # the kernel's statistics are private: run it again
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]
         return torch.autograd.grad(scaled_dot_product(*inputs), inputs, grad)
-
-
-def in_groups(
-    backward: Callable[..., tuple[Tensor, ...]], groups: tuple[int, ...], *operands: Tensor
-) -> tuple[Tensor, ...]:
-    """Gradients, of so many heads at a time."""
-    parts = [backward(*group) for group in zip(*(x.split(groups, 1) for x in operands), strict=True)]
-    return parts[0] if len(parts) == 1 else tuple(torch.cat(grads, 1) for grads in zip(*parts, strict=True))
 
 
 _SWITCH = threading.Lock()
 
 
 @contextmanager
-def in_fixed_order() -> Iterator[None]:
+def _in_fixed_order() -> Iterator[None]:
     """Flash attention adds up the queries' gradients of several blocks of keys in any order, if not told otherwise: no
-    run would repeat another. The public switch would also set torch's compiler, whatever the user set there."""
+    run would repeat another. A compiler is not told: in compiled models the order is torch's. The public switch would
+    also set torch's compiler, whatever the user set there."""
+    if torch.compiler.is_compiling():
+        yield
+        return
     with _SWITCH:  # it is the whole process's
         mode = torch.are_deterministic_algorithms_enabled()
         warns = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -92,12 +81,22 @@ def in_fixed_order() -> Iterator[None]:
             torch._C._set_deterministic_fill_uninitialized_memory(fills)
 
 
+def groups(q: Tensor, k: Tensor) -> list[slice]:
+    """Heads that are best differentiated at a time."""
+    batch, heads, queries, _ = q.shape
+    if q.device.type == "cpu" or torch.compiler.is_compiling() or not _flash(q):
+        return [slice(0, heads)]
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    ends = list(accumulate(groups_of_heads(batch, heads, queries, k.shape[2], processors)))
+    return [slice(first, end) for first, end in zip([0, *ends], ends, strict=False)]
+
+
 # Keys that flash attention's backward pass takes at a time (flash_bwd_launch_template.h: heads up to 128 wide on A100
 # and H100; wider ones, and 128 on smaller GPUs, 64).
 KEYS = 128
 # What setting up a call and adding up its shares takes, in turns of one block of keys: two, and launches, which weigh
 # the more the fewer queries there are.
-SETUP, LAUNCHES = 2, 3000
+SETUP, LAUNCHES = 2, 5000
 
 
 @cache

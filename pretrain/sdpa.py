@@ -102,12 +102,14 @@ def _differentiate_calls(
 ) -> None:  # fmt: skip
     grad_q, grad_k, grad_v = grads
     for (units, seen), log_sum in zip(_calls(blocks, q.device), statistics, strict=True):
-        dq, dk, dv = backward(
-            _fold(grad_out, units), _fold(q, units), _gather(k, seen), _gather(v, seen), _fold(out, units), log_sum
-        )
-        units.of(grad_q).add_(_unfold(dq, units, q.shape[2]))
-        _scatter_add(grad_k, dk, seen)
-        _scatter_add(grad_v, dv, seen)
+        folded = [_fold(x, units) for x in (grad_out, q, out)]
+        keys, values = _gather(k, seen), _gather(v, seen)
+        for heads in rectangle.groups(folded[1], keys):
+            operands = (x[:, heads] for x in (folded[0], folded[1], keys, values, folded[2], log_sum))
+            dq, dk, dv = backward(*operands)
+            units.of(grad_q[..., heads, :]).add_(_unfold(dq, units, q.shape[2]))
+            _scatter_add(grad_k[..., heads, :], dk, seen)
+            _scatter_add(grad_v[..., heads, :], dv, seen)
 
 
 def _calls(blocks: Blocks, device: torch.device) -> list[tuple[Runs, list[tuple[int, ...]]]]:

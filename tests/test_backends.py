@@ -135,7 +135,7 @@ def test_the_switch_for_a_fixed_order_is_left_as_it_was():
     """Also where threads overlap, as of autograd with several GPUs."""
 
     def use(_):
-        with rectangle.in_fixed_order():
+        with rectangle._in_fixed_order():
             time.sleep(0.002)
             return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
@@ -156,13 +156,15 @@ def test_heads_are_differentiated_in_groups_that_fill_a_gpu():
         assert sum(groups(batch, heads, n, n, processors)) == heads
 
 
-def test_gradients_of_groups_of_heads_are_those_of_all():
+def test_gradients_of_groups_of_heads_are_those_of_all(monkeypatch):
     torch.manual_seed(0)
-    q, k, v, grad = (torch.randn(2, 5, n, 8, dtype=torch.float64) for n in (6, 9, 9, 6))
-    operands = grad, q, k, v, *rectangle.forward(q, k, v)
-    expected = rectangle.backward(*operands)
-    for groups in ((5,), (3, 2), (2, 1, 2)):
-        for a, b in zip(rectangle.in_groups(rectangle.backward, groups, *operands), expected, strict=True):
+    blocks = Scale(5).key_blocks(0, 4, separate_own=False)
+    inputs = [torch.randn(2, 4, 3, 5, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    expected = torch.autograd.grad(attend(*inputs, blocks, "sdpa").square().sum(), inputs)
+    for groups in ([(0, 3), (3, 5)], [(0, 2), (2, 3), (3, 5)]):
+        monkeypatch.setattr(rectangle, "groups", lambda q, k, groups=groups: [slice(*group) for group in groups])
+        found = torch.autograd.grad(attend(*inputs, blocks, "sdpa").square().sum(), inputs)
+        for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b)
 
 
