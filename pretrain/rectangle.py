@@ -96,7 +96,7 @@ def groups(q: Tensor, k: Tensor) -> list[slice]:
 KEYS = 128
 # What setting up a call and adding up its shares takes, in turns of one block of keys: two, and launches, which weigh
 # the more the fewer queries there are.
-SETUP, LAUNCHES = 2, 5000
+SETUP, LAUNCHES = 2, 8000
 
 
 @cache
