@@ -81,14 +81,13 @@ def _in_fixed_order() -> Iterator[None]:
             torch._C._set_deterministic_fill_uninitialized_memory(fills)
 
 
-def groups(q: Tensor, k: Tensor) -> list[slice]:
-    """Heads that are best differentiated at a time."""
-    batch, heads, queries, _ = q.shape
+def groups(q: Tensor, k: Tensor) -> list[slice | None]:
+    """Heads that are best differentiated at a time; None: all."""
     if q.device.type == "cpu" or torch.compiler.is_compiling() or not _flash(q):
-        return [slice(0, heads)]
+        return [None]
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    ends = list(accumulate(groups_of_heads(batch, heads, queries, k.shape[2], processors)))
-    return [slice(first, end) for first, end in zip([0, *ends], ends, strict=False)]
+    ends = list(accumulate(groups_of_heads(*q.shape[:3], k.shape[2], processors)))
+    return [slice(first, end) for first, end in zip([0, *ends], ends, strict=False)] if len(ends) > 1 else [None]
 
 
 # Keys that flash attention's backward pass takes at a time (flash_bwd_launch_template.h: heads up to 128 wide on A100

@@ -100,16 +100,15 @@ def _differentiate_calls(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: list[Tensor], blocks: Blocks,
     backward: Callable[..., tuple[Tensor, ...]], grads: tuple[Tensor, Tensor, Tensor],
 ) -> None:  # fmt: skip
-    grad_q, grad_k, grad_v = grads
     for (units, seen), log_sum in zip(_calls(blocks, q.device), statistics, strict=True):
-        folded = [_fold(x, units) for x in (grad_out, q, out)]
-        keys, values = _gather(k, seen), _gather(v, seen)
-        for heads in rectangle.groups(folded[1], keys):
-            operands = (x[:, heads] for x in (folded[0], folded[1], keys, values, folded[2], log_sum))
-            dq, dk, dv = backward(*operands)
-            units.of(grad_q[..., heads, :]).add_(_unfold(dq, units, q.shape[2]))
-            _scatter_add(grad_k[..., heads, :], dk, seen)
-            _scatter_add(grad_v[..., heads, :], dv, seen)
+        queries, keys = _fold(q, units), _gather(k, seen)
+        operands = _fold(grad_out, units), queries, keys, _gather(v, seen), _fold(out, units), log_sum
+        for heads in rectangle.groups(queries, keys):
+            dq, dk, dv = backward(*(operands if heads is None else [x[:, heads] for x in operands]))
+            grad_q, grad_k, grad_v = grads if heads is None else [x[..., heads, :] for x in grads]
+            units.of(grad_q).add_(_unfold(dq, units, q.shape[2]))
+            _scatter_add(grad_k, dk, seen)
+            _scatter_add(grad_v, dv, seen)
 
 
 def _calls(blocks: Blocks, device: torch.device) -> list[tuple[Runs, list[tuple[int, ...]]]]:
