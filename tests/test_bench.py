@@ -47,7 +47,7 @@ def test_scaling_over_several_ranks_is_told_row_by_row_past_one_that_fails():
     assert {len(row) for row in rows} == {13}
     found = {tuple(cell.strip() for cell in row[:5]): [cell.strip() for cell in row[5:]] for row in rows}
     alone = [("one", scales, "", "1", tokens) for scales in ("multi-scale", "dense") for tokens in ("64", "128")]
-    shared = [("multi-scale", "halo"), ("dense", "ulysses"), ("dense", "ring")]
+    shared = [("multi-scale", "halo"), *(("dense", layout) for layout in ("halo", "ulysses", "ring"))]  # auto: halos
     assert [*found] == alone + [
         (scaling, scales, layout, "2", "128") for scales, layout in shared for scaling in ("weak", "strong")
     ]
