@@ -159,6 +159,7 @@ def test_a_real_time_limit_and_a_preemption_by_another_job(sent):
     if "urgent" not in control("sinfo", "-h", "-o", "%R").split():
         pytest.skip("there is no partition `urgent` that preempts")
     run = sent(step_s=0.5, steps=2000, options=["--time", "2"])
+    run.until(run.steps, "the first step")  # before, it is queued for want of nodes that are being freed
     run.until(lambda: run.state() == "PENDING", "the time limit", 240)
     first = ledger.notes(run.run / "jobs", run.job)[-1]
     assert (first["code"], first["verdict"]) == (75, "again") and first["to"] > 0
