@@ -14,9 +14,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 from torch.autograd.function import once_differentiable
-from torch.library import triton_op, wrap_triton  # by name: torch looks for `wrap_triton(...)` in an operator's source
 
 # Heads of tokens that a program takes at once, and how often one of the backward pass does so: it adds up the gain's
 # gradient of its rows. Arguments of the operators, because torch's caches of compiled graphs know kernels and
@@ -217,8 +216,10 @@ class _Direct(torch.autograd.Function):
 
 # The same for a compiler, as operators.
 
+wrap_triton = library.wrap_triton  # by its bare name torch finds an operator's kernels, in its source
 
-@triton_op("msc::normalise_and_rotate_backward", mutates_args={})
+
+@library.triton_op("msc::normalise_and_rotate_backward", mutates_args={})
 def backward(
     grad: Tensor, x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, tail: Tensor | None, wanted: bool, eps: float,
     rows: int = ROWS, times: int = TIMES,
@@ -243,7 +244,7 @@ def _differentiable(operator: Any) -> Any:
 
 
 @_differentiable
-@triton_op("msc::normalise_and_rotate", mutates_args={})
+@library.triton_op("msc::normalise_and_rotate", mutates_args={})
 def forward(
     x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, tail: Tensor | None, eps: float, rows: int = ROWS
 ) -> Tensor:

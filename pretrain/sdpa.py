@@ -42,7 +42,8 @@ class _Rectangles(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, *statistics = ctx.saved_tensors
         into = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        _differentiate_calls(grads[0], q, k, v, out, statistics, ctx.blocks, rectangle.backward, into)
+        calls = _calls(ctx.blocks, q.device)
+        _differentiate_calls(grads[0], q, k, v, out, statistics, calls, rectangle.backward, into)
         return *into, None
 
 
@@ -72,8 +73,9 @@ def differentiate_part(
 
     `out` and its log-sum-exp are those of all parts together; shapes as in `attend_part`.
     """
-    sums = [_fold(log_sum, units).squeeze(-1) for units, _ in _calls(blocks, q.device)]
-    _differentiate_calls(grad_out, q, k, v, out, sums, blocks, rectangle.backward_with_sum, grads)
+    calls = _calls(blocks, q.device)
+    sums = [_fold(log_sum, units).squeeze(-1) for units, _ in calls]
+    _differentiate_calls(grad_out, q, k, v, out, sums, calls, rectangle.backward_with_sum, grads)
 
 
 # Units that see the same blocks are a run, with more queries; equal runs are one batched call. Each call is an unmasked
@@ -96,11 +98,14 @@ class Runs(NamedTuple):
         return x.unfold(1, self.length, self.step).movedim(-1, 2)
 
 
+Calls = list[tuple[Runs, list[tuple[int, ...]]]]  # units, and the blocks that each run of them sees
+
+
 def _differentiate_calls(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: list[Tensor], blocks: Blocks,
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: list[Tensor], calls: Calls,
     backward: Callable[..., tuple[Tensor, ...]], grads: tuple[Tensor, Tensor, Tensor],
 ) -> None:  # fmt: skip
-    for (units, seen), log_sum in zip(_calls(blocks, q.device), statistics, strict=True):
+    for (units, seen), log_sum in zip(calls, statistics, strict=True):
         queries, keys = _fold(q, units), _gather(k, seen)
         operands = _fold(grad_out, units), queries, keys, _gather(v, seen), _fold(out, units), log_sum
         for heads in rectangle.groups(queries, keys):
@@ -111,7 +116,7 @@ def _differentiate_calls(
             _scatter_add(grad_v, dv, seen)
 
 
-def _calls(blocks: Blocks, device: torch.device) -> list[tuple[Runs, list[tuple[int, ...]]]]:
+def _calls(blocks: Blocks, device: torch.device) -> Calls:
     """Runs of units and what each of them sees, by calls; units that see nothing are left out.
 
     In a ring a run of units sees the same of another rank's keys: a copy of them for each unit would be many times the
@@ -126,7 +131,7 @@ def _calls(blocks: Blocks, device: torch.device) -> list[tuple[Runs, list[tuple[
             runs[-1] = (runs[-1][0], unit + 1)
         elif seen:
             runs.append((unit, unit + 1))
-    calls: list[tuple[Runs, list[tuple[int, ...]]]] = []
+    calls: Calls = []
     for first, end in runs:
         length, seen = end - first, blocks[first]
         if calls:
@@ -141,7 +146,7 @@ def _calls(blocks: Blocks, device: torch.device) -> list[tuple[Runs, list[tuple[
 
 
 def _joined(length: int, step: int) -> bool:
-    """Whether runs may be one view. What is written to one with gaps becomes 0 in them if it is compiled (pytorch issue
+    """Whether runs may be one view. Compiled, a write to a view with gaps makes 0 of what lies in them (pytorch issue
     198102)."""
     return step == length or (step > length and not torch.compiler.is_compiling())
 
