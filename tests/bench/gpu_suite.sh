@@ -113,7 +113,7 @@ if [ "$kind" = one ]; then
     step tiles 150 python $bench/flex_tiles.py
 elif [ "$kind" = several ]; then
     scaling() { step "$1" "$2" python $bench/several_gpus.py --seconds $(($2 - 20)) --limit 150 "${@:3}"; }
-    step parity 200 bash -c 'tests -n 3 tests/test_temporal.py -k nccl -m "slow or not slow"'
+    step parity 300 bash -c 'tests -n 3 tests/test_temporal.py -k nccl -m "slow or not slow"'
     compiled() { scaling "$1" "$2" --compile --scales multi-scale --frames 512 --each "${@:3}"; }
     compiled compiled 300 --preset base --depth 4 --keep --layouts auto halo --video 1024 --trace "$out/traces"
     compiled whole 200 --preset base --layouts auto --scaling weak
