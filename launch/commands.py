@@ -133,7 +133,8 @@ def train(args: Namespace) -> int:
     asked = training_request(args)
     config, run, resume = asked.config, asked.run, asked.resume
 
-    from msc.pretrain import heartbeat, preflight
+    from msc.pretrain import preflight
+    from msc.pretrain.monitoring import heartbeat
 
     if args.dry_run:
         print(preflight.describe(config, processes))
@@ -231,7 +232,7 @@ def rollback(args: Namespace, run: Path) -> str | None:
             raise ValueError("--again goes back once more to the checkpoint of --rollback: name it with --rollback N")
         return None
     if "RANK" not in os.environ:
-        from msc.pretrain import rollback, shelf
+        from msc.pretrain.checkpoints import rollback, shelf
 
         if args.again or not rollback.done(run, args.rollback):  # it may have been pruned since
             shelf.find(run, args.rollback)
@@ -288,7 +289,7 @@ def fit(args: Namespace) -> int:
 
 
 def checkpoints(args: Namespace) -> int:
-    from msc.pretrain import shelf
+    from msc.pretrain.checkpoints import shelf
 
     text, whole = shelf.table(args.run, args.verify)
     print(text)

@@ -248,8 +248,8 @@ def attention_check() -> Check:
         with quiet():
             import torch
 
-            from msc.pretrain import flash
-            from msc.pretrain.backends import choose_backend
+            from msc.pretrain.attention import flash
+            from msc.pretrain.attention.backends import choose_backend
 
             device = "cuda" if torch.cuda.is_available() else "cpu"
             named = ["sdpa", "flex"] if device == "cuda" else ["sdpa"]

@@ -14,8 +14,8 @@ from msc.datasets.files import write_atomically
 from msc.launch.optima import Optima, iso_flop, learning_rate_and_batch
 from msc.launch.points import Point, Points, read_points
 from msc.launch.scaling import FARTHEST, LEAST_POINTS, PARAMETERS, Fit, check_fit, fit
-from msc.pretrain.metrics import MetricsConfig, Tracker
-from msc.pretrain.tracking import read_identity
+from msc.pretrain.monitoring.metrics import MetricsConfig, Tracker
+from msc.pretrain.monitoring.tracking import read_identity
 
 NAMES = {"E": "E", "A": "A", "B": "B", "alpha": "α", "beta": "β"}
 SPREAD = 1.1  # of C / (N D) over the runs, above which the closed form of the optimum is only rough

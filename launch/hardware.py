@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from msc.pretrain.meter import PEAK_FLOPS
+from msc.pretrain.monitoring.meter import PEAK_FLOPS
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ from msc.datasets.shards import Index
 from msc.launch import hardware
 from msc.launch.hardware import Device
 from msc.pretrain import cost
+from msc.pretrain.attention.layout import Clip, Layout, Rates, choose, estimates
+from msc.pretrain.attention.scales import spatial_windows
 from msc.pretrain.config import Config
-from msc.pretrain.layout import Clip, Layout, Rates, choose, estimates
 from msc.pretrain.model import ModelConfig
 from msc.pretrain.parallelize import check_parallel, clip_of, kept_activations
-from msc.pretrain.scales import spatial_windows
 
 
 @dataclass(frozen=True)

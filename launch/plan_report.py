@@ -15,8 +15,8 @@ from msc.launch import hardware
 from msc.launch.hardware import Device
 from msc.launch.plan import Plan, RollOut, plan, plans, roll_out
 from msc.pretrain.config import Config
-from msc.pretrain.expect import Expected
 from msc.pretrain.model import check_clip
+from msc.pretrain.monitoring.expect import Expected
 from msc.pretrain.preflight import ASSUMED, costliest, resolve
 
 RUNNERS_UP = 4

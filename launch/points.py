@@ -16,8 +16,8 @@ import yaml
 
 from msc.datasets.files import last_line
 from msc.pretrain import cost, runs
+from msc.pretrain.checkpoints.rollback import read_lines
 from msc.pretrain.config import Config, flat, load
-from msc.pretrain.rollback import read_lines
 
 LEAST_REPORTS = 20  # of a run whose curve is judged: fewer are too noisy
 UP_AGAIN = 1.2  # a run whose last tenth lies that much above its best tenth did not recover

@@ -21,7 +21,8 @@ from msc.launch import commands, ledger, slurm
 from msc.launch.ledger import Record
 from msc.launch.slurm import State
 from msc.launch.submit import part_log, process_of, still_active
-from msc.pretrain import heartbeat, shelf
+from msc.pretrain.checkpoints import shelf
+from msc.pretrain.monitoring import heartbeat
 
 STANDS = 120.0  # seconds in one phase after which that is worth saying
 CANCEL_SECONDS = 90  # Slurm sends SIGKILL KillWait (30) seconds after SIGTERM
@@ -215,7 +216,7 @@ def cancel(run: Path) -> str:
         return f"told to end, but not gone yet: {', '.join(record.id for record in left)}"
     ended = f"ended: {', '.join(record.id for record in active)}"
     if any(record.words[0] == "train" for record in active):
-        from msc.pretrain.metrics import settle
+        from msc.pretrain.monitoring.metrics import settle
 
         if settle(run, "KILLED"):
             ended += "; its MLflow run, which was left RUNNING, is now KILLED"

@@ -79,7 +79,7 @@ def job_of(
     args: Namespace, site: Site, words: Sequence[str], folder: Path, where: Path, tasks: int = 1, again: str = "",
     part: tuple[int, int] | None = None,
 ) -> Job:  # fmt: skip
-    from msc.pretrain.tracking import code_version
+    from msc.pretrain.monitoring.tracking import code_version
 
     return Job(
         words=tuple(words), folder=str(folder), jobs=str(where), cluster=args.cluster, tasks=tasks, starts=site.starts,
@@ -148,8 +148,9 @@ def prepare_training(
 
     from msc.datasets.files import write_atomically
     from msc.launch import plan_report
-    from msc.pretrain import heartbeat, preflight
+    from msc.pretrain import preflight
     from msc.pretrain.config import dump
+    from msc.pretrain.monitoring import heartbeat
 
     words = ["--resume", "--run", str(run)]
     if inner.plan:

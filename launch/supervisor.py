@@ -24,7 +24,8 @@ from msc.launch import ledger, local
 from msc.launch.commands import PROGRAM
 from msc.launch.commands import said as say
 from msc.launch.ledger import Cluster
-from msc.pretrain import heartbeat, shelf
+from msc.pretrain.checkpoints import shelf
+from msc.pretrain.monitoring import heartbeat
 
 # A detached job on this machine: a process of its own that is given the Job as JSON.
 LOCAL_PROGRAM = "import sys; from msc.launch import supervisor; supervisor.attend(supervisor.from_json(sys.argv[1]))"
@@ -216,7 +217,7 @@ def settle(job: Job, code: int) -> None:
     beat = heartbeat.read(Path(job.folder))
     others = heartbeat.is_fresh(beat, time.time()) and beat["job"] != heartbeat.job_of(os.environ)
     if job.trains and code not in (0, STOPPED) and not others:
-        from msc.pretrain.metrics import settle as settle_run
+        from msc.pretrain.monitoring.metrics import settle as settle_run
 
         if run_id := settle_run(Path(job.folder), "FAILED"):
             say(f"MLflow run {run_id} was still RUNNING and is now FAILED")
@@ -226,7 +227,7 @@ def settle(job: Job, code: int) -> None:
 
 
 def say_changes(job: Job) -> None:
-    from msc.pretrain.tracking import code_version
+    from msc.pretrain.monitoring.tracking import code_version
 
     now = code_version()
     if changed := [f"{name} {old} -> {now.get(name)}" for name, old in job.code if now.get(name) != old]:

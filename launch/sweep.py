@@ -24,10 +24,10 @@ from msc.datasets.files import last_line, write_atomically
 from msc.launch import ledger, local, slurm
 from msc.launch.commands import PROGRAM, said
 from msc.launch.ladder import Run, Sweep
+from msc.pretrain.checkpoints.rollback import read_lines
 from msc.pretrain.config import dump
-from msc.pretrain.metrics import Tracker
-from msc.pretrain.rollback import read_lines
-from msc.pretrain.tracking import shown
+from msc.pretrain.monitoring.metrics import Tracker
+from msc.pretrain.monitoring.tracking import shown
 from msc.pretrain.train import REQUEUE
 
 State = Literal["finished", "running", "queued", "failed", "stopped", "waiting"]

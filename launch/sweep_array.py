@@ -15,7 +15,7 @@ from pathlib import Path
 from msc.launch import cli, ledger, slurm, submit, sweep
 from msc.launch.commands import said
 from msc.launch.ladder import Sweep
-from msc.pretrain.metrics import State
+from msc.pretrain.monitoring.metrics import State
 
 
 def send(folder: Path, plan: Sweep, args: Namespace) -> int:

@@ -55,7 +55,7 @@ def causal_parts(units: int) -> list[Blocks]:
 class Ring:
     """Where a rank computes a dense causal scale: its zig-zag units, all heads; `attend` goes around the ring.
 
-    `forward` and `backward` compute attention to some blocks of keys (pretrain/sdpa.py).
+    `forward` and `backward` compute attention to some blocks of keys (pretrain/attention/sdpa.py).
     """
 
     heads = slice(None)

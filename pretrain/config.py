@@ -18,14 +18,14 @@ import yaml
 
 from msc.datasets.mixture import DataConfig, ShardsFrom
 
-from .checkpoint import CheckpointConfig
+from .attention.scales import Scale
+from .checkpoints.checkpoint import CheckpointConfig
 from .diffusion import DiffusionConfig
-from .guard import GuardConfig
-from .metrics import MetricsConfig
 from .model import ModelConfig
+from .monitoring.guard import GuardConfig
+from .monitoring.metrics import MetricsConfig
 from .optimizer import OptimizerConfig
 from .parallelize import ParallelConfig
-from .scales import Scale
 
 # Settings that are lists of tables, with one such table.
 LISTS: dict[str, Any] = {"scales": Scale(1), "shards": ShardsFrom("x")}

@@ -8,9 +8,9 @@ from functools import lru_cache
 
 import torch
 
-from .gate import ON_KEYS
+from .attention.gate import ON_KEYS
+from .attention.scales import Scale, spatial_windows
 from .model import ModelConfig, MSCTransformer
-from .scales import Scale, spatial_windows
 
 
 @lru_cache(maxsize=64)  # a plan asks for the same model many times

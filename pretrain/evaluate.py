@@ -19,11 +19,12 @@ from msc.datasets.mixture import Shards, open_shards
 
 from .autoencoder import to_uint8
 from .config import Config
-from .continuations import Rollouts, Rows, continuations, half
 from .diffusion import DiffusionConfig, frame_losses, frame_shift
-from .estimates import OTHERS, Table, draw, join
-from .frechet import check_enough, frechet, open_features
-from .held_out import (
+from .inputs import Feed, Inputs, latents_of
+from .measures.continuations import Rollouts, Rows, continuations, half
+from .measures.estimates import OTHERS, Table, draw, join
+from .measures.frechet import check_enough, frechet, open_features
+from .measures.held_out import (
     BINS,
     HELD_OUT_SEED,
     bin_names,
@@ -34,9 +35,8 @@ from .held_out import (
     held_out_clip,
     parts_of,
 )
-from .inputs import Feed, Inputs, latents_of
-from .metrics import Tracker
 from .model import MSCTransformer, check_clip, precondition
+from .monitoring.metrics import Tracker
 from .pictures import contact_sheet, enlarged, write_mp4
 from .runs import Trained, open_run
 from .sampler import generate

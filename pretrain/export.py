@@ -20,11 +20,12 @@ from torch import Tensor
 
 from msc.datasets.files import check_replaceable, partial_folder, publish, write_atomically
 
-from . import checkpoint, hub, shelf
+from . import hub
+from .checkpoints import checkpoint, shelf
+from .checkpoints.weights import FORMAT, Shapes, header, open_safetensors, shortened
 from .config import Config
 from .model import MSCTransformer
 from .runs import LatentSpace, read_run
-from .weights import FORMAT, Shapes, header, open_safetensors, shortened
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KEYS = {"ema": "ema", "raw": "weight"}  # what a checkpoint calls them

@@ -13,7 +13,7 @@ import yaml
 from msc.datasets.files import write_atomically
 
 from .config import Config, plain
-from .estimates import OTHERS
+from .measures.estimates import OTHERS
 
 OWN_WEIGHTS = [f"{stem}{rest}" for stem in ("model", "ema", "raw")
                for rest in (".safetensors", "-?????-of-?????.safetensors", ".safetensors.index.json")]  # fmt: skip

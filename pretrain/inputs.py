@@ -11,10 +11,10 @@ from torch import Tensor
 
 from msc.datasets.batches import Attach, Batch
 
+from .attention.timeline import Timeline, WholeVideo
 from .autoencoder import Autoencoder
 from .diffusion import DiffusionConfig, add_noise, frame_noise, keep_condition, noise_levels
 from .model import MSCTransformer
-from .timeline import Timeline, WholeVideo
 
 
 @dataclass(frozen=True)

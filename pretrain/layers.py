@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import MultiScaleAttention
-from .compiling import many_shapes
-from .gate import GatePlace
-from .rectangle import scaled_dot_product
-from .scales import Scale
-from .timeline import Layer
-from .view import View
+from .attention.compiling import many_shapes
+from .attention.gate import GatePlace
+from .attention.multiscale import MultiScaleAttention
+from .attention.rectangle import scaled_dot_product
+from .attention.scales import Scale
+from .attention.timeline import Layer
+from .attention.view import View
 
 
 class NoiseEmbedding(nn.Module):

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import still
-from .gate import GateConstants, GatePlace
+from .attention.gate import GateConstants, GatePlace
+from .attention.multiscale import still
+from .attention.scales import Scale, check_scales
+from .attention.timeline import Layer, Timeline, WholeVideo
+from .attention.view import View, view_frames
+from .checkpoints.weights import Exported, open_exported
 from .layers import Block, NoiseEmbedding
-from .scales import Scale, check_scales
-from .timeline import Layer, Timeline, WholeVideo
-from .view import View, view_frames
-from .weights import Exported, open_exported
 
 M = TypeVar("M", bound=nn.Module)
 Made = Callable[[str, nn.Module], None]  # given the name and the module of a part of the model
@@ -35,7 +35,7 @@ class ModelConfig:
 
     width: D, divisible by the number of heads; the heads are those of `scales`, in order.
     patch: side in latents of one token. frames_per_unit: frames of one autoregressive step.
-    gate: where the noise gate acts ("logits", "pair", "values", "mix", "none"); see attention.py.
+    gate: where the noise gate acts ("logits", "pair", "values", "mix", "none"); see attention/multiscale.py.
     classes: number of class labels (0: none). text_width: width of text embeddings (0: none).
     The last four are taken from the shards when training starts and travel with the weights: latent
     channels, their mean and standard deviation, and the gate's constants per scale.

@@ -18,13 +18,13 @@ from msc.parallel.ulysses import Ulysses
 from msc.parallel.zero import Precision, ZeroConfig, check_zero, make_engine, shard
 
 from . import cost
-from .backends import Backend, check_backend
+from .attention.backends import Backend, check_backend
+from .attention.layout import Choice, Clip, Layout, Rates, check_choice, choose
+from .attention.sdpa import attend_part, differentiate_part
+from .attention.timeline import Timeline, WholeVideo
 from .layers import Block
-from .layout import Choice, Clip, Layout, Rates, check_choice, choose
 from .model import Made, ModelConfig, MSCTransformer
 from .optimizer import OptimizerConfig, make_optimizer
-from .sdpa import attend_part, differentiate_part
-from .timeline import Timeline, WholeVideo
 
 __all__ = [
     "Mesh",

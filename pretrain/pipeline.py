@@ -19,10 +19,10 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from .autoencoder import open_autoencoder, to_float
+from .checkpoints.weights import read_facts
 from .diffusion import DiffusionConfig, frame_shift
 from .model import MSCTransformer, check_clip
 from .sampler import generate
-from .weights import read_facts
 
 
 class PipelineTransformer(MSCTransformer, ModelMixin):

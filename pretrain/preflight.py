@@ -13,11 +13,12 @@ from msc.datasets.remote import is_address
 from msc.datasets.shards import Index
 from msc.datasets.statistics import Statistics
 
-from . import cost, shelf, warm
+from . import cost, warm
+from .attention.gate import gate_constants
+from .attention.layout import table
 from .autoencoder import open_autoencoder
+from .checkpoints import shelf
 from .config import Config, dump, flat
-from .gate import gate_constants
-from .layout import table
 from .model import check_clip
 from .parallelize import check_fp8, check_parallel, clip_of, kept_activations
 

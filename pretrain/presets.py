@@ -7,12 +7,12 @@ from typing import Literal, cast
 
 from msc.datasets.mixture import DataConfig
 
+from .attention.scales import default_scales
 from .config import Config, TrainConfig
 from .diffusion import DiffusionConfig
 from .model import ModelConfig
 from .optimizer import OptimizerConfig
 from .parallelize import ParallelConfig, ZeroConfig
-from .scales import default_scales
 
 # fmt: off
 #                     width depth heads patch      lr  stage recompute

@@ -17,8 +17,8 @@ import torch
 
 from msc.datasets.shards import Index
 
-from . import checkpoint, shelf
 from .autoencoder import Autoencoder, open_autoencoder
+from .checkpoints import checkpoint, shelf
 from .config import Config, load
 from .model import MSCTransformer
 

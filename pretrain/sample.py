@@ -26,9 +26,9 @@ from msc.datasets.mixture import open_shards
 from .autoencoder import decode_parts, to_uint8
 from .config import Config
 from .diffusion import frame_shift
-from .held_out import held_out_clip
 from .inputs import latents_of
-from .metrics import Tracker
+from .measures.held_out import held_out_clip
+from .monitoring.metrics import Tracker
 from .pictures import MOST_COLUMNS, contact_sheet, growing_mp4, partial_name
 from .runs import Trained, open_run, read_run
 from .sampler import Solver, check_sampling, generate, short_sighted

@@ -17,9 +17,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from .attention.timeline import Key, Placement
 from .diffusion import frame_noise, sampling_levels
 from .model import MSCTransformer
-from .timeline import Key, Placement
 
 Solver = Literal["euler", "heun"]
 LEVELS: Key = ("noise levels",)  # of all layers and scales

@@ -25,24 +25,26 @@ from msc.parallel import agreement, desync, fp8, process, zero
 from msc.parallel.mesh import scattered
 from msc.parallel.watch import of_communication, watching
 
-from . import checkpoint, cost, guard, heartbeat, rollback, shelf, warm
+from . import cost, warm
+from .attention.compiling import pieces
 from .autoencoder import open_autoencoder
-from .broken import Broken, read_broken
-from .compiling import pieces
+from .checkpoints import checkpoint, rollback, shelf
+from .checkpoints.writer import Writer
 from .config import Config, dump, flat
 from .diffusion import frame_losses, frame_shift
 from .evaluate import preview
-from .expect import Expected, deviation, ratios
-from .held_out import Losses, held_out_losses
 from .inputs import Feed, micro_batches, noise_beside
-from .meter import DESCRIPTION, Meter
-from .metrics import State, Tracker
+from .measures.held_out import Losses, held_out_losses
+from .monitoring import guard, heartbeat
+from .monitoring.broken import Broken, read_broken
+from .monitoring.expect import Expected, deviation, ratios
+from .monitoring.meter import DESCRIPTION, Meter
+from .monitoring.metrics import State, Tracker
+from .monitoring.tracking import code_version, read_identity
 from .optimizer import set_schedule
 from .parallelize import build, clip_of, make_mesh, own_timeline, parallelize
 from .preflight import resolve, sizes
 from .runs import LatentSpace, write_space
-from .tracking import code_version, read_identity
-from .writer import Writer
 
 REQUEUE = 75  # exit code of a run that was stopped, has saved, and wants to go on (EX_TEMPFAIL)
 

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, shelf
+from .checkpoints import checkpoint, shelf
+from .checkpoints.weights import Shapes, open_exported, shortened
 from .model import Made, ModelConfig, MSCTransformer
 from .runs import read_run
-from .weights import Shapes, open_exported, shortened
 
 FIXED = ("width", "depth", "heads", "hidden", "patch", "channels")
 OF_THE_DATA = ("latent_mean", "latent_std", "gate_constants")

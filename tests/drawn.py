@@ -4,8 +4,8 @@ from typing import get_args
 
 from hypothesis import strategies as st
 
-from msc.pretrain.gate import GatePlace
-from msc.pretrain.scales import Scale
+from msc.pretrain.attention.gate import GatePlace
+from msc.pretrain.attention.scales import Scale
 
 
 @st.composite

@@ -9,15 +9,15 @@ import torch
 
 from msc.datasets.files import write_atomically
 from msc.datasets.statistics import Statistics
-from msc.pretrain import checkpoint, shelf
+from msc.pretrain.attention.gate import GateConstants
+from msc.pretrain.attention.scales import Scale
+from msc.pretrain.checkpoints import checkpoint, shelf
+from msc.pretrain.checkpoints.writer import write_slices
 from msc.pretrain.config import Config, dump, flat
-from msc.pretrain.gate import GateConstants
 from msc.pretrain.model import ModelConfig, MSCTransformer
 from msc.pretrain.preflight import ASSUMED, resolve
 from msc.pretrain.presets import PRESETS
 from msc.pretrain.runs import LatentSpace, write_space
-from msc.pretrain.scales import Scale
-from msc.pretrain.writer import write_slices
 
 SCALES = (Scale(2, 1, 1, 2, 3), Scale(1, 2, 1, 3), Scale(1, 2, 2, None))
 

@@ -45,7 +45,7 @@ def install(wanted: dict, rank: int) -> None:
 
     from msc.parallel.temporal import ShardedTimeline
     from msc.pretrain import train as training
-    from msc.pretrain import writer
+    from msc.pretrain.checkpoints import writer
 
     now = {"clock": 0}
     loader, call = training.loader, training.Feed.__call__

@@ -9,11 +9,11 @@ from sharded import counted, joined
 
 from msc.datasets.statistics import Statistics
 from msc.parallel.mesh import make_mesh
+from msc.pretrain.attention.scales import default_scales
 from msc.pretrain.model import MSCTransformer
 from msc.pretrain.parallelize import clip_of, own_timeline
 from msc.pretrain.preflight import ASSUMED, resolve
 from msc.pretrain.presets import PRESETS
-from msc.pretrain.scales import default_scales
 
 
 def small(**parallel):

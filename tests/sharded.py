@@ -14,11 +14,12 @@ import torch.distributed as dist
 
 from msc.parallel import exchange
 from msc.parallel.temporal import bounds
-from msc.pretrain import attention, rectangle, rope
-from msc.pretrain.gate import GateConstants
+from msc.pretrain.attention import multiscale as attention
+from msc.pretrain.attention import rectangle, rope
+from msc.pretrain.attention.gate import GateConstants
+from msc.pretrain.attention.scales import Scale
 from msc.pretrain.model import ModelConfig, MSCTransformer
 from msc.pretrain.parallelize import sharded_timeline
-from msc.pretrain.scales import Scale
 
 SCALES = {
     "windowed": (Scale(2, 1, 1, 2, 3), Scale(2, 2, 1, 1)),

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from msc.pretrain import heartbeat
+from msc.pretrain.monitoring import heartbeat
 from msc.pretrain.presets import preset
 from msc.pretrain.train import train
 

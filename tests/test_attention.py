@@ -14,14 +14,14 @@ from sharded import SCALES, compiled_gradients, make
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from msc.pretrain import view
-from msc.pretrain.attention import MultiScaleAttention, still
-from msc.pretrain.gate import GateConstants
-from msc.pretrain.rope import normalise_and_rotate
+from msc.pretrain.attention import view
+from msc.pretrain.attention.gate import GateConstants
+from msc.pretrain.attention.multiscale import MultiScaleAttention, still
+from msc.pretrain.attention.rope import normalise_and_rotate
+from msc.pretrain.attention.scales import Scale, spatial_windows
+from msc.pretrain.attention.timeline import WholeVideo
+from msc.pretrain.attention.view import view_frames
 from msc.pretrain.sampler import generate
-from msc.pretrain.scales import Scale, spatial_windows
-from msc.pretrain.timeline import WholeVideo
-from msc.pretrain.view import view_frames
 
 THETA = 100.0
 few = settings(max_examples=25, deadline=None)

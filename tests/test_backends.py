@@ -14,12 +14,12 @@ from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
-from msc.pretrain import backends, flash, flex, rectangle, sdpa
-from msc.pretrain.backends import attend, choose_backend
-from msc.pretrain.compiling import pieces
+from msc.pretrain.attention import backends, flash, flex, rectangle, sdpa
+from msc.pretrain.attention.backends import attend, choose_backend
+from msc.pretrain.attention.compiling import pieces
+from msc.pretrain.attention.scales import Blocks, Scale, default_scales
 from msc.pretrain.model import ModelConfig, MSCTransformer
 from msc.pretrain.sampler import generate
-from msc.pretrain.scales import Blocks, Scale, default_scales
 
 CASES = [
     (scale, units, n)

@@ -9,7 +9,7 @@ import pytest
 from test_training import msc_train, shards  # noqa: F401 - a fixture
 
 from msc.datasets.shards import read_index, scan
-from msc.pretrain.broken import Broken, read_broken
+from msc.pretrain.monitoring.broken import Broken, read_broken
 
 
 def test_each_counts_once_and_the_count_goes_on(tmp_path):

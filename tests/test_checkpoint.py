@@ -14,8 +14,8 @@ from processes import run_ranks
 from safetensors.torch import load_file
 
 from msc.launch import cli
-from msc.pretrain import shelf
-from msc.pretrain.checkpoint import CheckpointConfig
+from msc.pretrain.checkpoints import shelf
+from msc.pretrain.checkpoints.checkpoint import CheckpointConfig
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ FORKS = """
 import os
 import torch
 from types import SimpleNamespace
-from msc.pretrain.writer import pinned
+from msc.pretrain.checkpoints.writer import pinned
 
 calls = []
 torch.cuda.cudart = lambda: SimpleNamespace(cudaHostRegister=lambda *call: calls.append(call) or 0)

@@ -25,7 +25,7 @@ from test_training import MSC, SMALL, curve, final_weights, shards, wait_for  # 
 
 from msc.launch import ledger, slurm, sweep
 from msc.launch.ladder import read_sweep
-from msc.pretrain.tracking import read_identity
+from msc.pretrain.monitoring.tracking import read_identity
 
 
 def no_slurm() -> str:
@@ -331,7 +331,7 @@ def test_a_conversion_in_parts(tmp_path):
 TRACKED = """
 import os, signal, sys, time
 from pathlib import Path
-from msc.pretrain.metrics import MetricsConfig, Tracker
+from msc.pretrain.monitoring.metrics import MetricsConfig, Tracker
 stopping = []
 signal.signal(signal.SIGTERM, lambda *_: stopping.append(1))
 number = os.environ["SLURM_ARRAY_TASK_ID"]

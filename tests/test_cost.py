@@ -7,11 +7,12 @@ import torch
 from sharded import SCALES
 from torch.utils.flop_counter import FlopCounterMode
 
-from msc.pretrain import cost, rectangle
+from msc.pretrain import cost
+from msc.pretrain.attention import rectangle
+from msc.pretrain.attention.scales import Scale
+from msc.pretrain.attention.timeline import WholeVideo
 from msc.pretrain.model import ModelConfig, MSCTransformer
 from msc.pretrain.presets import PRESETS
-from msc.pretrain.scales import Scale
-from msc.pretrain.timeline import WholeVideo
 
 
 def config(scales, frames_per_unit=1):

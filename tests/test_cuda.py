@@ -14,11 +14,12 @@ from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from msc.parallel import fp8
-from msc.pretrain import flash, quality, rectangle, rope
-from msc.pretrain.backends import attend
+from msc.pretrain.attention import flash, rectangle, rope
+from msc.pretrain.attention.backends import attend
+from msc.pretrain.attention.scales import Scale
+from msc.pretrain.attention.timeline import WholeVideo
 from msc.pretrain.layers import CrossAttention
-from msc.pretrain.scales import Scale
-from msc.pretrain.timeline import WholeVideo
+from msc.pretrain.measures import quality
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

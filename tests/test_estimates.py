@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
-from msc.pretrain.estimates import Table, draw, join, over_clips, summed
+from msc.pretrain.measures.estimates import Table, draw, join, over_clips, summed
 
 
 def test_equal_counts_give_the_usual_interval_of_a_mean():

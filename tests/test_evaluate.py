@@ -14,10 +14,10 @@ from msc.datasets.mixture import DataConfig, ShardsFrom
 from msc.datasets.synthetic import moving_textures, write_videos
 from msc.pretrain import evaluate as evaluation
 from msc.pretrain.autoencoder import open_autoencoder
-from msc.pretrain.continuations import drift, of_clip
-from msc.pretrain.estimates import OTHERS, over_clips
 from msc.pretrain.evaluate import TABLES, distances, evaluate, table_of, with_differences
-from msc.pretrain.meter import DESCRIPTION
+from msc.pretrain.measures.continuations import drift, of_clip
+from msc.pretrain.measures.estimates import OTHERS, over_clips
+from msc.pretrain.monitoring.meter import DESCRIPTION
 from msc.pretrain.runs import Trained
 
 SHOWN = 4

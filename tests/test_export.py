@@ -14,11 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from msc.pretrain import checkpoint, hub, shelf, weights
 from msc.pretrain import export as exports
-from msc.pretrain.estimates import summed
+from msc.pretrain import hub
+from msc.pretrain.checkpoints import checkpoint, shelf, weights
 from msc.pretrain.evaluate import table_of, with_differences
 from msc.pretrain.export import export, split
+from msc.pretrain.measures.estimates import summed
 from msc.pretrain.model import MSCTransformer
 
 SMALL = 40_000  # bytes of a file, so that the small model takes several

@@ -8,10 +8,10 @@ from torch import nn
 
 from msc.parallel import fp8
 from msc.pretrain import parallelize
+from msc.pretrain.attention.scales import Scale
 from msc.pretrain.layers import Block
 from msc.pretrain.model import ModelConfig, MSCTransformer
 from msc.pretrain.optimizer import OptimizerConfig
-from msc.pretrain.scales import Scale
 
 
 def test_layers_whose_sides_divide_by_16_are_chosen():

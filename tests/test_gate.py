@@ -9,7 +9,7 @@ import torch
 
 from msc.datasets.statistics import Statistics, measure
 from msc.datasets.synthetic import gaussian_fields
-from msc.pretrain.gate import (
+from msc.pretrain.attention.gate import (
     effective_log_snr,
     gate_constants,
     log_gate,
@@ -18,7 +18,7 @@ from msc.pretrain.gate import (
     node_weights,
     pooled_log_snr,
 )
-from msc.pretrain.scales import Scale
+from msc.pretrain.attention.scales import Scale
 
 
 def test_log_snr_is_finite_and_falls():

@@ -11,9 +11,9 @@ import torch
 from processes import run_ranks
 from spoiled import spoiled_on_a_rank
 
-from msc.pretrain import shelf
-from msc.pretrain.guard import GuardConfig, History, after, objection
-from msc.pretrain.rollback import left_out, merged, read_left_out, roll_back, too_many
+from msc.pretrain.checkpoints import shelf
+from msc.pretrain.checkpoints.rollback import left_out, merged, read_left_out, roll_back, too_many
+from msc.pretrain.monitoring.guard import GuardConfig, History, after, objection
 
 RULE = GuardConfig(sigma=4, window=16)
 CALM = History(tuple(1 + 0.01 * (-1) ** i for i in range(16)), tuple(0.5 + 0.1 * (-1) ** i for i in range(16)))

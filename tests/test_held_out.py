@@ -7,9 +7,9 @@ import torch
 from sharded import SCALES, make
 
 from msc.pretrain.diffusion import frame_losses
-from msc.pretrain.estimates import over_clips
-from msc.pretrain.held_out import BINS, Losses, blind, by_context, by_noise, by_position
 from msc.pretrain.inputs import Inputs
+from msc.pretrain.measures.estimates import over_clips
+from msc.pretrain.measures.held_out import BINS, Losses, blind, by_context, by_noise, by_position
 from msc.pretrain.sampler import Cache, remember
 
 

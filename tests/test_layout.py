@@ -14,11 +14,21 @@ from sharded import SCALES, Case, events_on_a_rank, on_a_rank
 
 from msc.parallel.ring import causal_parts, zigzag
 from msc.parallel.temporal import bounds
-from msc.pretrain.layout import RING, Clip, Rates, choose, estimates, halo_values, ring_values, table, ulysses_values
+from msc.pretrain.attention.layout import (
+    RING,
+    Clip,
+    Rates,
+    choose,
+    estimates,
+    halo_values,
+    ring_values,
+    table,
+    ulysses_values,
+)
+from msc.pretrain.attention.scales import Scale, default_scales
+from msc.pretrain.attention.sdpa import _calls
 from msc.pretrain.parallelize import ParallelConfig
 from msc.pretrain.presets import PRESETS
-from msc.pretrain.scales import Scale, default_scales
-from msc.pretrain.sdpa import _calls
 
 BATCH, LAYERS, BYTES = 2, 2, 8  # of the sharded test model, in float64
 

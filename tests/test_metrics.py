@@ -16,8 +16,8 @@ import pytest
 import torch
 import yaml
 
-from msc.pretrain.metrics import Meter, MetricsConfig, Tracker, memory, mfu, settle
-from msc.pretrain.tracking import read_identity, shown
+from msc.pretrain.monitoring.metrics import Meter, MetricsConfig, Tracker, memory, mfu, settle
+from msc.pretrain.monitoring.tracking import read_identity, shown
 
 PARAMS = {"model.width": 64, "train.seed": 0, "model.scales": [{"heads": 2}]}
 QUIET = MetricsConfig(system=False)
@@ -289,7 +289,7 @@ def test_a_read_only_run_folder_is_no_reason_to_fail(run, caplog, monkeypatch):
     def refuse(*_args, **_kwargs):
         raise PermissionError("read-only")
 
-    monkeypatch.setattr("msc.pretrain.tracking.os.replace", refuse)
+    monkeypatch.setattr("msc.pretrain.monitoring.tracking.os.replace", refuse)
     tracker = start(run, attach=True)
     tracker.log({"loss": 1.0}, 0)
     tracker.finish("FINISHED")
@@ -298,7 +298,7 @@ def test_a_read_only_run_folder_is_no_reason_to_fail(run, caplog, monkeypatch):
 
 SCRIPT = """
 import pathlib, sys, time
-from msc.pretrain.metrics import MetricsConfig, Tracker
+from msc.pretrain.monitoring.metrics import MetricsConfig, Tracker
 assert "mlflow" not in sys.modules and "torch" not in sys.modules
 tracker = Tracker(MetricsConfig(experiment="tests", system=False))
 tracker.start(pathlib.Path(sys.argv[1]), {"a": 1}, "a: 1", "x")
@@ -349,7 +349,7 @@ def test_sigterm_leaves_no_run_open(run, wait):
 
 
 def test_import_needs_neither_mlflow_nor_torch():
-    code = "import sys, msc.pretrain.metrics; print([m for m in ('mlflow', 'torch') if m in sys.modules])"
+    code = "import sys, msc.pretrain.monitoring.metrics; print([m for m in ('mlflow', 'torch') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-P", "-c", code], text=True).strip() == "[]"
 
 

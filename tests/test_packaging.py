@@ -50,6 +50,9 @@ def test_imports_go_one_way(tmp_path: Path) -> None:
         ("parallel/mesh.py", "from msc.datasets import shards"),
         ("pretrain/model.py", "from msc.launch import local"),
         ("pretrain/model.py", "from msc.parallel import mesh"),
+        ("pretrain/attention/scales.py", "from msc.parallel import mesh"),
+        ("pretrain/attention/scales.py", "from msc.pretrain import model"),
+        ("pretrain/checkpoints/shelf.py", "from msc.pretrain.monitoring import guard"),
     ],
 )
 def test_an_import_the_other_way_is_found(module: str, line: str, tmp_path: Path) -> None:
@@ -95,7 +98,7 @@ def test_importing_a_module_starts_nothing() -> None:
         ast.Try,
     )
     for package in PACKAGES:
-        for path in (ROOT / package).glob("*.py"):
+        for path in (ROOT / package).rglob("*.py"):
             for node in ast.parse(path.read_text()).body:
                 documented = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
                 assert documented or isinstance(node, harmless), f"{path.name}:{node.lineno} runs when imported"
@@ -120,7 +123,7 @@ def test_every_import_is_declared() -> None:
     optional = {"flash_attn", "flash_attn_interface", "transformer_engine", "transformers"}
     optional |= {"triton"}  # a part of torch's builds for GPUs
     for package in PACKAGES:
-        for path in (ROOT / package).glob("*.py"):
+        for path in (ROOT / package).rglob("*.py"):
             for module in imported(ast.parse(path.read_text())) - set(sys.stdlib_module_names) - optional - {"msc"}:
                 assert module in given, f"{path.name} imports {module}, which is not installed"
                 owners = {canonical(name) for name in given[module]}
@@ -159,12 +162,14 @@ def test_constraints_pin_every_requirement_within_its_bounds() -> None:
 
 
 def test_the_four_folders_are_what_is_installed() -> None:
-    options = setup_cfg()
-    assert options["options"]["packages"].split() == [f"msc.{package}" for package in PACKAGES]
-    for package in PACKAGES:
-        spec = importlib.util.find_spec(f"msc.{package}")
+    listed = setup_cfg()["options"]["packages"].split()
+    folders = {path.parent for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
+    assert sorted(listed) == sorted("msc." + ".".join(folder.relative_to(ROOT).parts) for folder in folders)
+    for name in listed:
+        spec = importlib.util.find_spec(name)
         assert spec is not None
-        assert Path(next(iter(spec.submodule_search_locations or []))).resolve() == ROOT / package
+        path = ROOT / Path(*name.split(".")[1:])
+        assert Path(next(iter(spec.submodule_search_locations or []))).resolve() == path
 
 
 def test_the_command_is_installed() -> None:

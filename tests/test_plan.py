@@ -18,13 +18,13 @@ from msc.launch.plan import plan, plans, roll_out, zero_bytes
 from msc.launch.plan_report import describe, read_expected
 from msc.parallel.zero import ZeroConfig
 from msc.pretrain import cost
-from msc.pretrain.expect import Expected, deviation, ratios
+from msc.pretrain.attention.scales import Scale
 from msc.pretrain.model import ModelConfig, MSCTransformer
+from msc.pretrain.monitoring.expect import Expected, deviation, ratios
 from msc.pretrain.optimizer import OptimizerConfig, make_optimizer, set_schedule
 from msc.pretrain.preflight import ASSUMED, resolve
 from msc.pretrain.presets import PRESETS
 from msc.pretrain.sampler import Cache, remember
-from msc.pretrain.scales import Scale
 
 H100 = KINDS["h100"]
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from msc.pretrain import quality
+from msc.pretrain.measures import quality
 
 
 def picture(height, width, phase):

@@ -18,11 +18,11 @@ from msc.datasets import decode
 from msc.launch import cli
 from msc.pretrain import config as configuration
 from msc.pretrain import sample
+from msc.pretrain.attention.scales import Scale
 from msc.pretrain.autoencoder import open_autoencoder
 from msc.pretrain.model import ModelConfig, MSCTransformer
 from msc.pretrain.presets import preset
 from msc.pretrain.runs import LatentSpace, Trained, write_space
-from msc.pretrain.scales import Scale
 
 WORDS = {"red disc": 3, "two blue bars": 5}
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from sharded import SCALES, make
 
 from msc.pretrain import cost
+from msc.pretrain.attention.scales import Scale
 from msc.pretrain.diffusion import frame_noise, sampling_levels
 from msc.pretrain.sampler import LEVELS, Cache, generate, remember, short_sighted
-from msc.pretrain.scales import Scale
 
 
 @pytest.mark.parametrize("level", [0.0, 0.3])

@@ -26,7 +26,8 @@ from msc.launch import cli, ledger, rendezvous, sites, slurm, status, submit, su
 from msc.launch.ledger import Record
 from msc.launch.slurm import State
 from msc.launch.supervisor import Job, decide
-from msc.pretrain import heartbeat, shelf
+from msc.pretrain.checkpoints import shelf
+from msc.pretrain.monitoring import heartbeat
 
 # Where a rank is ---------------------------------------------------------------------------------------------
 
@@ -252,7 +253,7 @@ def test_a_job_does_not_start_beside_another_one_in_its_run(tmp_path, monkeypatc
 def test_only_its_own_run_in_mlflow_is_ended_by_a_job(whose, settled, tmp_path, monkeypatch):
     """Ranks that were killed leave a heartbeat of their job; those that found their run taken that of another."""
     found = []
-    monkeypatch.setattr("msc.pretrain.metrics.settle", lambda run, state: found.append(state))
+    monkeypatch.setattr("msc.pretrain.monitoring.metrics.settle", lambda run, state: found.append(state))
     monkeypatch.setenv(heartbeat.JOB, "7")
     (tmp_path / "heartbeat.json").write_text(json.dumps({"time": time.time(), "phase": "report", "job": whose}))
     supervisor.settle(Job(("train",), str(tmp_path), "x", "local"), 137)
@@ -503,7 +504,7 @@ def test_a_job_in_the_background_is_watched_ended_and_saved(shards, tmp_path, ca
     said = capfd.readouterr().out
     assert f"msc submit --cluster local --resume --run {run}" in said
     (record,) = ledger.records(run / "jobs")
-    wait_for(lambda: last_line(run / "log.jsonl").get("step", 0) > 3, seconds=120)
+    wait_for(lambda: last_line(run / "log.jsonl").get("step", 0) > 3)
     wait_for(lambda: heartbeat.read(run)["phase"] != "starting", seconds=20)
     assert cli.main(["status", str(run)]) == 0
     line = capfd.readouterr().out.splitlines()[1].split()

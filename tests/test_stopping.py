@@ -21,8 +21,8 @@ from faults import PROGRAM
 from test_metrics import free_port, server
 from test_training import SMALL, curve, final_weights, room, shards, wait_for  # noqa: F401
 
-from msc.pretrain import shelf
-from msc.pretrain.tracking import read_identity
+from msc.pretrain.checkpoints import shelf
+from msc.pretrain.monitoring.tracking import read_identity
 
 
 class Run:

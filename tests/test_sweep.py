@@ -19,7 +19,7 @@ from msc.launch import cli, ledger, slurm, sweep
 from msc.launch.ladder import Run, Sweep, nearest_power, read_sweep
 from msc.launch.points import read_points
 from msc.pretrain import cost
-from msc.pretrain.metrics import MetricsConfig
+from msc.pretrain.monitoring.metrics import MetricsConfig
 from msc.pretrain.preflight import resolve
 
 SETTINGS = {key: yaml.safe_load(value) for key, value in (setting.split("=", 1) for setting in SMALL)}

@@ -24,8 +24,8 @@ from sharded import (
 
 from msc.parallel.mesh import scattered
 from msc.parallel.temporal import bounds, transfers
-from msc.pretrain.gate import ON_KEYS
-from msc.pretrain.timeline import WholeVideo
+from msc.pretrain.attention.gate import ON_KEYS
+from msc.pretrain.attention.timeline import WholeVideo
 
 GATES = ["logits", "values", "pair", "mix"]
 # Units (of how many frames) per video: shared out evenly, unevenly, and one for each rank

@@ -6,8 +6,8 @@ import pytest
 import torch
 from sharded import SCALES, make
 
+from msc.pretrain.attention.timeline import WholeVideo
 from msc.pretrain.text import open_text_encoder
-from msc.pretrain.timeline import WholeVideo
 
 
 def test_padding_and_the_length_of_a_dropped_text_change_nothing():

@@ -25,7 +25,7 @@ from msc.launch.local import visible_gpus
 from msc.pretrain import evaluate as evaluation
 from msc.pretrain import hub
 from msc.pretrain.autoencoder import open_autoencoder
-from msc.pretrain.checkpoint import latest, read_meta, weights
+from msc.pretrain.checkpoints.checkpoint import latest, read_meta, weights
 from msc.pretrain.evaluate import evaluate
 from msc.pretrain.model import MSCTransformer
 

@@ -8,11 +8,12 @@ import exporting
 import pytest
 import torch
 
-from msc.pretrain import preflight, shelf, warm
+from msc.pretrain import preflight, warm
+from msc.pretrain.attention.gate import GateConstants
+from msc.pretrain.attention.scales import Scale
+from msc.pretrain.checkpoints import shelf
 from msc.pretrain.export import export
-from msc.pretrain.gate import GateConstants
 from msc.pretrain.model import MSCTransformer
-from msc.pretrain.scales import Scale
 
 
 @pytest.fixture(scope="module")

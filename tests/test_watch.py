@@ -99,7 +99,7 @@ def test_a_process_ends_in_order_while_its_watch_asks_the_store():
 STALLS = """
 import sys, time
 from pathlib import Path
-from msc.pretrain.heartbeat import beating
+from msc.pretrain.monitoring.heartbeat import beating
 with beating(Path(sys.argv[1]), 1, seconds=0.1, stall=1.5) as at:
     for step in range(3):
         at(step, "forward and backward")

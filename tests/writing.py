@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.distributed import destroy_process_group, init_process_group
 
-from msc.pretrain import checkpoint, shelf, writer
+from msc.pretrain.checkpoints import checkpoint, shelf, writer
 from msc.pretrain.optimizer import OptimizerConfig, make_optimizer
 
 FACTS = {

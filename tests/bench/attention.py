@@ -26,13 +26,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from msc.parallel.process import keep_freed_memory
-from msc.pretrain import cost, rectangle, sdpa
-from msc.pretrain.attention import MultiScaleAttention
+from msc.pretrain import cost
+from msc.pretrain.attention import rectangle, sdpa
+from msc.pretrain.attention.multiscale import MultiScaleAttention
+from msc.pretrain.attention.scales import Scale, default_scales
+from msc.pretrain.attention.timeline import WholeVideo
+from msc.pretrain.attention.view import View
 from msc.pretrain.layers import Block
 from msc.pretrain.model import ModelConfig, MSCTransformer
-from msc.pretrain.scales import Scale, default_scales
-from msc.pretrain.timeline import WholeVideo
-from msc.pretrain.view import View
 
 GRID, WIDTH, HEADS = (16, 16), 256, 4
 COMMON = {"width": WIDTH, "depth": 1, "patch": 1, "channels": 4}

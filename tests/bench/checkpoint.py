@@ -34,12 +34,12 @@ def stall(args: argparse.Namespace, folder: Path) -> None:
     from msc.launch.local import free_port, rank_environment
     from msc.parallel import process, zero
     from msc.pretrain import cost
-    from msc.pretrain.checkpoint import CheckpointConfig
+    from msc.pretrain.attention.scales import default_scales
+    from msc.pretrain.checkpoints.checkpoint import CheckpointConfig
+    from msc.pretrain.checkpoints.writer import Writer
     from msc.pretrain.model import ModelConfig
     from msc.pretrain.optimizer import OptimizerConfig
     from msc.pretrain.parallelize import ParallelConfig, build, parallelize
-    from msc.pretrain.scales import default_scales
-    from msc.pretrain.writer import Writer
 
     os.environ.update(rank_environment(os.environ, 0, 1, free_port()))
     world = process.join(60)

@@ -29,8 +29,8 @@ from safetensors.torch import save
 
 from msc.datasets.shards import Index
 from msc.datasets.statistics import Statistics
-from msc.pretrain.gate import gate_constants
-from msc.pretrain.scales import Scale
+from msc.pretrain.attention.gate import gate_constants
+from msc.pretrain.attention.scales import Scale
 
 FOLDER = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
 TAR = FOLDER / "train-000000.tar"

@@ -37,9 +37,9 @@ RANK = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import 
 def configure(case: dict[str, Any]) -> Any:
     """(configuration, index) of a case, resolved."""
     from msc.datasets.statistics import Statistics
+    from msc.pretrain.attention.scales import Scale, default_scales
     from msc.pretrain.preflight import ASSUMED, resolve
     from msc.pretrain.presets import PRESETS
-    from msc.pretrain.scales import Scale, default_scales
 
     base = PRESETS["demo"]()
     scales = (Scale(8),) if case.get("dense") else default_scales(8, patch_window=8)

@@ -25,14 +25,14 @@ from torch import Tensor
 
 from msc.datasets.statistics import measure
 from msc.datasets.synthetic import moving_textures
+from msc.pretrain.attention.gate import gate_constants
+from msc.pretrain.attention.scales import Scale, default_scales
 from msc.pretrain.diffusion import add_noise, frame_losses
-from msc.pretrain.gate import gate_constants
 from msc.pretrain.layers import Block
+from msc.pretrain.measures.quality import psnr
 from msc.pretrain.model import ModelConfig, MSCTransformer
 from msc.pretrain.pictures import contact_sheet
-from msc.pretrain.quality import psnr
 from msc.pretrain.sampler import generate
-from msc.pretrain.scales import Scale, default_scales
 
 PATCH, HEADS = 2, 4
 

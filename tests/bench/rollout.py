@@ -19,9 +19,9 @@ import torch
 from msc.launch import hardware
 from msc.launch.plan import roll_out
 from msc.pretrain import cost
+from msc.pretrain.attention.scales import default_scales
 from msc.pretrain.model import ModelConfig, MSCTransformer
 from msc.pretrain.sampler import Cache, generate, short_sighted
-from msc.pretrain.scales import default_scales
 
 SHOWN = 10  # rows of the table
 

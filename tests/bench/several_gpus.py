@@ -42,14 +42,14 @@ from msc.launch import hardware, local
 from msc.launch.plan import plan
 from msc.parallel import exchange, process, zero
 from msc.pretrain import cost
+from msc.pretrain.attention.layout import choose
+from msc.pretrain.attention.scales import Scale
 from msc.pretrain.diffusion import add_noise, frame_losses
 from msc.pretrain.layers import Block
-from msc.pretrain.layout import choose
 from msc.pretrain.model import MSCTransformer
 from msc.pretrain.parallelize import build, check_parallel, clip_of, make_mesh, own_timeline, parallelize
 from msc.pretrain.preflight import ASSUMED, resolve
 from msc.pretrain.presets import PRESETS
-from msc.pretrain.scales import Scale
 
 RANK = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import several_gpus; several_gpus.rank()"
 COLUMNS = [

@@ -22,11 +22,11 @@ import torch.multiprocessing as mp
 
 from msc.parallel import exchange
 from msc.parallel.temporal import bounds
-from msc.pretrain.layout import Clip, choose, halo_values, ring_values, ulysses_values
+from msc.pretrain.attention.layout import Clip, choose, halo_values, ring_values, ulysses_values
+from msc.pretrain.attention.scales import Scale, default_scales
+from msc.pretrain.attention.timeline import Timeline, WholeVideo
 from msc.pretrain.model import ModelConfig, MSCTransformer
 from msc.pretrain.parallelize import ParallelConfig, sharded_timeline
-from msc.pretrain.scales import Scale, default_scales
-from msc.pretrain.timeline import Timeline, WholeVideo
 
 HEADS, HEAD_WIDTH, GRID = 16, 64, (64, 64)  # the width of `base`, 4,096 tokens per frame
 RANKS, RUNS = 2, 7

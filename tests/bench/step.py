@@ -28,13 +28,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from msc.parallel import exchange, fp8
 from msc.parallel.temporal import bounds
 from msc.pretrain import cost
+from msc.pretrain.attention.scales import Scale
+from msc.pretrain.attention.timeline import Timeline, WholeVideo
 from msc.pretrain.layers import Block
-from msc.pretrain.meter import mfu
 from msc.pretrain.model import ModelConfig, MSCTransformer
+from msc.pretrain.monitoring.meter import mfu
 from msc.pretrain.parallelize import sharded_timeline
 from msc.pretrain.presets import PRESETS
-from msc.pretrain.scales import Scale
-from msc.pretrain.timeline import Timeline, WholeVideo
 
 SIDE = 32  # latents: 16 x 16 tokens with patch 2
 

@@ -27,12 +27,12 @@ from msc.datasets.shards import read_index
 from msc.datasets.statistics import Statistics, measure
 from msc.datasets.synthetic import curtains, gaussian_fields, moving_textures, turning_camera
 from msc.pretrain import cost
+from msc.pretrain.attention.gate import gate_constants
+from msc.pretrain.attention.scales import Scale, default_scales
 from msc.pretrain.diffusion import add_noise, frame_losses, shift_levels
-from msc.pretrain.gate import gate_constants
 from msc.pretrain.layers import Block
 from msc.pretrain.model import ModelConfig, MSCTransformer
 from msc.pretrain.sampler import generate
-from msc.pretrain.scales import Scale, default_scales
 
 TASKS = ("fields", "textures", "real", "curtains", "camera")
 SIDE, PATCH, HEADS = 24, 2, 4  # 12 x 12 tokens per frame

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..diffusion import frame_shift
+from ..inputs import Inputs
+from ..runs import Trained
+from ..sampler import generate
 from . import quality
-from .diffusion import frame_shift
 from .estimates import Part, join, summed
 from .frechet import Features
-from .inputs import Inputs
-from .runs import Trained
-from .sampler import generate
 
 Rows = dict[tuple[str, str], Part]  # what clips add, by table (or "features") and row
 SCORES = {"psnr_by_horizon": quality.psnr, "ssim_by_horizon": quality.ssim}

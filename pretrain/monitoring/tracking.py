@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-logger = logging.getLogger("msc.pretrain.metrics")
+logger = logging.getLogger("msc.pretrain.monitoring.metrics")
 
 PARAM_LENGTH = 500  # the limit of older servers; newer ones take 6000, which nobody reads on a page
 TAG_LENGTH = 5000

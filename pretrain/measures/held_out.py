@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from msc.datasets.batches import Batch, loader
 from msc.datasets.mixture import Shards, Stream, only
 
-from .config import Config
-from .diffusion import add_noise, frame_losses
+from ..config import Config
+from ..diffusion import add_noise, frame_losses
+from ..inputs import Feed, Inputs
+from ..layers import Block
+from ..model import MSCTransformer
+from ..sampler import Cache, remember
 from .estimates import Part, summed
-from .inputs import Feed, Inputs
-from .layers import Block
-from .model import MSCTransformer
-from .sampler import Cache, remember
 
 BINS = 5  # equal ranges of the noise level
 HELD_OUT_SEED = 1_000_003  # noise of evaluations: the same in every run and at every step

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from . import rollback
+from ..checkpoints import rollback
 
 
 class Broken:
