@@ -1,10 +1,12 @@
 """Files and folders that appear whole or not at all, whatever interrupts their writing."""
 
+import errno
 import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,20 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Add a line of JSON to a file that tells what a run did. Where the disk is full the line is lost, which is said:
+    no reason to end a run whose next checkpoint may find room. Nor is half a line left, at which readers would stop."""
+    line = (json.dumps(record) + "\n").encode()
+    try:
+        with path.open("ab", buffering=0) as file:
+            end = file.tell()
+            if file.write(line) != len(line):
+                file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        print(f"msc: a line of {path} is lost: {error.strerror}", file=sys.stderr, flush=True)
 
 
 def last_line(path: Path) -> dict[str, Any]:

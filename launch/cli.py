@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if "traceback" not in args and is_users(error):
             print(f"msc: {message(error)}", file=sys.stderr)
-            code = 1 if isinstance(error, ConnectionError) else 2  # of other ranks: no mistake of the user's
+            of_others = isinstance(error, ConnectionError)  # of other ranks: no mistake of the user's
+            code = 1 if of_others else getattr(error, "exit_code", 2)
         else:
             traceback.print_exc()
             code = 1

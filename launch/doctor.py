@@ -10,6 +10,7 @@ import io
 import json
 import os
 import platform
+import resource
 import shutil
 import sys
 import sysconfig
@@ -274,6 +275,7 @@ def space_checks(folder: Path) -> list[Check]:
         checks.append(
             free_space("shared memory", shared, 1, "start the container with --shm-size=8g, or data.workers=0")
         )
+    checks += open_files()
     memory = psutil.virtual_memory()
     found = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free"
     if memory.available < 4 * GIB:
@@ -281,6 +283,21 @@ def space_checks(folder: Path) -> list[Check]:
     else:
         checks.append(Check("memory", "ok", found))
     return checks
+
+
+def open_files() -> list[Check]:
+    """For how many ranks the first of them could keep connections."""
+    if attempt("torch"):
+        return []
+    from msc.parallel.process import FILES_OF_A_RANK, OPEN_FILES
+
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if hard == resource.RLIM_INFINITY:
+        return [Check("open files", "ok", "no limit")]
+    ranks = max(0, hard - OPEN_FILES) // FILES_OF_A_RANK
+    found = f"{hard:,} for a process at most (ulimit -Hn), enough for {ranks:,} ranks"
+    fix = "" if ranks >= 64 else "raise it for jobs: limits.conf, or LimitNOFILE of slurmd"
+    return [Check("open files", "problem" if fix else "ok", found, fix)]
 
 
 def free_space(name: str, folder: Path, enough_gib: float, fix: str) -> Check:

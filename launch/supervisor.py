@@ -26,6 +26,7 @@ from msc.launch.commands import said as say
 from msc.launch.ledger import Cluster
 from msc.pretrain.checkpoints import shelf
 from msc.pretrain.monitoring import heartbeat
+from msc.pretrain.monitoring.guard import REPEATS
 
 # A detached job on this machine: a process of its own that is given the Job as JSON.
 LOCAL_PROGRAM = "import sys; from msc.launch import supervisor; supervisor.attend(supervisor.from_json(sys.argv[1]))"
@@ -126,7 +127,7 @@ def slurm_number(environment: Mapping[str, str]) -> str:
 
 def end(job: Job, code: int) -> int:
     settle(job, code)
-    if code:
+    if code not in (0, REPEATS):  # how to go on after that is in the log: not with the same command
         say(f"to go on, where the job is not in the queue again: {job.again}")
     return code
 
@@ -142,7 +143,7 @@ def decide(code: int, fruitless: int, limit: int, worked: bool, goes_on: bool = 
         return "done", "finished"
     if code == SIGNALLED and not goes_on:
         return "over", "not started again, as its time is over and it would begin anew: raise --time"
-    if code == INTERRUPTED or (code == MISTAKE and not worked):
+    if code in (INTERRUPTED, REPEATS) or (code == MISTAKE and not worked):
         return "over", "not started again, as it would end the same; the reason is in the log"
     if code == 1 and not worked:
         return "over", "not started again, as it failed before it got anything done; the reason is in the log"

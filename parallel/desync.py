@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from .agreement import gather
@@ -24,6 +26,15 @@ def disagreements(facts: Sequence[Mapping[str, Any]]) -> list[str]:
             if value != usual
         ]
     return found
+
+
+def digest(folders: Iterable[Path]) -> str:
+    """Of the Python files in some folders, their names and what is in them: what a rank would run."""
+    found = hashlib.sha256()
+    for folder in folders:
+        for path in sorted(folder.rglob("*.py")):
+            found.update(f"{folder.name}/{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
+    return found.hexdigest()[:12]
 
 
 def agree(facts: Mapping[str, Any]) -> None:

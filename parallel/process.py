@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+OPEN_FILES = 500  # that a rank has open besides its connections: libraries, devices, loader workers, shards
+FILES_OF_A_RANK = 6  # that each rank of the world costs at most, on the first one; 5 were counted
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ def join(timeout_s: float) -> World:
     if missing:
         raise ValueError(f"{', '.join(missing)} not set; start training with `msc train` or under torchrun")
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    allow_open_files(size)
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
@@ -47,6 +52,24 @@ def join(timeout_s: float) -> World:
         keep_freed_memory()
     dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
     return World(rank, size, device)
+
+
+def allow_open_files(size: int) -> None:
+    """Raise this process's limit of open files where it is low; ValueError if that is too few for `size` ranks.
+
+    Every process group is a connection to each of its ranks, and the first rank keeps a store to which all others
+    connect three times: some 5 for each rank there. Many systems begin with 1024.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = 2**20 if hard == resource.RLIM_INFINITY else hard
+    needed = OPEN_FILES + FILES_OF_A_RANK * size
+    if most < needed:
+        raise ValueError(
+            f"a process may open {most} files here (ulimit -Hn), but {size} ranks need {needed}: raise the limit for "
+            "jobs (limits.conf, or LimitNOFILE of slurmd)"
+        )
+    if soft != resource.RLIM_INFINITY and soft < (enough := min(most, max(needed, 65536))):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
 
 
 def keep_freed_memory() -> None:

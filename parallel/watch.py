@@ -9,6 +9,7 @@ and the rank before the missing one do this.
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import json
 import os
@@ -31,6 +32,7 @@ GRACE = 5.0  # seconds in which a rank that learns of a failure may still find i
 SILENCE = 10.0  # seconds without a beat; a loaded machine or a busy interpreter lock may well cost a few
 EXIT = 1
 BEHIND = "stays behind"
+TOO_MANY = os.strerror(errno.EMFILE)
 UNANSWERED = "rank 0, which keeps the store, does not answer"
 # torchrun keeps one store over its restarts
 PREFIX = f"msc/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
@@ -118,6 +120,8 @@ class Watch:
         found = self._judge()
         if not found:
             same = "all ranks answer and none is late; they may have called different collectives"
+            if TOO_MANY in str(error):
+                same = "this process may open no more files (ulimit -n)"
             found = UNANSWERED if found is None else same
         if BEHIND in found:  # a hang: where each rank stood is what one wants to know
             traceback.print_tb(error.__traceback__)

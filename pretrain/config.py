@@ -52,6 +52,8 @@ class TrainConfig:
         for name, least in {"clips": 1, "batch": 1, "micro": 1, "report": 1, "evaluate": 0, "held_out": 1}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least {least}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"train.seed is {self.seed}; it must fit into 64 bits")
 
     @property
     def steps(self) -> int:

@@ -137,7 +137,7 @@ def evaluate(
     done, interrupted, told = 0, False, time.monotonic()
     with tqdm(total=clips, desc="evaluate", unit="clip", disable=None) as bar:
         try:
-            for batch in held_out_batches(trained.config, shards, clips, EACH):
+            for batch, _ in held_out_batches(shards, clips, EACH):
                 rows: Rows = {}
                 for who, one in subjects.items():
                     inputs, seed = feeds[who][batch.bucket](batch), HELD_OUT_SEED + batch.samples[0]

@@ -32,9 +32,15 @@ class OptimizerConfig:
     ema_halflife: int = 100_000
 
     def __post_init__(self):
-        if self.lr <= 0 or not 0 <= self.final <= 1:
+        if not 0 < self.lr < math.inf or not 0 <= self.final <= 1:
             raise ValueError(f"optimizer.lr ({self.lr}) must be positive and optimizer.final ({self.final}) in [0, 1]")
-        if self.warmup < 0 or self.ema_halflife < 0 or self.clip < 0:
+        if not all(0 <= beta < 1 for beta in self.betas) or not 0 < self.eps < math.inf:
+            raise ValueError(
+                f"optimizer.betas ({self.betas}) must lie in [0, 1) and optimizer.eps ({self.eps}) be positive"
+            )
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"optimizer.weight_decay is {self.weight_decay}; it must not be negative")
+        if self.warmup < 0 or self.ema_halflife < 0 or not self.clip >= 0:
             raise ValueError(
                 f"optimizer.warmup ({self.warmup}), ema_halflife ({self.ema_halflife}) and clip ({self.clip}) "
                 "must not be negative"

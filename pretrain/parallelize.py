@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,11 +67,11 @@ class ParallelConfig:
         if self.sp < 1:
             raise ValueError(f"parallel.sp is {self.sp}; it must be at least 1")
         for name in ("timeout", "bytes_per_s", "flops_per_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"parallel.{name} is {getattr(self, name)}; it must be positive")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"parallel.{name} is {getattr(self, name)}; it must be positive and finite")
         if not self.wait_s >= 0:
             raise ValueError(f"parallel.wait_s is {self.wait_s}; it must not be negative")
-        if self.stall < 0:
+        if not self.stall >= 0:
             raise ValueError(f"parallel.stall is {self.stall}; it must be positive, or 0 for no limit")
         check_zero(self.zero, self.precision)
 

@@ -103,14 +103,21 @@ def check(config: Config, run: Path, resume: bool, processes: int) -> Config:
                 f"parallel.sp is {config.parallel.sp}, but video for {index.autoencoder} cannot be cut along time "
                 "before it is encoded; convert with --store latent"
             )
-    needed = 16 * cost.parameters(config.model)
+    check_room(config, run)
+    return config
+
+
+def check_room(config: Config, run: Path) -> None:
+    """OSError where the checkpoints that a run keeps do not fit: the oldest goes when the next is whole."""
+    each, most = 16 * cost.parameters(config.model), config.checkpoint.keep + 1
+    more = max(1, most - len(shelf.candidates(run)))
     there = next(parent for parent in (run.absolute(), *run.absolute().parents) if parent.exists())
     free = shutil.disk_usage(there).free
-    if free < 2 * needed:
+    if free < more * each:
         raise OSError(
-            f"{there} has {free / 1e9:.1f} GB free; a checkpoint takes {needed / 1e9:.1f} GB and two must fit"
+            f"{there} has {free / 1e9:.1f} GB free; a checkpoint takes {each / 1e9:.1f} GB, and with checkpoint.keep "
+            f"{config.checkpoint.keep} there are up to {most}, {more} more than now: free some, or keep fewer"
         )
-    return config
 
 
 # What a dry run without shards assumes: 5 s of 512 × 512 video at 16 frames/s in a common autoencoder's latents.
@@ -148,7 +155,7 @@ def describe(config: Config, processes: int = 1) -> str:
     state = cost.state_bytes(count, config.parallel.zero.stage, processes, bf16)
     clip = clip_of(config.model, config.parallel, index.frames, index.height, index.width)
     activations = kept_activations(config.model, config.parallel, clip, config.train.micro, config.parallel.recompute)
-    init = 4 * count  # every rank builds the whole model in fp32 before it is sharded
+    whole = f"; {4 * count / 1e9:.2f} at the start, before sharding" if config.parallel.zero.stage < 3 else ""
     flops = cost.step_flops(config.model, index.frames, index.height, index.width)
     attention = 3 * cost.attention_flops(config.model, index.frames, index.height, index.width)
     facts = [
@@ -160,7 +167,7 @@ def describe(config: Config, processes: int = 1) -> str:
         ("processes", f"{processes} = dp {dp} × sp {config.parallel.sp}, {accumulate} micro-batches each"),
         ("training FLOPs per clip", f"{flops:.3e} ({attention / flops:.0%} attention)"),
         ("memory per process", f"about {(state + activations) / 1e9:.2f} GB (estimate): state {state / 1e9:.2f}, "
-                               f"activations {activations / 1e9:.2f}; {init / 1e9:.2f} at the start, before sharding"),
+                               f"activations {activations / 1e9:.2f}{whole}"),
     ]  # fmt: skip
     if config.train.init_from:
         start = warm.find(Path(config.train.init_from))

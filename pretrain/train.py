@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import faulthandler
-import json
 import os
 import signal
 import socket
@@ -19,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from msc.datasets.batches import loader
-from msc.datasets.files import write_atomically
+from msc.datasets.files import append_line, write_atomically
 from msc.datasets.mixture import Shards, check_sizes, open_shards
 from msc.parallel import agreement, desync, fp8, process, zero
 from msc.parallel.mesh import scattered
@@ -46,6 +45,7 @@ from .parallelize import build, clip_of, make_mesh, own_timeline, parallelize
 from .preflight import resolve, sizes
 from .runs import LatentSpace, write_space
 
+PACKAGES = [Path(__file__).parents[1] / name for name in ("pretrain", "parallel", "datasets", "launch")]
 REQUEUE = 75  # exit code of a run that was stopped, has saved, and wants to go on (EX_TEMPFAIL)
 
 
@@ -83,11 +83,12 @@ def _train(
     # The world: who we are, and which part of every clip is ours ------------------------------------
     shards = open_shards(config.data)
     config = resolve(config, shards.index)
-    versions = {**checkpoint.versions(), **code_version()}
     desync.agree(
-        {**flat(config), **versions, "run": str(run.absolute()), "resume": resume, "back to": back_to, "again": again,
+        {**flat(config), **checkpoint.versions(), "code": desync.digest(PACKAGES), "run": str(run.absolute()),
+         "resume": resume, "back to": back_to, "again": again,
          "index.json": " ".join(found.digest for found in shards.sets)}
     )  # fmt: skip
+    versions = {**checkpoint.versions(), **agreement.on_first(code_version)}  # git, on a node that is not in a hurry
     agreement.on_first(partial(check_sizes, shards), patient=True)
     mesh = make_mesh(world.size, config.parallel.sp, world.device.type)
     if (told := scattered(agreement.gather(socket.gethostname()), config.parallel.sp)) and world.first:
@@ -169,7 +170,6 @@ def _train(
     tracker.start(run, flat(config), dump(config), run.name, resume=mlflow, enabled=world.first)
     if step == 0:  # later it is the user's
         tracker.tags({"mlflow.note.content": DESCRIPTION})
-    log = (run / "log.jsonl").open("a") if world.first else None
     meter = Meter(world.device)
     tokens = [frames * cost.tokens_per_frame(config.model, height, width) for frames, height, width in sizes(shards)]
     flops = [cost.step_flops(config.model, *size) / world.size for size in sizes(shards)]
@@ -203,8 +203,7 @@ def _train(
         for picture in pictures if world.first else []:
             tracker.artifact(picture, "samples")
         if world.first:
-            with (run / "held_out.jsonl").open("a") as file:
-                file.write(json.dumps({"step": step, "clock": clock, **losses.metrics("")}) + "\n")
+            append_line(run / "held_out.jsonl", {"step": step, "clock": clock, **losses.metrics("")})
             bar.write(f"step {step}: held-out loss {losses.mean:.4f} (averaged weights)", file=sys.stderr)
 
     try:
@@ -242,7 +241,7 @@ def _train(
                 with fp8.autocast(config.parallel.precision == "fp8"):
                     velocity = engine(part.noisy, part.t, part.text, part.labels, feed.timeline, part.all_t)
                 errors = frame_losses(velocity, part.x, part.noise)
-                of_step.add(errors.detach(), part)
+                of_step.add(errors.detach(), part.t, part.supervised)
                 errors_of_step.append(errors.detach())
                 share = (errors * part.supervised).sum() / counted
                 zero.backward(engine, share * world.size)
@@ -260,7 +259,7 @@ def _train(
                     rollback.note_skipped(run, step, clock - batch, batch, objected, found)
                 if history.in_a_row >= config.guard.stop_after:
                     writer.leave(others_live=True)  # the last checkpoint is one to go back to, once it is whole
-                    raise ValueError(rollback.too_many(run, history.in_a_row, objected))
+                    raise guard.Repeats(rollback.too_many(run, history.in_a_row, objected))
             else:
                 losses.merge(of_step)
             meter.step(batch * tokens[clips_of_step.bucket], batch, batch * flops[clips_of_step.bucket])
@@ -289,9 +288,8 @@ def _train(
                         off_plan = True
                         bar.write(f"msc: step {step}: {told}", file=sys.stderr)
                 tracker.log({**values, **losses.metrics("loss/")}, step)
-                if log is not None:
-                    log.write(json.dumps({"step": step, **values}) + "\n")
-                    log.flush()
+                if world.first:
+                    append_line(run / "log.jsonl", {"step": step, **values})
                     bar.set_postfix(loss=f"{losses.mean:.4f}")
                     if bar.disable:
                         print(progress(step, config.train.steps, values), file=sys.stderr, flush=True)
@@ -318,8 +316,6 @@ def _train(
     finally:
         bar.close()
         clips.close()
-        if log is not None:
-            log.close()
         tracker.finish(state)
         if state != "FAILED":  # after a failure the others may hang in a collective: do not wait for them
             process.leave()

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import writing
@@ -14,8 +15,11 @@ from processes import run_ranks
 from safetensors.torch import load_file
 
 from msc.launch import cli
+from msc.pretrain import cost, preflight
 from msc.pretrain.checkpoints import shelf
 from msc.pretrain.checkpoints.checkpoint import CheckpointConfig
+from msc.pretrain.config import load
+from msc.pretrain.presets import preset
 
 
 @pytest.mark.parametrize(
@@ -201,3 +205,16 @@ def test_msc_checkpoints_lists_and_verifies(written, tmp_path, capsys):
     assert cli.main(["checkpoints", str(run)]) == 1
     assert cli.main(["checkpoints", str(tmp_path)]) == 2
     assert json.loads((shelf.latest(run) / "meta.json").read_text())["world"] == 2
+
+
+@pytest.mark.parametrize(("there", "free", "more"), [(0, 3.5, 4), (0, 4, 0), (2, 1.5, 2), (3, 1.5, 0), (9, 0.5, 1)])
+def test_room_is_needed_for_the_checkpoints_that_are_still_to_come(there, free, more, tmp_path, monkeypatch):
+    config = load(preset("demo"), overrides=["checkpoint.keep=3", "model.channels=3"])
+    each = 16 * cost.parameters(config.model)
+    monkeypatch.setattr(shelf, "candidates", lambda run: [run] * there)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=free * each))
+    if not more:
+        preflight.check_room(config, tmp_path)
+        return
+    with pytest.raises(OSError, match=f"there are up to 4, {more} more than now"):
+        preflight.check_room(config, tmp_path)

@@ -45,6 +45,12 @@ def test_shards_are_a_folder_or_a_list_with_weights(tmp_path):
         (["data.shards=[{path: a, wieght: 2}]"], "unknown key data.shards.wieght; did you mean data.shards"),
         (["data.shards=[{weight: 2}]"], "path: Field required"),
         (["data.commands=[rm]"], "data.commands has 'rm'"),
+        (["optimizer.lr=.nan"], "optimizer.lr"),
+        (["optimizer.betas=[1.0, 0.9]"], "optimizer.betas"),
+        (["optimizer.eps=-1"], "optimizer.eps"),
+        (["optimizer.weight_decay=.inf"], "optimizer.weight_decay"),
+        (["train.seed=18446744073709551616"], "train.seed is 18446744073709551616"),
+        (["parallel.timeout=.inf"], "parallel.timeout is inf"),
         (["parallel.zero.stage=4"], r"parallel.zero.stage.*given: 4"),
     ],
 )

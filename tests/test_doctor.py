@@ -116,3 +116,12 @@ def test_little_space_is_a_problem_with_its_folder(monkeypatch, tmp_path: Path) 
         assert (disk.state, shared.state) == (state, state)
         assert str(tmp_path) in disk.found
         assert bool(disk.fix) == (state == "problem")
+
+
+@pytest.mark.parametrize(("hard", "found", "state"), [(-1, "no limit", "ok"), (1024, "enough for 87 ranks", "ok"),
+                                                      (512, "enough for 2 ranks", "problem")])  # fmt: skip
+def test_how_many_ranks_may_connect(hard, found, state, monkeypatch) -> None:
+    monkeypatch.setattr(doctor.resource, "getrlimit", lambda _: (256, hard))
+    [check] = doctor.open_files()
+    assert (check.state, bool(check.fix)) == (state, state == "problem")
+    assert found in check.found

@@ -24,7 +24,7 @@ def test_parts_of_the_loss_make_up_the_loss():
         assert float(sums[:, 1:].sum() / counts[:, 1:].sum()) == pytest.approx(mean)
     assert by_noise(errors, inputs)[0].shape == (5, 1 + BINS) and by_position(errors, inputs)[0].shape == (5, 1 + 7)
     in_training = Losses.zeros(torch.device("cpu"))
-    in_training.add(errors, inputs)
+    in_training.add(errors, inputs.t, inputs.supervised)
     expected = over_clips(*by_noise(errors, inputs))[0][1:].tolist()
     assert [v for k, v in in_training.metrics("").items() if k != "mean"] == pytest.approx(expected)
 

@@ -24,6 +24,7 @@ from msc.datasets.statistics import Statistics, measure, mix
 from msc.datasets.synthetic import write_videos
 from msc.pretrain import preflight
 from msc.pretrain.config import load
+from msc.pretrain.measures.held_out import held_out_batches
 
 BUCKETS = ((8, 16, 24), (4, 16, 24), (8, 24, 16))
 
@@ -181,6 +182,19 @@ def data(bucketed, plain) -> DataConfig:
             shard["bucket"] //= 2
         (bucketed / "index.json").write_text(json.dumps(index))
     return DataConfig((ShardsFrom(str(bucketed), 1.0), ShardsFrom(str(plain), 3.0)))
+
+
+@pytest.mark.parametrize("each", [1, 2])
+def test_the_held_out_clips_that_count_are_the_same_for_any_number_of_rows(data, each):
+    """And every row takes part in as many whole batches."""
+    shards = open_shards(data)
+    expected = sorted(sample for batch, _ in held_out_batches(shards, 5, each) for sample in batch.samples)
+    for rows in (2, 3, 8):
+        found = [list(held_out_batches(shards, 5, each, rows, row)) for row in range(rows)]
+        assert len({len(batches) for batches in found}) == 1
+        assert {len(batch.samples) for batches in found for batch, _ in batches} == {each}
+        counted = [sample for batches in found for batch, count in batches for sample in batch.samples[:count]]
+        assert sorted(counted) == expected
 
 
 @pytest.mark.parametrize("one_set", [True, False])

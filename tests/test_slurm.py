@@ -169,6 +169,7 @@ def test_where_the_site_is_looked_for(tmp_path):
         (2, 0, False, "over"),  # the settings
         (2, 1, True, "again"),  # they were good before: a file system that stumbles
         (130, 0, True, "over"),
+        (65, 1, True, "over"),  # steps or clips that another start would meet again
     ],
 )
 def test_what_becomes_of_a_job(code, fruitless, stepped, verdict):

@@ -153,7 +153,7 @@ def test_nan_on_one_rank_costs_that_step_and_nothing_else(shards, tmp_path):
 @pytest.mark.gloo
 def test_too_many_in_a_row_stop_the_run_and_a_rollback_leaves_out_all_since(shards, tmp_path):
     run = Run(tmp_path, shards, "guard.stop_after=3", "checkpoint.keep=9", steps=12, sp=2, nan=[1, [16, 20, 24]])
-    said = run.go(code=2)
+    said = run.go(code=65)
     samples = [sample for line in run.consumed() if line.get("clock") in (16, 20, 24) for sample in line["samples"]]
     assert "3 steps in a row were not taken" in said and "Traceback" not in said
     assert all(re.search(rf"Samples: .*\b{sample}\b", said) for sample in samples)

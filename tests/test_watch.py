@@ -17,7 +17,7 @@ import torch.distributed as dist
 from processes import free_port
 
 from msc.parallel import agreement, watch
-from msc.parallel.desync import disagreements
+from msc.parallel.desync import digest, disagreements
 from msc.parallel.watch import Place, Watch, verdict
 
 TIMEOUT = 4.0
@@ -190,6 +190,16 @@ def test_the_majority_is_right():
     facts = [{"a": 1, "b": 2}, {"a": 3, "b": 2}, {"a": 3}]
     assert disagreements(facts) == ["rank 0 has a = 1, rank 1 has 3", "rank 2 has b = None, rank 0 has 2"]
     assert disagreements([{"a": 1}] * 4) == []
+
+
+def test_the_code_that_ranks_compare_is_what_is_in_its_files(tmp_path):
+    found = []
+    for name, text in (("a.py", "x = 1"), ("a.py", "x = 2"), ("b.py", "x = 2"), ("deep/er.py", ""), ("notes.txt", "")):
+        path = tmp_path / "code" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        found.append(digest([tmp_path / "code"]))
+    assert len(set(found)) == 4 and found[-1] == found[-2]
 
 
 def test_a_verdict_names_the_silent_before_the_slow():

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from msc.datasets.batches import Batch
-from msc.datasets.files import write_atomically
+from msc.datasets.files import append_line, write_atomically
 
 from . import shelf
 
@@ -47,8 +47,7 @@ def note_skipped(
         worst[sample, key] = max(worst.get((sample, key), -1.0), error if math.isfinite(error) else math.inf)
     ranked = sorted(worst.items(), key=lambda item: -item[1])
     clips = [{"sample": s, "key": key, "error": e if e < math.inf else None} for (s, key), e in ranked]
-    with (run / "skipped.jsonl").open("a") as file:
-        file.write(json.dumps({"step": step, "clock": clock, "batch": batch, "why": why, "clips": clips}) + "\n")
+    append_line(run / "skipped.jsonl", {"step": step, "clock": clock, "batch": batch, "why": why, "clips": clips})
     bad = [clip for clip in clips if clip["error"] is None] or clips
     names = ", ".join(f"{clip['sample']} ({clip['key']})" for clip in bad[:8]) + (" ..." if len(bad) > 8 else "")
     print(f"msc: step {step} is not taken: {why}; clips {names}", file=sys.stderr, flush=True)

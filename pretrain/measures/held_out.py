@@ -3,6 +3,7 @@ with parts of the past hidden."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -44,11 +45,11 @@ class Losses:
     def zeros(device: torch.device) -> Losses:
         return Losses(*(torch.zeros(BINS, dtype=torch.float64, device=device) for _ in range(2)))
 
-    def add(self, errors_BT: Tensor, inputs: Inputs) -> None:
-        mask = inputs.supervised
-        bins = bin_of(inputs.t[mask])
-        self.sums.index_add_(0, bins, errors_BT[mask].double())
-        self.counts.index_add_(0, bins, torch.ones_like(bins, dtype=torch.float64))
+    def add(self, errors_BT: Tensor, t_BT: Tensor, counted_BT: Tensor) -> None:
+        """Those of frames that count. Without indexing by a mask, for which a CPU would wait for the GPU."""
+        bins = bin_of(t_BT).flatten()
+        self.sums.index_add_(0, bins, errors_BT.where(counted_BT, 0).flatten().double())
+        self.counts.index_add_(0, bins, counted_BT.flatten().double())
 
     def reduce(self) -> None:
         """Sum over all ranks."""
@@ -75,24 +76,25 @@ class Losses:
 
 
 def held_out_batches(
-    config: Config,
     shards: Shards,
     clips: int,
     each: int,
     rows: int = 1,
     row: int = 0,
     frames: Sequence[tuple[int, int]] | None = None,
-) -> Iterator[Batch]:
-    """The first held-out clips, in order, `each` at a time and row; with several rows whole batches only.
+) -> Iterator[tuple[Batch, int]]:
+    """The first held-out clips, in order, `each` at a time and row; and how many of a batch count, from its first on.
 
-    frames: of every bucket.
+    All rows get as many whole batches, as a pass is for all ranks together. What lies beyond the last clip there is
+    read but does not count, so that the clips measured are the same for any number of rows. frames: of every bucket.
     """
     for bucket, (streams, parts) in enumerate(zip(shards.streams("held_out"), parts_of(shards, clips), strict=True)):
         for stream, some in zip(streams, parts, strict=True):
-            if rows > 1:
-                some = max(1, some // (rows * each)) * rows * each  # with fewer clips than rows some are seen twice
-            own = None if frames is None else frames[bucket]
-            yield from _held_out(stream, bucket, 0, some, rows * each, row, rows, own)
+            own, whole = None if frames is None else frames[bucket], rows * each
+            read = some if rows == 1 else math.ceil(some / whole) * whole
+            for number, batch in enumerate(_held_out(stream, bucket, 0, read, whole, row, rows, own)):
+                first = (number * rows + row) * each
+                yield batch, min(max(some - first, 0), len(batch.samples))
 
 
 def parts_of(shards: Shards, clips: int) -> list[list[int]]:
@@ -131,11 +133,13 @@ def held_out_losses(
     frames = [(feed.frames.start, feed.frames.stop) for feed in feeds]
     losses = Losses.zeros(feeds[0].device)
     model.eval()
-    for batch in held_out_batches(config, shards, config.train.held_out, config.train.micro, rows, row, frames):
+    each = config.train.micro
+    for batch, count in held_out_batches(shards, config.train.held_out, each, rows, row, frames):
         feed = feeds[batch.bucket]
         inputs = feed(batch)
         velocity = model(inputs.noisy, inputs.t, inputs.text, inputs.labels, feed.timeline, inputs.all_t)
-        losses.add(frame_losses(velocity, inputs.x, inputs.noise), inputs)
+        counted = inputs.supervised & (torch.arange(len(inputs.t), device=inputs.t.device) < count)[:, None]
+        losses.add(frame_losses(velocity, inputs.x, inputs.noise), inputs.t, counted)
     model.train()
     losses.reduce()
     return losses

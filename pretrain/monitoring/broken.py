@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
 
+from msc.datasets.files import append_line
+
 from ..checkpoints import rollback
+from .guard import Repeats
 
 
 class Broken:
@@ -20,16 +22,14 @@ class Broken:
     def note(self, step: int, met: Iterable[tuple[int, str]], writing: bool) -> None:
         """Add what was met in a step, the same on every rank, of which one is `writing`.
 
-        ValueError once more than `most` are known: one rank alone may never meet that many.
+        Repeats once more than `most` are known: one rank alone may never meet that many.
         """
         new = {sample: why for sample, why in met if sample not in self.found}
         self.found |= new
-        if writing and new:
-            with self.path.open("a") as file:
-                for sample, why in sorted(new.items()):
-                    file.write(json.dumps({"step": step, "sample": sample, "why": why}) + "\n")
+        for sample, why in sorted(new.items()) if writing else ():
+            append_line(self.path, {"step": step, "sample": sample, "why": why})
         if len(self.found) > self.most:
-            raise ValueError(
+            raise Repeats(
                 f"{len(self.found)} of {self.clips} clips are broken, more than data.max_bad allows ({self.most}): see "
                 f"{self.path}; check the disk, or run `msc convert` again"
             )

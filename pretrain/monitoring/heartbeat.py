@@ -57,8 +57,15 @@ def beating(
             _write(run, *place, known)
 
     def work() -> None:
+        began, doubt = time.monotonic(), 0.0  # doubt: until when somebody may have taken the run from us
         write()
         while not over.wait(seconds):
+            now = time.monotonic()
+            if now - began > FRESH:  # stopped, or a file system that stood still: we were taken for dead
+                doubt = now + FRESH
+            began = now
+            if now < doubt and (other := other_than(known, read(run))):
+                _end_taken(run, other)
             write()
 
     def look() -> None:  # a thread of its own, as a file system that answers no more also stops the other
@@ -77,6 +84,18 @@ def beating(
             thread.join(seconds)
         place = place[0], ENDED, time.time()
         write()
+
+
+def other_than(known: Mapping[str, Any], beat: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The heartbeat if it is that of another process, which goes on; else {}."""
+    same = [beat.get(name) for name in ("host", "pid")] == [known["host"], known["pid"]]
+    return {} if same or not is_fresh(beat, time.time()) else beat
+
+
+def _end_taken(run: Path, beat: Mapping[str, Any]) -> None:
+    said = f"stood still for more than {FRESH:g} s, and meanwhile {taken(run, beat)}"
+    print(f"msc: rank 0: {said}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _end_stalled(step: int, phase: str, stall: float) -> None:
