@@ -7,9 +7,9 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 TAIL_BYTES = 65536  # more than a line of any log
 
@@ -35,8 +35,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Add a line of JSON to a file that tells what a run did. Where the disk is full the line is lost, which is said:
-    no reason to end a run whose next checkpoint may find room. Nor is half a line left, at which readers would stop."""
+    """Add a line of JSON to a file that tells what a run did. Where that cannot be written, as on a full disk, the line
+    is lost, which is said: no reason to end a run whose next checkpoint may find room. Nor is half a line left, at
+    which readers would stop."""
     line = (json.dumps(record) + "\n").encode()
     try:
         with path.open("ab", buffering=0) as file:
@@ -46,6 +47,25 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
         print(f"msc: a line of {path} is lost: {error.strerror}", file=sys.stderr, flush=True)
+
+
+class Forgiving:
+    """A stream of text that loses what cannot be written: a log on a full disk must not end what it tells of."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def last_line(path: Path) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = 1 if of_others else getattr(error, "exit_code", 2)
         else:
             traceback.print_exc()
-            code = 1
+            code = getattr(error, "exit_code", 1)
     # Outside of the handler nothing holds on to the frames of the error any more, nor they to loader workers.
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # The others learn of a failed rank when it ends; an orderly exit may wait for them instead. And one that ended

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from msc.datasets.repeats import REPEATS
 from msc.datasets.work import count_finished
 from msc.launch import ledger, local
 from msc.launch.commands import PROGRAM
@@ -26,7 +27,6 @@ from msc.launch.commands import said as say
 from msc.launch.ledger import Cluster
 from msc.pretrain.checkpoints import shelf
 from msc.pretrain.monitoring import heartbeat
-from msc.pretrain.monitoring.guard import REPEATS
 
 # A detached job on this machine: a process of its own that is given the Job as JSON.
 LOCAL_PROGRAM = "import sys; from msc.launch import supervisor; supervisor.attend(supervisor.from_json(sys.argv[1]))"
@@ -143,7 +143,7 @@ def decide(code: int, fruitless: int, limit: int, worked: bool, goes_on: bool = 
         return "done", "finished"
     if code == SIGNALLED and not goes_on:
         return "over", "not started again, as its time is over and it would begin anew: raise --time"
-    if code in (INTERRUPTED, REPEATS) or (code == MISTAKE and not worked):
+    if code == INTERRUPTED or (code == MISTAKE and not worked) or (code == REPEATS and fruitless):
         return "over", "not started again, as it would end the same; the reason is in the log"
     if code == 1 and not worked:
         return "over", "not started again, as it failed before it got anything done; the reason is in the log"

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 OPEN_FILES = 500  # that a rank has open besides its connections: libraries, devices, loader workers, shards
-FILES_OF_A_RANK = 6  # that each rank of the world costs at most, on the first one; 5 were counted
+FILES_OF_A_RANK = 6  # that each rank of the world costs the first one; 5 were counted. Any node may be the first's
 
 
 @dataclass(frozen=True)

@@ -68,10 +68,14 @@ def preview(
     made = torch.cat([x[:, :given], *new], 1)
     truth, video = (to_uint8(feed.autoencoder.decode(model.denormalise(y[0]).cpu())) for y in (x, made))
     name = run / "samples" / (f"step-{step:08d}" + f"-clip{clip}" * (clip > 0))
-    name.parent.mkdir(exist_ok=True)
     shown = feed.autoencoder.video_frames(given)
-    contact_sheet([("truth", truth), ("continued", video)], name.with_suffix(".png"), context=shown)
-    write_mp4(name.with_suffix(".mp4"), enlarged(torch.cat([truth, video], -1)), shards.index.fps)
+    try:
+        name.parent.mkdir(exist_ok=True)
+        contact_sheet([("truth", truth), ("continued", video)], name.with_suffix(".png"), context=shown)
+        write_mp4(name.with_suffix(".mp4"), enlarged(torch.cat([truth, video], -1)), shards.index.fps)
+    except OSError as error:  # a full disk is the checkpoint's to complain about
+        print(f"msc: {name.name} could not be written: {error}", file=sys.stderr, flush=True)
+        return []
     return [name.with_suffix(".png"), name.with_suffix(".mp4")]
 
 

@@ -33,13 +33,15 @@ class OptimizerConfig:
 
     def __post_init__(self):
         if not 0 < self.lr < math.inf or not 0 <= self.final <= 1:
-            raise ValueError(f"optimizer.lr ({self.lr}) must be positive and optimizer.final ({self.final}) in [0, 1]")
+            raise ValueError(
+                f"optimizer.lr ({self.lr}) must be positive and finite, optimizer.final ({self.final}) in [0, 1]"
+            )
         if not all(0 <= beta < 1 for beta in self.betas) or not 0 < self.eps < math.inf:
             raise ValueError(
-                f"optimizer.betas ({self.betas}) must lie in [0, 1) and optimizer.eps ({self.eps}) be positive"
+                f"optimizer.betas ({self.betas}) must lie in [0, 1), optimizer.eps ({self.eps}) be positive and finite"
             )
         if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"optimizer.weight_decay is {self.weight_decay}; it must not be negative")
+            raise ValueError(f"optimizer.weight_decay is {self.weight_decay}; it must be finite and not negative")
         if self.warmup < 0 or self.ema_halflife < 0 or not self.clip >= 0:
             raise ValueError(
                 f"optimizer.warmup ({self.warmup}), ema_halflife ({self.ema_halflife}) and clip ({self.clip}) "

@@ -108,15 +108,16 @@ def check(config: Config, run: Path, resume: bool, processes: int) -> Config:
 
 
 def check_room(config: Config, run: Path) -> None:
-    """OSError where the checkpoints that a run keeps do not fit: the oldest goes when the next is whole."""
-    each, most = 16 * cost.parameters(config.model), config.checkpoint.keep + 1
+    """OSError where the checkpoints that a run will keep do not fit: the oldest goes when the next is whole."""
+    saved = config.checkpoint
+    each, most = 16 * cost.parameters(config.model), min(saved.keep + 1, -(-config.train.steps // saved.every))
     more = max(1, most - len(shelf.candidates(run)))
     there = next(parent for parent in (run.absolute(), *run.absolute().parents) if parent.exists())
     free = shutil.disk_usage(there).free
     if free < more * each:
         raise OSError(
-            f"{there} has {free / 1e9:.1f} GB free; a checkpoint takes {each / 1e9:.1f} GB, and with checkpoint.keep "
-            f"{config.checkpoint.keep} there are up to {most}, {more} more than now: free some, or keep fewer"
+            f"{there} has {free / 1e9:.1f} GB free; a checkpoint takes {each / 1e9:.1f} GB, and {more} more are to "
+            f"come before the oldest goes (checkpoint.keep is {saved.keep}): free some, or keep fewer"
         )
 
 

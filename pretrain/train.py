@@ -18,8 +18,9 @@ import torch
 from tqdm import tqdm
 
 from msc.datasets.batches import loader
-from msc.datasets.files import append_line, write_atomically
+from msc.datasets.files import Forgiving, append_line, write_atomically
 from msc.datasets.mixture import Shards, check_sizes, open_shards
+from msc.datasets.repeats import Repeats
 from msc.parallel import agreement, desync, fp8, process, zero
 from msc.parallel.mesh import scattered
 from msc.parallel.watch import of_communication, watching
@@ -58,6 +59,7 @@ def train(
     back_to: step or folder of a checkpoint to go back to first, leaving out all clips since. again: also if the run
     last went back to that one already. expected: what a plan says of a step; the run says once if it is off.
     """
+    sys.stdout, sys.stderr = Forgiving(sys.stdout), Forgiving(sys.stderr)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2)  # "where are you?": all stacks to stderr, also while a C call never returns
     with stop_signals() as stopping:
@@ -259,7 +261,7 @@ def _train(
                     rollback.note_skipped(run, step, clock - batch, batch, objected, found)
                 if history.in_a_row >= config.guard.stop_after:
                     writer.leave(others_live=True)  # the last checkpoint is one to go back to, once it is whole
-                    raise guard.Repeats(rollback.too_many(run, history.in_a_row, objected))
+                    raise Repeats(rollback.too_many(run, step, history.in_a_row, objected))
             else:
                 losses.merge(of_step)
             meter.step(batch * tokens[clips_of_step.bucket], batch, batch * flops[clips_of_step.bucket])

@@ -207,14 +207,17 @@ def test_msc_checkpoints_lists_and_verifies(written, tmp_path, capsys):
     assert json.loads((shelf.latest(run) / "meta.json").read_text())["world"] == 2
 
 
-@pytest.mark.parametrize(("there", "free", "more"), [(0, 3.5, 4), (0, 4, 0), (2, 1.5, 2), (3, 1.5, 0), (9, 0.5, 1)])
-def test_room_is_needed_for_the_checkpoints_that_are_still_to_come(there, free, more, tmp_path, monkeypatch):
-    config = load(preset("demo"), overrides=["checkpoint.keep=3", "model.channels=3"])
+@pytest.mark.parametrize(
+    ("there", "free", "more", "clips"),
+    [(0, 3.5, 4, 10**6), (0, 4, 0, 10**6), (2, 1.5, 2, 10**6), (3, 1.5, 0, 10**6), (9, 0.5, 1, 10**6), (0, 1.5, 0, 8)],
+)
+def test_room_is_needed_for_the_checkpoints_that_are_still_to_come(there, free, more, clips, tmp_path, monkeypatch):
+    config = load(preset("demo"), overrides=["checkpoint.keep=3", "model.channels=3", f"train.clips={clips}"])
     each = 16 * cost.parameters(config.model)
     monkeypatch.setattr(shelf, "candidates", lambda run: [run] * there)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=free * each))
     if not more:
         preflight.check_room(config, tmp_path)
         return
-    with pytest.raises(OSError, match=f"there are up to 4, {more} more than now"):
+    with pytest.raises(OSError, match=f"and {more} more are to come"):
         preflight.check_room(config, tmp_path)

@@ -22,3 +22,16 @@ for step in range(3):
     done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, f"msc: a line of {path} is lost: No space left on device\n")
     assert [line["step"] for line in read_lines(path)] == [0, 2]
+
+
+def test_a_log_on_a_full_disk_ends_nothing():
+    program = """
+import pathlib, sys
+from msc.datasets.files import Forgiving, append_line
+sys.stderr = Forgiving(sys.stderr)
+append_line(pathlib.Path("/dev/full"), {"step": 1})
+print("step 1", file=sys.stderr, flush=True)
+assert sys.stderr.fileno() == 2
+"""
+    with open("/dev/full", "w") as full:
+        assert subprocess.run([sys.executable, "-c", program], stderr=full).returncode == 0

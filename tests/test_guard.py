@@ -98,7 +98,7 @@ def test_the_same_rollback_only_happens_again_if_told_so(tmp_path, capfd, monkey
     assert read_left_out(tmp_path) == [(16, 60)] and len(shelf.checkpoints(tmp_path)) == 3
     assert capfd.readouterr().err.count("goes on from the newest checkpoint; --again") == 2
     shelf.point_to(tmp_path, shelf.find(tmp_path, "16"))
-    assert "--rollback N, N one of 16, 12, 4 (--again for" in too_many(tmp_path, 2, "loss nan")
+    assert "--rollback N, N one of 16, 12, 4 (--again for" in too_many(tmp_path, 19, 2, "loss nan")
     roll_back(tmp_path, "12")
     assert read_left_out(tmp_path) == [(16, 76)]
     roll_back(tmp_path, "12", again=True)

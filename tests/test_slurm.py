@@ -170,6 +170,7 @@ def test_where_the_site_is_looked_for(tmp_path):
         (2, 1, True, "again"),  # they were good before: a file system that stumbles
         (130, 0, True, "over"),
         (65, 1, True, "over"),  # steps or clips that another start would meet again
+        (65, 0, True, "again"),  # once, as the machine may have been at fault
     ],
 )
 def test_what_becomes_of_a_job(code, fruitless, stepped, verdict):

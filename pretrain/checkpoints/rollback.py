@@ -53,8 +53,8 @@ def note_skipped(
     print(f"msc: step {step} is not taken: {why}; clips {names}", file=sys.stderr, flush=True)
 
 
-def too_many(run: Path, count: int, why: str) -> str:
-    lines = read_lines(run / "skipped.jsonl")[-count:]
+def too_many(run: Path, step: int, count: int, why: str) -> str:
+    lines = [line for line in read_lines(run / "skipped.jsonl") if line["step"] > step - count]
     names = ", ".join(str(clip["sample"]) for line in lines for clip in line["clips"])
     there = [path.name for path in shelf.candidates(run)]
     steps = ", ".join(str(int(name.removeprefix("step-"))) for name in there[:8])

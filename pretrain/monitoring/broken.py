@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from msc.datasets.files import append_line
+from msc.datasets.repeats import Repeats
 
 from ..checkpoints import rollback
-from .guard import Repeats
 
 
 class Broken:

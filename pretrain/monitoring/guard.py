@@ -11,14 +11,6 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-REPEATS = 65  # exit code (EX_DATAERR) of a run that another start would end in the same way
-
-
-class Repeats(ValueError):
-    """What ends a run and would again, since order and noise of clips are functions of the clock. For the user."""
-
-    exit_code = REPEATS
-
 
 @dataclass(frozen=True)
 class GuardConfig:

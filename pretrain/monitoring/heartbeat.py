@@ -58,15 +58,19 @@ def beating(
 
     def work() -> None:
         began, doubt = time.monotonic(), 0.0  # doubt: until when somebody may have taken the run from us
+        met: dict[str, Any] = {}
         write()
         while not over.wait(seconds):
             now = time.monotonic()
             if now - began > FRESH:  # stopped, or a file system that stood still: we were taken for dead
                 doubt = now + FRESH
             began = now
-            if now < doubt and (other := other_than(known, read(run))):
-                _end_taken(run, other)
-            write()
+            if now < doubt and (beat := other_than(known, read(run))):
+                if took(known, met, beat):
+                    _end_taken(run, beat)
+                met = beat  # and let it beat again
+            else:
+                write()
 
     def look() -> None:  # a thread of its own, as a file system that answers no more also stops the other
         while stall and not over.wait(seconds):
@@ -86,10 +90,18 @@ def beating(
         write()
 
 
-def other_than(known: Mapping[str, Any], beat: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The heartbeat if it is that of another process, which goes on; else {}."""
+def other_than(known: Mapping[str, Any], beat: dict[str, Any]) -> dict[str, Any]:
+    """The heartbeat if it is that of another process, else {}."""
     same = [beat.get(name) for name in ("host", "pid")] == [known["host"], known["pid"]]
-    return {} if same or not is_fresh(beat, time.time()) else beat
+    return {} if same else beat
+
+
+def took(known: Mapping[str, Any], met: Mapping[str, Any], beat: Mapping[str, Any]) -> bool:
+    """Whether another process took the run from the one that is `known` and goes on, or has trained and ended since;
+    by its heartbeat, and the one `met` before. One that beats no more was killed, and has nothing."""
+    if beat["phase"] == ENDED:
+        return beat["started"] > known["started"] and beat["step"] > 0
+    return is_fresh(beat, time.time()) and bool(met) and beat["pid"] == met["pid"] and beat["time"] != met["time"]
 
 
 def _end_taken(run: Path, beat: Mapping[str, Any]) -> None:
