@@ -20,7 +20,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from msc.datasets.files import last_line, write_atomically
+from msc.datasets.files import last_line, locked, write_atomically
 from msc.launch import ledger, local, slurm
 from msc.launch.commands import PROGRAM, said
 from msc.launch.ladder import Run, Sweep
@@ -37,16 +37,17 @@ def prepare(folder: Path, sweep: Sweep) -> None:
     """Write down which runs the folder is for. ValueError if one of them was begun with other settings."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "sweep.json"
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    new = {run.name: run.settings for run in sweep.runs}
-    for name in known.keys() & new.keys():
-        if (folder / name).exists() and known[name] != json.loads(json.dumps(new[name])):
-            changed = sorted(key for key in known[name] | new[name] if known[name].get(key) != new[name].get(key))
-            raise ValueError(
-                f"{folder / name} was begun with {changed[0]} = {known[name].get(changed[0])}, the sweep file now says "
-                f"{new[name].get(changed[0])}; use another --out, or remove that folder"
-            )
-    write_atomically(path, json.dumps({**known, **new}, indent=1).encode())
+    with locked(folder / "sweep.lock"):
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        new = {run.name: json.loads(json.dumps(run.settings)) for run in sweep.runs}
+        for name in known.keys() & new.keys():
+            if known[name] != new[name] and (folder / name).exists():
+                key = min(key for key in known[name] | new[name] if known[name].get(key) != new[name].get(key))
+                raise ValueError(
+                    f"{folder / name} was begun with {key} = {known[name].get(key)}, the sweep file now says "
+                    f"{new[name].get(key)}; use another --out, or remove that folder"
+                )
+        write_atomically(path, json.dumps({**known, **new}, indent=1).encode())
 
 
 def state(folder: Path, sweep: Sweep, run: Run, queue: Mapping[str, slurm.State] = MappingProxyType({})) -> State:

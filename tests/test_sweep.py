@@ -8,6 +8,9 @@ import os
 import sqlite3
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -295,6 +298,16 @@ def test_other_settings_for_a_run_that_was_begun_are_refused(shards, tmp_path): 
     changed = read_sweep(write(tmp_path / "t.yaml", shards, set={"optimizer.lr": 0.5}, grid={"train.seed": [0, 1]}))
     with pytest.raises(ValueError, match=r"optimizer\.lr = 1e-3, the sweep file now says 0\.5"):
         sweep.prepare(tmp_path, changed)
+
+
+def test_sweeps_that_start_at_once_are_all_written_down(shards, tmp_path, monkeypatch):  # noqa: F811
+    """None overwrites what another has added since it looked."""
+    plans = [read_sweep(write(tmp_path / "s.yaml", shards, grid={"train.seed": [i, i + 4]})) for i in range(4)]
+    at_once = sweep.write_atomically
+    monkeypatch.setattr(sweep, "write_atomically", lambda *given: time.sleep(0.05) or at_once(*given))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(partial(sweep.prepare, tmp_path / "sweep"), plans))
+    assert len(json.loads((tmp_path / "sweep/sweep.json").read_text())) == 8
 
 
 def test_a_torn_last_line_of_the_log_does_not_hide_what_was_reached(shards, tmp_path):  # noqa: F811
