@@ -22,12 +22,16 @@ from msc.pretrain.config import Config, flat, load
 LEAST_REPORTS = 20  # of a run whose curve is judged: fewer are too noisy
 UP_AGAIN = 1.2  # a run whose last tenth lies that much above its best tenth did not recover
 SAME = 0.02  # sizes, and budgets, that differ by less (relative) are the same
-# Settings, by how they begin, that may differ within a law: size and budget, what a ladder lets follow from them or
-# tries, and what changes no result but by rounding. Of `model.scales` the heads, if they are shared out alike.
+# Settings, by how they begin, that change no result but by rounding: runs that differ in nothing else are one run.
+ROUNDING = (
+    "train.micro", "train.report", "train.evaluate", "data.workers", "data.prefetch", "data.cache", "parallel.",
+    "checkpoint.", "metrics.",
+)  # fmt: skip
+# Those that may differ within a law: size and budget, and what a ladder lets follow from them or tries. Of
+# `model.scales` the heads, if they are shared out alike.
 WITHIN = (
     "model.width", "model.depth", "model.mlp_ratio", "train.clips", "train.batch", "train.seed", "optimizer.lr",
-    "optimizer.warmup", "optimizer.ema_halflife", "train.micro", "train.report", "train.evaluate", "data.workers",
-    "data.prefetch", "data.cache", "parallel.", "checkpoint.", "metrics.",
+    "optimizer.warmup", "optimizer.ema_halflife", *ROUNDING,
 )  # fmt: skip
 # Columns that other people's tables use.
 ALIASES = {
@@ -119,6 +123,7 @@ def of_sweep(folder: Path, loss: str, only: Sequence[str] = ()) -> Points:
         if "=" in word and word.partition("=")[0] not in flat(Config()):
             raise ValueError(f"--only {word}: there is no setting {word.partition('=')[0]}")
     found, left_out, settings = [], [], []
+    seen: dict[str, str] = {}
     for name, asked in json.loads(path.read_text()).items():
         run = folder / name
         config = load(file=run / "config.yaml") if (run / "config.yaml").is_file() else None
@@ -127,6 +132,8 @@ def of_sweep(folder: Path, loss: str, only: Sequence[str] = ()) -> Points:
         point, reason = of_run(run, config, loss) if config else (None, "not started")
         if point is None or config is None:
             left_out.append((name, reason))
+        elif (twin := seen.setdefault(json.dumps(without(flat(config), ROUNDING)), name)) != name:
+            left_out.append((name, f"the same run as {twin}: no setting differs, nor does the seed"))
         else:
             found.append(point)
             settings.append(flat(config))
@@ -167,10 +174,15 @@ def check_one_model(folder: Path, settings: Sequence[Mapping[str, Any]]) -> None
 
 def essential(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What of a run's flat settings must be the same for all runs of a law."""
-    kept = {key: value for key, value in settings.items() if not key.startswith(WITHIN) or key == "parallel.precision"}
+    kept = without(settings, WITHIN)
     heads = sum(scale["heads"] for scale in settings["model.scales"])
     kept["model.scales"] = [{**scale, "heads": scale["heads"] / heads} for scale in settings["model.scales"]]
     return kept
+
+
+def without(settings: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    """Flat settings but for those that begin so; precision is none of rounding."""
+    return {key: value for key, value in settings.items() if not key.startswith(keys) or key == "parallel.precision"}
 
 
 def of_run(run: Path, config: Config, loss: str) -> tuple[Point | None, str]:

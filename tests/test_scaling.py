@@ -272,6 +272,15 @@ def test_a_law_spans_sizes_budgets_and_what_follows_from_them(tmp_path):
     assert len(points.used) == 2 and points.left_out == (("later", "not started"),)
 
 
+def test_a_run_that_was_trained_twice_counts_once(tmp_path):
+    """Another seed is another run, another number of ranks or parent in MLflow is not."""
+    small = SIZED["small"]
+    twins = {"again": [*small, "metrics.parent=y", "parallel.sp=2"], "seed2": [*small, "train.seed=2"]}
+    points = read_points(trained(tmp_path, SIZED | twins))
+    assert [point.name for point in points.used] == ["small", "seed2", "large"]
+    assert points.left_out[0] == ("again", "the same run as small: no setting differs, nor does the seed")
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
