@@ -59,12 +59,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Sweep:
-    """preset, config: what all runs start from. processes: ranks of every run."""
+    """preset, config: what all runs start from. processes: ranks of every run. index: of the shards."""
 
     runs: tuple[Run, ...]
     preset: str | None = None
     config: Path | None = None
     processes: int = 1
+    index: Index | None = None
 
     def base(self) -> Config:
         return load(preset(self.preset) if self.preset else None, self.config)
@@ -72,6 +73,11 @@ class Sweep:
     def configured(self, run: Run) -> Config:
         """The whole configuration of a run; ValueError if there is no such."""
         return load(self.base(), overrides=run.overrides)
+
+    def resolved(self, run: Run) -> Config:
+        """As the run's folder keeps it, with what the shards know."""
+        assert self.index is not None
+        return resolve(self.configured(run), self.index)
 
 
 @dataclass(frozen=True)
@@ -116,10 +122,10 @@ def read_sweep(path: Path) -> Sweep:
     index = shards.index
     if isinstance(found := absolute(start.data).shards, str):
         shared |= {"data.shards": found}
-    sweep = replace(sweep, runs=tuple(expand(values, shared, start, index)))
+    sweep = replace(sweep, runs=tuple(expand(values, shared, start, index)), index=index)
     for run in sweep.runs:
         try:
-            config_of_run = resolve(sweep.configured(run), index)
+            config_of_run = sweep.resolved(run)
             check_clip(config_of_run.model, index.frames, index.height, index.width)
             config_of_run.train.accumulate(max(1, sweep.processes // config_of_run.parallel.sp))
         except ValueError as error:

@@ -22,11 +22,13 @@ from msc.launch import cli, ledger, slurm, sweep
 from msc.launch.ladder import Run, Sweep, nearest_power, read_sweep
 from msc.launch.points import read_points
 from msc.pretrain import cost
+from msc.pretrain.config import dump, load
 from msc.pretrain.monitoring.metrics import MetricsConfig
 from msc.pretrain.preflight import resolve
 
 SETTINGS = {key: yaml.safe_load(value) for key, value in (setting.split("=", 1) for setting in SMALL)}
 SETTINGS["train.clips"] = 8
+SCALES = SETTINGS["model.scales"]
 
 
 def write(path: Path, shards, **values) -> Path:  # noqa: F811
@@ -73,7 +75,7 @@ def test_ladders_spend_what_they_say(shards, tmp_path, kind, budgets):  # noqa: 
 @pytest.mark.parametrize("kind", ["list", "grid"])
 def test_every_model_of_a_list_or_grid_spends_the_budget(shards, tmp_path, kind):  # noqa: F811
     """A dense model pays more for a clip than a multi-scale one, so that it sees fewer of them."""
-    dense, scales = [{"heads": 4}], SETTINGS["model.scales"]
+    dense, scales = [{"heads": 4}], SCALES
     varied = {"list": [{"model.scales": dense}, {"model.scales": scales}], "grid": {"model.scales": [dense, scales]}}
     ladder = {"sizes": [{"width": 32}, {"width": 64}], "flops": [3e9]}
     plan = read_sweep(write(tmp_path / "s.yaml", shards, ladder=ladder, **{kind: varied[kind]}))
@@ -182,6 +184,47 @@ def test_finished_runs_are_not_repeated_and_failed_ones_are(shards, tmp_path, st
     assert [run.name for run in sweep.pending(folder, plan)] == ["seed1"]
     assert sweep.run_all(folder, plan) == 0
     assert [(folder / run.name / "started").read_text() for run in plan.runs] == ["x", "xx", "x"]
+
+
+def test_what_was_trained_keeps_its_name_when_one_more_key_varies(shards, tmp_path, stand_in, capsys):  # noqa: F811
+    """Also where the sweep file leaves out a setting that is the default, or writes a number in another way."""
+    plan = read_sweep(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 2]}))
+    assert sweep.run_all(tmp_path / "s", plan) == 0
+    record = load(plan.resolved(plan.runs[0]), overrides=["metrics.parent=x", "metrics.tracking_uri=sqlite:///x.db"])
+    (tmp_path / "s/seed0/config.yaml").write_text(dump(record))  # of the other only sweep.json knows
+    file = write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 2], "optimizer.lr": [1e-3, 2e-3]})
+    more, names = read_sweep(file), ["seed0", "lr0.002-seed0", "seed2", "lr0.002-seed2"]
+    assert sweep.run_all(tmp_path / "s", more) == 0
+    assert "4 runs, 2 of them done or under way" in capsys.readouterr().err
+    assert [(tmp_path / "s" / name / "started").read_text() for name in names] == ["x"] * 4
+    assert len(list((tmp_path / "s").glob("*/started"))) == 4
+    assert sorted(json.loads((tmp_path / "s/sweep.json").read_text())) == sorted(names)
+    for known in (more, plan):
+        assert f"{len(known.runs)} finished" in sweep.table(tmp_path / "s", known)
+    assert [run.name for run in sweep.prepare(tmp_path / "s", plan).runs] == ["seed0", "seed2"]
+
+
+def test_a_run_of_another_base_is_another_run(shards, tmp_path):  # noqa: F811
+    plan = read_sweep(write(tmp_path / "s.yaml", shards, grid={"train.clips": [8, 16]}))
+    sweep.prepare(tmp_path, plan)
+    (tmp_path / "clips8").mkdir()
+    record = load(plan.resolved(plan.runs[0]), overrides=["diffusion.shift=7"])
+    (tmp_path / "clips8/config.yaml").write_text(dump(record))
+    more = read_sweep(write(tmp_path / "s.yaml", shards, grid={"train.clips": [8, 16], "train.seed": [0, 1]}))
+    names = [run.name for run in sweep.prepare(tmp_path, more).runs]
+    assert names == ["clips8-seed0", "clips8-seed1", "clips16", "clips16-seed1"]
+
+
+def test_a_name_stands_for_one_run(shards, tmp_path):  # noqa: F811
+    """Tables are numbered in order of appearance: one more in front would take the name of the first."""
+    dense, near = [{"heads": 4}], [{"heads": 4, "window": 2}]
+    one, two = ({"grid": {"model.scales": scales}} for scales in ([near, SCALES], [dense, near, SCALES]))
+    sweep.prepare(tmp_path, read_sweep(write(tmp_path / "s.yaml", shards, **one)))
+    with pytest.raises(ValueError, match="scales0 has model.scales = "):
+        sweep.prepare(tmp_path, read_sweep(write(tmp_path / "s.yaml", shards, **two)))
+    two["grid"]["model.scales"].append(two["grid"]["model.scales"].pop(0))
+    plan = sweep.prepare(tmp_path, read_sweep(write(tmp_path / "s.yaml", shards, **two)))
+    assert [run.name for run in plan.runs] == ["scales0", "scales1", "scales2"]
 
 
 def test_runs_at_a_time_have_gpus_of_their_own(shards, tmp_path, monkeypatch):  # noqa: F811
