@@ -239,6 +239,14 @@ def test_a_part_of_a_conversion_is_judged_by_its_own_groups(tmp_path):
     assert [supervisor.reached(replace(of, part=part)) for part in (None, (0, 3), (1, 3), (2, 3))] == [5, 3, 2, 0]
 
 
+def test_groups_of_a_conversion_to_a_symbolic_link_are_found(tmp_path):
+    """They lie beside what it points to."""
+    (tmp_path / "disk/.shards.partial/.work").mkdir(parents=True)
+    (tmp_path / "disk/.shards.partial/.work/group-000000.json").touch()
+    (tmp_path / "out").symlink_to(tmp_path / "disk/shards")
+    assert supervisor.reached(Job(("convert",), str(tmp_path / "out"), "x", "slurm")) == 1
+
+
 def test_a_job_does_not_start_beside_another_one_in_its_run(tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     monkeypatch.setattr(supervisor, "run_ranks", lambda made, received: pytest.fail("started"))
