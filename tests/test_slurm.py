@@ -501,6 +501,16 @@ def test_a_conversion_whose_merge_is_refused_is_taken_back(code, stand_ins, tmp_
     assert (len(list(jobs.glob("*.pkl"))) >= 3) == (code == 1)
 
 
+@pytest.mark.parametrize(("parallel", "at_once"), [(0, 257), (5, 5)])
+def test_all_parts_of_an_array_may_run_at_once(parallel, at_once, stand_ins, tmp_path):
+    """submitit's own default is 256."""
+    (stand_ins / "sbatch").write_text(f"#!/bin/sh\ncp \"$1\" '{stand_ins}/script'\necho Submitted batch job 77\n")
+    jobs = [Job(("convert",), "x", "x", "slurm")] * 257
+    options = slurm.parameters(sites.Site(), "x", 1, 1, 0, parallel=parallel)
+    assert slurm.send(jobs, tmp_path / "jobs", options, {}) == "77"
+    assert f"#SBATCH --array=0-256%{at_once}\n" in (stand_ins / "script").read_text()
+
+
 # In the background of this machine ---------------------------------------------------------------------------
 
 
