@@ -70,12 +70,12 @@ def read_points(path: Path, loss: str = "held out", only: Sequence[str] = ()) ->
         return of_sweep(path, loss, only)
     if only:
         raise ValueError(f"--only chooses among the runs of a sweep folder; {path} is a table")
-    rows = list(csv.DictReader(path.open())) if path.suffix == ".csv" else read_json(path)
+    rows = read_csv(path) if path.suffix == ".csv" else read_json(path)
     found, left_out = [], []
     for number, row in enumerate(rows, 1):
         try:
             point = of_row(row, f"row {number}")
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             left_out.append((f"row {number}", str(error)))
             continue
         if reason := unusable(point.L):
@@ -83,6 +83,14 @@ def read_points(path: Path, loss: str = "held out", only: Sequence[str] = ()) ->
         else:
             found.append(point)
     return sorted_out(found, left_out)
+
+
+def read_csv(path: Path) -> list[dict[str, Any]]:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no table of comma-separated values in UTF-8: {error}") from None
 
 
 def read_json(path: Path) -> list[dict[str, Any]]:
@@ -96,7 +104,8 @@ def read_json(path: Path) -> list[dict[str, Any]]:
 
 
 def of_row(row: Mapping[str, Any], name: str) -> Point:
-    """ValueError where a number is missing. C is 6 N D, or D is C / (6 N), where only one is given."""
+    """ValueError where a number is missing, or none that a law is made of. C is 6 N D, or D is C / (6 N), where only
+    one is given."""
     known = {key.strip().lower(): value for key, value in row.items() if key and value not in ("", None)}
     values = {}
     for key, aliases in ALIASES.items():
@@ -104,13 +113,17 @@ def of_row(row: Mapping[str, Any], name: str) -> Point:
             if alias in known:
                 values[key] = known[alias]
                 break
-    if "D" not in values and {"C", "N"} <= values.keys():
-        values["D"] = float(values["C"]) / (6 * float(values["N"]))
-    if missing := [key for key in ("N", "D", "L") if key not in values]:
-        raise ValueError(f"no {' and no '.join(missing)}; the columns are {', '.join(row)}")
-    values.setdefault("C", 6 * float(values["N"]) * float(values["D"]))
-    numbers = {key: float(value) for key, value in values.items() if key != "name"}
-    return Point(str(values.get("name", name)), **numbers)
+    name = str(values.pop("name", name))
+    numbers = {key: float(value) for key, value in values.items()}
+    for key, value in numbers.items():
+        if key != "L" and not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{key} is {value:g}; it must be positive")
+    if "D" not in numbers and {"C", "N"} <= numbers.keys():
+        numbers["D"] = numbers["C"] / (6 * numbers["N"])
+    if missing := [key for key in ("N", "D", "L") if key not in numbers]:
+        raise ValueError(f"no {' and no '.join(missing)}; the columns are {', '.join(map(str, row))}")
+    numbers.setdefault("C", 6 * numbers["N"] * numbers["D"])
+    return Point(name, **numbers)
 
 
 def of_sweep(folder: Path, loss: str, only: Sequence[str] = ()) -> Points:
