@@ -140,11 +140,34 @@ def test_batches_are_powers_of_two_of_a_micro_batch():
         ({"ladder": {"sizes": [{"width": 32}], "clips": [8], "ema": None}}, "ladder: ema is None; it must be a number"),
         ({"list": [{"train.seed": 1}, {"train.seed": 1}]}, "the same run twice"),
         ({"config": "x.yaml"}, "both a preset"),
+        ({"preset": ["demo"]}, "unknown preset \"\\['demo'\\]\""),
+        ({"processes": "two"}, "processes is 'two'; it must be a number"),
+        ({"processes": 0}, "processes is 0; it must be a whole number of at least 1"),
+        ({"grid": 3}, "grid must be a table of `key: value`, not 3"),
+        ({"list": 3}, "list must be a list of values, not 3"),
+        ({"list": [3]}, "list must be a table of `key: value`, not 3"),
+        ({"ladder": 3}, "ladder must be a table of `key: value`, not 3"),
+        ({"ladder": {"sizes": 5, "clips": [8]}}, "ladder: sizes must be a list of values, not 5"),
+        ({"ladder": {"sizes": [5], "clips": [8]}}, "ladder: sizes must be a table of `key: value`, not 5"),
+        ({"ladder": {"sizes": [{3: 1}], "clips": [8]}}, "unknown key model.3"),
+        ({"ladder": {"sizes": [{"heads": "four"}], "clips": [8]}}, "ladder: heads is 'four'; it must be a number"),
+        ({"ladder": {"sizes": [{"heads": 0}], "clips": [8]}}, "ladder: heads is 0; it must be a whole number"),
+        ({"ladder": {"sizes": [{"width": 32}], "clips": [math.inf]}}, "ladder: clips is inf; it must be a number"),
+        ({"ladder": {"sizes": [{"width": 32}], "clips": [math.nan]}}, "ladder: clips is nan; it must be a number"),
+        ({"ladder": {"sizes": [{"width": 32}], "clips": [8], "base": 3}}, "ladder: base must be a table"),
+        ({"ladder": {"sizes": [{"width": 32}], "clips": [8], "base": {"batch": 0.5}}}, "base.batch is 0.5; it must be"),
+        ({"ladder": {"sizes": [{"width": 32}], "clips": [8], "base": {"lr": None}}}, "base.lr is None; it must be"),
     ],
 )
 def test_mistakes_are_named(shards, tmp_path, values, said):  # noqa: F811
     with pytest.raises(ValueError, match=said):
         read_sweep(write(tmp_path / "s.yaml", shards, **values))
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path, capsys):
+    (tmp_path / "s.yaml").write_bytes("preset: démo".encode("latin-1"))
+    assert cli.main(["sweep", str(tmp_path / "s.yaml")]) == 2
+    assert f"{tmp_path}/s.yaml is not valid YAML" in capsys.readouterr().err
 
 
 # Running, with a stand-in for `msc train`: writes what a run writes, or fails while the file `broken` is there
