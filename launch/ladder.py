@@ -172,10 +172,10 @@ def rungs_of(
             "flops": cost.step_flops(model, index.frames, index.height, index.width),
             "tokens_per_parameter": tokens / cost.parameters(model),
         }[kind]
-        for budget in numbers(ladder[kind], f"ladder: {kind}"):
+        for budget in positives(ladder[kind], f"ladder: {kind}"):
             clips = budget / per_clip
             multiple = start.train.micro
-            factors = (numbers(ladder.get(name, [1.0]), f"ladder: {name}") for name in ("batch", "lr"))
+            factors = (positives(ladder.get(name, [1.0]), f"ladder: {name}") for name in ("batch", "lr"))
             for batch_factor, lr_factor in itertools.product(*factors):
                 batch = nearest_power(base.batch_at(clips * tokens) * batch_factor, multiple)
                 steps = round(clips / batch)
@@ -201,11 +201,8 @@ def base_of(ladder: Mapping[str, Any], start: Config) -> Base:
     only(rules, tuple(RULES), "ladder: rules")
     values = {key: given.get(key, default) for key, default in known.items()}
     width, depth, batch = (whole(values[key], f"ladder: base.{key}") for key in ("width", "depth", "batch"))
-    lr = number(values["lr"], "ladder: base.lr")
-    tokens = None if values["tokens"] is None else number(values["tokens"], "ladder: base.tokens")
-    for key, value in {"lr": lr, "tokens": tokens}.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"ladder: base.{key} is {value:g}; it must be positive")
+    lr = positive(values["lr"], "ladder: base.lr")
+    tokens = None if values["tokens"] is None else positive(values["tokens"], "ladder: base.tokens")
     rules = {key: number(value, f"ladder: rules.{key}") for key, value in {**RULES, **rules}.items()}
     return Base(width, depth, batch, lr, tokens, rules)
 
@@ -275,8 +272,14 @@ def whole(value: Any, where: str) -> int:
     return int(found)
 
 
-def numbers(value: Any, where: str) -> list[float]:
-    return [number(one, where) for one in as_list(value, where)]
+def positive(value: Any, where: str) -> float:
+    if not (found := number(value, where)) > 0:
+        raise ValueError(f"{where} is {value!r}; it must be positive")
+    return found
+
+
+def positives(value: Any, where: str) -> list[float]:
+    return [positive(one, where) for one in as_list(value, where)]
 
 
 def only(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:

@@ -154,6 +154,8 @@ def test_batches_are_powers_of_two_of_a_micro_batch():
         ({"ladder": {"sizes": [{"heads": 0}], "clips": [8]}}, "ladder: heads is 0; it must be a whole number"),
         ({"ladder": {"sizes": [{"width": 32}], "clips": [math.inf]}}, "ladder: clips is inf; it must be a number"),
         ({"ladder": {"sizes": [{"width": 32}], "clips": [math.nan]}}, "ladder: clips is nan; it must be a number"),
+        ({"ladder": {"sizes": [{"width": 32}], "clips": [-8], "base": {"tokens": 1}}}, "ladder: clips is -8; it must"),
+        ({"ladder": {"sizes": [{"width": 32}], "clips": [8], "lr": [0]}}, "ladder: lr is 0; it must be positive"),
         ({"ladder": {"sizes": [{"width": 32}], "clips": [8], "base": 3}}, "ladder: base must be a table"),
         ({"ladder": {"sizes": [{"width": 32}], "clips": [8], "base": {"batch": 0.5}}}, "base.batch is 0.5; it must be"),
         ({"ladder": {"sizes": [{"width": 32}], "clips": [8], "base": {"lr": None}}}, "base.lr is None; it must be"),
