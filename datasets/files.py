@@ -4,7 +4,9 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 import shutil
+import socket
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -15,13 +17,18 @@ TAIL_BYTES = 65536  # more than a line of any log
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a crash at any moment leaves the old one or the new one, never a part."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    """Write a file so that a crash at any moment leaves the old one or the new one, never a part. Of several that write
+    it at once, one is the last."""
+    word = secrets.token_hex(4)  # numbers of processes are not unique where containers share a host's name
+    partial = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}-{word}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 

@@ -59,12 +59,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Sweep:
-    """preset, config: what all runs start from. processes: ranks of every run."""
+    """preset, config: what all runs start from. processes: ranks of every run. index: of the shards."""
 
     runs: tuple[Run, ...]
     preset: str | None = None
     config: Path | None = None
     processes: int = 1
+    index: Index | None = None
 
     def base(self) -> Config:
         return load(preset(self.preset) if self.preset else None, self.config)
@@ -72,6 +73,11 @@ class Sweep:
     def configured(self, run: Run) -> Config:
         """The whole configuration of a run; ValueError if there is no such."""
         return load(self.base(), overrides=run.overrides)
+
+    def resolved(self, run: Run) -> Config:
+        """As the run's folder keeps it, with what the shards know."""
+        assert self.index is not None
+        return resolve(self.configured(run), self.index)
 
 
 @dataclass(frozen=True)
@@ -96,16 +102,17 @@ class Base:
 def read_sweep(path: Path) -> Sweep:
     """ValueError or OSError says what is wrong with the file; every run's settings have been checked."""
     try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, Mapping):
         raise ValueError(f"{path} must be a table with some of the keys {', '.join(KEYS)}")
     only(values, KEYS, str(path))
     if values.get("preset") and values.get("config"):
         raise ValueError(f"{path} names both a preset ({values['preset']}) and a config ({values['config']})")
-    config = path.parent / values["config"] if values.get("config") else None
-    sweep = Sweep((), values.get("preset"), config, int(values.get("processes", 1)))
+    config = path.parent / str(values["config"]) if values.get("config") else None
+    named = str(values["preset"]) if values.get("preset") else None
+    sweep = Sweep((), named, config, whole(values.get("processes", 1), f"{path}: processes"))
     shared = settings_of(values.get("set"), f"{path}: set")
     start = load(sweep.base(), overrides=Run("", shared).overrides)
     if not start.data.sets:
@@ -116,10 +123,10 @@ def read_sweep(path: Path) -> Sweep:
     index = shards.index
     if isinstance(found := absolute(start.data).shards, str):
         shared |= {"data.shards": found}
-    sweep = replace(sweep, runs=tuple(expand(values, shared, start, index)))
+    sweep = replace(sweep, runs=tuple(expand(values, shared, start, index)), index=index)
     for run in sweep.runs:
         try:
-            config_of_run = resolve(sweep.configured(run), index)
+            config_of_run = sweep.resolved(run)
             check_clip(config_of_run.model, index.frames, index.height, index.width)
             config_of_run.train.accumulate(max(1, sweep.processes // config_of_run.parallel.sp))
         except ValueError as error:
@@ -129,12 +136,13 @@ def read_sweep(path: Path) -> Sweep:
 
 def expand(values: Mapping[str, Any], shared: Mapping[str, Any], start: Config, index: Index) -> list[Run]:
     """All runs of a sweep file, named by what varies between them. `shared`, `start`: settings of all runs."""
-    entries = [settings_of(entry, "list") for entry in values.get("list") or [{}]]
-    grid = {key: as_list(choices, f"grid: {key}") for key, choices in (values.get("grid") or {}).items()}
+    entries = [settings_of(entry, "list") for entry in as_list(values.get("list") or [{}], "list")]
+    grid = {key: as_list(choices, f"grid: {key}") for key, choices in settings_of(values.get("grid"), "grid").items()}
     points = [dict(zip(grid, point, strict=True)) for point in itertools.product(*grid.values())]
     own = [{**entry, **point} for entry in entries for point in points]
     ladders: list[list[dict[str, Any]]] = [[{}]] * len(own)
-    if ladder := values.get("ladder"):  # for each entry anew: what a budget buys depends on the model that it makes
+    # For each entry anew: what a budget buys depends on the model that it makes.
+    if ladder := settings_of(values.get("ladder"), "ladder"):
         ladders = [list(rungs_of(ladder, start, index, over)) for over in own]
     found = [{**rung, **over} for rungs in zip(*ladders, strict=True) for rung, over in zip(rungs, own, strict=True)]
     runs = [Run(name, {**shared, **own}) for name, own in zip(names(found), found, strict=True)]
@@ -154,8 +162,8 @@ def rungs_of(
     kind = budgets[0]
     base = base_of(ladder, start)
     shares = {name: number(ladder.get(name, 0.05), f"ladder: {name}") for name in ("warmup", "ema")}
-    for size in ladder["sizes"]:
-        own = size_settings(size, start)
+    for size in as_list(ladder["sizes"], "ladder: sizes"):
+        own = size_settings(settings_of(size, "ladder: sizes"), start)
         model = resolve(load(start, overrides=Run("", {**own, **over}).overrides), index).model
         tokens = index.frames * cost.tokens_per_frame(model, index.height, index.width)
         per_clip = {
@@ -164,10 +172,10 @@ def rungs_of(
             "flops": cost.step_flops(model, index.frames, index.height, index.width),
             "tokens_per_parameter": tokens / cost.parameters(model),
         }[kind]
-        for budget in numbers(ladder[kind], f"ladder: {kind}"):
+        for budget in positives(ladder[kind], f"ladder: {kind}"):
             clips = budget / per_clip
             multiple = start.train.micro
-            factors = (numbers(ladder.get(name, [1.0]), f"ladder: {name}") for name in ("batch", "lr"))
+            factors = (positives(ladder.get(name, [1.0]), f"ladder: {name}") for name in ("batch", "lr"))
             for batch_factor, lr_factor in itertools.product(*factors):
                 batch = nearest_power(base.batch_at(clips * tokens) * batch_factor, multiple)
                 steps = round(clips / batch)
@@ -188,17 +196,15 @@ def base_of(ladder: Mapping[str, Any], start: Config) -> Base:
         "width": start.model.width, "depth": start.model.depth, "batch": start.train.batch, "lr": start.optimizer.lr,
         "tokens": None,
     }  # fmt: skip
-    given, rules = ladder.get("base") or {}, ladder.get("rules") or {}
+    given, rules = (settings_of(ladder.get(name), f"ladder: {name}") for name in ("base", "rules"))
     only(given, tuple(known), "ladder: base")
     only(rules, tuple(RULES), "ladder: rules")
     values = {key: given.get(key, default) for key, default in known.items()}
-    values = {key: value if value is None else number(value, f"ladder: base.{key}") for key, value in values.items()}
-    for key, value in values.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"ladder: base.{key} is {value:g}; it must be positive")
+    width, depth, batch = (whole(values[key], f"ladder: base.{key}") for key in ("width", "depth", "batch"))
+    lr = positive(values["lr"], "ladder: base.lr")
+    tokens = None if values["tokens"] is None else positive(values["tokens"], "ladder: base.tokens")
     rules = {key: number(value, f"ladder: rules.{key}") for key, value in {**RULES, **rules}.items()}
-    width, depth, batch = (int(values[key]) for key in ("width", "depth", "batch"))
-    return Base(width, depth, batch, values["lr"], values["tokens"], rules)
+    return Base(width, depth, batch, lr, tokens, rules)
 
 
 def size_settings(size: Mapping[str, Any], start: Config) -> dict[str, Any]:
@@ -206,6 +212,7 @@ def size_settings(size: Mapping[str, Any], start: Config) -> dict[str, Any]:
     settings = {key if "." in key else f"model.{key}": value for key, value in size.items()}
     heads = settings.pop("model.heads", None)
     if heads is not None:
+        heads = whole(heads, "ladder: heads")
         scales, total = start.model.scales, start.model.heads
         if any(scale.heads * heads % total for scale in scales):
             raise ValueError(f"ladder: {heads} heads cannot be shared as {[scale.heads for scale in scales]} are")
@@ -238,8 +245,8 @@ def names(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def settings_of(table: Any, where: str) -> dict[str, Any]:
     if table is not None and not isinstance(table, Mapping):
-        raise ValueError(f"{where} must be a table of `section.key: value`, not {table!r}")
-    return dict(table or {})
+        raise ValueError(f"{where} must be a table of `key: value`, not {table!r}")
+    return {str(key): value for key, value in (table or {}).items()}
 
 
 def as_list(value: Any, where: str) -> list[Any]:
@@ -251,13 +258,28 @@ def as_list(value: Any, where: str) -> list[Any]:
 def number(value: Any, where: str) -> float:
     """YAML reads 1e-3 as a text: it wants 1.0e-3."""
     try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{where} is {value!r}; it must be a number") from None
+        found = float(value)
+    except (TypeError, ValueError, OverflowError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise ValueError(f"{where} is {value!r}; it must be a number")
+    return found
 
 
-def numbers(value: Any, where: str) -> list[float]:
-    return [number(one, where) for one in as_list(value, where)]
+def whole(value: Any, where: str) -> int:
+    if (found := number(value, where)) < 1 or found != int(found):
+        raise ValueError(f"{where} is {value!r}; it must be a whole number of at least 1")
+    return int(found)
+
+
+def positive(value: Any, where: str) -> float:
+    if not (found := number(value, where)) > 0:
+        raise ValueError(f"{where} is {value!r}; it must be positive")
+    return found
+
+
+def positives(value: Any, where: str) -> list[float]:
+    return [positive(one, where) for one in as_list(value, where)]
 
 
 def only(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:

@@ -22,12 +22,16 @@ from msc.pretrain.config import Config, flat, load
 LEAST_REPORTS = 20  # of a run whose curve is judged: fewer are too noisy
 UP_AGAIN = 1.2  # a run whose last tenth lies that much above its best tenth did not recover
 SAME = 0.02  # sizes, and budgets, that differ by less (relative) are the same
-# Settings, by how they begin, that may differ within a law: size and budget, what a ladder lets follow from them or
-# tries, and what changes no result but by rounding. Of `model.scales` the heads, if they are shared out alike.
+# Settings, by how they begin, that change no result but by rounding: runs that differ in nothing else are one run.
+ROUNDING = (
+    "train.micro", "train.report", "train.evaluate", "data.workers", "data.prefetch", "data.cache", "parallel.",
+    "checkpoint.", "metrics.",
+)  # fmt: skip
+# Those that may differ within a law: size and budget, and what a ladder lets follow from them or tries. Of
+# `model.scales` the heads, if they are shared out alike.
 WITHIN = (
     "model.width", "model.depth", "model.mlp_ratio", "train.clips", "train.batch", "train.seed", "optimizer.lr",
-    "optimizer.warmup", "optimizer.ema_halflife", "train.micro", "train.report", "train.evaluate", "data.workers",
-    "data.prefetch", "data.cache", "parallel.", "checkpoint.", "metrics.",
+    "optimizer.warmup", "optimizer.ema_halflife", *ROUNDING,
 )  # fmt: skip
 # Columns that other people's tables use.
 ALIASES = {
@@ -66,12 +70,12 @@ def read_points(path: Path, loss: str = "held out", only: Sequence[str] = ()) ->
         return of_sweep(path, loss, only)
     if only:
         raise ValueError(f"--only chooses among the runs of a sweep folder; {path} is a table")
-    rows = list(csv.DictReader(path.open())) if path.suffix == ".csv" else read_json(path)
+    rows = read_csv(path) if path.suffix == ".csv" else read_json(path)
     found, left_out = [], []
     for number, row in enumerate(rows, 1):
         try:
             point = of_row(row, f"row {number}")
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             left_out.append((f"row {number}", str(error)))
             continue
         if reason := unusable(point.L):
@@ -79,6 +83,14 @@ def read_points(path: Path, loss: str = "held out", only: Sequence[str] = ()) ->
         else:
             found.append(point)
     return sorted_out(found, left_out)
+
+
+def read_csv(path: Path) -> list[dict[str, Any]]:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no table of comma-separated values in UTF-8: {error}") from None
 
 
 def read_json(path: Path) -> list[dict[str, Any]]:
@@ -92,7 +104,8 @@ def read_json(path: Path) -> list[dict[str, Any]]:
 
 
 def of_row(row: Mapping[str, Any], name: str) -> Point:
-    """ValueError where a number is missing. C is 6 N D, or D is C / (6 N), where only one is given."""
+    """ValueError where a number is missing, or none that a law is made of. C is 6 N D, or D is C / (6 N), where only
+    one is given."""
     known = {key.strip().lower(): value for key, value in row.items() if key and value not in ("", None)}
     values = {}
     for key, aliases in ALIASES.items():
@@ -100,13 +113,17 @@ def of_row(row: Mapping[str, Any], name: str) -> Point:
             if alias in known:
                 values[key] = known[alias]
                 break
-    if "D" not in values and {"C", "N"} <= values.keys():
-        values["D"] = float(values["C"]) / (6 * float(values["N"]))
-    if missing := [key for key in ("N", "D", "L") if key not in values]:
-        raise ValueError(f"no {' and no '.join(missing)}; the columns are {', '.join(row)}")
-    values.setdefault("C", 6 * float(values["N"]) * float(values["D"]))
-    numbers = {key: float(value) for key, value in values.items() if key != "name"}
-    return Point(str(values.get("name", name)), **numbers)
+    name = str(values.pop("name", name))
+    numbers = {key: float(value) for key, value in values.items()}
+    for key, value in numbers.items():
+        if key != "L" and not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{key} is {value:g}; it must be positive")
+    if "D" not in numbers and {"C", "N"} <= numbers.keys():
+        numbers["D"] = numbers["C"] / (6 * numbers["N"])
+    if missing := [key for key in ("N", "D", "L") if key not in numbers]:
+        raise ValueError(f"no {' and no '.join(missing)}; the columns are {', '.join(map(str, row))}")
+    numbers.setdefault("C", 6 * numbers["N"] * numbers["D"])
+    return Point(name, **numbers)
 
 
 def of_sweep(folder: Path, loss: str, only: Sequence[str] = ()) -> Points:
@@ -119,6 +136,7 @@ def of_sweep(folder: Path, loss: str, only: Sequence[str] = ()) -> Points:
         if "=" in word and word.partition("=")[0] not in flat(Config()):
             raise ValueError(f"--only {word}: there is no setting {word.partition('=')[0]}")
     found, left_out, settings = [], [], []
+    seen: dict[str, str] = {}
     for name, asked in json.loads(path.read_text()).items():
         run = folder / name
         config = load(file=run / "config.yaml") if (run / "config.yaml").is_file() else None
@@ -127,6 +145,8 @@ def of_sweep(folder: Path, loss: str, only: Sequence[str] = ()) -> Points:
         point, reason = of_run(run, config, loss) if config else (None, "not started")
         if point is None or config is None:
             left_out.append((name, reason))
+        elif (twin := seen.setdefault(json.dumps(without(flat(config), ROUNDING)), name)) != name:
+            left_out.append((name, f"the same run as {twin}: no setting differs, nor does the seed"))
         else:
             found.append(point)
             settings.append(flat(config))
@@ -167,10 +187,15 @@ def check_one_model(folder: Path, settings: Sequence[Mapping[str, Any]]) -> None
 
 def essential(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What of a run's flat settings must be the same for all runs of a law."""
-    kept = {key: value for key, value in settings.items() if not key.startswith(WITHIN) or key == "parallel.precision"}
+    kept = without(settings, WITHIN)
     heads = sum(scale["heads"] for scale in settings["model.scales"])
     kept["model.scales"] = [{**scale, "heads": scale["heads"] / heads} for scale in settings["model.scales"]]
     return kept
+
+
+def without(settings: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    """Flat settings but for those that begin so; precision is none of rounding."""
+    return {key: value for key, value in settings.items() if not key.startswith(keys) or key == "parallel.precision"}
 
 
 def of_run(run: Path, config: Config, loss: str) -> tuple[Point | None, str]:

@@ -82,7 +82,8 @@ def send(jobs: Sequence[Job], folder: Path, options: Mapping[str, Any], environm
     folder.mkdir(parents=True, exist_ok=True)
     try:
         executor = submitit.SlurmExecutor(folder)
-        executor.update_parameters(**options)
+        # where nothing is said of it, submitit has at most 256 parts of an array run at once
+        executor.update_parameters(**{"array_parallelism": len(jobs), **options})
         # sbatch hands the environment on to the job; nothing writes it down. What it says on stderr is raised, too.
         with added(environment), redirect_stderr(io.StringIO()):
             sent = [executor.submit(attend, jobs[0])] if len(jobs) == 1 else executor.map_array(attend, jobs)

@@ -170,7 +170,7 @@ def reached(job: Job) -> int:
     part of a conversion, its own)."""
     if job.trains:
         return int((shelf.newest_meta(Path(job.folder)) or {}).get("clock", 0))
-    return count_finished(Path(job.folder), job.part)
+    return count_finished(Path(job.folder).resolve(), job.part)  # as convert does: the link may be to another name
 
 
 def took_a_step(job: Job, since: float, start: int) -> bool:

@@ -15,17 +15,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from msc.datasets.files import last_line, write_atomically
+from msc.datasets.files import last_line, locked, write_atomically
 from msc.launch import ledger, local, slurm
 from msc.launch.commands import PROGRAM, said
 from msc.launch.ladder import Run, Sweep
 from msc.pretrain.checkpoints.rollback import read_lines
-from msc.pretrain.config import dump
+from msc.pretrain.config import Config, dump, flat, load
 from msc.pretrain.monitoring.metrics import Tracker
 from msc.pretrain.monitoring.tracking import shown
 from msc.pretrain.train import REQUEUE
@@ -33,20 +33,61 @@ from msc.pretrain.train import REQUEUE
 State = Literal["finished", "running", "queued", "failed", "stopped", "waiting"]
 
 
-def prepare(folder: Path, sweep: Sweep) -> None:
-    """Write down which runs the folder is for. ValueError if one of them was begun with other settings."""
+def prepare(folder: Path, sweep: Sweep) -> Sweep:
+    """Write down which runs the folder is for; the sweep with the names by which the folder knows them. ValueError if a
+    name there stands for another run."""
     folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / "sweep.lock"):
+        known = written(folder)
+        names = known_names(folder, sweep, known)
+        for run in sweep.runs:
+            taken = (folder / run.name).exists() or run.name in names.values()
+            if run.name in known and run.name not in names and taken:
+                old, new = known[run.name], run.settings
+                key = min(key for key in old | new if old.get(key, ...) != new.get(key, ...))
+                raise ValueError(
+                    f"{folder / run.name} has {key} = {old.get(key)}, the sweep file now says {new.get(key)}; put what "
+                    "is new behind what was there, use another --out, or remove that folder"
+                )
+        sweep = renamed(sweep, names)
+        known |= {run.name: run.settings for run in sweep.runs}
+        write_atomically(folder / "sweep.json", json.dumps(known, indent=1).encode())
+    return sweep
+
+
+def written(folder: Path) -> dict[str, dict[str, Any]]:
+    """The runs that the folder is for, with their settings over the base."""
     path = folder / "sweep.json"
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    new = {run.name: run.settings for run in sweep.runs}
-    for name in known.keys() & new.keys():
-        if (folder / name).exists() and known[name] != json.loads(json.dumps(new[name])):
-            changed = sorted(key for key in known[name] | new[name] if known[name].get(key) != new[name].get(key))
-            raise ValueError(
-                f"{folder / name} was begun with {changed[0]} = {known[name].get(changed[0])}, the sweep file now says "
-                f"{new[name].get(changed[0])}; use another --out, or remove that folder"
-            )
-    write_atomically(path, json.dumps({**known, **new}, indent=1).encode())
+    return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+
+def known_names(folder: Path, sweep: Sweep, known: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Of the runs that the folder knows already, by their names in the sweep, the names there. A name holds only what
+    varies, so that one more key in a grid gives every run another, also those that are as before."""
+    names = {run.name: run.name for run in sweep.runs if known.get(run.name) == run.settings}
+    if not known or len(names) == len(sweep.runs):
+        return names
+    others = {}
+    for name in (name for name in reversed(known) if name not in names):
+        record = folder / name / "config.yaml"  # once it has begun that counts, whatever the base says today
+        try:
+            config = load(file=record) if record.is_file() else sweep.resolved(Run(name, known[name]))
+        except ValueError:  # it goes with another base, or another version
+            continue
+        others[identity(config)] = name
+    for run in sweep.runs:
+        if run.name not in names and (name := others.pop(identity(sweep.resolved(run)), "")):
+            names[run.name] = name
+    return names
+
+
+def identity(config: Config) -> str:
+    """The same for runs that are to do the same, wherever they are shown."""
+    return json.dumps({key: value for key, value in flat(config).items() if not key.startswith("metrics.")})
+
+
+def renamed(sweep: Sweep, names: Mapping[str, str]) -> Sweep:
+    return replace(sweep, runs=tuple(replace(run, name=names.get(run.name, run.name)) for run in sweep.runs))
 
 
 def state(folder: Path, sweep: Sweep, run: Run, queue: Mapping[str, slurm.State] = MappingProxyType({})) -> State:
@@ -121,7 +162,7 @@ def run_all(folder: Path, sweep: Sweep, jobs: int = 1) -> int:
     runs, which save and stop; what is left is done when the sweep is started again.
     """
     free = local.gpu_shares(os.environ, jobs, sweep.processes)
-    prepare(folder, sweep)
+    sweep = prepare(folder, sweep)
     tracker, uri = open_parent(folder, sweep)
     waiting, running, failed = pending(folder, sweep), list[Started](), 0
     said(f"{len(sweep.runs)} runs, {len(sweep.runs) - len(waiting)} of them done or under way; {folder}")
@@ -240,6 +281,7 @@ def table(folder: Path, sweep: Sweep) -> str:
     """Where every run stands, and what it has reached."""
     if not (folder / "sweep.json").is_file():
         raise FileNotFoundError(f"{folder} holds no sweep yet; start it with msc sweep FILE")
+    sweep = renamed(sweep, known_names(folder, sweep, written(folder)))
     rows = [["run", "state", "clips", "loss", "held out", "seconds"]]
     counts: dict[str, int] = {}
     try:

@@ -27,7 +27,7 @@ def send(folder: Path, plan: Sweep, args: Namespace) -> int:
         raise ValueError(f"the sweep file says processes: {plan.processes}, but {tasks} tasks are asked for")
     folder = folder.absolute()
     slurm.check_path(folder)
-    sweep.prepare(folder, plan)
+    plan = sweep.prepare(folder, plan)
     todo = sweep.pending(folder, plan)
     held = {run.name: lock for run in todo if (lock := sweep.take(folder, run)) is not None}
     todo = [run for run in todo if run.name in held]

@@ -1,11 +1,34 @@
-"""Files that are whole or not there."""
+"""Files that appear whole or not at all, whoever else writes them; lines of logs that find no room."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 
+import pytest
+
+from msc.datasets import files
 from msc.pretrain.checkpoints.rollback import read_lines
+
+
+def test_of_two_that_write_a_file_at_once_both_write_it_whole(tmp_path, monkeypatch):
+    path = tmp_path / "index.json"
+
+    def another_writer(_):
+        monkeypatch.undo()
+        files.write_atomically(path, b"the other")
+
+    monkeypatch.setattr(files.os, "fsync", another_writer)
+    files.write_atomically(path, b"the first, which is longer")
+    assert path.read_bytes() == b"the first, which is longer"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_cannot_be_put_in_its_place_leaves_nothing(tmp_path):
+    (tmp_path / "there").mkdir()
+    with pytest.raises(IsADirectoryError):
+        files.write_atomically(tmp_path / "there", b"x")
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
 def test_a_line_that_finds_no_room_is_lost_as_a_whole(tmp_path):

@@ -228,6 +228,33 @@ def test_a_table_is_fitted_and_nothing_is_lost_silently(tmp_path):
         assert (tmp_path / "losses-fit" / name).stat().st_size > 10_000
 
 
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"N": 0, "D": 1e6, "L": 1}, "N is 0; it must be positive"),
+        ({"N": 0, "C": 1e9, "L": 1}, "N is 0; it must be positive"),
+        ({"N": 1e4, "D": -1, "L": 1}, "D is -1; it must be positive"),
+        ({"N": 1e4, "D": math.inf, "L": 1}, "D is inf; it must be positive"),
+        ({"N": 1e4, "D": 1e6, "L": 1, "lr": 0}, "lr is 0; it must be positive"),
+        ({"N": 10**400, "D": 1e6, "L": 1}, "int too large to convert to float"),
+    ],
+)
+def test_rows_of_no_law_are_left_out(row, said, tmp_path):
+    rows = [{"N": n, "D": d, "L": law} for n, d, law in zip(*GRID, TRUTH.loss(*GRID), strict=True)]
+    (tmp_path / "runs.json").write_text(json.dumps([row, *rows]))
+    points = read_points(tmp_path / "runs.json")
+    assert points.left_out == (("row 1", said),) and len(points.used) == len(rows)
+
+
+@pytest.mark.parametrize(("name", "content"), [("t.csv", b"N,D,L\n1,2,\xff\n"), ("t.csv", b"9" * 200_000),
+                                               ("t.json", b'["\xff"]'), ("t.jsonl", b'{"\xff": 1}')])  # fmt: skip
+def test_a_table_that_is_none_is_named(name, content, tmp_path, capsys):
+    (tmp_path / name).write_bytes(content)
+    assert cli.main(["fit", str(tmp_path / name), "--tracking", "none"]) == 2
+    said = capsys.readouterr().err
+    assert f"msc: {tmp_path / name} is no" in said and said.count("\n") == 1
+
+
 def test_a_held_out_run_that_is_too_far_away_is_refused_and_the_law_stays(tmp_path):
     N, D = (np.append(values, 30 * values.max()) for values in GRID)
     text, found = fit_file(table(tmp_path / "losses.csv", N, D, noisy(N, D, 1)), draws=50, tracking="none")
@@ -270,6 +297,15 @@ SIZED = {
 def test_a_law_spans_sizes_budgets_and_what_follows_from_them(tmp_path):
     points = read_points(trained(tmp_path, SIZED))
     assert len(points.used) == 2 and points.left_out == (("later", "not started"),)
+
+
+def test_a_run_that_was_trained_twice_counts_once(tmp_path):
+    """Another seed is another run, another number of ranks or parent in MLflow is not."""
+    small = SIZED["small"]
+    twins = {"again": [*small, "metrics.parent=y", "parallel.sp=2"], "seed2": [*small, "train.seed=2"]}
+    points = read_points(trained(tmp_path, SIZED | twins))
+    assert [point.name for point in points.used] == ["small", "seed2", "large"]
+    assert points.left_out[0] == ("again", "the same run as small: no setting differs, nor does the seed")
 
 
 @pytest.mark.parametrize(

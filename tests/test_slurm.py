@@ -241,6 +241,14 @@ def test_a_part_of_a_conversion_is_judged_by_its_own_groups(tmp_path):
     assert [supervisor.reached(replace(of, part=part)) for part in (None, (0, 3), (1, 3), (2, 3))] == [5, 3, 2, 0]
 
 
+def test_groups_of_a_conversion_to_a_symbolic_link_are_found(tmp_path):
+    """They lie beside what it points to."""
+    (tmp_path / "disk/.shards.partial/.work").mkdir(parents=True)
+    (tmp_path / "disk/.shards.partial/.work/group-000000.json").touch()
+    (tmp_path / "out").symlink_to(tmp_path / "disk/shards")
+    assert supervisor.reached(Job(("convert",), str(tmp_path / "out"), "x", "slurm")) == 1
+
+
 def test_a_job_does_not_start_beside_another_one_in_its_run(tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     monkeypatch.setattr(supervisor, "run_ranks", lambda made, received: pytest.fail("started"))
@@ -493,6 +501,16 @@ def test_a_conversion_whose_merge_is_refused_is_taken_back(code, stand_ins, tmp_
     assert ("job 77 was accepted and could not be taken back: no answer" in said) == (code == 1)
     assert [record.id for record in ledger.records(jobs)] == ["77"] * code
     assert (len(list(jobs.glob("*.pkl"))) >= 3) == (code == 1)
+
+
+@pytest.mark.parametrize(("parallel", "at_once"), [(0, 257), (5, 5)])
+def test_all_parts_of_an_array_may_run_at_once(parallel, at_once, stand_ins, tmp_path):
+    """submitit's own default is 256."""
+    (stand_ins / "sbatch").write_text(f"#!/bin/sh\ncp \"$1\" '{stand_ins}/script'\necho Submitted batch job 77\n")
+    jobs = [Job(("convert",), "x", "x", "slurm")] * 257
+    options = slurm.parameters(sites.Site(), "x", 1, 1, 0, parallel=parallel)
+    assert slurm.send(jobs, tmp_path / "jobs", options, {}) == "77"
+    assert f"#SBATCH --array=0-256%{at_once}\n" in (stand_ins / "script").read_text()
 
 
 # In the background of this machine ---------------------------------------------------------------------------

@@ -8,6 +8,9 @@ import os
 import sqlite3
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,11 +22,13 @@ from msc.launch import cli, ledger, slurm, sweep
 from msc.launch.ladder import Run, Sweep, nearest_power, read_sweep
 from msc.launch.points import read_points
 from msc.pretrain import cost
+from msc.pretrain.config import dump, load
 from msc.pretrain.monitoring.metrics import MetricsConfig
 from msc.pretrain.preflight import resolve
 
 SETTINGS = {key: yaml.safe_load(value) for key, value in (setting.split("=", 1) for setting in SMALL)}
 SETTINGS["train.clips"] = 8
+SCALES = SETTINGS["model.scales"]
 
 
 def write(path: Path, shards, **values) -> Path:  # noqa: F811
@@ -70,7 +75,7 @@ def test_ladders_spend_what_they_say(shards, tmp_path, kind, budgets):  # noqa: 
 @pytest.mark.parametrize("kind", ["list", "grid"])
 def test_every_model_of_a_list_or_grid_spends_the_budget(shards, tmp_path, kind):  # noqa: F811
     """A dense model pays more for a clip than a multi-scale one, so that it sees fewer of them."""
-    dense, scales = [{"heads": 4}], SETTINGS["model.scales"]
+    dense, scales = [{"heads": 4}], SCALES
     varied = {"list": [{"model.scales": dense}, {"model.scales": scales}], "grid": {"model.scales": [dense, scales]}}
     ladder = {"sizes": [{"width": 32}, {"width": 64}], "flops": [3e9]}
     plan = read_sweep(write(tmp_path / "s.yaml", shards, ladder=ladder, **{kind: varied[kind]}))
@@ -135,11 +140,36 @@ def test_batches_are_powers_of_two_of_a_micro_batch():
         ({"ladder": {"sizes": [{"width": 32}], "clips": [8], "ema": None}}, "ladder: ema is None; it must be a number"),
         ({"list": [{"train.seed": 1}, {"train.seed": 1}]}, "the same run twice"),
         ({"config": "x.yaml"}, "both a preset"),
+        ({"preset": ["demo"]}, "unknown preset \"\\['demo'\\]\""),
+        ({"processes": "two"}, "processes is 'two'; it must be a number"),
+        ({"processes": 0}, "processes is 0; it must be a whole number of at least 1"),
+        ({"grid": 3}, "grid must be a table of `key: value`, not 3"),
+        ({"list": 3}, "list must be a list of values, not 3"),
+        ({"list": [3]}, "list must be a table of `key: value`, not 3"),
+        ({"ladder": 3}, "ladder must be a table of `key: value`, not 3"),
+        ({"ladder": {"sizes": 5, "clips": [8]}}, "ladder: sizes must be a list of values, not 5"),
+        ({"ladder": {"sizes": [5], "clips": [8]}}, "ladder: sizes must be a table of `key: value`, not 5"),
+        ({"ladder": {"sizes": [{3: 1}], "clips": [8]}}, "unknown key model.3"),
+        ({"ladder": {"sizes": [{"heads": "four"}], "clips": [8]}}, "ladder: heads is 'four'; it must be a number"),
+        ({"ladder": {"sizes": [{"heads": 0}], "clips": [8]}}, "ladder: heads is 0; it must be a whole number"),
+        ({"ladder": {"sizes": [{"width": 32}], "clips": [math.inf]}}, "ladder: clips is inf; it must be a number"),
+        ({"ladder": {"sizes": [{"width": 32}], "clips": [math.nan]}}, "ladder: clips is nan; it must be a number"),
+        ({"ladder": {"sizes": [{"width": 32}], "clips": [-8], "base": {"tokens": 1}}}, "ladder: clips is -8; it must"),
+        ({"ladder": {"sizes": [{"width": 32}], "clips": [8], "lr": [0]}}, "ladder: lr is 0; it must be positive"),
+        ({"ladder": {"sizes": [{"width": 32}], "clips": [8], "base": 3}}, "ladder: base must be a table"),
+        ({"ladder": {"sizes": [{"width": 32}], "clips": [8], "base": {"batch": 0.5}}}, "base.batch is 0.5; it must be"),
+        ({"ladder": {"sizes": [{"width": 32}], "clips": [8], "base": {"lr": None}}}, "base.lr is None; it must be"),
     ],
 )
 def test_mistakes_are_named(shards, tmp_path, values, said):  # noqa: F811
     with pytest.raises(ValueError, match=said):
         read_sweep(write(tmp_path / "s.yaml", shards, **values))
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path, capsys):
+    (tmp_path / "s.yaml").write_bytes("preset: démo".encode("latin-1"))
+    assert cli.main(["sweep", str(tmp_path / "s.yaml")]) == 2
+    assert f"{tmp_path}/s.yaml is not valid YAML" in capsys.readouterr().err
 
 
 # Running, with a stand-in for `msc train`: writes what a run writes, or fails while the file `broken` is there
@@ -179,6 +209,47 @@ def test_finished_runs_are_not_repeated_and_failed_ones_are(shards, tmp_path, st
     assert [run.name for run in sweep.pending(folder, plan)] == ["seed1"]
     assert sweep.run_all(folder, plan) == 0
     assert [(folder / run.name / "started").read_text() for run in plan.runs] == ["x", "xx", "x"]
+
+
+def test_what_was_trained_keeps_its_name_when_one_more_key_varies(shards, tmp_path, stand_in, capsys):  # noqa: F811
+    """Also where the sweep file leaves out a setting that is the default, or writes a number in another way."""
+    plan = read_sweep(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 2]}))
+    assert sweep.run_all(tmp_path / "s", plan) == 0
+    record = load(plan.resolved(plan.runs[0]), overrides=["metrics.parent=x", "metrics.tracking_uri=sqlite:///x.db"])
+    (tmp_path / "s/seed0/config.yaml").write_text(dump(record))  # of the other only sweep.json knows
+    file = write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 2], "optimizer.lr": [1e-3, 2e-3]})
+    more, names = read_sweep(file), ["seed0", "lr0.002-seed0", "seed2", "lr0.002-seed2"]
+    assert sweep.run_all(tmp_path / "s", more) == 0
+    assert "4 runs, 2 of them done or under way" in capsys.readouterr().err
+    assert [(tmp_path / "s" / name / "started").read_text() for name in names] == ["x"] * 4
+    assert len(list((tmp_path / "s").glob("*/started"))) == 4
+    assert sorted(json.loads((tmp_path / "s/sweep.json").read_text())) == sorted(names)
+    for known in (more, plan):
+        assert f"{len(known.runs)} finished" in sweep.table(tmp_path / "s", known)
+    assert [run.name for run in sweep.prepare(tmp_path / "s", plan).runs] == ["seed0", "seed2"]
+
+
+def test_a_run_of_another_base_is_another_run(shards, tmp_path):  # noqa: F811
+    plan = read_sweep(write(tmp_path / "s.yaml", shards, grid={"train.clips": [8, 16]}))
+    sweep.prepare(tmp_path, plan)
+    (tmp_path / "clips8").mkdir()
+    record = load(plan.resolved(plan.runs[0]), overrides=["diffusion.shift=7"])
+    (tmp_path / "clips8/config.yaml").write_text(dump(record))
+    more = read_sweep(write(tmp_path / "s.yaml", shards, grid={"train.clips": [8, 16], "train.seed": [0, 1]}))
+    names = [run.name for run in sweep.prepare(tmp_path, more).runs]
+    assert names == ["clips8-seed0", "clips8-seed1", "clips16", "clips16-seed1"]
+
+
+def test_a_name_stands_for_one_run(shards, tmp_path):  # noqa: F811
+    """Tables are numbered in order of appearance: one more in front would take the name of the first."""
+    dense, near = [{"heads": 4}], [{"heads": 4, "window": 2}]
+    one, two = ({"grid": {"model.scales": scales}} for scales in ([near, SCALES], [dense, near, SCALES]))
+    sweep.prepare(tmp_path, read_sweep(write(tmp_path / "s.yaml", shards, **one)))
+    with pytest.raises(ValueError, match="scales0 has model.scales = "):
+        sweep.prepare(tmp_path, read_sweep(write(tmp_path / "s.yaml", shards, **two)))
+    two["grid"]["model.scales"].append(two["grid"]["model.scales"].pop(0))
+    plan = sweep.prepare(tmp_path, read_sweep(write(tmp_path / "s.yaml", shards, **two)))
+    assert [run.name for run in plan.runs] == ["scales0", "scales1", "scales2"]
 
 
 def test_runs_at_a_time_have_gpus_of_their_own(shards, tmp_path, monkeypatch):  # noqa: F811
@@ -295,6 +366,16 @@ def test_other_settings_for_a_run_that_was_begun_are_refused(shards, tmp_path): 
     changed = read_sweep(write(tmp_path / "t.yaml", shards, set={"optimizer.lr": 0.5}, grid={"train.seed": [0, 1]}))
     with pytest.raises(ValueError, match=r"optimizer\.lr = 1e-3, the sweep file now says 0\.5"):
         sweep.prepare(tmp_path, changed)
+
+
+def test_sweeps_that_start_at_once_are_all_written_down(shards, tmp_path, monkeypatch):  # noqa: F811
+    """None overwrites what another has added since it looked."""
+    plans = [read_sweep(write(tmp_path / "s.yaml", shards, grid={"train.seed": [i, i + 4]})) for i in range(4)]
+    at_once = sweep.write_atomically
+    monkeypatch.setattr(sweep, "write_atomically", lambda *given: time.sleep(0.05) or at_once(*given))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(partial(sweep.prepare, tmp_path / "sweep"), plans))
+    assert len(json.loads((tmp_path / "sweep/sweep.json").read_text())) == 8
 
 
 def test_a_torn_last_line_of_the_log_does_not_hide_what_was_reached(shards, tmp_path):  # noqa: F811
