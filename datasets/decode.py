@@ -252,6 +252,8 @@ def _opened(source: Source, name: str, threads: int) -> Iterator[tuple[InputCont
             if not container.streams.video:
                 raise ValueError(f"{name}: has no video stream")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise ValueError(f"{name}: is in a codec that FFmpeg cannot decode")
             width, height = stream.codec_context.width, stream.codec_context.height
             if width * height > MAX_PIXELS:
                 raise ValueError(f"{name}: {width}x{height} pixels are more than {MAX_PIXELS}")

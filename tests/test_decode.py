@@ -246,6 +246,17 @@ def test_broken_files_are_named(tmp_path, name, message):
         frames(path.read_bytes(), name="clip 7")
 
 
+@pytest.mark.parametrize("tag", [b"encv", b"drmi", b"xxxx"])
+def test_a_codec_without_decoder_is_named(tmp_path, tag):
+    path = tmp_path / "strange.mp4"
+    path.write_bytes(PHONE.read_bytes().replace(b"avc1", tag))
+    for call in (probe, frames):
+        with pytest.raises(ValueError, match=r"strange.mp4: is in a codec that FFmpeg cannot decode"):
+            call(path)
+    with pytest.raises(ValueError, match=r"^clip 7: is in a codec"):
+        frames(path.read_bytes(), name="clip 7")
+
+
 def test_zero_frames_are_refused(tmp_path):
     with av.open(str(tmp_path / "none.mkv"), "w") as container:
         stream = container.add_stream("libx264", rate=25)
