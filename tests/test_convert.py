@@ -5,6 +5,7 @@ import importlib.util
 import json
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import crashing
 import pytest
@@ -21,6 +22,8 @@ from msc.datasets.samples import Samples
 from msc.datasets.shards import read_index, read_part, scan, verify
 from msc.datasets.statistics import measure
 from msc.datasets.synthetic import write_videos
+from msc.launch import cli
+from msc.pretrain import autoencoder
 
 
 def pixels(video: torch.Tensor) -> torch.Tensor:
@@ -222,6 +225,21 @@ def test_store_is_chosen_by_the_autoencoder():
              for a in ("haar", "pixels", "diffusers:/x") for s in ("auto", "video")}  # fmt: skip
     assert kinds[("diffusers:/x", "auto")] == "latent"
     assert sum(kind == "latent" for kind in kinds.values()) == 1
+
+
+@pytest.mark.parametrize("gpus", [True, False])
+def test_clips_are_encoded_on_a_gpu_where_there_is_one(tmp_path, monkeypatch, gpus):
+    """Of the command; with a stand-in for the autoencoder, whose weights are there and whose clips go there."""
+    places = []
+    stand_in = SimpleNamespace(check=lambda *_: None, encode=lambda clip: clip, temporal_factor=1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
+    monkeypatch.setattr(autoencoder, "open_autoencoder", lambda spec, device="cpu": places.append(device) or stand_in)
+    monkeypatch.setattr(
+        converting, "convert",
+        lambda config, encode, factor, **how: encode(SimpleNamespace(to=places.append)) or SimpleNamespace(text="done"),
+    )  # fmt: skip
+    assert cli.main(["convert", "a.mp4", "--out", str(tmp_path / "out"), "--part", "0/2"]) == 0
+    assert places == ["cuda" if gpus else "cpu"] * 2
 
 
 # --- what can go wrong -------------------------------------------------------------------------------------
