@@ -19,7 +19,6 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from msc.datasets.archives import size_of
 from msc.datasets.clips import RULE, SPLITS
 from msc.datasets.contents import clip_lines
 from msc.datasets.decode import frames
@@ -183,7 +182,7 @@ def _settings(config: ConvertConfig) -> dict[str, Any]:
 
 def _digest(listing: Listing) -> str:
     """Changes where the sources do, but not with the folder that they are in."""
-    sources = [(x.name, size_of(x.path), x.caption, x.label, x.licence, x.start, x.end) for x in listing.sources]
+    sources = [(x.name, x.size, x.caption, x.label, x.licence, x.start, x.end) for x in listing.sources]
     return hashlib.sha256(repr(sources).encode("utf-8", "surrogateescape")).hexdigest()
 
 

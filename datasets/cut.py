@@ -18,6 +18,7 @@ from queue import SimpleQueue
 import numpy as np
 import torch
 
+from msc.datasets.archives import size_of
 from msc.datasets.clips import SPLITS, best_buckets, pieces, runs
 from msc.datasets.decode import Video, pictures, probe, timeline, to_mp4
 from msc.datasets.scenes import brightness, change, content, motion
@@ -75,7 +76,8 @@ class Cut:
 
 
 def cut(task: Task) -> Cut:
-    """Decode a source once and spool its clips; a source that breaks anywhere gives none of its clips.
+    """Decode a source once and spool its clips; a source that breaks anywhere gives none of its clips. OSError where it
+    cannot be read, or is gone since it was listed: that may pass, and says nothing of the video.
 
     All clips of a source have one size (see `best_buckets`); each stretch without cut is divided into clips of the
     longest length that fits, and what is left over into shorter ones where there are any.
@@ -102,6 +104,8 @@ def cut(task: Task) -> Cut:
             task.file(start).write_bytes(to_mp4(torch.from_numpy(clip).permute(0, 3, 1, 2), task.fps, task.crf))
             clips[name].append(Clip(start, buckets[len(clip)], task.file(start)))
     except ValueError as error:
+        if size_of(source.path) != source.size:
+            raise OSError(f"{source.path} is not what it was when it was listed: convert again") from None
         return _broken(task, ticks, str(error).removeprefix(f"{source.name}: "))
     why = ""
     if not any(clips.values()):

@@ -1,9 +1,11 @@
 """Video files to frames and back, with PyAV.
 
 A source is a path, a file in a tar, or the bytes of a file. Whatever is wrong with one is a `ValueError` that begins
-with its name, so that callers can skip it and say why. Nothing is allocated before sizes and counts are bounded.
+with its name, so that callers can skip it and say why; where it cannot be read, which may pass, it is an `OSError`.
+Nothing is allocated before sizes and counts are bounded.
 """
 
+import errno
 import io
 import math
 from collections.abc import Iterator, Sequence
@@ -234,21 +236,18 @@ def to_mp4(video: Tensor, fps: float | Fraction, crf: int = 10) -> bytes:
 def _opened(source: Source, name: str, threads: int) -> Iterator[tuple[InputContainer, VideoStream]]:
     """(container, first video stream), closed afterwards; FFmpeg's errors become ValueError with the name. `threads`
     of the decoder, 0 for one per core.
+
+    Files are read by Python, FFmpeg's errors are then of their content alone: where one cannot be read, which may pass,
+    an OSError says so.
     """
-    file: str | BinaryIO
     formats = FORMATS
     if isinstance(source, bytes):
-        # From a shard, where only mp4 stands: no other reader is let near the bytes.
-        file, formats = io.BytesIO(source), "mov"
-    elif isinstance(source, Member):
-        file = open_bytes(source)
-    else:
-        file = str(Path(source).resolve())
-        if not Path(source).is_file():
-            raise ValueError(f"{name}: is not a file")
+        formats = "mov"  # from a shard, where only mp4 stands: no other reader is let near the bytes
+    elif not isinstance(source, Member) and not Path(source).is_file():
+        raise ValueError(f"{name}: is not a file")
     options = {"format_whitelist": formats, "protocol_whitelist": "file"}
     try:
-        with nullcontext() if isinstance(file, str) else file, av.open(file, "r", options=options) as container:
+        with _bytes(source, name) as file, av.open(file, "r", options=options) as container:
             if not container.streams.video:
                 raise ValueError(f"{name}: has no video stream")
             stream = container.streams.video[0]
@@ -263,6 +262,20 @@ def _opened(source: Source, name: str, threads: int) -> Iterator[tuple[InputCont
             yield container, stream
     except av.FFmpegError as error:
         raise ValueError(f"{name}: is not readable as video ({error.strerror})") from None
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # by what stands in it we were sent to where nothing can be
+            raise ValueError(f"{name}: is not readable as video ({error.strerror})") from None
+        raise OSError(error.errno, error.strerror, name) from None
+
+
+@contextmanager
+def _bytes(source: Source, name: str) -> Iterator[BinaryIO]:
+    place = Path(source) if isinstance(source, str) else source
+    with io.BytesIO(place) if isinstance(place, bytes) else open_bytes(place) as file:
+        if not file.read(1):
+            raise ValueError(f"{name}: is empty")
+        file.seek(0)
+        yield file
 
 
 def _picture(

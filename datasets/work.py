@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from msc.datasets.archives import size_of
 from msc.datasets.files import sync_folder, write_atomically
 from msc.datasets.shards import ShardInfo
 from msc.datasets.sources import Source
@@ -61,7 +60,7 @@ def groups(sources: list[Source], clips_per_shard: int) -> list[range]:
     made, first, size = [], 0, 0
     for number, source in enumerate(sources):
         if number == first or source.path != sources[number - 1].path:
-            size += max(0, size_of(source.path))
+            size += max(0, source.size)
         if size >= GROUP_BYTES or number + 1 - first >= clips_per_shard or number + 1 == len(sources):
             made.append(range(first, number + 1))
             first, size = number + 1, 0

@@ -1,7 +1,9 @@
 """Sources: folders, lists and manifests; what is known about a video goes into its samples; copies count once."""
 
+import errno
 import json
 import math
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 
 from msc.datasets import pack
 from msc.datasets import sources as module
+from msc.datasets.archives import size_of
 from msc.datasets.clips import runs
 from msc.datasets.convert import ConvertConfig, convert
 from msc.datasets.samples import Samples
@@ -159,8 +162,24 @@ def test_only_files_that_agree_at_both_ends_are_read_whole(tmp_path, monkeypatch
         (tmp_path / name).write_bytes(content)
     hashed, whole = [], module._sha256
     monkeypatch.setattr(module, "_sha256", lambda path: hashed.append(path.name) or whole(path))
-    assert copies([Source(name, tmp_path / name) for name in "abcdefgh"]) == {3: "a", 6: "f"}
+    sources = [Source(name, tmp_path / name, size=size_of(tmp_path / name)) for name in "abcdefgh"]
+    assert copies(sources) == {3: "a", 6: "f"}
     assert sorted(hashed) == ["a", "d", "e", "f", "g"]
+
+
+@pytest.mark.parametrize("trait", ["size_of", "_ends", "_sha256"])
+def test_what_cannot_be_read_is_no_copy(tmp_path, monkeypatch, trait):
+    for name in "abc":
+        (tmp_path / name).write_bytes(b"1" * 1000)
+    found, original = [Source(name, tmp_path / name, size=1000) for name in "abc"], getattr(module, trait)
+
+    def failing(path):
+        if path.name == "b":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return original(path)
+
+    monkeypatch.setattr(module, trait, failing)
+    assert copies(found) == {2: "a"}
 
 
 def test_of_many_parts_one_looks_for_copies_and_the_others_wait(tmp_path, monkeypatch):
