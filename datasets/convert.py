@@ -87,7 +87,8 @@ def convert(
                 keep(own, partial / WORK / "plan.json", plan)
             found = {number: read_record(partial, number) for number in range(len(todo))}
             records = {number: record for number, record in found.items() if record is not None}
-            mine = [n for n in found if n not in records and (part is None or n % part[1] == part[0])]
+            own_groups = [n for n in found if part is None or n % part[1] == part[0]]
+            mine = [n for n in own_groups if n not in records]
             if merge and mine:
                 sources = [f"{todo[n].start}-{todo[n].stop - 1}" for n in mine[:8]]
                 raise ValueError(
@@ -95,7 +96,7 @@ def convert(
                     f"{', '.join(sources)}: run their parts (again), or leave out --merge to convert them here"
                 )
             write = Writer(config, encode, embed, unknown, listing, partial, own)
-            records |= write(mine, todo, list(records.values()))
+            records |= write(own_groups, todo, records)
         if part is not None:
             outcomes = [outcome for number in mine for outcome in records[number].outcomes]
             return _part_report(config, part, outcomes, len(records), len(todo), time.monotonic() - began)

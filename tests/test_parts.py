@@ -136,6 +136,17 @@ def test_parts_in_any_order_and_number_give_what_one_process_gives(tmp_path):
     assert contents(tmp_path / "rest" / "out") == contents(tmp_path / "whole" / "out")
 
 
+def test_a_part_in_which_too_many_videos_are_broken_ends(tmp_path):
+    """As on a bad machine, though of all videos few are."""
+    write_videos(tmp_path / "videos", 0, 30, 20, 32, 32)
+    for i in range(0, 30, 5):
+        (tmp_path / "videos" / f"synthetic-{i:03d}.mp4").write_bytes(b"nonsense" * (i + 1))
+    config = settings(tmp_path, tmp_path / "videos", clips_per_shard=1, max_bad=0.5)
+    convert(config, raw, 1, part=(1, 5))
+    with pytest.raises(ValueError, match="5 of 6 sources are broken, at most 50%"):
+        convert(config, raw, 1, part=(0, 5))
+
+
 def test_work_begun_under_another_rule_is_not_gone_on_with(tmp_path):
     write_videos(tmp_path / "videos", 0, 4, 40, 32, 32)
     config = settings(tmp_path, tmp_path / "videos")
