@@ -25,6 +25,7 @@ FORMAT = 2  # written only where there are several buckets; everything else is f
 MAX_INDEX_BYTES = 256 << 20
 SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.tar")
 MOST = 1 << 31  # more of anything than there ever is: clips in a shard, pixels of a side
+MOST_CLASSES = 1 << 20  # each is a row of weights in the model
 SHA256 = re.compile("[0-9a-f]{64}")
 STORES = {"video": "mp4", "latent": "latent.safetensors"}
 # What may stand in a shard, and the most bytes one such member may claim.
@@ -199,7 +200,7 @@ def _problem(index: Index, content: bytes) -> str:
         return f"its sizes are {index.shape}, its first bucket's {index.buckets[0]}"
     if not 0 < index.fps <= 1000:
         return f"fps is {index.fps}"
-    if not (0 <= index.classes < MOST and (index.has_text is None or 1 <= index.has_text < MOST)):
+    if not (0 <= index.classes <= MOST_CLASSES and (index.has_text is None or 1 <= index.has_text < MOST)):
         return f"there are {index.classes} classes, text of width {index.has_text}"
     for shard in (shard for shards in index.splits.values() for shard in shards):
         # Names become parts of paths, and of addresses where shards are streamed.

@@ -20,6 +20,7 @@ from typing import Any
 
 from msc.datasets.archives import Member, Place, members, open_bytes, size_of
 from msc.datasets.decode import SUFFIXES
+from msc.datasets.shards import MOST_CLASSES
 
 END_BYTES = 1 << 16  # at which files of equal size are told apart before all of them is read
 TEXT_BYTES = 1 << 20  # the most that is read of a KEY.json or KEY.txt
@@ -248,8 +249,16 @@ def _number(labels: list[tuple[str, Any]]) -> tuple[list[int | None], tuple[str,
         raise ValueError(f"{len(without)} of {len(labels)} sources have no label, among them {without[0]}: label all")
     words = [str(label) for _, label in labels]
     if all(word.isdecimal() for word in words):
+        for (name, _), word in zip(labels, words, strict=True):
+            if len(word) > 20 or int(word) >= MOST_CLASSES:
+                raise ValueError(
+                    f"{name}: label {word[:40]} is no class below {MOST_CLASSES} but an id: number the classes from 0 "
+                    "on without gaps, or write words, which msc numbers (id-1 instead of 1)"
+                )
         return [int(word) for word in words], ()
     names = tuple(sorted(set(words)))
+    if len(names) > MOST_CLASSES:
+        raise ValueError(f"sources have {len(names)} different labels, at most {MOST_CLASSES} are read: leave them out")
     number = {word: i for i, word in enumerate(names)}
     return [number[word] for word in words], names
 

@@ -188,6 +188,7 @@ def test_a_missing_folder_or_index_says_what_to_do(tmp_path):
         (lambda fields: fields.update(surprise=1), "damaged"),
         (lambda fields: fields.update(statistics={"mean": 3}), "damaged"),
         (lambda fields: fields.update(store="zip"), "'zip'"),
+        (lambda fields: fields.update(classes=(1 << 20) + 1), "1048577 classes"),
         (lambda fields: fields["splits"]["train"][0].update(name="../x.tar"), "leaves the folder"),
     ],
 )

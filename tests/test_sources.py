@@ -80,6 +80,15 @@ def test_manifests_say_the_same_in_every_form(folder, kind):
     assert second.span == third.span == (1, 5)
 
 
+def test_as_many_classes_as_an_index_may_have(tmp_path, monkeypatch):
+    (tmp_path / "list.csv").write_text("path,label\na.mp4,1048575\n")
+    assert find_sources((str(tmp_path / "list.csv"),)).classes == 1 << 20
+    (tmp_path / "list.csv").write_text("path,label\na.mp4,x\nb.mp4,y\n")
+    monkeypatch.setattr(module, "MOST_CLASSES", 1)
+    with pytest.raises(ValueError, match="sources have 2 different labels, at most 1 are read"):
+        find_sources((str(tmp_path / "list.csv"),))
+
+
 def test_a_list_of_files_is_a_column_of_paths(folder):
     (folder / "list.txt").write_text(f"synthetic-001.mp4\n\n{folder}/synthetic-000.mp4\nsynthetic-001.mp4\n")
     found = find_sources((str(folder / "list.txt"),))
@@ -98,6 +107,9 @@ def test_a_list_of_files_is_a_column_of_paths(folder):
         ("csv", "path,start,end\na.mp4,5,2\n", "start 5 and end 2: expected 0 <= start < end"),
         ("csv", "path,start\na.mp4,nan\n", "start nan"),
         ("csv", "path,label\na.mp4,1\nb.mp4,\n", "1 of 2 sources have no label, among them b.mp4"),
+        ("csv", "path,label\na.mp4,0\nb.mp4,20240101123456\n", "b.mp4: label 20240101123456 is no class below 1048576"),
+        ("jsonl", '{"path": "a.mp4", "label": 1048576}\n', "label 1048576 is no class .*: number .* or write words"),
+        ("csv", f"path,label\na.mp4,{'9' * 5000}\n", "a.mp4: label 9{40} is no class"),
         ("jsonl", '{"path": 3}\n', "line 1: has no path"),
         ("jsonl", "[1]\n", "line 1: .* unknown"),
         ("jsonl", "{\n", "is not readable as jsonl"),
