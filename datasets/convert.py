@@ -80,21 +80,22 @@ def convert(
     settings = _settings(config)
     same = {name: settings[name] for name in settings if name != "max_bad"}  # which may be raised to go on
     plan = {"settings": same, "videos": len(listing.sources), "digest": _digest(listing), "held-out rule": RULE}
-    with working_folder(out, alone=part is None) as partial:
-        check_plan(partial, plan, part is None, config.overwrite)
-        with own_folder(partial, alone=part is None) as own:
+    alone = part is None
+    with working_folder(out, alone) as partial:
+        check_plan(partial, plan, alone and not merge, config.overwrite)
+        found = {number: read_record(partial, number) for number in range(len(todo))}
+        records = {number: record for number, record in found.items() if record is not None}
+        own_groups = [n for n in found if part is None or n % part[1] == part[0]]
+        mine = [n for n in own_groups if n not in records]
+        if merge and mine:  # before anything is removed: their parts may be at it, somewhere else
+            sources = [f"{todo[n].start}-{todo[n].stop - 1}" for n in mine[:8]]
+            raise ValueError(
+                f"{len(mine)} of {len(todo)} groups of videos are not converted, among them those with the numbers "
+                f"{', '.join(sources)}: run their parts (again), or leave out --merge to convert them here"
+            )
+        with own_folder(partial, alone) as own:
             if not (partial / WORK / "plan.json").is_file():
                 keep(own, partial / WORK / "plan.json", plan)
-            found = {number: read_record(partial, number) for number in range(len(todo))}
-            records = {number: record for number, record in found.items() if record is not None}
-            own_groups = [n for n in found if part is None or n % part[1] == part[0]]
-            mine = [n for n in own_groups if n not in records]
-            if merge and mine:
-                sources = [f"{todo[n].start}-{todo[n].stop - 1}" for n in mine[:8]]
-                raise ValueError(
-                    f"{len(mine)} of {len(todo)} groups of videos are not converted, among them those with the numbers "
-                    f"{', '.join(sources)}: run their parts (again), or leave out --merge to convert them here"
-                )
             write = Writer(config, encode, embed, unknown, listing, partial, own)
             records |= write(own_groups, todo, records)
         if part is not None:
@@ -106,7 +107,7 @@ def convert(
         try:
             _check_clips(config, outcomes)
         except ValueError:
-            shutil.rmtree(partial)  # no use to go on with
+            shutil.rmtree(partial, ignore_errors=True)  # no use to go on with
             raise
         shards = {name: [shard for record in done for shard in record.shards[name]] for name in SPLITS}
         index = Index(
@@ -128,7 +129,7 @@ def convert(
         write_atomically(partial / "skipped.txt", "".join(lines).encode("utf-8", "surrogateescape"))
         write_index(partial, index)
         publish(partial, out)
-        shutil.rmtree(out / WORK)
+    shutil.rmtree(out / WORK)
     return _report(config, out, index, outcomes, sum(len(todo[n]) for n in mine), time.monotonic() - began)
 
 

@@ -1,8 +1,10 @@
 """Conversion by many processes that may be killed: the same bytes, nothing half-written, nothing done twice."""
 
+import fcntl
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -102,6 +104,38 @@ def test_killed_at_work_nothing_is_half_written_and_what_is_done_is_kept(tmp_pat
     assert contents(out) == contents(tmp_path / "whole" / "out")
     assert sum(calls) < len(calls) - sum(calls)  # what was done was not done again
     assert not partial.exists()
+
+
+@pytest.mark.parametrize("locks", ["of files", "none"])
+def test_to_merge_too_early_leaves_a_part_at_work_elsewhere_alone(tmp_path, monkeypatch, locks):
+    """Over NFS a folder's lock is not seen by other machines, as one of a file is; some servers have none at all."""
+    videos = tmp_path / "videos"
+    write_videos(videos, 0, 4, 60, 48, 64)
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command = [sys.executable, str(tmp_path / "program.py"), str(videos), str(tmp_path / "out"), "1", "0", "2"]
+    work = tmp_path / ".out.partial" / ".work"
+    environment = os.environ | {"HOLD": str(work / "plan.json")}
+    running = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
+    deadline = time.monotonic() + 60
+    while not list(work.glob("process-*/spool/*")):
+        assert running.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+    def flock(file, how):
+        if locks == "of files" and not stat.S_ISDIR(os.fstat(getattr(file, "fileno", lambda: file)()).st_mode):
+            real(file, how)
+
+    real = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", flock)
+    try:
+        error = FileExistsError if locks == "of files" else ValueError
+        with pytest.raises(error, match="another process is writing|2 of 2 groups of videos are not converted"):
+            convert(same_as_program(tmp_path, videos), raw, 1, merge=True)
+        assert list(work.glob("process-*/spool/*"))
+    finally:
+        running.kill()
+        running.wait()
 
 
 def test_parts_in_any_order_and_number_give_what_one_process_gives(tmp_path):
