@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -73,14 +74,22 @@ def probe(source: Source, name: str = "") -> Video:
         return _probed(container, stream, name)
 
 
-def _probed(container: InputContainer, stream: VideoStream, name: str, ours: bool = False) -> Video:
-    """`ours`: written by `to_mp4`, so that the header can be believed and no picture need be looked at."""
-    packets = [p.pts for p in container.demux(stream) if p.size and not p.is_discard]
+def _probed(
+    container: InputContainer, stream: VideoStream, name: str, ours: bool = False, most: int | None = None
+) -> Video:
+    """`ours`: written by `to_mp4`, so that the header can be believed and no picture need be looked at. `most` frames
+    that it may have, MAX_FRAMES if not said.
+    """
+    most = MAX_FRAMES if most is None else most
+    if stream.frames > most + 1:  # as below, before any is read
+        raise ValueError(f"{name}: has {stream.frames} frames, at most {most} are read")
+    shown = (p.pts for p in container.demux(stream) if p.size and not p.is_discard)
+    packets = list(islice(shown, most + 1))
     width, height = stream.codec_context.width, stream.codec_context.height
     if not packets or width <= 0:
         raise ValueError(f"{name}: has no frames")
-    if len(packets) > MAX_FRAMES:
-        raise ValueError(f"{name}: has {len(packets)} frames, at most {MAX_FRAMES} are read")
+    if len(packets) > most:
+        raise ValueError(f"{name}: has more than the {most} frames that are read")
     if stream.frames > len(packets) + 1:  # one may be hidden by an edit list
         raise ValueError(f"{name}: is truncated: {stream.frames} frames promised, {len(packets)} there")
     fps, time_base = stream.average_rate or stream.guessed_rate, stream.time_base
@@ -132,16 +141,21 @@ def frames(
     size: tuple[int, int] | None = None,
     name: str = "",
     threads: int = 0,
+    expected: tuple[int, int, int] | None = None,
 ) -> Tensor:
     """Frames [start, stop) of the file's timeline at `fps` as uint8 [T, 3, H, W], RGB, upright.
 
     `size` is (height, width): scaled to cover it and cropped around the centre; None keeps the file's. `fps`
     None takes the file's own frames. `threads` of the decoder, 0 for one per core. Raises ValueError as
-    `probe` does, and where the slice is not inside the timeline or a frame in it cannot be decoded.
+    `probe` does, and where the slice is not inside the timeline or a frame in it cannot be decoded; and where the file
+    has not the `expected` frames, height and width, which costs no more than if it had.
     """
     name, ours = name or _name(source), isinstance(source, bytes)
     with _opened(source, name, threads if ours else 1) as opened:
-        video = _probed(*opened, name, ours)
+        video = _probed(*opened, name, ours, expected[0] if expected else None)
+        found = (len(video.pts), video.height, video.width)
+        if expected and found != expected:
+            raise ValueError(f"{name}: video is {found}, the index says {expected}")
         shown = timeline(video, fps)
         stop = len(shown) if stop is None else stop
         if not 0 <= start < stop <= len(shown):
@@ -151,8 +165,8 @@ def frames(
         if needed > MAX_BYTES:
             raise ValueError(f"{video.name}: frames {start} to {stop} take {needed} bytes, at most {MAX_BYTES}")
         out = torch.empty(stop - start, height, width, 3, dtype=torch.uint8)
-        found = pictures(source, video, shown[start:stop], size, threads, opened=opened if ours else None)
-        for i, picture in enumerate(found):
+        decoded = pictures(source, video, shown[start:stop], size, threads, opened=opened if ours else None)
+        for i, picture in enumerate(decoded):
             if picture.shape != (height, width, 3):
                 raise ValueError(f"{video.name}: changes its size to {picture.shape[1]}x{picture.shape[0]}")
             out[i] = torch.from_numpy(picture)
