@@ -126,7 +126,9 @@ class Index:
 
 
 def write_index(folder: Path, index: Index) -> None:
-    """Write `folder/index.json` atomically; it is the last file written, so its presence means complete."""
+    """Write `folder/index.json` atomically; it is the last file written, so its presence means complete. ValueError for
+    one that would be refused when it is read.
+    """
     fields = dataclasses.asdict(index)
     fields["statistics"] = index.statistics.to_json()
     fields["format"] = 2 if index.buckets else 1
@@ -134,7 +136,14 @@ def write_index(folder: Path, index: Index) -> None:
         del fields["buckets"]
         for shard in (shard for shards in fields["splits"].values() for shard in shards):
             del shard["bucket"]
-    write_atomically(folder / "index.json", json.dumps(fields, indent=1, sort_keys=True).encode())
+    content = json.dumps(fields, indent=1, sort_keys=True).encode()
+    if len(content) > MAX_INDEX_BYTES:
+        count = sum(len(shards) for shards in index.splits.values())
+        raise ValueError(
+            f"{folder / 'index.json'} would have {len(content)} bytes, at most {MAX_INDEX_BYTES} are read: convert to "
+            f"fewer than these {count} shards, with more clips in each (--clips-per-shard), or into several folders"
+        )
+    write_atomically(folder / "index.json", content)
 
 
 def read_index(folder: str | Path) -> Index:

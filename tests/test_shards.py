@@ -218,6 +218,15 @@ def test_an_index_without_end_is_not_read(tmp_path, monkeypatch):
         read_index(tmp_path)
 
 
+def test_an_index_that_could_not_be_read_is_not_written(tmp_path, monkeypatch):
+    index = make_folder(tmp_path)
+    written = (tmp_path / "index.json").read_bytes()
+    monkeypatch.setattr(shards, "MAX_INDEX_BYTES", len(written) - 1)
+    with pytest.raises(ValueError, match=rf"index.json would have {len(written)} bytes, at most .*--clips-per-shard"):
+        shards.write_index(tmp_path, dataclasses.replace(index, skipped=1))
+    assert (tmp_path / "index.json").read_bytes() == written
+
+
 def test_missing_short_and_changed_shards_are_named(tmp_path):
     index = make_folder(tmp_path)
     shard = tmp_path / "train-000000.tar"
