@@ -208,7 +208,7 @@ def _report(
         + ", ".join(f"{s}: {statistics.ratio(s):.3f}" for s in statistics.spaces),
     ]
     if left_out := sum(len(result.left_out) for result in results):
-        lines.append(f"{left_out} clips are too dark or too static: see {out / 'skipped.txt'}")
+        lines.append(f"{left_out} clips or stretches are too dark or too static: see {out / 'skipped.txt'}")
     lines += [f"skipped {name}: {why}" for name, why in skipped[:10]]
     if len(skipped) > 10:
         lines.append(f"and {len(skipped) - 10} more: see {out / 'skipped.txt'}")
