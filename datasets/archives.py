@@ -56,8 +56,10 @@ class _Part(io.RawIOBase):
         return at
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        if self.at >= self.member.size:  # perhaps where no file can be
+            return 0
         self.file.seek(self.member.offset + self.at)
-        read = self.file.readinto(memoryview(buffer)[: max(0, self.member.size - self.at)])
+        read = self.file.readinto(memoryview(buffer)[: self.member.size - self.at])
         self.at += read
         return read
 

@@ -2,11 +2,20 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 SPLITS = ("train", "held_out")
 # Of which clips there are and which of them are held out. Raise it with every change to that: work that was begun under
 # another rule is not gone on with, as the same frames could come to be on both sides.
-RULE = 2
+RULE = 3
+
+
+def holds(shown: Sequence[int], first: int, last: int, most: float) -> list[tuple[int, int]]:
+    """Where in the ticks [first, last) of a timeline a frame shows for more than `most` of them: from behind the first
+    of these to where the next frame begins.
+    """
+    begins = [first, *(tick for tick in range(first + 1, last) if shown[tick] != shown[tick - 1]), last]
+    return [(begin + 1, end) for begin, end in pairwise(begins) if end - begin > most]
 
 
 def pieces(first: int, last: int, lengths: Sequence[int], stride: int = 0) -> list[tuple[int, int]]:

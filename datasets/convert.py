@@ -19,7 +19,6 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from msc.datasets.archives import size_of
 from msc.datasets.clips import RULE, SPLITS
 from msc.datasets.contents import clip_lines
 from msc.datasets.decode import frames
@@ -81,22 +80,24 @@ def convert(
     settings = _settings(config)
     same = {name: settings[name] for name in settings if name != "max_bad"}  # which may be raised to go on
     plan = {"settings": same, "videos": len(listing.sources), "digest": _digest(listing), "held-out rule": RULE}
-    with working_folder(out, alone=part is None) as partial:
-        check_plan(partial, plan, part is None, config.overwrite)
-        with own_folder(partial, alone=part is None) as own:
+    alone = part is None
+    with working_folder(out, alone) as partial:
+        check_plan(partial, plan, alone and not merge, config.overwrite)
+        found = {number: read_record(partial, number) for number in range(len(todo))}
+        records = {number: record for number, record in found.items() if record is not None}
+        own_groups = [n for n in found if part is None or n % part[1] == part[0]]
+        mine = [n for n in own_groups if n not in records]
+        if merge and mine:  # before anything is removed: their parts may be at it, somewhere else
+            sources = [f"{todo[n].start}-{todo[n].stop - 1}" for n in mine[:8]]
+            raise ValueError(
+                f"{len(mine)} of {len(todo)} groups of videos are not converted, among them those with the numbers "
+                f"{', '.join(sources)}: run their parts (again), or leave out --merge to convert them here"
+            )
+        with own_folder(partial, alone) as own:
             if not (partial / WORK / "plan.json").is_file():
                 keep(own, partial / WORK / "plan.json", plan)
-            found = {number: read_record(partial, number) for number in range(len(todo))}
-            records = {number: record for number, record in found.items() if record is not None}
-            mine = [n for n in found if n not in records and (part is None or n % part[1] == part[0])]
-            if merge and mine:
-                sources = [f"{todo[n].start}-{todo[n].stop - 1}" for n in mine[:8]]
-                raise ValueError(
-                    f"{len(mine)} of {len(todo)} groups of videos are not converted, among them those with the numbers "
-                    f"{', '.join(sources)}: run their parts (again), or leave out --merge to convert them here"
-                )
             write = Writer(config, encode, embed, unknown, listing, partial, own)
-            records |= write(mine, todo, list(records.values()))
+            records |= write(own_groups, todo, records)
         if part is not None:
             outcomes = [outcome for number in mine for outcome in records[number].outcomes]
             return _part_report(config, part, outcomes, len(records), len(todo), time.monotonic() - began)
@@ -106,7 +107,7 @@ def convert(
         try:
             _check_clips(config, outcomes)
         except ValueError:
-            shutil.rmtree(partial)  # no use to go on with
+            shutil.rmtree(partial, ignore_errors=True)  # no use to go on with
             raise
         shards = {name: [shard for record in done for shard in record.shards[name]] for name in SPLITS}
         index = Index(
@@ -128,7 +129,7 @@ def convert(
         write_atomically(partial / "skipped.txt", "".join(lines).encode("utf-8", "surrogateescape"))
         write_index(partial, index)
         publish(partial, out)
-        shutil.rmtree(out / WORK)
+    shutil.rmtree(out / WORK)
     return _report(config, out, index, outcomes, sum(len(todo[n]) for n in mine), time.monotonic() - began)
 
 
@@ -183,7 +184,7 @@ def _settings(config: ConvertConfig) -> dict[str, Any]:
 
 def _digest(listing: Listing) -> str:
     """Changes where the sources do, but not with the folder that they are in."""
-    sources = [(x.name, size_of(x.path), x.caption, x.label, x.licence, x.start, x.end) for x in listing.sources]
+    sources = [(x.name, x.size, x.caption, x.label, x.licence, x.start, x.end) for x in listing.sources]
     return hashlib.sha256(repr(sources).encode("utf-8", "surrogateescape")).hexdigest()
 
 
@@ -207,7 +208,7 @@ def _report(
         + ", ".join(f"{s}: {statistics.ratio(s):.3f}" for s in statistics.spaces),
     ]
     if left_out := sum(len(result.left_out) for result in results):
-        lines.append(f"{left_out} clips are too dark or too static: see {out / 'skipped.txt'}")
+        lines.append(f"{left_out} clips or stretches are too dark or too static: see {out / 'skipped.txt'}")
     lines += [f"skipped {name}: {why}" for name, why in skipped[:10]]
     if len(skipped) > 10:
         lines.append(f"and {len(skipped) - 10} more: see {out / 'skipped.txt'}")

@@ -18,10 +18,13 @@ from queue import SimpleQueue
 import numpy as np
 import torch
 
-from msc.datasets.clips import SPLITS, best_buckets, pieces, runs
+from msc.datasets.archives import size_of
+from msc.datasets.clips import SPLITS, best_buckets, holds, pieces, runs
 from msc.datasets.decode import Video, pictures, probe, timeline, to_mp4
 from msc.datasets.scenes import brightness, change, content, motion
 from msc.datasets.sources import Source
+
+LONGEST_HOLD = 10.0  # seconds that a frame may show; longer, it is a gap in the time stamps, or a picture that stands
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,8 @@ class Task:
 class Cut:
     """What a source gave: its clips per split, or why it was skipped.
 
-    ticks: frames on its timeline. broken: the file is at fault, it is not only too short. left_out: its clips
-    that the filters left out, and why.
+    ticks: frames on its timeline. broken: the file is at fault, it is not only too short. left_out: what is
+    not used of it, and why.
     """
 
     source: Source
@@ -75,14 +78,16 @@ class Cut:
 
 
 def cut(task: Task) -> Cut:
-    """Decode a source once and spool its clips; a source that breaks anywhere gives none of its clips.
+    """Decode a source once and spool its clips; a source that breaks anywhere gives none of its clips. OSError where it
+    cannot be read, or is gone since it was listed: that may pass, and says nothing of the video.
 
-    All clips of a source have one size (see `best_buckets`); each stretch without cut is divided into clips of the
-    longest length that fits, and what is left over into shorter ones where there are any.
+    All clips of a source have one size (see `best_buckets`); each stretch without cut, or frame that is held for long,
+    is divided into clips of the longest length that fits, and what is left over into shorter ones where there are any.
     """
     source = task.source
     clips: dict[str, list[Clip]] = {name: [] for name in SPLITS}
     left_out: list[str] = []
+    holding: list[str] = []
     ticks = 0
     try:
         video = probe(source.path, source.name)
@@ -95,18 +100,27 @@ def cut(task: Task) -> Cut:
         buckets = best_buckets(task.shapes, video.height, video.height * video.aspect, longest)
         if not buckets:
             return Cut(source, ticks, clips, f"is too short: {ticks} frames at {task.fps:g} fps, a clip needs {least}")
-        for name, start, clip in _clips(task, video, shown, plan, buckets):
+        stretches = []
+        for name, (first, last) in plan.items():
+            for begin, end in holds(shown, first, last, LONGEST_HOLD * task.fps):
+                holding.append(f"shows one frame from {begin / task.fps:.2f} to {end / task.fps:.2f} s")
+                stretches.append((name, first, begin))
+                first = end
+            stretches.append((name, first, last))
+        for name, start, clip in _clips(task, video, shown, stretches, buckets):
             if why := _unwanted(task, clip):
                 left_out.append(f"clip at {start / task.fps:.2f} s {why}")
                 continue
             task.file(start).write_bytes(to_mp4(torch.from_numpy(clip).permute(0, 3, 1, 2), task.fps, task.crf))
             clips[name].append(Clip(start, buckets[len(clip)], task.file(start)))
     except ValueError as error:
+        if size_of(source.path) != source.size:
+            raise OSError(f"{source.path} is not what it was when it was listed: convert again") from None
         return _broken(task, ticks, str(error).removeprefix(f"{source.name}: "))
     why = ""
     if not any(clips.values()):
         why = "gives no clip that is wanted" if left_out else f"has no scene of {min(buckets)} frames"
-    return Cut(source, ticks, clips, why, left_out=tuple(left_out))
+    return Cut(source, ticks, clips, why, left_out=(*holding, *left_out))
 
 
 def _broken(task: Task, ticks: int, why: str) -> Cut:
@@ -132,17 +146,19 @@ def _unwanted(task: Task, clip: np.ndarray) -> str:
 
 
 def _clips(
-    task: Task, video: Video, shown: list[int], plan: dict[str, tuple[int, int]], buckets: dict[int, int]
+    task: Task, video: Video, shown: list[int], stretches: list[tuple[str, int, int]], buckets: dict[int, int]
 ) -> Iterator[tuple[str, int, np.ndarray]]:
-    """(split, start, uint8 [T, H, W, 3]) of every clip, in one pass over the source with one clip in memory."""
+    """(split, start, uint8 [T, H, W, 3]) of every clip in stretches of ticks, (split, first, last) each; in one pass
+    over the source with one clip in memory.
+    """
     lengths, size = sorted(buckets), task.shapes[next(iter(buckets.values()))][1:]
-    needed: dict[str, Sequence[int]] = {name: range(*run) for name, run in plan.items()}
+    needed: list[Sequence[int]] = [range(first, last) for _, first, last in stretches]
     if not task.scenes:
-        needed = {
-            name: sorted({t for a, n in pieces(*run, lengths, task.stride) for t in range(a, a + n)})
-            for name, run in plan.items()
-        }
-    ticks = [shown[tick] for name in needed for tick in needed[name]]
+        needed = [
+            sorted({t for a, n in pieces(first, last, lengths, task.stride) for t in range(a, a + n)})
+            for _, first, last in stretches
+        ]
+    ticks = [shown[tick] for own in needed for tick in own]
     decoded = pictures(task.source.path, video, ticks, size, task.threads, crop=not task.random_crop)
     held: dict[int, np.ndarray] = {}
 
@@ -150,10 +166,10 @@ def _clips(
         found = np.stack([held[t] for t in range(start, start + length)])
         return _cropped(task, start, size, found) if task.random_crop else found
 
-    for name, (start, _) in plan.items():
+    for (name, start, _), own in zip(stretches, needed, strict=True):
         held = {}
         before: np.ndarray | None = None
-        for tick, picture in zip(needed[name], decoded, strict=False):
+        for tick, picture in zip(own, decoded, strict=False):
             if task.scenes:
                 now = content(picture)
                 if before is not None and change(before, now) > task.scenes:

@@ -1,15 +1,18 @@
 """Video files to frames and back, with PyAV.
 
 A source is a path, a file in a tar, or the bytes of a file. Whatever is wrong with one is a `ValueError` that begins
-with its name, so that callers can skip it and say why. Nothing is allocated before sizes and counts are bounded.
+with its name, so that callers can skip it and say why; where it cannot be read, which may pass, it is an `OSError`.
+Nothing is allocated before sizes and counts are bounded.
 """
 
+import errno
 import io
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -71,14 +74,22 @@ def probe(source: Source, name: str = "") -> Video:
         return _probed(container, stream, name)
 
 
-def _probed(container: InputContainer, stream: VideoStream, name: str, ours: bool = False) -> Video:
-    """`ours`: written by `to_mp4`, so that the header can be believed and no picture need be looked at."""
-    packets = [p.pts for p in container.demux(stream) if p.size and not p.is_discard]
+def _probed(
+    container: InputContainer, stream: VideoStream, name: str, ours: bool = False, most: int | None = None
+) -> Video:
+    """`ours`: written by `to_mp4`, so that the header can be believed and no picture need be looked at. `most` frames
+    that it may have, MAX_FRAMES if not said.
+    """
+    most = MAX_FRAMES if most is None else most
+    if stream.frames > most + 1:  # as below, before any is read
+        raise ValueError(f"{name}: has {stream.frames} frames, at most {most} are read")
+    shown = (p.pts for p in container.demux(stream) if p.size and not p.is_discard)
+    packets = list(islice(shown, most + 1))
     width, height = stream.codec_context.width, stream.codec_context.height
     if not packets or width <= 0:
         raise ValueError(f"{name}: has no frames")
-    if len(packets) > MAX_FRAMES:
-        raise ValueError(f"{name}: has {len(packets)} frames, at most {MAX_FRAMES} are read")
+    if len(packets) > most:
+        raise ValueError(f"{name}: has more than the {most} frames that are read")
     if stream.frames > len(packets) + 1:  # one may be hidden by an edit list
         raise ValueError(f"{name}: is truncated: {stream.frames} frames promised, {len(packets)} there")
     fps, time_base = stream.average_rate or stream.guessed_rate, stream.time_base
@@ -130,16 +141,21 @@ def frames(
     size: tuple[int, int] | None = None,
     name: str = "",
     threads: int = 0,
+    expected: tuple[int, int, int] | None = None,
 ) -> Tensor:
     """Frames [start, stop) of the file's timeline at `fps` as uint8 [T, 3, H, W], RGB, upright.
 
     `size` is (height, width): scaled to cover it and cropped around the centre; None keeps the file's. `fps`
     None takes the file's own frames. `threads` of the decoder, 0 for one per core. Raises ValueError as
-    `probe` does, and where the slice is not inside the timeline or a frame in it cannot be decoded.
+    `probe` does, and where the slice is not inside the timeline or a frame in it cannot be decoded; and where the file
+    has not the `expected` frames, height and width, which costs no more than if it had.
     """
     name, ours = name or _name(source), isinstance(source, bytes)
     with _opened(source, name, threads if ours else 1) as opened:
-        video = _probed(*opened, name, ours)
+        video = _probed(*opened, name, ours, expected[0] if expected else None)
+        found = (len(video.pts), video.height, video.width)
+        if expected and found != expected:
+            raise ValueError(f"{name}: video is {found}, the index says {expected}")
         shown = timeline(video, fps)
         stop = len(shown) if stop is None else stop
         if not 0 <= start < stop <= len(shown):
@@ -149,8 +165,8 @@ def frames(
         if needed > MAX_BYTES:
             raise ValueError(f"{video.name}: frames {start} to {stop} take {needed} bytes, at most {MAX_BYTES}")
         out = torch.empty(stop - start, height, width, 3, dtype=torch.uint8)
-        found = pictures(source, video, shown[start:stop], size, threads, opened=opened if ours else None)
-        for i, picture in enumerate(found):
+        decoded = pictures(source, video, shown[start:stop], size, threads, opened=opened if ours else None)
+        for i, picture in enumerate(decoded):
             if picture.shape != (height, width, 3):
                 raise ValueError(f"{video.name}: changes its size to {picture.shape[1]}x{picture.shape[0]}")
             out[i] = torch.from_numpy(picture)
@@ -234,24 +250,23 @@ def to_mp4(video: Tensor, fps: float | Fraction, crf: int = 10) -> bytes:
 def _opened(source: Source, name: str, threads: int) -> Iterator[tuple[InputContainer, VideoStream]]:
     """(container, first video stream), closed afterwards; FFmpeg's errors become ValueError with the name. `threads`
     of the decoder, 0 for one per core.
+
+    Files are read by Python, FFmpeg's errors are then of their content alone: where one cannot be read, which may pass,
+    an OSError says so.
     """
-    file: str | BinaryIO
     formats = FORMATS
     if isinstance(source, bytes):
-        # From a shard, where only mp4 stands: no other reader is let near the bytes.
-        file, formats = io.BytesIO(source), "mov"
-    elif isinstance(source, Member):
-        file = open_bytes(source)
-    else:
-        file = str(Path(source).resolve())
-        if not Path(source).is_file():
-            raise ValueError(f"{name}: is not a file")
+        formats = "mov"  # from a shard, where only mp4 stands: no other reader is let near the bytes
+    elif not isinstance(source, Member) and not Path(source).is_file():
+        raise ValueError(f"{name}: is not a file")
     options = {"format_whitelist": formats, "protocol_whitelist": "file"}
     try:
-        with nullcontext() if isinstance(file, str) else file, av.open(file, "r", options=options) as container:
+        with _bytes(source, name) as file, av.open(file, "r", options=options) as container:
             if not container.streams.video:
                 raise ValueError(f"{name}: has no video stream")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise ValueError(f"{name}: is in a codec that FFmpeg cannot decode")
             width, height = stream.codec_context.width, stream.codec_context.height
             if width * height > MAX_PIXELS:
                 raise ValueError(f"{name}: {width}x{height} pixels are more than {MAX_PIXELS}")
@@ -261,6 +276,20 @@ def _opened(source: Source, name: str, threads: int) -> Iterator[tuple[InputCont
             yield container, stream
     except av.FFmpegError as error:
         raise ValueError(f"{name}: is not readable as video ({error.strerror})") from None
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # by what stands in it we were sent to where nothing can be
+            raise ValueError(f"{name}: is not readable as video ({error.strerror})") from None
+        raise OSError(error.errno, error.strerror, name) from None
+
+
+@contextmanager
+def _bytes(source: Source, name: str) -> Iterator[BinaryIO]:
+    place = Path(source) if isinstance(source, str) else source
+    with io.BytesIO(place) if isinstance(place, bytes) else open_bytes(place) as file:
+        if not file.read(1):
+            raise ValueError(f"{name}: is empty")
+        file.seek(0)
+        yield file
 
 
 def _picture(

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+LOCK = ".lock"  # in a folder that is being written
 TAIL_BYTES = 65536  # more than a line of any log
 
 
@@ -112,21 +113,33 @@ def partial_folder(out: Path) -> Iterator[Path]:
     """
     partial = out.with_name(f".{out.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY)
-    try:
+    with open(partial / LOCK, "a+") as lock:
+        if not lock_now(lock):
+            raise FileExistsError(f"another process is writing {out}: wait for it to end")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FileExistsError(f"another process is writing {out}: wait for it to end") from None
-        try:
-            for left in partial.iterdir():
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            clear(partial)
             yield partial
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-    finally:
-        os.close(lock)
+
+
+def lock_now(file: TextIO, shared: bool = False) -> bool:
+    """Lock a file, open for reading and writing, until it is closed; False where another process has. A file and not
+    its folder: over NFS a folder's lock holds on one machine only.
+    """
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def clear(folder: Path) -> None:
+    """Remove all that is in a folder but its lock."""
+    for left in folder.iterdir():
+        if left.name != LOCK:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 @contextmanager
@@ -144,5 +157,6 @@ def publish(partial: Path, out: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
         os.rename(out, old)
     os.rename(partial, out)
+    (out / LOCK).unlink(missing_ok=True)
     sync_folder(out.parent)
     shutil.rmtree(old, ignore_errors=True)

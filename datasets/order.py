@@ -113,32 +113,30 @@ class Windows:
     """The order where only some shards are at hand: (epoch, sample) by position, as `sample_at`.
 
     In every epoch the shards, of `counts` samples, come in an order of their own; the samples are shuffled within
-    each `window` shards that follow each other. One order of shards is kept, of the epoch last asked for.
+    each `window` shards that follow each other. Two orders of shards are kept, of the epochs last begun: positions of a
+    mixture go back and forth over the border of two.
     """
 
     def __init__(self, counts: Sequence[int], window: int, seed: int) -> None:
         self.counts, self.window, self.seed = tuple(counts), window, seed
         self.first = [0, *accumulate(counts)]
         self.samples = self.first[-1]
-        self._epoch = -1
+        self._kept: dict[int, tuple[list[int], list[int]]] = {}  # of an epoch: its shards, where each begins
 
     def __call__(self, position: int) -> tuple[int, int]:
         epoch, place = divmod(position, self.samples)
-        if epoch != self._epoch:
-            self._shards = order(len(self.counts), derived(self.seed, 1), epoch)
-            self._ends = list(accumulate(self.counts[shard] for shard in self._shards))
-            self._epoch = epoch
-        window = bisect.bisect_right(self._ends, place) // self.window
-        begin = self._end(window * self.window)
-        inside = self._end((window + 1) * self.window) - begin
+        if epoch not in self._kept:
+            shards = order(len(self.counts), derived(self.seed, 1), epoch)
+            begins = [0, *accumulate(self.counts[shard] for shard in shards)]
+            self._kept = dict([*list(self._kept.items())[-1:], (epoch, (shards, begins))])
+        shards, begins = self._kept[epoch]
+        window = (bisect.bisect_right(begins, place) - 1) // self.window
+        begin = begins[window * self.window]
+        inside = begins[min((window + 1) * self.window, len(shards))] - begin
         seed = derived(self.seed, 2 + epoch * len(self.counts) + window)
         place = begin + sample_at(place - begin, inside, seed)[1]
-        shard = bisect.bisect_right(self._ends, place)
-        return epoch, self.first[self._shards[shard]] + place - self._end(shard)
-
-    def _end(self, shards: int) -> int:
-        """Samples in the first `shards` shards of this epoch."""
-        return self._ends[min(shards, len(self._ends)) - 1] if shards else 0
+        shard = bisect.bisect_right(begins, place) - 1
+        return epoch, self.first[shards[shard]] + place - begins[shard]
 
 
 def _mix(x: int) -> int:

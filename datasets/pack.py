@@ -28,6 +28,7 @@ from msc.datasets.work import WORK, Outcome, Record, finish_group, keep
 Encode = Callable[[Tensor], Tensor]
 Embed = Callable[[str], Tensor]
 Pending = dict[tuple[str, int], list[tuple[Source, Clip]]]  # clips by split and bucket
+FEW = 4  # broken videos of a part that say nothing of its machine yet, as it may have few in all
 CRF = 8  # near lossless: 41 to 47 dB on real clips at 128 x 128, 5 to 9 % of the raw size
 
 
@@ -46,12 +47,19 @@ class Writer:
     partial: Path
     own: Path
 
-    def __call__(self, mine: list[int], all_groups: list[range], done: list[Record]) -> dict[int, Record]:
-        """Records of the groups `mine`, each kept as soon as its shards are written, in the order of the sources."""
+    def __call__(self, part: list[int], all_groups: list[range], done: dict[int, Record]) -> dict[int, Record]:
+        """Records of a part's groups that are not `done`, each kept as soon as its shards are written, in the order of
+        the sources.
+        """
         config, sources = self.config, self.listing.sources
+        mine = [group for group in part if group not in done]
         if not mine:
             return {}
-        broken = [outcome for record in done for outcome in record.outcomes if outcome.broken]
+        broken, of_part = (
+            [outcome for record in records for outcome in record.outcomes if outcome.broken]
+            for records in (done.values(), [done[group] for group in part if group in done])
+        )
+        in_part = sum(len(all_groups[group]) for group in part)
         spool = self.own / "spool"
         spool.mkdir()
         double = self._copies()
@@ -81,7 +89,10 @@ class Writer:
                     outcomes.append(outcome)
                     if outcome.broken:
                         broken.append(outcome)
+                        of_part.append(outcome)
                         check_broken(config, broken, len(sources))
+                        if len(of_part) > FEW:
+                            check_broken(config, of_part, in_part)
                     progress.step(outcome)
                 for kind in kinds:
                     if pending[kind]:

@@ -25,6 +25,7 @@ FORMAT = 2  # written only where there are several buckets; everything else is f
 MAX_INDEX_BYTES = 256 << 20
 SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.tar")
 MOST = 1 << 31  # more of anything than there ever is: clips in a shard, pixels of a side
+MOST_CLASSES = 1 << 20  # each is a row of weights in the model
 SHA256 = re.compile("[0-9a-f]{64}")
 STORES = {"video": "mp4", "latent": "latent.safetensors"}
 # What may stand in a shard, and the most bytes one such member may claim.
@@ -125,7 +126,9 @@ class Index:
 
 
 def write_index(folder: Path, index: Index) -> None:
-    """Write `folder/index.json` atomically; it is the last file written, so its presence means complete."""
+    """Write `folder/index.json` atomically; it is the last file written, so its presence means complete. ValueError for
+    one that would be refused when it is read.
+    """
     fields = dataclasses.asdict(index)
     fields["statistics"] = index.statistics.to_json()
     fields["format"] = 2 if index.buckets else 1
@@ -133,7 +136,14 @@ def write_index(folder: Path, index: Index) -> None:
         del fields["buckets"]
         for shard in (shard for shards in fields["splits"].values() for shard in shards):
             del shard["bucket"]
-    write_atomically(folder / "index.json", json.dumps(fields, indent=1, sort_keys=True).encode())
+    content = json.dumps(fields, indent=1, sort_keys=True).encode()
+    if len(content) > MAX_INDEX_BYTES:
+        count = sum(len(shards) for shards in index.splits.values())
+        raise ValueError(
+            f"{folder / 'index.json'} would have {len(content)} bytes, at most {MAX_INDEX_BYTES} are read: convert to "
+            f"fewer than these {count} shards, with more clips in each (--clips-per-shard), or into several folders"
+        )
+    write_atomically(folder / "index.json", content)
 
 
 def read_index(folder: str | Path) -> Index:
@@ -199,7 +209,7 @@ def _problem(index: Index, content: bytes) -> str:
         return f"its sizes are {index.shape}, its first bucket's {index.buckets[0]}"
     if not 0 < index.fps <= 1000:
         return f"fps is {index.fps}"
-    if not (0 <= index.classes < MOST and (index.has_text is None or 1 <= index.has_text < MOST)):
+    if not (0 <= index.classes <= MOST_CLASSES and (index.has_text is None or 1 <= index.has_text < MOST)):
         return f"there are {index.classes} classes, text of width {index.has_text}"
     for shard in (shard for shards in index.splits.values() for shard in shards):
         # Names become parts of paths, and of addresses where shards are streamed.

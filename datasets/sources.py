@@ -13,12 +13,14 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from msc.datasets.archives import Member, Place, members, open_bytes, size_of
 from msc.datasets.decode import SUFFIXES
+from msc.datasets.shards import MOST_CLASSES
 
 END_BYTES = 1 << 16  # at which files of equal size are told apart before all of them is read
 TEXT_BYTES = 1 << 20  # the most that is read of a KEY.json or KEY.txt
@@ -31,7 +33,8 @@ class Source:
     """One video, or the part [start, end) of it in seconds, and what is known about it.
 
     span: the part of the file that all sources taken from it lie in; its end is what is held out. draw: a number in
-    [0, 1), the same for all of them: whether it is held out whole where it is too short to be divided.
+    [0, 1), the same for all of them: whether it is held out whole where it is too short to be divided. size: of the
+    file in bytes when it was listed; -1 for what was no file.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Source:
     end: float = math.inf
     span: tuple[float, float] = (0.0, math.inf)
     draw: float = 0.0
+    size: int = -1
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,12 @@ def find_sources(given: tuple[str, ...]) -> Listing:
         first, last = spans.get(path, (start, end))
         spans[path] = (min(first, start), max(last, end))
         draws[path] = min(draws.get(path, 1.0), _draw(source.name.removesuffix(_part(start, end))))
+    sizes = {path: size_of(path) for path in spans}
     labels, names = _number([(source.name, label) for source, label in found.values()])
     sources = [
-        dataclasses.replace(source, span=spans[source.path], draw=draws[source.path], label=label)
+        dataclasses.replace(
+            source, span=spans[source.path], draw=draws[source.path], size=sizes[source.path], label=label
+        )
         for (source, _), label in zip(found.values(), labels, strict=True)
     ]
     return Listing(sources, max((label for label in labels if label is not None), default=-1) + 1, names)
@@ -242,8 +249,16 @@ def _number(labels: list[tuple[str, Any]]) -> tuple[list[int | None], tuple[str,
         raise ValueError(f"{len(without)} of {len(labels)} sources have no label, among them {without[0]}: label all")
     words = [str(label) for _, label in labels]
     if all(word.isdecimal() for word in words):
+        for (name, _), word in zip(labels, words, strict=True):
+            if len(word) > 20 or int(word) >= MOST_CLASSES:
+                raise ValueError(
+                    f"{name}: label {word[:40]} is no class below {MOST_CLASSES} but an id: number the classes from 0 "
+                    "on without gaps, or write words, which msc numbers (id-1 instead of 1)"
+                )
         return [int(word) for word in words], ()
     names = tuple(sorted(set(words)))
+    if len(names) > MOST_CLASSES:
+        raise ValueError(f"sources have {len(names)} different labels, at most {MOST_CLASSES} are read: leave them out")
     number = {word: i for i, word in enumerate(names)}
     return [number[word] for word in words], names
 
@@ -253,9 +268,10 @@ def _number(labels: list[tuple[str, Any]]) -> tuple[list[int | None], tuple[str,
 
 def copies(sources: list[Source]) -> dict[int, str]:
     """Number of every source whose content an earlier one has -> name of that one. Of files of equal size the ends are
-    read, and where these agree the whole, by SHA-256; files that cannot be read are no copies.
+    read, and where these agree the whole, by SHA-256; files that cannot be read are no copies: they are named when they
+    are cut.
     """
-    groups = [{source.path for source in sources if size_of(source.path) >= 0}]
+    groups = [{source.path for source in sources if source.size >= 0}]
     for trait in (size_of, _ends, _sha256):
         groups = [found for group in groups for found in _divided(group, trait) if len(found) > 1]
     alike = {path: number for number, group in enumerate(groups) for path in group}
@@ -272,10 +288,11 @@ def copies(sources: list[Source]) -> dict[int, str]:
 
 
 def _divided(places: set[Place], trait: Callable[[Place], Any]) -> Iterable[set[Place]]:
-    """Those of equal `trait` together."""
+    """Those of equal `trait` together, without those that cannot be read."""
     found: dict[Any, set[Place]] = defaultdict(set)
     for place in places:
-        found[trait(place)].add(place)
+        with suppress(OSError):
+            found[trait(place)].add(place)
     return found.values()
 
 

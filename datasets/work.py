@@ -7,7 +7,6 @@ that processes may be killed, added and started again at will: whoever converts 
 """
 
 import dataclasses
-import fcntl
 import json
 import os
 import secrets
@@ -19,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from msc.datasets.archives import size_of
-from msc.datasets.files import sync_folder, write_atomically
+from msc.datasets.files import LOCK, clear, lock_now, sync_folder, write_atomically
 from msc.datasets.shards import ShardInfo
 from msc.datasets.sources import Source
 from msc.datasets.tables import table_of
@@ -61,7 +59,7 @@ def groups(sources: list[Source], clips_per_shard: int) -> list[range]:
     made, first, size = [], 0, 0
     for number, source in enumerate(sources):
         if number == first or source.path != sources[number - 1].path:
-            size += max(0, size_of(source.path))
+            size += max(0, source.size)
         if size >= GROUP_BYTES or number + 1 - first >= clips_per_shard or number + 1 == len(sources):
             made.append(range(first, number + 1))
             first, size = number + 1, 0
@@ -71,27 +69,22 @@ def groups(sources: list[Source], clips_per_shard: int) -> list[range]:
 @contextmanager
 def working_folder(out: Path, alone: bool) -> Iterator[Path]:
     """The folder in which `out` is made, with what earlier processes finished; removed on an error if that is
-    nothing. `alone`: no other process may be working in it, else only those that are alone are refused.
+    nothing, and nobody's work lies there. `alone`: no other process may be working in it, else only those that are
+    alone are refused.
 
     FileExistsError where another process is in the way.
     """
     partial = out.with_name(f".{out.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FileExistsError(f"another process is writing {out}: wait for it to end") from None
-        (partial / WORK).mkdir(exist_ok=True)
+    (partial / WORK).mkdir(parents=True, exist_ok=True)
+    with open(partial / LOCK, "a+") as lock:
+        if not lock_now(lock, shared=not alone):
+            raise FileExistsError(f"another process is writing {out}: wait for it to end")
         try:
             yield partial
         except BaseException:
-            if alone and not list((partial / WORK).glob("group-*.json")):
+            if alone and not any(list((partial / WORK).glob(kept)) for kept in ("group-*.json", "process-*")):
                 shutil.rmtree(partial, ignore_errors=True)
             raise
-    finally:
-        os.close(lock)
 
 
 @contextmanager
@@ -100,27 +93,21 @@ def own_folder(partial: Path, alone: bool) -> Iterator[Path]:
     host = socket.gethostname()
     for left in (partial / WORK).glob("process-*" if alone else f"process-{host}-*"):
         try:
-            descriptor = os.open(left, os.O_RDONLY)
+            with open(left / LOCK, "r+") as file:
+                if lock_now(file):  # else its process lives
+                    shutil.rmtree(left, ignore_errors=True)
         except FileNotFoundError:
-            continue  # another process was faster
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left, ignore_errors=True)
-        except BlockingIOError:
-            pass  # its process lives
-        finally:
-            os.close(descriptor)
+            pass  # another process was faster
     word = secrets.token_hex(4)  # numbers of processes are not unique where containers share a host's name
     new, own = (partial / WORK / f"{kind}-{host}-{word}" for kind in ("new", "process"))
     new.mkdir()
-    lock = os.open(new, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        new.rename(own)  # locked before it has a name that others look for
-        yield own
+        with open(new / LOCK, "a+") as lock:
+            lock_now(lock)
+            new.rename(own)  # locked before it has a name that others look for
+            yield own
     finally:
-        shutil.rmtree(own, ignore_errors=True)
-        os.close(lock)
+        shutil.rmtree(own, ignore_errors=True)  # after its lock is closed: NFS keeps what is open
 
 
 def check_plan(partial: Path, plan: dict[str, Any], alone: bool, overwrite: bool) -> None:
@@ -137,8 +124,7 @@ def check_plan(partial: Path, plan: dict[str, Any], alone: bool, overwrite: bool
             f"{partial} holds unfinished work with another {differ}: give the same settings and sources to go on "
             "with it, or remove that folder to begin anew"
         )
-    for left in partial.iterdir():
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    clear(partial)
     path.parent.mkdir()
 
 

@@ -23,6 +23,8 @@ def given(**options: Any) -> dict[str, Any]:
 
 
 def convert(args: Namespace) -> int:
+    import torch
+
     from msc.datasets.convert import ConvertConfig
     from msc.datasets.convert import convert as convert_videos
     from msc.pretrain.autoencoder import open_autoencoder
@@ -40,12 +42,17 @@ def convert(args: Namespace) -> int:
         buckets=tuple(args.bucket or ()),
         **given(height=height, width=width, **{name: getattr(args, name) for name in names}),
     )
-    autoencoder = open_autoencoder(config.autoencoder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    autoencoder = open_autoencoder(config.autoencoder, device)
     for shape in config.shapes:
         autoencoder.check(*shape)
+
+    def encode(clip: torch.Tensor) -> torch.Tensor:
+        return autoencoder.encode(clip.to(device))  # moved as bytes, a quarter of the floats
+
     embed = open_text_encoder(config.text) if config.text else None
     how = {"embed": embed, "part": args.part, "merge": args.merge}
-    report = convert_videos(config, autoencoder.encode, autoencoder.temporal_factor, **how)
+    report = convert_videos(config, encode, autoencoder.temporal_factor, **how)
     print(report.text)
     if args.part is None:
         print(f"a few of the clips: {write_contact_sheet(args.out, autoencoder, args.out / 'contact.png')}")

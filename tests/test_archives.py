@@ -229,7 +229,8 @@ def test_nothing_behind_a_member_is_read(tmp_path):
     with open_bytes(Member(tmp_path / "x", 6, 6)) as file:
         assert file.read(99) == b"inside"
         assert file.read(1) == b""
-        assert (file.seek(99), file.read()) == (99, b"")
+        for far in (99, 1 << 62, (1 << 63) - 1):
+            assert (file.seek(far), file.read()) == (far, b"")
         assert (file.seek(2), file.read(2), file.tell()) == (2, b"si", 4)
         with pytest.raises(ValueError, match="seek"):
             file.raw.seek(-1)

@@ -1,17 +1,20 @@
 """Conversion: same bytes for any number of workers, honest splits, whole or absent, broken files named."""
 
 import dataclasses
+import errno
 import importlib.util
 import json
+import os
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import crashing
 import pytest
 import torch
 
+from msc.datasets import archives, cut, decode
 from msc.datasets import convert as converting
-from msc.datasets import cut
 from msc.datasets.batches import loader
 from msc.datasets.clips import border, pieces, runs
 from msc.datasets.convert import ConvertConfig, convert
@@ -19,8 +22,12 @@ from msc.datasets.decode import frames, to_mp4
 from msc.datasets.mixture import only
 from msc.datasets.samples import Samples
 from msc.datasets.shards import read_index, read_part, scan, verify
+from msc.datasets.sources import find_sources
 from msc.datasets.statistics import measure
 from msc.datasets.synthetic import write_videos
+from msc.datasets.work import count_finished
+from msc.launch import cli
+from msc.pretrain import autoencoder
 
 
 def pixels(video: torch.Tensor) -> torch.Tensor:
@@ -224,6 +231,21 @@ def test_store_is_chosen_by_the_autoencoder():
     assert sum(kind == "latent" for kind in kinds.values()) == 1
 
 
+@pytest.mark.parametrize("gpus", [True, False])
+def test_clips_are_encoded_on_a_gpu_where_there_is_one(tmp_path, monkeypatch, gpus):
+    """Of the command; with a stand-in for the autoencoder, whose weights are there and whose clips go there."""
+    places = []
+    stand_in = SimpleNamespace(check=lambda *_: None, encode=lambda clip: clip, temporal_factor=1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
+    monkeypatch.setattr(autoencoder, "open_autoencoder", lambda spec, device="cpu": places.append(device) or stand_in)
+    monkeypatch.setattr(
+        converting, "convert",
+        lambda config, encode, factor, **how: encode(SimpleNamespace(to=places.append)) or SimpleNamespace(text="done"),
+    )  # fmt: skip
+    assert cli.main(["convert", "a.mp4", "--out", str(tmp_path / "out"), "--part", "0/2"]) == 0
+    assert places == ["cuda" if gpus else "cpu"] * 2
+
+
 # --- what can go wrong -------------------------------------------------------------------------------------
 
 
@@ -254,6 +276,37 @@ def test_a_source_that_breaks_half_way_gives_no_clip(tmp_path, videos):
     report = convert(settings(tmp_path, videos, overwrite=True), pixels, 1)
     assert [name for name, _ in report.skipped] == ["videos/deep/er/synthetic-001.mp4"]
     assert report.clips["train"] == whole.clips["train"] * 2 // 3
+
+
+@pytest.mark.parametrize("trouble", ["gone", "unreadable"])
+def test_a_passing_trouble_is_not_recorded(tmp_path, videos, monkeypatch, trouble):
+    """A video that cannot be read, or is gone since it was listed, ends the conversion; the next one goes on."""
+    config = settings(tmp_path, videos, clips_per_shard=1, held_out=0.0)
+    path = (videos / "deep" / "er" / "synthetic-001.mp4").resolve()
+
+    def unreadable(place):
+        if place == path:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return archives.open_bytes(place)
+
+    def listed(sources):
+        found = find_sources(sources)
+        path.rename(tmp_path / "away.mp4")
+        return found
+
+    with monkeypatch.context() as patch:
+        if trouble == "gone":
+            patch.setattr(converting, "find_sources", listed)
+        else:
+            patch.setattr(decode, "open_bytes", unreadable)
+        message = {"gone": f"{path} is not what it was", "unreadable": "Stale file handle: .*synthetic-001.mp4"}
+        with pytest.raises(OSError, match=message[trouble]):
+            convert(config, blocks, 2)
+    assert count_finished(tmp_path / "out") == 1
+    if trouble == "gone":
+        (tmp_path / "away.mp4").rename(path)
+    report = convert(config, blocks, 2)
+    assert (report.skipped, report.clips["train"]) == ((), 21)
 
 
 def test_too_many_broken_videos_stop_the_conversion(tmp_path, videos):

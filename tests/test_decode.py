@@ -1,6 +1,8 @@
 """Decoding: timelines, slices, sizes and rotation are right; what is wrong with a file is said by name."""
 
+import errno
 import importlib.util
+import io
 import os
 import resource
 from fractions import Fraction
@@ -228,7 +230,7 @@ def broken_files(folder: Path) -> dict[str, Path]:
     ("name", "message"),
     [
         ("text", "is not readable"),
-        ("empty", "is not readable"),
+        ("empty", "is empty"),
         ("no_moov", "is not readable"),
         ("cut", "is truncated: 60 frames promised|is not readable"),
         ("playlist", "is not readable"),
@@ -244,6 +246,36 @@ def test_broken_files_are_named(tmp_path, name, message):
         assert str(error.value).startswith(f"{path}: ")
     with pytest.raises(ValueError, match=r"^clip 7: "):
         frames(path.read_bytes(), name="clip 7")
+
+
+@pytest.mark.parametrize("tag", [b"encv", b"drmi", b"xxxx"])
+def test_a_codec_without_decoder_is_named(tmp_path, tag):
+    path = tmp_path / "strange.mp4"
+    path.write_bytes(PHONE.read_bytes().replace(b"avc1", tag))
+    for call in (probe, frames):
+        with pytest.raises(ValueError, match=r"strange.mp4: is in a codec that FFmpeg cannot decode"):
+            call(path)
+    with pytest.raises(ValueError, match=r"^clip 7: is in a codec"):
+        frames(path.read_bytes(), name="clip 7")
+
+
+@pytest.mark.parametrize("good", [0, 40_000, 200_000])
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES])
+def test_what_cannot_be_read_is_not_called_broken(monkeypatch, good, code):
+    class Failing(io.FileIO):
+        def readinto(self, buffer):
+            if self.tell() + len(buffer) > good:
+                raise OSError(code, os.strerror(code))
+            return super().readinto(buffer)
+
+    monkeypatch.setattr(decode, "open_bytes", lambda path: io.BufferedReader(Failing(path)))
+    for call in (probe, frames):
+        with pytest.raises(OSError, match=os.strerror(code)) as error:
+            call(BIKES)
+        assert (error.value.errno, error.value.filename) == (code, str(BIKES))
+    code = errno.EINVAL  # of a seek to where no file can be: a file may send us there
+    with pytest.raises(ValueError, match=r"bikes.mp4: is not readable as video \(Invalid argument\)"):
+        probe(BIKES)
 
 
 def test_zero_frames_are_refused(tmp_path):

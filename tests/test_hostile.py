@@ -2,13 +2,16 @@
 (members of a tar), test_batches.py (broken samples), test_decode.py (playlists) and test_autoencoder.py.
 """
 
+import itertools
 import json
 import os
 import resource
 import struct
 import tarfile
+import zlib
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -16,8 +19,9 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from msc.datasets import decode
 from msc.datasets.convert import ConvertConfig, convert
-from msc.datasets.decode import frames, probe
+from msc.datasets.decode import frames, probe, to_mp4
 from msc.datasets.samples import Samples
 from msc.datasets.shards import Index, read_index, scan, write_shard
 from msc.datasets.sources import find_sources
@@ -176,6 +180,42 @@ def test_a_video_that_never_ends_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"long.mkv: has 36\d{6} frames at 12 fps, at most"):
         frames(path, fps=12)
     assert peak() - before < 100
+
+
+def claiming(content: bytes, frames: int) -> bytes:
+    """An mp4 of `to_mp4` whose tables speak of so many frames, of a byte each."""
+    changed = bytearray(content)
+    for box, offset, values in ((b"stsz", 8, (1, frames)), (b"stts", 12, (frames,)), (b"stsc", 16, (frames,))):
+        struct.pack_into(f">{len(values)}I", changed, content.index(box) + offset, *values)
+    return bytes(changed)
+
+
+@pytest.mark.parametrize(("kind", "message"), [
+    ("frames", "has 200000 frames, at most 4 are read"),
+    ("a frame more", "has more than the 4 frames that are read"),
+    ("a frame less", r"video is \(3, 32, 32\), the index says \(4, 32, 32\)"),
+    ("size", r"video is \(4, 256, 128\), the index says \(4, 32, 32\)"),
+])  # fmt: skip
+def test_a_clip_that_is_not_what_the_index_says_is_not_decoded(tmp_path, monkeypatch, kind, message):
+    frames, size = {"a frame more": 5, "a frame less": 3}.get(kind, 4), (256, 128) if kind == "size" else (32, 32)
+    content = to_mp4(torch.zeros(frames, 3, *size, dtype=torch.uint8), 12)
+    if kind == "frames":
+        content = claiming(content, 200_000)
+    about = json.dumps({"crc32": zlib.crc32(content)}).encode()
+    index = latent_index(tmp_path, {"json": about, "mp4": content}, store="video", video_height=32, video_width=32)
+    monkeypatch.setattr(decode, "pictures", None)
+    for part in (None, (1, 2)):  # whatever a rank reads of it
+        with pytest.raises(ValueError, match=message):
+            Samples(tmp_path, index, "train", part).read(0)
+
+
+def test_of_frames_without_end_no_more_are_counted_than_are_read(monkeypatch):
+    packet = SimpleNamespace(pts=0, size=1, is_discard=False)
+    container = SimpleNamespace(demux=lambda stream: itertools.repeat(packet))
+    stream = SimpleNamespace(frames=0, codec_context=SimpleNamespace(width=32, height=32))
+    monkeypatch.setattr(decode, "MAX_FRAMES", 1000)
+    with pytest.raises(ValueError, match="endless: has more than the 1000 frames"):
+        decode._probed(container, stream, "endless")
 
 
 def test_files_that_are_not_files_are_skipped(tmp_path):

@@ -13,11 +13,12 @@ import pytest
 import torch
 from processes import run_ranks
 
+from msc.datasets import order as order_module
 from msc.datasets.batches import Batch, loader
 from msc.datasets.clips import best_buckets, pieces
 from msc.datasets.convert import ConvertConfig, convert
 from msc.datasets.mixture import DataConfig, ShardsFrom, open_shards, rounds, slots
-from msc.datasets.order import SLOTS, Turns, Windows, apportion, set_at
+from msc.datasets.order import SLOTS, Turns, Windows, apportion, order, set_at
 from msc.datasets.samples import Samples
 from msc.datasets.shards import read_index
 from msc.datasets.statistics import Statistics, measure, mix
@@ -167,6 +168,16 @@ def test_windows_hold_few_shards_and_every_clip_once():
     assert len({tuple(s for _, s in epoch) for epoch in epochs}) == 3
     assert order(30) == epochs[1][3]  # back and forth
     assert any(abs(a - b) > 1 for (_, a), (_, b) in itertools.pairwise(epochs[0][:5]))
+
+
+def test_a_mixture_goes_over_the_border_of_two_epochs_without_beginning_them_anew(monkeypatch):
+    made = []
+    monkeypatch.setattr(order_module, "order", lambda *given: made.append(given[2]) or order(*given))
+    windows = Windows([5] * 300, 3, 1)
+    positions = [place for p in range(4 * 1500) for one, place in [set_at(p, [512, 512], 7)] if one == 0]
+    epochs = [windows(place)[0] for place in positions]
+    assert sum(a > b for a, b in itertools.pairwise(epochs)) > 10  # back and forth
+    assert made == sorted(set(epochs))
 
 
 # --- batches -----------------------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 """Conversion by many processes that may be killed: the same bytes, nothing half-written, nothing done twice."""
 
+import fcntl
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -104,6 +106,38 @@ def test_killed_at_work_nothing_is_half_written_and_what_is_done_is_kept(tmp_pat
     assert not partial.exists()
 
 
+@pytest.mark.parametrize("locks", ["of files", "none"])
+def test_to_merge_too_early_leaves_a_part_at_work_elsewhere_alone(tmp_path, monkeypatch, locks):
+    """Over NFS a folder's lock is not seen by other machines, as one of a file is; some servers have none at all."""
+    videos = tmp_path / "videos"
+    write_videos(videos, 0, 4, 60, 48, 64)
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command = [sys.executable, str(tmp_path / "program.py"), str(videos), str(tmp_path / "out"), "1", "0", "2"]
+    work = tmp_path / ".out.partial" / ".work"
+    environment = os.environ | {"HOLD": str(work / "plan.json")}
+    running = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
+    deadline = time.monotonic() + 60
+    while not list(work.glob("process-*/spool/*")):
+        assert running.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+    def flock(file, how):
+        if locks == "of files" and not stat.S_ISDIR(os.fstat(getattr(file, "fileno", lambda: file)()).st_mode):
+            real(file, how)
+
+    real = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", flock)
+    try:
+        error = FileExistsError if locks == "of files" else ValueError
+        with pytest.raises(error, match="another process is writing|2 of 2 groups of videos are not converted"):
+            convert(same_as_program(tmp_path, videos), raw, 1, merge=True)
+        assert list(work.glob("process-*/spool/*"))
+    finally:
+        running.kill()
+        running.wait()
+
+
 def test_parts_in_any_order_and_number_give_what_one_process_gives(tmp_path):
     write_videos(tmp_path / "videos", 0, 7, 40, 32, 32)
     (tmp_path / "videos" / "synthetic-007.mp4").write_bytes(b"nonsense")
@@ -134,6 +168,17 @@ def test_parts_in_any_order_and_number_give_what_one_process_gives(tmp_path):
     (tmp_path / "videos" / "synthetic-008.mp4").unlink()
     convert(config("rest"), raw, 1)  # without merge the rest is converted here
     assert contents(tmp_path / "rest" / "out") == contents(tmp_path / "whole" / "out")
+
+
+def test_a_part_in_which_too_many_videos_are_broken_ends(tmp_path):
+    """As on a bad machine, though of all videos few are."""
+    write_videos(tmp_path / "videos", 0, 30, 20, 32, 32)
+    for i in range(0, 30, 5):
+        (tmp_path / "videos" / f"synthetic-{i:03d}.mp4").write_bytes(b"nonsense" * (i + 1))
+    config = settings(tmp_path, tmp_path / "videos", clips_per_shard=1, max_bad=0.5)
+    convert(config, raw, 1, part=(1, 5))
+    with pytest.raises(ValueError, match="5 of 6 sources are broken, at most 50%"):
+        convert(config, raw, 1, part=(0, 5))
 
 
 def test_work_begun_under_another_rule_is_not_gone_on_with(tmp_path):

@@ -1,12 +1,15 @@
 """Scenes and filters: clips keep clear of cuts; dark and static ones are left out and named; crops."""
 
 import json
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from test_decode import write_video
 
+from msc.datasets.clips import holds
 from msc.datasets.convert import ConvertConfig, convert
 from msc.datasets.decode import frames, to_mp4
 from msc.datasets.samples import Samples
@@ -54,6 +57,31 @@ def test_clips_keep_clear_of_cuts(tmp_path):
         convert(settings(tmp_path, scenes=27, frames=30, overwrite=True), raw, 1)
 
 
+def test_holds_are_what_lies_between_stretches():
+    shown = [0, 1, 1, 1, 2, 3, 3, 3, 3, 4]
+    assert holds(shown, 0, 10, 3) == [(6, 9)]
+    assert holds(shown, 0, 10, 2) == [(2, 4), (6, 9)]
+    assert holds(shown, 2, 8, 2) == [(6, 8)]
+    assert holds(shown, 4, 4, 2) == holds(shown, 0, 10, 4) == []
+
+
+@pytest.mark.parametrize("scenes", [0, 27])
+def test_a_jump_of_the_clock_ends_a_stretch_and_is_named(tmp_path, scenes):
+    """No clip shows the frame before it again and again."""
+    video = moving_textures(0, 1, 60, 32, 32)[0].permute(0, 2, 3, 1).numpy()
+    times = [round(i * 1000 / 12) + 3_600_000 * (i >= 30) for i in range(60)]
+    write_video(tmp_path / "a.mp4", video, times, base=Fraction(1, 1000))
+    convert(settings(tmp_path, scenes=scenes), raw, 1)
+    assert starts(tmp_path / "out") == [0, 8, 16, *(43_230 + i for i in (0, 8, 16))]
+    told = (tmp_path / "out" / "skipped.txt").read_text().splitlines()
+    # The last frame shows for an average one, which is long here.
+    assert told == ["a.mp4: shows one frame from 2.58 to 3602.50 s", "a.mp4: shows one frame from 3605.08 to 3664.92 s"]
+    convert(settings(tmp_path, scenes=scenes, held_out=0.5, overwrite=True), raw, 1)
+    assert starts(tmp_path / "out") == [0, 8, 16]
+    held_out = Samples(tmp_path / "out", read_index(tmp_path / "out"), "held_out")
+    assert len(held_out) == 3
+
+
 def test_dark_and_static_clips_are_left_out_and_named(tmp_path):
     lively = moving_textures(0, 1, 32, 32, 32)[0]
     video = torch.cat([lively[:8], lively[8:16] // 40, lively[16:17].repeat(8, 1, 1, 1), lively[24:]])
@@ -68,7 +96,7 @@ def test_dark_and_static_clips_are_left_out_and_named(tmp_path):
     assert [line[: line.index("(")] for line in told] == [
         "a.mp4: clip at 0.67 s is too dark ", "a.mp4: clip at 1.33 s is too static "
     ]  # fmt: skip
-    assert "2 clips are too dark or too static" in report.text
+    assert "2 clips or stretches are too dark or too static" in report.text
     with pytest.raises(ValueError, match="gives no clip that is wanted"):
         convert(settings(tmp_path, min_brightness=0.99, overwrite=True), raw, 1)
     assert starts(tmp_path / "out") == [0, 24]  # the failure left the old one

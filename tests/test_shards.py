@@ -188,6 +188,7 @@ def test_a_missing_folder_or_index_says_what_to_do(tmp_path):
         (lambda fields: fields.update(surprise=1), "damaged"),
         (lambda fields: fields.update(statistics={"mean": 3}), "damaged"),
         (lambda fields: fields.update(store="zip"), "'zip'"),
+        (lambda fields: fields.update(classes=(1 << 20) + 1), "1048577 classes"),
         (lambda fields: fields["splits"]["train"][0].update(name="../x.tar"), "leaves the folder"),
     ],
 )
@@ -215,6 +216,15 @@ def test_an_index_without_end_is_not_read(tmp_path, monkeypatch):
     os.truncate(tmp_path / "index.json", 1 << 40)  # a hole: it takes no space, but memory
     with pytest.raises(ValueError, match=r"index.json has more than the \d+ bytes that an index"):
         read_index(tmp_path)
+
+
+def test_an_index_that_could_not_be_read_is_not_written(tmp_path, monkeypatch):
+    index = make_folder(tmp_path)
+    written = (tmp_path / "index.json").read_bytes()
+    monkeypatch.setattr(shards, "MAX_INDEX_BYTES", len(written) - 1)
+    with pytest.raises(ValueError, match=rf"index.json would have {len(written)} bytes, at most .*--clips-per-shard"):
+        shards.write_index(tmp_path, dataclasses.replace(index, skipped=1))
+    assert (tmp_path / "index.json").read_bytes() == written
 
 
 def test_missing_short_and_changed_shards_are_named(tmp_path):

@@ -1,7 +1,9 @@
 """Sources: folders, lists and manifests; what is known about a video goes into its samples; copies count once."""
 
+import errno
 import json
 import math
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 
 from msc.datasets import pack
 from msc.datasets import sources as module
+from msc.datasets.archives import size_of
 from msc.datasets.clips import runs
 from msc.datasets.convert import ConvertConfig, convert
 from msc.datasets.samples import Samples
@@ -77,6 +80,15 @@ def test_manifests_say_the_same_in_every_form(folder, kind):
     assert second.span == third.span == (1, 5)
 
 
+def test_as_many_classes_as_an_index_may_have(tmp_path, monkeypatch):
+    (tmp_path / "list.csv").write_text("path,label\na.mp4,1048575\n")
+    assert find_sources((str(tmp_path / "list.csv"),)).classes == 1 << 20
+    (tmp_path / "list.csv").write_text("path,label\na.mp4,x\nb.mp4,y\n")
+    monkeypatch.setattr(module, "MOST_CLASSES", 1)
+    with pytest.raises(ValueError, match="sources have 2 different labels, at most 1 are read"):
+        find_sources((str(tmp_path / "list.csv"),))
+
+
 def test_a_list_of_files_is_a_column_of_paths(folder):
     (folder / "list.txt").write_text(f"synthetic-001.mp4\n\n{folder}/synthetic-000.mp4\nsynthetic-001.mp4\n")
     found = find_sources((str(folder / "list.txt"),))
@@ -95,6 +107,9 @@ def test_a_list_of_files_is_a_column_of_paths(folder):
         ("csv", "path,start,end\na.mp4,5,2\n", "start 5 and end 2: expected 0 <= start < end"),
         ("csv", "path,start\na.mp4,nan\n", "start nan"),
         ("csv", "path,label\na.mp4,1\nb.mp4,\n", "1 of 2 sources have no label, among them b.mp4"),
+        ("csv", "path,label\na.mp4,0\nb.mp4,20240101123456\n", "b.mp4: label 20240101123456 is no class below 1048576"),
+        ("jsonl", '{"path": "a.mp4", "label": 1048576}\n', "label 1048576 is no class .*: number .* or write words"),
+        ("csv", f"path,label\na.mp4,{'9' * 5000}\n", "a.mp4: label 9{40} is no class"),
         ("jsonl", '{"path": 3}\n', "line 1: has no path"),
         ("jsonl", "[1]\n", "line 1: .* unknown"),
         ("jsonl", "{\n", "is not readable as jsonl"),
@@ -159,8 +174,24 @@ def test_only_files_that_agree_at_both_ends_are_read_whole(tmp_path, monkeypatch
         (tmp_path / name).write_bytes(content)
     hashed, whole = [], module._sha256
     monkeypatch.setattr(module, "_sha256", lambda path: hashed.append(path.name) or whole(path))
-    assert copies([Source(name, tmp_path / name) for name in "abcdefgh"]) == {3: "a", 6: "f"}
+    sources = [Source(name, tmp_path / name, size=size_of(tmp_path / name)) for name in "abcdefgh"]
+    assert copies(sources) == {3: "a", 6: "f"}
     assert sorted(hashed) == ["a", "d", "e", "f", "g"]
+
+
+@pytest.mark.parametrize("trait", ["size_of", "_ends", "_sha256"])
+def test_what_cannot_be_read_is_no_copy(tmp_path, monkeypatch, trait):
+    for name in "abc":
+        (tmp_path / name).write_bytes(b"1" * 1000)
+    found, original = [Source(name, tmp_path / name, size=1000) for name in "abc"], getattr(module, trait)
+
+    def failing(path):
+        if path.name == "b":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return original(path)
+
+    monkeypatch.setattr(module, trait, failing)
+    assert copies(found) == {2: "a"}
 
 
 def test_of_many_parts_one_looks_for_copies_and_the_others_wait(tmp_path, monkeypatch):
