@@ -1,5 +1,6 @@
 """The part of a conversion that workers do: one source in, its clips as mp4 files out."""
 
+import errno
 import hashlib
 import math
 import multiprocessing
@@ -7,6 +8,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
@@ -24,6 +26,8 @@ from msc.datasets.decode import Video, pictures, probe, timeline, to_mp4
 from msc.datasets.scenes import brightness, change, content, motion
 from msc.datasets.sources import Source
 
+OF_ONE_FILE = {errno.EIO, errno.EACCES, errno.EPERM}  # a bad sector, no permission; others speak of disk or server
+PATIENCE = (2, 20)  # seconds between tries to read such a file
 LONGEST_HOLD = 10.0  # seconds that a frame may show; longer, it is a gap in the time stamps, or a picture that stands
 
 
@@ -78,12 +82,27 @@ class Cut:
 
 
 def cut(task: Task) -> Cut:
-    """Decode a source once and spool its clips; a source that breaks anywhere gives none of its clips. OSError where it
-    cannot be read, or is gone since it was listed: that may pass, and says nothing of the video.
+    """Decode a source once and spool its clips; a source that breaks anywhere gives none of its clips. OSError where a
+    disk or server cannot be read, or it is gone since it was listed: that may pass, and says nothing of the video.
 
+    Where it lies as it was listed and again and again cannot be read it is a broken one: it would hold up all others.
     All clips of a source have one size (see `best_buckets`); each stretch without cut, or frame that is held for long,
     is divided into clips of the longest length that fits, and what is left over into shorter ones where there are any.
     """
+    pauses = iter(PATIENCE)
+    while True:
+        try:
+            return _cut(task)
+        except OSError as error:
+            own = error.filename == task.source.name and error.errno in OF_ONE_FILE
+            if not own or size_of(task.source.path) != task.source.size:
+                raise
+            if (pause := next(pauses, None)) is None:
+                return _broken(task, 0, f"cannot be read: {error.strerror}")
+            time.sleep(pause)
+
+
+def _cut(task: Task) -> Cut:
     source = task.source
     clips: dict[str, list[Clip]] = {name: [] for name in SPLITS}
     left_out: list[str] = []

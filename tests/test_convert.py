@@ -309,6 +309,24 @@ def test_a_passing_trouble_is_not_recorded(tmp_path, videos, monkeypatch, troubl
     assert (report.skipped, report.clips["train"]) == ((), 21)
 
 
+@pytest.mark.parametrize("tries", [2, 99])
+def test_one_file_that_cannot_be_read_is_tried_again_and_then_broken(tmp_path, videos, monkeypatch, tries):
+    path, met = (videos / "deep" / "er" / "synthetic-001.mp4").resolve(), []
+
+    def unreadable(place):
+        if place == path and len(met) < tries:
+            met.append(place)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return archives.open_bytes(place)
+
+    monkeypatch.setattr(decode, "open_bytes", unreadable)
+    monkeypatch.setattr(cut, "PATIENCE", (0, 0))
+    report = convert(settings(tmp_path, videos), blocks, 2)
+    broken = (("videos/deep/er/synthetic-001.mp4", f"cannot be read: {os.strerror(errno.EIO)}"),)
+    assert report.skipped == (() if tries == 2 else broken)
+    assert len(met) == min(tries, 3)
+
+
 def test_too_many_broken_videos_stop_the_conversion(tmp_path, videos):
     for i in range(3):
         (videos / f"broken{i}.mp4").write_bytes(b"nonsense" * (100 + i))
