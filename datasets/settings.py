@@ -55,8 +55,8 @@ class ConvertConfig:
                 raise ValueError(f"bucket {'x'.join(map(str, bucket))} is there twice")
         if self.stride < 0:
             raise ValueError(f"stride is {self.stride}, it must be at least 1, or 0 for no overlap")
-        if not 0 < self.fps <= 1000:
-            raise ValueError(f"fps is {self.fps}, it must be above 0 and at most 1000")
+        if not 0.01 <= self.fps <= 1000:
+            raise ValueError(f"fps is {self.fps}, it must be from 0.01 to 1000")
         for name in ("held_out", "max_bad"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, it must be at least 0 and below 1")

@@ -118,7 +118,10 @@ def _draw(name: str) -> float:
 def _local(given: str, whence: str, folder: Path | None = None) -> Path:
     if "://" in given or given.startswith("pipe:"):
         raise ValueError(f"source {whence!r} is an address or a command; only local files are read")
-    return ((folder or Path()) / Path(given).expanduser()).resolve()
+    try:
+        return ((folder or Path()) / Path(given).expanduser()).resolve()
+    except (RuntimeError, ValueError) as error:  # no such user after ~, or a character that no path has
+        raise ValueError(f"source {whence!r} is no path: {error}") from None
 
 
 def _videos(folder: Path) -> Iterator[Path]:

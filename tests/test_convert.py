@@ -361,6 +361,9 @@ def test_folders_without_videos_and_wrong_sources_are_refused(tmp_path):
     for address in ("http://127.0.0.1/a.mp4", "pipe:cat /etc/passwd", "s3://bucket/a"):
         with pytest.raises(ValueError, match="is an address or a command"):
             convert(settings(tmp_path, address), blocks, 2)
+    for name in ("a\0b", "~nobody-of-this-name/a"):
+        with pytest.raises(ValueError, match="is no path"):
+            convert(settings(tmp_path, name), blocks, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty"]
 
 
@@ -378,6 +381,7 @@ def test_without_clips_the_numbers_are_said(tmp_path, videos):
     [
         ({"frames": 0}, "frames is 0"),
         ({"fps": 0}, "fps is 0"),
+        ({"fps": 0.0001}, "fps is 0.0001"),
         ({"fps": 2000.0}, "fps is 2000"),
         ({"held_out": 1.0}, "held_out is 1.0"),
         ({"stride": -1}, "stride is -1"),
