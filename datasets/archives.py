@@ -4,11 +4,15 @@ A tar may come from anybody. Links and devices, names that leave the folder, a n
 more than a name, times and owners are refused, by the member, before anything of a claimed size is allocated.
 """
 
+import errno
 import io
 import re
 import tarfile
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 EXTENDED_BYTES = 1 << 16  # the most that a header with a long name, or with times, may have
 RECORD = re.compile(rb"(\d{1,5}) ([^=\n]+)=")  # of such a header: its length, what it says, =, value
@@ -24,6 +28,9 @@ class Member:
 
 
 Place = Path | Member
+OF_ONE_FILE = {errno.EIO, errno.EACCES, errno.EPERM}  # a bad sector, no permission; others speak of disk or server
+PATIENCE = (2, 20)  # seconds between tries to read such a file
+T = TypeVar("T")
 
 
 def size_of(place: Place) -> int:
@@ -31,6 +38,18 @@ def size_of(place: Place) -> int:
     if isinstance(place, Member):
         return place.size
     return place.stat().st_size if place.is_file() else -1
+
+
+def persistently(read: Callable[[], T]) -> T:
+    """What `read` returns, tried again where one file cannot be read; its last OSError."""
+    pauses = iter(PATIENCE)
+    while True:
+        try:
+            return read()
+        except OSError as error:
+            if error.errno not in OF_ONE_FILE or (pause := next(pauses, None)) is None:
+                raise
+            time.sleep(pause)
 
 
 def open_bytes(place: Place) -> io.BufferedReader:

@@ -82,6 +82,7 @@ def convert(
     plan = {"settings": same, "videos": len(listing.sources), "digest": _digest(listing), "held-out rule": RULE}
     alone = part is None
     with working_folder(out, alone) as partial:
+        check_replaceable(out, config.overwrite, proof="index.json")  # another may have published it meanwhile
         check_plan(partial, plan, alone and not merge, config.overwrite)
         found = {number: read_record(partial, number) for number in range(len(todo))}
         records = {number: record for number, record in found.items() if record is not None}

@@ -1,6 +1,5 @@
 """The part of a conversion that workers do: one source in, its clips as mp4 files out."""
 
-import errno
 import hashlib
 import math
 import multiprocessing
@@ -8,26 +7,24 @@ import os
 import shutil
 import signal
 import threading
-import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 
 import numpy as np
 import torch
 
-from msc.datasets.archives import size_of
+from msc.datasets.archives import OF_ONE_FILE, persistently, size_of
 from msc.datasets.clips import SPLITS, best_buckets, holds, pieces, runs
 from msc.datasets.decode import Video, pictures, probe, timeline, to_mp4
 from msc.datasets.scenes import brightness, change, content, motion
 from msc.datasets.sources import Source
 
-OF_ONE_FILE = {errno.EIO, errno.EACCES, errno.EPERM}  # a bad sector, no permission; others speak of disk or server
-PATIENCE = (2, 20)  # seconds between tries to read such a file
 LONGEST_HOLD = 10.0  # seconds that a frame may show; longer, it is a gap in the time stamps, or a picture that stands
 
 
@@ -85,21 +82,18 @@ def cut(task: Task) -> Cut:
     """Decode a source once and spool its clips; a source that breaks anywhere gives none of its clips. OSError where a
     disk or server cannot be read, or it is gone since it was listed: that may pass, and says nothing of the video.
 
-    Where it lies as it was listed and again and again cannot be read it is a broken one: it would hold up all others.
+    Where others beside it can be read and it again and again cannot, it is a broken one: it would hold up all others.
     All clips of a source have one size (see `best_buckets`); each stretch without cut, or frame that is held for long,
     is divided into clips of the longest length that fits, and what is left over into shorter ones where there are any.
     """
-    pauses = iter(PATIENCE)
-    while True:
-        try:
-            return _cut(task)
-        except OSError as error:
-            own = error.filename == task.source.name and error.errno in OF_ONE_FILE
-            if not own or size_of(task.source.path) != task.source.size:
-                raise
-            if (pause := next(pauses, None)) is None:
-                return _broken(task, 0, f"cannot be read: {error.strerror}")
-            time.sleep(pause)
+    source = task.source
+    try:
+        return persistently(partial(_cut, task))
+    except OSError as error:
+        own = error.filename == source.name and error.errno in OF_ONE_FILE
+        if not own or size_of(source.path) != source.size:
+            raise
+        return _broken(task, 0, f"cannot be read: {error.strerror}")
 
 
 def _cut(task: Task) -> Cut:
@@ -121,7 +115,7 @@ def _cut(task: Task) -> Cut:
             return Cut(source, ticks, clips, f"is too short: {ticks} frames at {task.fps:g} fps, a clip needs {least}")
         stretches = []
         for name, (first, last) in plan.items():
-            for begin, end in holds(shown, first, last, LONGEST_HOLD * task.fps):
+            for begin, end in holds(shown, first, last, max(1, LONGEST_HOLD * task.fps)):
                 holding.append(f"shows one frame from {begin / task.fps:.2f} to {end / task.fps:.2f} s")
                 stretches.append((name, first, begin))
                 first = end
@@ -133,8 +127,8 @@ def _cut(task: Task) -> Cut:
             task.file(start).write_bytes(to_mp4(torch.from_numpy(clip).permute(0, 3, 1, 2), task.fps, task.crf))
             clips[name].append(Clip(start, buckets[len(clip)], task.file(start)))
     except ValueError as error:
-        if size_of(source.path) != source.size:
-            raise OSError(f"{source.path} is not what it was when it was listed: convert again") from None
+        if isinstance(source.path, Path) and source.size >= 0 and not any(source.path.parent.glob("*")):
+            raise OSError(f"{source.path} is gone, and all beside it: is its disk there?") from None
         return _broken(task, ticks, str(error).removeprefix(f"{source.name}: "))
     why = ""
     if not any(clips.values()):

@@ -125,14 +125,14 @@ def partial_folder(out: Path) -> Iterator[Path]:
 
 
 def lock_now(file: TextIO, shared: bool = False) -> bool:
-    """Lock a file, open for reading and writing, until it is closed; False where another process has. A file and not
-    its folder: over NFS a folder's lock holds on one machine only.
+    """Lock a file, open for reading and writing, until it is closed; False where another process has, or had and
+    removed it. A file and not its folder: over NFS a folder's lock holds on one machine only.
     """
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
+    except (BlockingIOError, FileNotFoundError):
         return False
-    return True
 
 
 def clear(folder: Path) -> None:

@@ -136,7 +136,7 @@ def check_broken(config: ConvertConfig, broken: list[Outcome], sources: int) -> 
     if len(broken) > max(1, config.max_bad * sources):
         raise ValueError(
             f"{len(broken)} of {sources} sources are broken, at most {config.max_bad:.0%} may "
-            f"be (max_bad), among them: {'; '.join(f'{x.name}: {x.skipped}' for x in broken[:5])}"
+            f"be (--max-bad), among them: {'; '.join(f'{x.name}: {x.skipped}' for x in broken[:5])}"
         )
 
 

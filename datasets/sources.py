@@ -13,12 +13,12 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from msc.datasets.archives import Member, Place, members, open_bytes, size_of
+from msc.datasets.archives import OF_ONE_FILE, Member, Place, members, open_bytes, persistently, size_of
 from msc.datasets.decode import SUFFIXES
 from msc.datasets.shards import MOST_CLASSES
 
@@ -291,11 +291,15 @@ def copies(sources: list[Source]) -> dict[int, str]:
 
 
 def _divided(places: set[Place], trait: Callable[[Place], Any]) -> Iterable[set[Place]]:
-    """Those of equal `trait` together, without those that cannot be read."""
+    """Those of equal `trait` together, without those that again and again cannot be read. OSError where that speaks of
+    their disk or server: a copy must not be taken for an original because of it."""
     found: dict[Any, set[Place]] = defaultdict(set)
     for place in places:
-        with suppress(OSError):
-            found[trait(place)].add(place)
+        try:
+            found[persistently(partial(trait, place))].add(place)
+        except OSError as error:
+            if error.errno not in OF_ONE_FILE:
+                raise OSError(error.errno, error.strerror, str(place)) from None
     return found.values()
 
 

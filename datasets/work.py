@@ -96,8 +96,9 @@ def own_folder(partial: Path, alone: bool) -> Iterator[Path]:
             with open(left / LOCK, "r+") as file:
                 if lock_now(file):  # else its process lives
                     shutil.rmtree(left, ignore_errors=True)
-        except FileNotFoundError:
-            pass  # another process was faster
+        except FileNotFoundError:  # another process was faster; or one was killed that removed it
+            if alone:
+                shutil.rmtree(left, ignore_errors=True)
     word = secrets.token_hex(4)  # numbers of processes are not unique where containers share a host's name
     new, own = (partial / WORK / f"{kind}-{host}-{word}" for kind in ("new", "process"))
     new.mkdir()

@@ -135,6 +135,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     new.add_argument("--min-brightness", type=float, metavar="X", help="leave out darker clips (0 to 1)")
     new.add_argument("--min-motion", type=float, metavar="X", help="leave out more static clips (0 to 1)")
     new.add_argument("--crop", choices=("centre", "random"), help="what is kept of frames of another shape")
+    new.add_argument("--max-bad", type=float, metavar="SHARE", help="of videos that may be broken (0.2)")
     who = new.add_mutually_exclusive_group()
     who.add_argument("--part", type=part, metavar="I/N", help="convert part I of N, from 0; then --merge")
     who.add_argument("--merge", action="store_true", help="make the index once all parts are done")

@@ -34,7 +34,7 @@ def convert(args: Namespace) -> int:
     if args.bucket and (args.size or args.frames):
         raise ValueError("--bucket names frames and size of its clips: leave out --frames and --size")
     names = ["frames", "fps", "stride", "held_out", "autoencoder", "store", "workers", "clips_per_shard"]
-    names += ["text", "scenes", "min_brightness", "min_motion", "crop"]
+    names += ["text", "scenes", "min_brightness", "min_motion", "crop", "max_bad"]
     config = ConvertConfig(
         sources=tuple(args.sources),
         out=str(args.out),
@@ -43,7 +43,7 @@ def convert(args: Namespace) -> int:
         **given(height=height, width=width, **{name: getattr(args, name) for name in names}),
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    autoencoder = open_autoencoder(config.autoencoder, device)
+    autoencoder = open_autoencoder(config.autoencoder, device, torch.float32)  # on GPUs, too: they are written once
     for shape in config.shapes:
         autoencoder.check(*shape)
 

@@ -39,17 +39,7 @@ def prepare(folder: Path, sweep: Sweep) -> Sweep:
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / "sweep.lock"):
         known = written(folder)
-        names = known_names(folder, sweep, known)
-        for run in sweep.runs:
-            taken = (folder / run.name).exists() or run.name in names.values()
-            if run.name in known and run.name not in names and taken:
-                old, new = known[run.name], run.settings
-                key = min(key for key in old | new if old.get(key, ...) != new.get(key, ...))
-                raise ValueError(
-                    f"{folder / run.name} has {key} = {old.get(key)}, the sweep file now says {new.get(key)}; put what "
-                    "is new behind what was there, use another --out, or remove that folder"
-                )
-        sweep = renamed(sweep, names)
+        sweep = renamed(folder, sweep, known)
         known |= {run.name: run.settings for run in sweep.runs}
         write_atomically(folder / "sweep.json", json.dumps(known, indent=1).encode())
     return sweep
@@ -86,7 +76,18 @@ def identity(config: Config) -> str:
     return json.dumps({key: value for key, value in flat(config).items() if not key.startswith("metrics.")})
 
 
-def renamed(sweep: Sweep, names: Mapping[str, str]) -> Sweep:
+def renamed(folder: Path, sweep: Sweep, known: dict[str, dict[str, Any]]) -> Sweep:
+    """With the names by which the folder knows its runs; ValueError if a name there stands for another run."""
+    names = known_names(folder, sweep, known)
+    for run in sweep.runs:
+        taken = (folder / run.name).exists() or run.name in names.values()
+        if run.name in known and run.name not in names and taken:
+            old, new = known[run.name], run.settings
+            key = min(key for key in old | new if old.get(key, ...) != new.get(key, ...))
+            raise ValueError(
+                f"{folder / run.name} has {key} = {old.get(key)}, the sweep file now says {new.get(key)}; put what "
+                "is new behind what was there, use another --out, or remove that folder"
+            )
     return replace(sweep, runs=tuple(replace(run, name=names.get(run.name, run.name)) for run in sweep.runs))
 
 
@@ -281,7 +282,7 @@ def table(folder: Path, sweep: Sweep) -> str:
     """Where every run stands, and what it has reached."""
     if not (folder / "sweep.json").is_file():
         raise FileNotFoundError(f"{folder} holds no sweep yet; start it with msc sweep FILE")
-    sweep = renamed(sweep, known_names(folder, sweep, written(folder)))
+    sweep = renamed(folder, sweep, written(folder))
     rows = [["run", "state", "clips", "loss", "held out", "seconds"]]
     counts: dict[str, int] = {}
     try:

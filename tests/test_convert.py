@@ -13,7 +13,7 @@ import crashing
 import pytest
 import torch
 
-from msc.datasets import archives, cut, decode
+from msc.datasets import archives, cut, decode, pack
 from msc.datasets import convert as converting
 from msc.datasets.batches import loader
 from msc.datasets.clips import border, pieces, runs
@@ -237,13 +237,14 @@ def test_clips_are_encoded_on_a_gpu_where_there_is_one(tmp_path, monkeypatch, gp
     places = []
     stand_in = SimpleNamespace(check=lambda *_: None, encode=lambda clip: clip, temporal_factor=1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
-    monkeypatch.setattr(autoencoder, "open_autoencoder", lambda spec, device="cpu": places.append(device) or stand_in)
+    monkeypatch.setattr(autoencoder, "open_autoencoder", lambda _, *where: places.extend(where) or stand_in)
     monkeypatch.setattr(
         converting, "convert",
         lambda config, encode, factor, **how: encode(SimpleNamespace(to=places.append)) or SimpleNamespace(text="done"),
     )  # fmt: skip
     assert cli.main(["convert", "a.mp4", "--out", str(tmp_path / "out"), "--part", "0/2"]) == 0
-    assert places == ["cuda" if gpus else "cpu"] * 2
+    device = "cuda" if gpus else "cpu"
+    assert places == [device, torch.float32, device], "in fp32 on GPUs, too"
 
 
 # --- what can go wrong -------------------------------------------------------------------------------------
@@ -291,22 +292,42 @@ def test_a_passing_trouble_is_not_recorded(tmp_path, videos, monkeypatch, troubl
 
     def listed(sources):
         found = find_sources(sources)
-        path.rename(tmp_path / "away.mp4")
+        videos.rename(tmp_path / "away")
         return found
 
     with monkeypatch.context() as patch:
         if trouble == "gone":
             patch.setattr(converting, "find_sources", listed)
+            patch.setattr(pack, "copies", lambda _: {})
         else:
             patch.setattr(decode, "open_bytes", unreadable)
-        message = {"gone": f"{path} is not what it was", "unreadable": "Stale file handle: .*synthetic-001.mp4"}
+        message = {"gone": "is gone, and all beside it", "unreadable": "Stale file handle: .*synthetic-001.mp4"}
         with pytest.raises(OSError, match=message[trouble]):
             convert(config, blocks, 2)
-    assert count_finished(tmp_path / "out") == 1
+    assert count_finished(tmp_path / "out") == (trouble != "gone")
     if trouble == "gone":
-        (tmp_path / "away.mp4").rename(path)
+        (tmp_path / "away").rename(videos)
     report = convert(config, blocks, 2)
     assert (report.skipped, report.clips["train"]) == ((), 21)
+
+
+def test_a_video_that_is_taken_away_is_broken_and_holds_up_no_other(tmp_path, videos, monkeypatch):
+    def listed(sources):
+        found = find_sources(sources)
+        (videos / "deep" / "er" / "synthetic-001.mp4").unlink()
+        return found
+
+    monkeypatch.setattr(converting, "find_sources", listed)
+    assert convert(settings(tmp_path, videos), blocks, 2).skipped == (
+        ("videos/deep/er/synthetic-001.mp4", "is not a file"),
+    )
+
+
+@pytest.mark.parametrize("fps", [0.05, 0.2])
+def test_few_frames_a_second_are_no_frames_that_stand(tmp_path, fps):
+    write_videos(tmp_path / "long", 0, 1, 60, 32, 32, fps=fps)
+    report = convert(settings(tmp_path, tmp_path / "long", fps=fps, held_out=0.0), blocks, 2)
+    assert report.clips["train"] == 7 and not report.skipped
 
 
 @pytest.mark.parametrize("tries", [2, 99])
@@ -320,7 +341,7 @@ def test_one_file_that_cannot_be_read_is_tried_again_and_then_broken(tmp_path, v
         return archives.open_bytes(place)
 
     monkeypatch.setattr(decode, "open_bytes", unreadable)
-    monkeypatch.setattr(cut, "PATIENCE", (0, 0))
+    monkeypatch.setattr(archives, "PATIENCE", (0, 0))
     report = convert(settings(tmp_path, videos), blocks, 2)
     broken = (("videos/deep/er/synthetic-001.mp4", f"cannot be read: {os.strerror(errno.EIO)}"),)
     assert report.skipped == (() if tries == 2 else broken)

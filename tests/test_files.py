@@ -58,3 +58,15 @@ assert sys.stderr.fileno() == 2
 """
     with open("/dev/full", "w") as full:
         assert subprocess.run([sys.executable, "-c", program], stderr=full).returncode == 0
+
+
+def test_a_lock_on_a_file_that_was_removed_is_none(tmp_path):
+    """Who opened it before the last holder removed it, with its folder, may not believe to have it."""
+    path = tmp_path / "lock"
+    with open(path, "a+") as one, open(path, "a+") as two:
+        assert files.lock_now(one) and not files.lock_now(two)
+        path.unlink()
+        one.close()
+        assert not files.lock_now(two)
+    with open(path, "a+") as other:
+        assert files.lock_now(other)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from msc.datasets import pack
+from msc.datasets import archives, pack
 from msc.datasets import sources as module
 from msc.datasets.archives import size_of
 from msc.datasets.clips import runs
@@ -180,18 +180,26 @@ def test_only_files_that_agree_at_both_ends_are_read_whole(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("trait", ["size_of", "_ends", "_sha256"])
-def test_what_cannot_be_read_is_no_copy(tmp_path, monkeypatch, trait):
+def test_what_again_and_again_cannot_be_read_is_no_copy(tmp_path, monkeypatch, trait):
+    """At a failing disk or server nobody decides what is one."""
     for name in "abc":
         (tmp_path / name).write_bytes(b"1" * 1000)
     found, original = [Source(name, tmp_path / name, size=1000) for name in "abc"], getattr(module, trait)
 
     def failing(path):
-        if path.name == "b":
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        if path.name == "b" and codes:
+            raise OSError(code := codes.pop(), os.strerror(code))
         return original(path)
 
     monkeypatch.setattr(module, trait, failing)
+    monkeypatch.setattr(archives, "PATIENCE", (0, 0))
+    codes = [errno.EIO] * 2
+    assert copies(found) == {1: "a", 2: "a"}
+    codes += [errno.EIO] * 3
     assert copies(found) == {2: "a"}
+    codes += [errno.ESTALE]
+    with pytest.raises(OSError, match="Stale file handle: .*b"):
+        copies(found)
 
 
 def test_of_many_parts_one_looks_for_copies_and_the_others_wait(tmp_path, monkeypatch):

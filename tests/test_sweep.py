@@ -245,8 +245,9 @@ def test_a_name_stands_for_one_run(shards, tmp_path):  # noqa: F811
     dense, near = [{"heads": 4}], [{"heads": 4, "window": 2}]
     one, two = ({"grid": {"model.scales": scales}} for scales in ([near, SCALES], [dense, near, SCALES]))
     sweep.prepare(tmp_path, read_sweep(write(tmp_path / "s.yaml", shards, **one)))
-    with pytest.raises(ValueError, match="scales0 has model.scales = "):
-        sweep.prepare(tmp_path, read_sweep(write(tmp_path / "s.yaml", shards, **two)))
+    for look in (sweep.prepare, sweep.table):
+        with pytest.raises(ValueError, match="scales0 has model.scales = "):
+            look(tmp_path, read_sweep(write(tmp_path / "s.yaml", shards, **two)))
     two["grid"]["model.scales"].append(two["grid"]["model.scales"].pop(0))
     plan = sweep.prepare(tmp_path, read_sweep(write(tmp_path / "s.yaml", shards, **two)))
     assert [run.name for run in plan.runs] == ["scales0", "scales1", "scales2"]
