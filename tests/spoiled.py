@@ -27,6 +27,7 @@ def spoiled(rank, stage, precision):
         for group in optimizer.param_groups:
             group["ema_decay"] = 0.9
         engine = zero.make_engine(model, optimizer, zero.ZeroConfig(stage=stage), precision, 2, 1.0)
+        assert not engine.tput_timer.config.enabled, "it would wait for the GPU at every pass"
         told, good = [], 0
         for kind in steps:
             good += kind == "good"

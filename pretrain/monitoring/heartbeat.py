@@ -57,13 +57,13 @@ def beating(
             _write(run, *place, known)
 
     def work() -> None:
-        began, doubt = time.monotonic(), 0.0  # doubt: until when somebody may have taken the run from us
+        began, doubt = time.monotonic(), 0.0  # doubt: until when we look whether somebody has taken the run
         met: dict[str, Any] = {}
         write()
         while not over.wait(seconds):
             now = time.monotonic()
             if now - began > FRESH:  # stopped, or a file system that stood still: we were taken for dead
-                doubt = now + FRESH
+                doubt = now + 4 * seconds  # in which one who lives has beaten twice
             began = now
             if now < doubt and (beat := other_than(known, read(run))):
                 if took(known, met, beat):
