@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from msc.datasets.decode import to_mp4
-from msc.datasets.files import write_atomically
+from .files import write_atomically
+from .video import to_mp4
 
 
 def gaussian_fields(

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from msc.launch import commands
+from . import commands
 
 LEFT_OVER = {"train": "items", "plan": "items", "convert": "sources"}  # positionals that may also follow options
 SENDABLE = ("train", "convert", "evaluate", "sample", "export")  # what may follow `msc submit`

@@ -25,10 +25,10 @@ def given(**options: Any) -> dict[str, Any]:
 def convert(args: Namespace) -> int:
     import torch
 
-    from msc.datasets.convert import ConvertConfig
-    from msc.datasets.convert import convert as convert_videos
-    from msc.pretrain.autoencoder import open_autoencoder
-    from msc.pretrain.text import open_text_encoder
+    from msc.datasets.prepare.convert import ConvertConfig
+    from msc.datasets.prepare.convert import convert as convert_videos
+    from msc.pretrain.diffusion.autoencoder import open_autoencoder
+    from msc.pretrain.diffusion.text_encoder import open_text_encoder
 
     height, width = args.size or (None, None)
     if args.bucket and (args.size or args.frames):
@@ -60,9 +60,9 @@ def convert(args: Namespace) -> int:
 
 
 def inspect(args: Namespace) -> int:
-    from msc.datasets.contents import damaged, describe
-    from msc.datasets.shards import check_shards, read_index
-    from msc.pretrain.autoencoder import open_autoencoder
+    from msc.datasets.prepare.summary import damaged, describe
+    from msc.datasets.shards.index import check_shards, read_index
+    from msc.pretrain.diffusion.autoencoder import open_autoencoder
 
     index = read_index(args.shards)
     check_shards(args.shards, index)
@@ -79,11 +79,11 @@ def inspect(args: Namespace) -> int:
 
 def write_contact_sheet(folder: Path, autoencoder: Any, path: Path) -> Path:
     """A picture of random training clips as they were stored."""
-    from msc.datasets.batches import loader
-    from msc.datasets.mixture import only
-    from msc.datasets.shards import read_index
-    from msc.pretrain.autoencoder import to_uint8
-    from msc.pretrain.pictures import contact_sheet
+    from msc.datasets.loading.dataloader import loader
+    from msc.datasets.loading.mixture import only
+    from msc.datasets.shards.index import read_index
+    from msc.pretrain.diffusion.autoencoder import to_uint8
+    from msc.pretrain.inference.video_io import contact_sheet
 
     rows = []
     buckets = [one for one in read_index(folder).each() if one.samples("train")]
@@ -127,38 +127,38 @@ def training_request(args: Namespace) -> TrainingRequest:
 
 
 def train(args: Namespace) -> int:
-    from msc.launch import local, rendezvous
+    from .processes import launcher, slurm_env
 
-    if rendezvous.is_task(os.environ):
+    if slurm_env.is_task(os.environ):
         enter_step(args)
     started = "RANK" in os.environ  # by torchrun, Slurm or ourselves: this process is one of the ranks
     if started and (missing := [name for name in DISTRIBUTED if name not in os.environ]):
         raise ValueError(f"RANK is set but {', '.join(missing)} is not: start all ranks alike, or unset RANK")
-    processes = args.processes or max(1, local.visible_gpus(os.environ))
+    processes = args.processes or max(1, launcher.visible_gpus(os.environ))
     if started:
         processes = int(os.environ["WORLD_SIZE"])
     asked = training_request(args)
     config, run, resume = asked.config, asked.run, asked.resume
 
-    from msc.pretrain import preflight
-    from msc.pretrain.monitoring import heartbeat
+    from msc.pretrain import validation
+    from msc.pretrain.tracking import heartbeat
 
     if args.dry_run:
-        print(preflight.describe(config, processes))
+        print(validation.describe(config, processes))
         return 0
-    if local.LAUNCHED not in os.environ:
-        config = preflight.check(config, run, resume, processes)
+    if launcher.LAUNCHED not in os.environ:
+        config = validation.check(config, run, resume, processes)
         if os.environ.get("RANK", "0") == "0":
             heartbeat.check_free(run, said)
-        if 0 < local.visible_gpus(os.environ) < processes and not started:
+        if 0 < launcher.visible_gpus(os.environ) < processes and not started:
             raise ValueError(
-                f"{processes} processes but {local.visible_gpus(os.environ)} GPUs: start one per GPU, or hide the GPUs "
-                "with CUDA_VISIBLE_DEVICES=-1"
+                f"{processes} processes but {launcher.visible_gpus(os.environ)} GPUs: start one per GPU, or hide "
+                "the GPUs with CUDA_VISIBLE_DEVICES=-1"
             )
     if not started and processes > 1:
-        return local.run([sys.executable, "-c", PROGRAM, *args.argv], processes, run / "logs")
+        return launcher.run([sys.executable, "-c", PROGRAM, *args.argv], processes, run / "logs")
     if not started:
-        os.environ.update(local.rank_environment(os.environ, 0, 1, local.free_port()))
+        os.environ.update(launcher.rank_environment(os.environ, 0, 1, launcher.free_port()))
     from msc.pretrain import train as training  # a mistake in the settings need not wait for DeepSpeed
 
     expected = expectation(args.plan, config, processes)
@@ -172,13 +172,13 @@ def said(text: str) -> None:
 
 def enter_step(args: Namespace) -> None:
     """Become a rank of a Slurm step; all but the first write into the run's logs, as under `msc train --processes`."""
-    from msc.launch import rendezvous
+    from .processes import slurm_env
 
     tasks = int(os.environ["SLURM_STEP_NUM_TASKS"])
     if args.processes not in (None, tasks):
         raise ValueError(f"--processes is {args.processes}, but srun started {tasks} tasks: each of them is a rank")
-    interface = rendezvous.choose_interface(os.environ)
-    os.environ.update(rendezvous.rank_environment(os.environ, interface))
+    interface = slurm_env.choose_interface(os.environ)
+    os.environ.update(slurm_env.rank_environment(os.environ, interface))
     rank = int(os.environ["RANK"])
     if rank:
         logs = (args.run or default_run(args.preset, split_items(args.items)[0])) / "logs"
@@ -186,16 +186,16 @@ def enter_step(args: Namespace) -> None:
         log = os.open(logs / f"rank_{rank}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         for stream in (1, 2):
             os.dup2(log, stream)
-    print(rendezvous.told(os.environ), file=sys.stderr, flush=True)
+    print(slurm_env.told(os.environ), file=sys.stderr, flush=True)
 
 
 def expectation(plan: Path | None, config: Any, processes: int) -> Any:
     """What a plan says of the run: the one named, else the one for this GPU, if it is a known one."""
-    from msc.launch import local
+    from .processes import launcher
 
-    if plan is None and not local.visible_gpus(os.environ):
+    if plan is None and not launcher.visible_gpus(os.environ):
         return None
-    from msc.launch import plan_report
+    from .planning import report as plan_report
 
     if plan is not None:
         return plan_report.read_expected(plan)
@@ -210,10 +210,11 @@ def expectation(plan: Path | None, config: Any, processes: int) -> Any:
 def plan(args: Namespace) -> int:
     from dataclasses import replace
 
-    from msc.launch.hardware import kind_of
-    from msc.launch.plan_report import plan_run
     from msc.pretrain.config import load
     from msc.pretrain.presets import PRESETS, preset
+
+    from .planning.hardware import kind_of
+    from .planning.report import plan_run
 
     file, overrides = split_items(args.items)
     if file is None and not overrides:
@@ -239,10 +240,11 @@ def rollback(args: Namespace, run: Path) -> str | None:
             raise ValueError("--again goes back once more to the checkpoint of --rollback: name it with --rollback N")
         return None
     if "RANK" not in os.environ:
-        from msc.pretrain.checkpoints import rollback, shelf
+        from msc.pretrain.checkpoints import directory as checkpoint_directory
+        from msc.pretrain.checkpoints import rollback
 
         if args.again or not rollback.done(run, args.rollback):  # it may have been pruned since
-            shelf.find(run, args.rollback)
+            checkpoint_directory.find(run, args.rollback)
     return str(args.rollback)
 
 
@@ -264,10 +266,10 @@ def default_run(preset: str | None, file: Path | None) -> Path:
 
 
 def sweep(args: Namespace) -> int:
-    from msc.launch import sweep as sweeping
-    from msc.launch import sweep_array
-    from msc.launch.ladder import read_sweep
-    from msc.launch.submit import OPTIONS
+    from .scaling import sweep as sweeping
+    from .scaling import sweep_array
+    from .scaling.sweep_spec import read_sweep
+    from .slurm.submit import OPTIONS
 
     plan = read_sweep(args.file)
     folder = args.out or Path("runs") / args.file.stem
@@ -287,7 +289,7 @@ def sweep(args: Namespace) -> int:
 
 
 def fit(args: Namespace) -> int:
-    from msc.launch.fit import fit_file
+    from .scaling.fit import fit_file
 
     names = ("out", "loss", "hold_out", "compute", "delta", "draws", "tracking", "only")
     text, found = fit_file(args.points, **given(**{name: getattr(args, name) for name in names}))
@@ -296,15 +298,15 @@ def fit(args: Namespace) -> int:
 
 
 def checkpoints(args: Namespace) -> int:
-    from msc.pretrain.checkpoints import shelf
+    from msc.pretrain.checkpoints import directory as checkpoint_directory
 
-    text, whole = shelf.table(args.run, args.verify)
+    text, whole = checkpoint_directory.table(args.run, args.verify)
     print(text)
     return 0 if whole else 1
 
 
 def evaluate(args: Namespace) -> int:
-    from msc.pretrain.evaluate import evaluate as evaluate_run
+    from msc.pretrain.evaluation.evaluate import evaluate as evaluate_run
 
     options = given(**{name: getattr(args, name) for name in EVALUATE_OPTIONS})
     for run in args.run:
@@ -322,7 +324,7 @@ def sample(args: Namespace) -> int:
     if args.prompts is not None:
         prompts = read_prompts(args.prompts)
 
-    from msc.pretrain.sample import sample_run
+    from msc.pretrain.inference.sample import sample_run
 
     # words alone make a new video; without any there is a clip to continue
     something = args.nothing or prompts or args.label or args.video is not None or args.clip is not None
@@ -345,7 +347,7 @@ def read_prompts(file: Path) -> list[str]:
 
 
 def export(args: Namespace) -> int:
-    from msc.pretrain.export import export as export_run
+    from msc.pretrain.export.export import export as export_run
 
     names = ("weights", "dtype", "max_shard_size")
     options = given(step=args.checkpoint, push_to=args.push_to_hub, **{name: getattr(args, name) for name in names})
@@ -354,7 +356,7 @@ def export(args: Namespace) -> int:
 
 
 def doctor(args: Namespace) -> int:
-    from msc.launch import doctor as examination
+    from . import doctor as examination
 
     checks = examination.examine()
     print(examination.as_json(checks) if args.json else examination.as_text(checks))
@@ -362,27 +364,27 @@ def doctor(args: Namespace) -> int:
 
 
 def submit(args: Namespace) -> int:
-    from msc.launch.submit import submit as submit_job
+    from .slurm.submit import submit as submit_job
 
     return submit_job(args)
 
 
 def status(args: Namespace) -> int:
-    from msc.launch import status as views
+    from .slurm import jobs as views
 
     print(views.table(args.runs or views.runs_here()))
     return 0
 
 
 def logs(args: Namespace) -> int:
-    from msc.launch import status as views
+    from .slurm import jobs as views
 
     views.show_log(args.run, args.rank, args.follow, args.lines)
     return 0
 
 
 def cancel(args: Namespace) -> int:
-    from msc.launch import status as views
+    from .slurm import jobs as views
 
     print(views.cancel(args.run))
     return 0

@@ -249,8 +249,8 @@ def attention_check() -> Check:
         with quiet():
             import torch
 
-            from msc.pretrain.attention import flash
-            from msc.pretrain.attention.backends import choose_backend
+            from msc.pretrain.kernels import flash
+            from msc.pretrain.kernels.dispatch import choose_backend
 
             device = "cuda" if torch.cuda.is_available() else "cpu"
             named = ["sdpa", "flex"] if device == "cuda" else ["sdpa"]
@@ -289,7 +289,7 @@ def open_files() -> list[Check]:
     """For how many ranks the first of them could keep connections."""
     if attempt("torch"):
         return []
-    from msc.parallel.process import FILES_OF_A_RANK, OPEN_FILES
+    from msc.parallel.process_group import FILES_OF_A_RANK, OPEN_FILES
 
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if hard == resource.RLIM_INFINITY:

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import exchange
-from .exchange import Route, move
+from . import collectives
+from .collectives import Route, move
 
 Blocks = tuple[tuple[int, ...], ...]
 # (q, k, v, blocks, out [B, U, n, h, d], log-sum-exp [B, U, n, h, 1]): merged into the last two, in place
@@ -55,7 +55,7 @@ def causal_parts(units: int) -> list[Blocks]:
 class Ring:
     """Where a rank computes a dense causal scale: its zig-zag units, all heads; `attend` goes around the ring.
 
-    `forward` and `backward` compute attention to some blocks of keys (pretrain/attention/sdpa.py).
+    `forward` and `backward` compute attention to some blocks of keys (pretrain/kernels/sdpa.py).
     """
 
     heads = slice(None)
@@ -100,8 +100,8 @@ class Ring:
         gives, takes = [0] * self.ranks, [0] * self.ranks
         gives[(self.rank + 1) % self.ranks], takes[(self.rank - 1) % self.ranks] = x.numel(), shape.numel()
         route = Route(self.group, tuple(gives), tuple(takes), what)
-        on_the_way = exchange.post(x.flatten(), route)
-        return lambda: exchange.wait(on_the_way, route).view(shape)
+        on_the_way = collectives.post(x.flatten(), route)
+        return lambda: collectives.wait(on_the_way, route).view(shape)
 
 
 class _Ring(torch.autograd.Function):

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .exchange import move
+from .collectives import move
 
 
 class Ulysses:

@@ -16,16 +16,16 @@ from typing import Any
 
 import yaml
 
-from msc.datasets.mixture import DataConfig, ShardsFrom
+from msc.datasets.loading.mixture import DataConfig, ShardsFrom
 
-from .attention.scales import Scale
-from .checkpoints.checkpoint import CheckpointConfig
-from .diffusion import DiffusionConfig
-from .model import ModelConfig
-from .monitoring.guard import GuardConfig
-from .monitoring.metrics import MetricsConfig
+from .checkpoints.format import CheckpointConfig
+from .diffusion.rectified_flow import DiffusionConfig
+from .model.scales import Scale
+from .model.transformer import ModelConfig
 from .optimizer import OptimizerConfig
 from .parallelize import ParallelConfig
+from .tracking.spike_guard import GuardConfig
+from .tracking.tracker import MetricsConfig
 
 # Settings that are lists of tables, with one such table.
 LISTS: dict[str, Any] = {"scales": Scale(1), "shards": ShardsFrom("x")}
@@ -37,7 +37,7 @@ class TrainConfig:
     per rank and forward pass (the rest is gradient accumulation). seed: of weights, order and noise.
     report, evaluate: optimizer steps between reports and between held-out evaluations with previews (0: never);
     held_out: clips in such an evaluation. init_from: a folder of `msc export`, or a run, whose averaged weights this
-    one starts from (empty: from random ones); see warm.py."""
+    one starts from (empty: from random ones); see initialize_from.py."""
 
     clips: int = 100_000
     batch: int = 8

@@ -8,9 +8,9 @@ from functools import lru_cache
 
 import torch
 
-from .attention.gate import ON_KEYS
-from .attention.scales import Scale, spatial_windows
-from .model import ModelConfig, MSCTransformer
+from .model.noise_gate import ON_KEYS
+from .model.scales import Scale, spatial_windows
+from .model.transformer import ModelConfig, MSCTransformer
 
 
 @lru_cache(maxsize=64)  # a plan asks for the same model many times

@@ -12,19 +12,19 @@ import torch.distributed as dist
 from torch import nn
 
 from msc.parallel import fp8
+from msc.parallel.context_parallel import ShardedTimeline, bounds
+from msc.parallel.deepspeed_zero import Precision, ZeroConfig, check_zero, make_engine, shard
 from msc.parallel.mesh import Mesh, make_mesh, rows
 from msc.parallel.ring import Ring
-from msc.parallel.temporal import ShardedTimeline, bounds
 from msc.parallel.ulysses import Ulysses
-from msc.parallel.zero import Precision, ZeroConfig, check_zero, make_engine, shard
 
 from . import cost
-from .attention.backends import Backend, check_backend
-from .attention.layout import Choice, Clip, Layout, Rates, check_choice, choose
-from .attention.sdpa import attend_part, differentiate_part
-from .attention.timeline import Timeline, WholeVideo
-from .layers import Block
-from .model import Made, ModelConfig, MSCTransformer
+from .kernels.dispatch import Backend, check_backend
+from .kernels.sdpa import attend_part, differentiate_part
+from .layout_planner import Choice, Clip, Layout, Rates, check_choice, choose
+from .model.layers import Block
+from .model.past_context import Timeline, WholeVideo
+from .model.transformer import Made, ModelConfig, MSCTransformer
 from .optimizer import OptimizerConfig, make_optimizer
 
 __all__ = [
@@ -45,9 +45,10 @@ class ParallelConfig:
     """sp: ranks that share one video along time; the rest of the world is data parallel. recompute: activation
     checkpointing per block. compile: torch.compile per block. timeout: seconds in which all ranks end when one
     is lost or stuck. stall: seconds in one phase, such as a pass or a checkpoint, after which the whole run is taken
-    to hang and ended (0: never). attention: the kernel ("auto", "sdpa", "flex", "flash"; see backends.py). layout:
-    how scales are shared out along time ("auto", "halo", "ulysses", "ring"; see layout.py); "auto" takes for each
-    scale what is cheapest between ranks that compute flops_per_s, send bytes_per_s, and wait wait_s for each other in
+    to hang and ended (0: never). attention: the kernel ("auto", "sdpa", "flex", "flash"; see dispatch.py). layout:
+    how scales are shared out along time ("auto", "halo", "ulysses", "ring"; see layout_planner.py); "auto" takes for
+    each scale what is cheapest between ranks that compute flops_per_s, send bytes_per_s, and wait wait_s for each
+    other in
     an exchange of all."""
 
     sp: int = 1

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal, cast
 
-from msc.datasets.mixture import DataConfig
+from msc.datasets.loading.mixture import DataConfig
 
-from .attention.scales import default_scales
 from .config import Config, TrainConfig
-from .diffusion import DiffusionConfig
-from .model import ModelConfig
+from .diffusion.rectified_flow import DiffusionConfig
+from .model.scales import default_scales
+from .model.transformer import ModelConfig
 from .optimizer import OptimizerConfig
 from .parallelize import ParallelConfig, ZeroConfig
 

@@ -17,34 +17,36 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from msc.datasets.batches import loader
+from msc.datasets.errors import Repeats
 from msc.datasets.files import Forgiving, append_line, write_atomically
-from msc.datasets.mixture import Shards, check_sizes, open_shards
-from msc.datasets.repeats import Repeats
-from msc.parallel import agreement, desync, fp8, process, zero
+from msc.datasets.loading.dataloader import loader
+from msc.datasets.loading.mixture import Shards, check_sizes, open_shards
+from msc.parallel import consistency, control_plane, deepspeed_zero, fp8, process_group
 from msc.parallel.mesh import scattered
-from msc.parallel.watch import of_communication, watching
+from msc.parallel.watchdog import of_communication, watching
 
-from . import cost, warm
-from .attention.compiling import pieces
-from .autoencoder import open_autoencoder
-from .checkpoints import checkpoint, rollback, shelf
-from .checkpoints.writer import Writer
+from . import cost
+from .batch_inputs import Feed, micro_batches, noise_beside
+from .checkpoints import directory as checkpoint_directory
+from .checkpoints import format as checkpoint_format
+from .checkpoints import initialize_from, rollback
+from .checkpoints.async_writer import Writer
 from .config import Config, dump, flat
-from .diffusion import frame_losses, frame_shift
-from .evaluate import preview
-from .inputs import Feed, micro_batches, noise_beside
-from .measures.held_out import Losses, held_out_losses
-from .monitoring import guard, heartbeat
-from .monitoring.broken import Broken, read_broken
-from .monitoring.expect import Expected, deviation, ratios
-from .monitoring.meter import DESCRIPTION, Meter
-from .monitoring.metrics import State, Tracker
-from .monitoring.tracking import code_version, read_identity
+from .diffusion.autoencoder import open_autoencoder
+from .diffusion.rectified_flow import frame_losses, frame_shift
+from .evaluation.evaluate import preview
+from .evaluation.held_out_loss import Losses, held_out_losses
+from .kernels.compile_helpers import pieces
 from .optimizer import set_schedule
 from .parallelize import build, clip_of, make_mesh, own_timeline, parallelize
-from .preflight import resolve, sizes
-from .runs import LatentSpace, write_space
+from .run_folder import LatentSpace, write_space
+from .tracking import heartbeat, spike_guard
+from .tracking.mlflow_store import code_version, read_identity
+from .tracking.plan_deviation import Expected, deviation, ratios
+from .tracking.throughput import DESCRIPTION, Meter
+from .tracking.tracker import State, Tracker
+from .tracking.unreadable_clips import Broken, read_broken
+from .validation import resolve, sizes
 
 PACKAGES = [Path(__file__).parents[1] / name for name in ("pretrain", "parallel", "datasets", "launch")]
 REQUEUE = 75  # exit code of a run that was stopped, has saved, and wants to go on (EX_TEMPFAIL)
@@ -63,12 +65,12 @@ def train(
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2)  # "where are you?": all stacks to stderr, also while a C call never returns
     with stop_signals() as stopping:
-        world = process.join(config.parallel.timeout)
+        world = process_group.join(config.parallel.timeout)
         # Again, and for good: since the command line looked, imports and waiting for all ranks have taken their time.
-        agreement.on_first(partial(heartbeat.claim, run, world.size, checkpoint.say))
+        control_plane.on_first(partial(heartbeat.claim, run, world.size, checkpoint_format.say))
         with (
             heartbeat.beating(run if world.first else None, world.size, stall=config.parallel.stall) as beat,
-            watching(world.rank, world.size, process.patience(config.parallel.timeout)) as watched,
+            watching(world.rank, world.size, process_group.patience(config.parallel.timeout)) as watched,
         ):
 
             def at(step: int, phase: str) -> None:
@@ -80,21 +82,25 @@ def train(
 
 def _train(
     config: Config, run: Path, resume: bool, back_to: str | None, again: bool, expected: Expected | None,
-    stopping: list[int], world: process.World, at: Callable[[int, str], None],
+    stopping: list[int], world: process_group.World, at: Callable[[int, str], None],
 ) -> int:  # fmt: skip
     # The world: who we are, and which part of every clip is ours ------------------------------------
     shards = open_shards(config.data)
     config = resolve(config, shards.index)
-    desync.agree(
-        {**flat(config), **checkpoint.versions(), "code": desync.digest(PACKAGES), "run": str(run.absolute()),
+    consistency.agree(
+        {**flat(config), **checkpoint_format.versions(), "code": consistency.digest(PACKAGES),
+         "run": str(run.absolute()),
          "resume": resume, "back to": back_to, "again": again,
          "index.json": " ".join(found.digest for found in shards.sets)}
     )  # fmt: skip
-    versions = {**checkpoint.versions(), **agreement.on_first(code_version)}  # git, on a node that is not in a hurry
-    agreement.on_first(partial(check_sizes, shards), patient=True)
+    versions = {
+        **checkpoint_format.versions(),
+        **control_plane.on_first(code_version),
+    }  # git, on a node that is not in a hurry
+    control_plane.on_first(partial(check_sizes, shards), patient=True)
     mesh = make_mesh(world.size, config.parallel.sp, world.device.type)
-    if (told := scattered(agreement.gather(socket.gethostname()), config.parallel.sp)) and world.first:
-        checkpoint.say(told)
+    if (told := scattered(control_plane.gather(socket.gethostname()), config.parallel.sp)) and world.first:
+        checkpoint_format.say(told)
     # of every bucket: where our frames lie in its clips, and which those are
     timelines = [own_timeline(mesh, config.model, config.parallel, clip_of(config.model, config.parallel, *size))
                  for size in sizes(shards)]  # fmt: skip
@@ -102,13 +108,17 @@ def _train(
 
     # The model, the same on every rank until DeepSpeed shards it -------------------------------------
     torch.manual_seed(config.train.seed)
-    if config.train.init_from and not (resume and agreement.on_first(lambda: bool(shelf.candidates(run)))):
+    if config.train.init_from and not (
+        resume and control_plane.on_first(lambda: bool(checkpoint_directory.candidates(run)))
+    ):
         source = Path(config.train.init_from)
-        newest = agreement.on_first(partial(shelf.latest, source))  # a run that is still training may save meanwhile
-        with warm.start(source, config.model, shards.index.autoencoder, newest) as (begun, fill):
+        newest = control_plane.on_first(
+            partial(checkpoint_directory.latest, source)
+        )  # a run that is still training may save meanwhile
+        with initialize_from.start(source, config.model, shards.index.autoencoder, newest) as (begun, fill):
             model = build(config.model, config.parallel, world.device, fill)
         for line in begun if world.first else []:
-            checkpoint.say(line)
+            checkpoint_format.say(line)
     else:
         model = build(config.model, config.parallel, world.device)
     engine = parallelize(model, config.parallel, config.optimizer, accumulate)
@@ -116,15 +126,15 @@ def _train(
     # Where we are: the sample clock counts clips over all ranks and is all that order and schedules need
     writer = Writer(run, config.checkpoint, config.parallel.timeout)
     if back_to is not None:
-        agreement.on_first(partial(rollback.roll_back, run, back_to, again))
-    left_out = agreement.on_first(partial(rollback.read_left_out, run))
-    before = checkpoint.load_newest(run, engine) if resume else {}
-    clock, step, history = before.get("clock", 0), before.get("step", 0), guard.History.read(before.get("guard"))
+        control_plane.on_first(partial(rollback.roll_back, run, back_to, again))
+    left_out = control_plane.on_first(partial(rollback.read_left_out, run))
+    before = checkpoint_format.load_newest(run, engine) if resume else {}
+    clock, step, history = before.get("clock", 0), before.get("step", 0), spike_guard.History.read(before.get("guard"))
     if before:
         writer.step = step  # it need not be written again
     writer.reserve(engine)
     if world.first:
-        for change in checkpoint.changes(before, shards.samples("train"), order_settings(config, shards)):
+        for change in checkpoint_format.changes(before, shards.samples("train"), order_settings(config, shards)):
             print(f"msc: {change}", file=sys.stderr, flush=True)
         run.mkdir(parents=True, exist_ok=True)
         write_atomically(run / "config.yaml", dump(config).encode())
@@ -164,7 +174,7 @@ def _train(
         max_bad=config.data.max_bad,
         attach=noise_beside(feeds, sizes(shards)),
     )
-    known = agreement.on_first(partial(read_broken, run))
+    known = control_plane.on_first(partial(read_broken, run))
     broken = Broken(run, shards.samples("train"), config.data.max_bad, known)
     # What is told, and to whom -----------------------------------------------------------------------
     tracker = Tracker(config.metrics)
@@ -198,7 +208,7 @@ def _train(
     def look() -> None:
         """Held-out loss and a preview from the averaged weights; training does not notice."""
         at(step, "held-out loss")
-        with zero.averaged_weights(engine):
+        with deepspeed_zero.averaged_weights(engine):
             losses = held_out_losses(engine.module, config, shards, feeds, mesh.dp, mesh.dp_rank)
             pictures = preview(engine.module, config, shards, feeds, run, step, world.rank) if step else []
         tracker.log(losses.metrics("held_out/"), step)
@@ -220,13 +230,13 @@ def _train(
             at(step, "counting frames")
             feed = feeds[clips_of_step.bucket]
             supervised, unread = (feed.levels(clips_of_step) > 0).sum(), len(clips_of_step.broken)
-            counted, stop, bad = process.total_of(
+            counted, stop, bad = process_group.total_of(
                 torch.tensor([float(supervised), float(bool(stopping)), float(unread)], device=world.device)
             ).tolist()
             if stop:
                 break
             if bad:
-                met = agreement.gather(clips_of_step.broken)
+                met = control_plane.gather(clips_of_step.broken)
                 broken.note(step, (pair for pairs in met for pair in pairs), world.first)
             if rollback.left_out(left_out, clock, batch):
                 step, clock = step + 1, clock + batch
@@ -246,16 +256,16 @@ def _train(
                 of_step.add(errors.detach(), part.t, part.supervised)
                 errors_of_step.append(errors.detach())
                 share = (errors * part.supervised).sum() / counted
-                zero.backward(engine, share * world.size)
+                deepspeed_zero.backward(engine, share * world.size)
 
             # The update, unless loss or gradient norm speak against it: then nothing has changed but the clock
             of_step.reduce()
-            objection = partial(guard.objection, config.guard, history, of_step.mean)
-            norm, objected = zero.step(engine, objection)
-            history = guard.after(config.guard, history, of_step.mean, norm, objected)
+            objection = partial(spike_guard.objection, config.guard, history, of_step.mean)
+            norm, objected = deepspeed_zero.step(engine, objection)
+            history = spike_guard.after(config.guard, history, of_step.mean, norm, objected)
             step, clock = step + 1, clock + batch
             if objected:
-                found = agreement.gather(rollback.suspects(clips_of_step, errors_of_step))
+                found = control_plane.gather(rollback.suspects(clips_of_step, errors_of_step))
                 if world.first:
                     tracker.log({"skipped": history.skipped}, step)
                     rollback.note_skipped(run, step, clock - batch, batch, objected, found)
@@ -320,7 +330,7 @@ def _train(
         clips.close()
         tracker.finish(state)
         if state != "FAILED":  # after a failure the others may hang in a collective: do not wait for them
-            process.leave()
+            process_group.leave()
 
 
 def order_settings(config: Config, shards: Shards) -> dict[str, Any]:

@@ -43,9 +43,9 @@ def tell(file: Path, line: dict) -> None:
 def install(wanted: dict, rank: int) -> None:
     import torch
 
-    from msc.parallel.temporal import ShardedTimeline
+    from msc.parallel.context_parallel import ShardedTimeline
     from msc.pretrain import train as training
-    from msc.pretrain.checkpoints import writer
+    from msc.pretrain.checkpoints import async_writer
 
     now = {"clock": 0}
     loader, call = training.loader, training.Feed.__call__
@@ -88,4 +88,4 @@ def install(wanted: dict, rank: int) -> None:
     training.loader, training.Feed.__call__ = watched, spoiled
     ShardedTimeline.levels = asked
     if "chunk_s" in wanted:
-        writer.CHUNK, writer.hashlib = 8192, SimpleNamespace(sha256=SlowHash)
+        async_writer.CHUNK, async_writer.hashlib = 8192, SimpleNamespace(sha256=SlowHash)

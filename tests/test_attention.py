@@ -6,22 +6,22 @@ import math
 
 import pytest
 import torch
-from drawn import scales_and_gate
+from context_parallel_ranks import SCALES, compiled_gradients, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import reference_attention
-from sharded import SCALES, compiled_gradients, make
+from strategies import scales_and_gate
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from msc.pretrain.attention import view
-from msc.pretrain.attention.gate import GateConstants
-from msc.pretrain.attention.multiscale import MultiScaleAttention, still
-from msc.pretrain.attention.rope import normalise_and_rotate
-from msc.pretrain.attention.scales import Scale, spatial_windows
-from msc.pretrain.attention.timeline import WholeVideo
-from msc.pretrain.attention.view import view_frames
-from msc.pretrain.sampler import generate
+from msc.pretrain.diffusion.sampler import generate
+from msc.pretrain.model import attention_inputs
+from msc.pretrain.model.attention import MultiScaleAttention, still
+from msc.pretrain.model.attention_inputs import view_frames
+from msc.pretrain.model.noise_gate import GateConstants
+from msc.pretrain.model.past_context import WholeVideo
+from msc.pretrain.model.rope import normalise_and_rotate
+from msc.pretrain.model.scales import Scale, spatial_windows
 
 THETA = 100.0
 few = settings(max_examples=25, deadline=None)
@@ -53,9 +53,7 @@ def build(case, seed=0):
 def run(module, x, t, constants, frames_per_unit, timeline=None):
     timeline = timeline or WholeVideo()
     head = module.head_width, still(module.gate)
-    views = view_frames(
-        module.scales, t, x.shape[2:4], frames_per_unit, *head, THETA, module.gate, constants, timeline
-    )
+    views = view_frames(module.scales, t, x.shape[2:4], frames_per_unit, *head, THETA, module.gate, constants, timeline)
     return module(x, views)
 
 
@@ -95,8 +93,10 @@ def test_one_plain_scale_is_dense_causal_attention():
     scale = Scale(4)
     module, x, t, constants = build(((scale,), "none", False, 1, 4, (2, 3), 16))
     q, k, v = module.qkv(x).unflatten(-1, (3, 4, 16)).unbind(-3)
-    (view,) = view_frames([scale], t, (2, 3), 1, 16, 2, THETA, "none", [None], WholeVideo())
-    q, k = (normalise_and_rotate(y, gain, view.rope_own) for gain, y in ((module.q_gain, q), (module.k_gain, k)))
+    (attention_inputs,) = view_frames([scale], t, (2, 3), 1, 16, 2, THETA, "none", [None], WholeVideo())
+    q, k = (
+        normalise_and_rotate(y, gain, attention_inputs.rope_own) for gain, y in ((module.q_gain, q), (module.k_gain, k))
+    )
     q, k, v = (y.flatten(1, 3).transpose(1, 2) for y in (q, k, v))
     frame = torch.arange(4).repeat_interleave(6)
     dense = F.scaled_dot_product_attention(q, k, v, attn_mask=frame[:, None] >= frame)
@@ -161,15 +161,15 @@ def test_compiled_blocks_have_the_gradients_of_eager_ones(gate):
 def test_tables_are_made_once_and_serve_training_after_anything():
     """Not kept from a tracer, whose tensors die with it, nor as inference mode makes them."""
     model, x, t, text, labels, _ = make(SCALES["default"], 5, 1, dtype=torch.float32)
-    view._tables.cache_clear()
+    attention_inputs._tables.cache_clear()
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         model(*(fake.from_tensor(y) for y in (x, t, text, labels)))
         model(fake.from_tensor(x), t, text, labels)
     list(generate(model, x[:, :2], 2, text=text, labels=labels, steps=1))
-    assert view._tables.cache_info().currsize == 0
+    assert attention_inputs._tables.cache_info().currsize == 0
     with torch.inference_mode():
         expected = model(x, t, text, labels)
-    made = view._tables.cache_info().misses
+    made = attention_inputs._tables.cache_info().misses
     out = model(x, t, text, labels)
     out.square().mean().backward()
-    assert torch.equal(out, expected) and view._tables.cache_info().misses == made > 0
+    assert torch.equal(out, expected) and attention_inputs._tables.cache_info().misses == made > 0

@@ -5,7 +5,7 @@ import builtins
 import pytest
 import torch
 
-from msc.pretrain.autoencoder import CHUNK, OVERLAP, decode_parts, open_autoencoder, to_float, to_uint8
+from msc.pretrain.diffusion.autoencoder import CHUNK, OVERLAP, decode_parts, open_autoencoder, to_float, to_uint8
 
 HAAR = ["haar", "haar:1x2x2", "haar:2x4x4", "haar:4x1x1", "haar:4x8x8"]
 

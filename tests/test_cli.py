@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 import msc.pretrain
-from msc.launch import cli, commands, local
+from msc.launch import cli, commands
+from msc.launch.processes import launcher
 from msc.pretrain.presets import preset
 
 MSC = Path(sys.executable).with_name("msc")
@@ -137,7 +138,7 @@ def test_the_systems_errors_are_one_line_wherever_they_come_from(monkeypatch, ca
     ("module", "error"),
     [
         ("numpy.linalg", "ValueError('shapes')"),
-        ("msc.pretrain.model", "KeyError('x')"),
+        ("msc.pretrain.model.transformer", "KeyError('x')"),
         ("msc.x", "AssertionError()"),
     ],
 )
@@ -199,7 +200,7 @@ class Calls:
     load: list[tuple] = field(default_factory=list)
     check: list[tuple] = field(default_factory=list)
     train: list[tuple] = field(default_factory=list)
-    local: list[tuple] = field(default_factory=list)
+    launcher: list[tuple] = field(default_factory=list)
     options: list[dict] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -210,7 +211,10 @@ def calls(monkeypatch, tmp_path: Path) -> Calls:
     made = Calls()
     monkeypatch.chdir(tmp_path)
     for name in [*os.environ]:
-        if name in (*local.rank_environment({}, 0, 1, 1), "CUDA_VISIBLE_DEVICES", local.LAUNCHED) and name != "PATH":
+        if (
+            name in (*launcher.rank_environment({}, 0, 1, 1), "CUDA_VISIBLE_DEVICES", launcher.LAUNCHED)
+            and name != "PATH"
+        ):
             monkeypatch.delenv(name)
     monkeypatch.setattr(os, "environ", os.environ.copy())  # train sets variables of its process
 
@@ -228,13 +232,13 @@ def calls(monkeypatch, tmp_path: Path) -> Calls:
 
     stand_in("config", load=lambda *arguments: made.load.append(arguments) or "config")
     stand_in(
-        "preflight",
+        "validation",
         describe=lambda config, processes: f"plan of {config} on {processes}",
         check=lambda *arguments: made.check.append(arguments) or "checked",
     )
     stand_in("train", train=train)
-    monkeypatch.setattr(local, "run", lambda *arguments: made.local.append(arguments) or 7)
-    monkeypatch.setattr(local, "visible_gpus", lambda environment: 0)
+    monkeypatch.setattr(launcher, "run", lambda *arguments: made.launcher.append(arguments) or 7)
+    monkeypatch.setattr(launcher, "visible_gpus", lambda environment: 0)
     monkeypatch.setattr(os, "_exit", lambda code: None)  # how a rank among others ends
     return made
 
@@ -247,36 +251,36 @@ def test_train_in_this_process(calls: Calls) -> None:
     assert calls.environment["RANK"] == calls.environment["LOCAL_RANK"] == "0"
     assert calls.environment["WORLD_SIZE"] == "1"
     assert int(calls.environment["MASTER_PORT"]) > 0
-    assert not calls.local
+    assert not calls.launcher
 
 
 def test_train_starts_ranks_that_get_the_same_words(calls: Calls) -> None:
     words = ["train", "--preset", "demo", "--run", "x", "--processes", "2", "a.b=1"]
     assert cli.main(words) == 7
     assert calls.check == [("config", Path("x"), False, 2)]
-    [(command, ranks, logs)] = calls.local
+    [(command, ranks, logs)] = calls.launcher
     assert command == [sys.executable, "-c", commands.PROGRAM, *words]
     assert (ranks, logs) == (2, Path("x/logs"))
     assert not calls.train
 
 
 def test_every_visible_gpu_gets_a_rank(calls: Calls, monkeypatch) -> None:
-    monkeypatch.setattr(local, "visible_gpus", lambda environment: 4)
+    monkeypatch.setattr(launcher, "visible_gpus", lambda environment: 4)
     assert cli.main(["train", "--preset", "demo"]) == 7
-    assert calls.local[0][1:] == (4, Path("runs/demo/logs"))
+    assert calls.launcher[0][1:] == (4, Path("runs/demo/logs"))
 
 
 def test_a_rank_trains_and_starts_nothing(calls: Calls) -> None:
-    os.environ.update(local.rank_environment({}, 1, 2, 4321), **{local.LAUNCHED: "1"})
+    os.environ.update(launcher.rank_environment({}, 1, 2, 4321), **{launcher.LAUNCHED: "1"})
     assert cli.main(["train", "--preset", "demo", "--processes", "2"]) == 5
     assert calls.train == [("config", Path("runs/demo"), False)]
     assert not calls.check, "the launcher has checked before it made the run folder"
-    assert not calls.local
+    assert not calls.launcher
     assert calls.environment["MASTER_PORT"] == "4321"
 
 
 def test_a_rank_of_another_launcher_checks_for_itself(calls: Calls) -> None:
-    os.environ.update(local.rank_environment({}, 1, 8, 4321))
+    os.environ.update(launcher.rank_environment({}, 1, 8, 4321))
     assert cli.main(["train", "--preset", "demo"]) == 5
     assert calls.check == [("config", Path("runs/demo"), False, 8)]
     assert calls.train == [("checked", Path("runs/demo"), False)]
@@ -294,7 +298,7 @@ def test_half_an_environment_of_a_rank_is_refused(calls: Calls, capsys) -> None:
 def test_dry_run_prints_the_plan_and_starts_nothing(calls: Calls, capsys) -> None:
     assert cli.main(["train", "--preset", "demo", "--dry-run", "--processes", "4"]) == 0
     assert capsys.readouterr().out == "plan of config on 4\n"
-    assert not (calls.check or calls.train or calls.local)
+    assert not (calls.check or calls.train or calls.launcher)
 
 
 def test_resume_reads_the_runs_own_configuration(calls: Calls, capsys) -> None:
@@ -348,60 +352,69 @@ def test_train_says_what_is_missing(words: list[str], said: str, calls: Calls, c
 @pytest.mark.parametrize(
     ("words", "module", "function", "expected"),
     [
-        ("evaluate x", "evaluate", "evaluate", ((Path("x"),), {})),
+        ("evaluate x", "evaluation.evaluate", "evaluate", ((Path("x"),), {})),
         (
             "evaluate x --clips 3 --weights raw",
-            "evaluate",
+            "evaluation.evaluate",
             "evaluate",
             ((Path("x"),), {"clips": 3, "weights": "raw"}),
         ),
         (
             "evaluate x --steps 8 --samples 2 --checkpoint 400 --against y --features f.pt2",
-            "evaluate",
+            "evaluation.evaluate",
             "evaluate",
             (
                 (Path("x"),),
                 {"steps": 8, "samples": 2, "checkpoint": "400", "against": Path("y"), "features": Path("f.pt2")},
             ),
         ),
-        ("sample x", "sample", "sample_run", ((Path("x"),), {"video": None, "clip": 0})),
+        ("sample x", "inference.sample", "sample_run", ((Path("x"),), {"video": None, "clip": 0})),
         (
             "sample x --video a.mp4 --units 8 --seed 0 --out o",
-            "sample",
+            "inference.sample",
             "sample_run",
             ((Path("x"),), {"video": Path("a.mp4"), "clip": None, "units": 8, "seed": 0, "out": Path("o")}),
         ),
         (
             "sample x --prompt a --prompt b --text t --guidance 3 --solver heun --batch 2 --reach 9 --context-level .1",
-            "sample",
+            "inference.sample",
             "sample_run",
             (
                 (Path("x"),),
                 {
-                    "video": None, "clip": None, "prompts": ["a", "b"], "text": Path("t"), "guidance": 3.0,
-                    "solver": "heun", "batch": 2, "reach": 9, "context_level": 0.1,
+                    "video": None,
+                    "clip": None,
+                    "prompts": ["a", "b"],
+                    "text": Path("t"),
+                    "guidance": 3.0,
+                    "solver": "heun",
+                    "batch": 2,
+                    "reach": 9,
+                    "context_level": 0.1,
                 },
             ),
         ),
         (
             "sample x --clip 3 --label cat --count 5",
-            "sample",
+            "inference.sample",
             "sample_run",
             ((Path("x"),), {"video": None, "clip": 3, "labels": ["cat"], "count": 5}),
         ),
         (
             "sample x --nothing --steps 4 --weights ema",
-            "sample",
+            "inference.sample",
             "sample_run",
             ((Path("x"),), {"video": None, "clip": None, "steps": 4, "weights": "ema"}),
         ),
-        ("export x", "export", "export", ((Path("x"), None), {})),
+        ("export x", "export.export", "export", ((Path("x"), None), {})),
         (
             "export x --out y --weights both --dtype bf16 --max-shard-size 1.5GB --checkpoint 40 --push-to-hub me/it",
+            "export.export",
             "export",
-            "export",
-            ((Path("x"), Path("y")), {"weights": "both", "dtype": "bf16", "max_shard_size": 1_500_000_000, "step": "40",
-                                      "push_to": "me/it"}),
+            (
+                (Path("x"), Path("y")),
+                {"weights": "both", "dtype": "bf16", "max_shard_size": 1_500_000_000, "step": "40", "push_to": "me/it"},
+            ),
         ),
     ],
 )

@@ -9,25 +9,27 @@ from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
-import crashing
+import crashing_workers
 import pytest
 import torch
 
-from msc.datasets import archives, cut, decode, pack
-from msc.datasets import convert as converting
-from msc.datasets.batches import loader
-from msc.datasets.clips import border, pieces, runs
-from msc.datasets.convert import ConvertConfig, convert
-from msc.datasets.decode import frames, to_mp4
-from msc.datasets.mixture import only
-from msc.datasets.samples import Samples
-from msc.datasets.shards import read_index, read_part, scan, verify
-from msc.datasets.sources import find_sources
-from msc.datasets.statistics import measure
+from msc.datasets import video as decode
+from msc.datasets.loading.dataloader import loader
+from msc.datasets.loading.mixture import only
+from msc.datasets.loading.shard_reader import Samples
+from msc.datasets.prepare import clip_extraction, shard_writer
+from msc.datasets.prepare import convert as converting
+from msc.datasets.prepare.clip_ranges import border, pieces, runs
+from msc.datasets.prepare.convert import ConvertConfig, convert
+from msc.datasets.prepare.progress import count_finished
+from msc.datasets.prepare.sources import find_sources
+from msc.datasets.prepare.statistics import measure
+from msc.datasets.shards import tar
+from msc.datasets.shards.index import read_index, read_part, scan, verify
 from msc.datasets.synthetic import write_videos
-from msc.datasets.work import count_finished
+from msc.datasets.video import frames, to_mp4
 from msc.launch import cli
-from msc.pretrain import autoencoder
+from msc.pretrain.diffusion import autoencoder
 
 
 def pixels(video: torch.Tensor) -> torch.Tensor:
@@ -288,7 +290,7 @@ def test_a_passing_trouble_is_not_recorded(tmp_path, videos, monkeypatch, troubl
     def unreadable(place):
         if place == path:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        return archives.open_bytes(place)
+        return tar.open_bytes(place)
 
     def listed(sources):
         found = find_sources(sources)
@@ -298,7 +300,7 @@ def test_a_passing_trouble_is_not_recorded(tmp_path, videos, monkeypatch, troubl
     with monkeypatch.context() as patch:
         if trouble == "gone":
             patch.setattr(converting, "find_sources", listed)
-            patch.setattr(pack, "copies", lambda _: {})
+            patch.setattr(shard_writer, "copies", lambda _: {})
         else:
             patch.setattr(decode, "open_bytes", unreadable)
         message = {"gone": "is gone, and all beside it", "unreadable": "Stale file handle: .*synthetic-001.mp4"}
@@ -338,10 +340,10 @@ def test_one_file_that_cannot_be_read_is_tried_again_and_then_broken(tmp_path, v
         if place == path and len(met) < tries:
             met.append(place)
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return archives.open_bytes(place)
+        return tar.open_bytes(place)
 
     monkeypatch.setattr(decode, "open_bytes", unreadable)
-    monkeypatch.setattr(archives, "PATIENCE", (0, 0))
+    monkeypatch.setattr(tar, "PATIENCE", (0, 0))
     report = convert(settings(tmp_path, videos), blocks, 2)
     broken = (("videos/deep/er/synthetic-001.mp4", f"cannot be read: {os.strerror(errno.EIO)}"),)
     assert report.skipped == (() if tries == 2 else broken)
@@ -360,7 +362,7 @@ def test_a_video_that_kills_workers_is_broken_and_one_that_kills_once_is_not(tmp
     for seed, name in enumerate(("deadly", "hungry"), 1):
         write_videos(tmp_path / name, seed, 1, 60, 48, 64)
         (tmp_path / name / "synthetic-000.mp4").rename(videos / "deep" / f"{name}.mp4")
-    monkeypatch.setattr(cut, "cut", crashing.crash)
+    monkeypatch.setattr(clip_extraction, "cut", crashing_workers.crash)
     results = []
     for workers in (2, 3):
         config = settings(tmp_path / str(workers), videos, workers=workers, clips_per_shard=2)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sharded import SCALES
+from context_parallel_ranks import SCALES
 from torch.utils.flop_counter import FlopCounterMode
 
 from msc.pretrain import cost
-from msc.pretrain.attention import rectangle
-from msc.pretrain.attention.scales import Scale
-from msc.pretrain.attention.timeline import WholeVideo
-from msc.pretrain.model import ModelConfig, MSCTransformer
+from msc.pretrain.kernels import rectangle
+from msc.pretrain.model.past_context import WholeVideo
+from msc.pretrain.model.scales import Scale
+from msc.pretrain.model.transformer import ModelConfig, MSCTransformer
 from msc.pretrain.presets import PRESETS
 
 

@@ -9,17 +9,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sharded import SCALES, backward, change_after, compiled_gradients, make
+from context_parallel_ranks import SCALES, backward, change_after, compiled_gradients, make
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from msc.parallel import fp8
-from msc.pretrain.attention import flash, rectangle, rope
-from msc.pretrain.attention.backends import attend
-from msc.pretrain.attention.scales import Scale
-from msc.pretrain.attention.timeline import WholeVideo
-from msc.pretrain.layers import CrossAttention
-from msc.pretrain.measures import quality
+from msc.pretrain.evaluation import metrics
+from msc.pretrain.kernels import flash, rectangle
+from msc.pretrain.kernels.dispatch import attend
+from msc.pretrain.model import rope
+from msc.pretrain.model.layers import CrossAttention
+from msc.pretrain.model.past_context import WholeVideo
+from msc.pretrain.model.scales import Scale
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -237,6 +238,6 @@ def test_figures_of_videos_are_those_of_a_cpu():
     """In fp32 throughout: TF32 would show, above all in the differences of squares of SSIM."""
     a = torch.rand(4, 3, 48, 64, generator=torch.Generator().manual_seed(0))
     b = 0.9 * a + 0.05
-    for score in (quality.psnr, quality.ssim):
+    for score in (metrics.psnr, metrics.ssim):
         torch.testing.assert_close(score(a.cuda(), b.cuda()).cpu(), score(a, b), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(quality.traits(a.cuda(), 1).cpu(), quality.traits(a, 1), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(metrics.traits(a.cuda(), 1).cpu(), metrics.traits(a, 1), rtol=1e-4, atol=1e-7)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from msc.pretrain.diffusion import (
+from msc.pretrain.diffusion.rectified_flow import (
     DiffusionConfig,
     add_noise,
     frame_losses,
@@ -17,7 +17,7 @@ from msc.pretrain.diffusion import (
     sampling_levels,
     shift_levels,
 )
-from msc.pretrain.model import precondition
+from msc.pretrain.model.transformer import precondition
 
 CONFIG = DiffusionConfig()
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import exporting
+import fake_checkpoints
 import pytest
 import torch
 
-from msc.datasets.convert import ConvertConfig, convert
-from msc.datasets.mixture import DataConfig, ShardsFrom
+from msc.datasets.loading.mixture import DataConfig, ShardsFrom
+from msc.datasets.prepare.convert import ConvertConfig, convert
 from msc.datasets.synthetic import moving_textures, write_videos
-from msc.pretrain import evaluate as evaluation
-from msc.pretrain.autoencoder import open_autoencoder
-from msc.pretrain.evaluate import TABLES, distances, evaluate, table_of, with_differences
-from msc.pretrain.measures.continuations import drift, of_clip
-from msc.pretrain.measures.estimates import OTHERS, over_clips
-from msc.pretrain.monitoring.meter import DESCRIPTION
-from msc.pretrain.runs import Trained
+from msc.pretrain.diffusion.autoencoder import open_autoencoder
+from msc.pretrain.evaluation import evaluate as evaluation
+from msc.pretrain.evaluation.confidence import OTHERS, over_clips
+from msc.pretrain.evaluation.evaluate import TABLES, distances, evaluate, table_of, with_differences
+from msc.pretrain.evaluation.rollouts import drift, of_clip
+from msc.pretrain.run_folder import Trained
+from msc.pretrain.tracking.throughput import DESCRIPTION
 
 SHOWN = 4
 
@@ -99,10 +99,10 @@ def test_clips_of_other_buckets_are_measured_but_not_continued(tmp_path, monkeyp
     buckets = ((4, 16, 24), (8, 16, 24), (8, 24, 16))
     sources, out = (str(tmp_path / "in"),), tmp_path / "shards"
     convert(ConvertConfig(sources, str(out), buckets=buckets, **settings), lambda video: video / 127.5 - 1, 1)
-    config, space = exporting.configured()
+    config, space = fake_checkpoints.configured()
     metrics = dataclasses.replace(config.metrics, tracking_uri="none")
     config = dataclasses.replace(config, data=DataConfig((ShardsFrom(str(out)),)), metrics=metrics)
-    model, autoencoder = exporting.random_model(config.model), open_autoencoder("pixels")
+    model, autoencoder = fake_checkpoints.random_model(config.model), open_autoencoder("pixels")
     trained = Trained(model, config, space, autoencoder, 7, 28, torch.device("cpu"))
     monkeypatch.setattr(evaluation, "open_run", lambda *_: trained)
     monkeypatch.setattr(evaluation, "open_features", lambda *_: lambda video: video.mean((1, 3, 4))[:, :2].double())

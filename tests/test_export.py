@@ -9,18 +9,20 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import exporting
+import fake_checkpoints
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from msc.pretrain import export as exports
-from msc.pretrain import hub
-from msc.pretrain.checkpoints import checkpoint, shelf, weights
-from msc.pretrain.evaluate import table_of, with_differences
-from msc.pretrain.export import export, split
-from msc.pretrain.measures.estimates import summed
-from msc.pretrain.model import MSCTransformer
+from msc.pretrain.checkpoints import directory as checkpoint_directory
+from msc.pretrain.checkpoints import exported_weights
+from msc.pretrain.checkpoints import format as checkpoint_format
+from msc.pretrain.evaluation.confidence import summed
+from msc.pretrain.evaluation.evaluate import table_of, with_differences
+from msc.pretrain.export import model_card
+from msc.pretrain.export.export import export, split
+from msc.pretrain.export.export import export as exports
+from msc.pretrain.model.transformer import MSCTransformer
 
 SMALL = 40_000  # bytes of a file, so that the small model takes several
 
@@ -28,7 +30,7 @@ SMALL = 40_000  # bytes of a file, so that the small model takes several
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return SimpleNamespace(
-        path=(path := tmp_path_factory.mktemp("runs") / "small"), models=exporting.write_run(path, 3, "flat")
+        path=(path := tmp_path_factory.mktemp("runs") / "small"), models=fake_checkpoints.write_run(path, 3, "flat")
     )
 
 
@@ -60,7 +62,7 @@ def same(model, other):
 )
 def test_every_checkpoint_gives_the_trained_weights(ranks, cut, dtype, limit, tmp_path, monkeypatch):
     monkeypatch.setattr(exports, "PART", 1000)  # so that tensors are read and written in several parts
-    models = exporting.write_run(tmp_path / "run", ranks, cut, classes=3, text_width=5)
+    models = fake_checkpoints.write_run(tmp_path / "run", ranks, cut, classes=3, text_width=5)
     told = export(tmp_path / "run", None, "both", dtype, limit)
     assert "parameters of step 40" in told
     assert ("outputs of the loaded model" in told) == (dtype == "fp32" and limit > SMALL)
@@ -73,17 +75,17 @@ def test_every_checkpoint_gives_the_trained_weights(ranks, cut, dtype, limit, tm
         assert stored.keys() == expected.keys()
         assert all(torch.equal(stored[name], expected[name]) for name in expected)
         loaded = MSCTransformer.from_pretrained(tmp_path / "run" / "export", which, torch.float32)
-        assert same(loaded, exporting.model_with(model, stored)) and not loaded.training
+        assert same(loaded, fake_checkpoints.model_with(model, stored)) and not loaded.training
 
 
 def test_never_more_than_a_part_of_a_tensor_is_read(run, tmp_path, monkeypatch):
-    read, asked = checkpoint.Slices.read, []
+    read, asked = checkpoint_format.Slices.read, []
 
     def noting(self, name, key, start, numel):
         asked.append(numel)
         return read(self, name, key, start, numel)
 
-    monkeypatch.setattr(checkpoint.Slices, "read", noting)
+    monkeypatch.setattr(checkpoint_format.Slices, "read", noting)
     monkeypatch.setattr(exports, "PART", 1000)
     export(run.path, tmp_path / "out", max_shard_size=SMALL)
     numel = sum(p.numel() for p in run.models["ema"].parameters())
@@ -124,7 +126,7 @@ def test_a_model_in_use_does_not_depend_on_its_files(run, exported, tmp_path):
 def test_nothing_of_the_model_is_left_out():
     """No weight of it is tied, frozen or a buffer: parameters by name are all there is."""
     for gate in ("none", "mix", "values", "logits", "pair"):
-        config, _ = exporting.configured(width=64, gate=gate, classes=3, text_width=5)
+        config, _ = fake_checkpoints.configured(width=64, gate=gate, classes=3, text_width=5)
         model = MSCTransformer(config.model)
         state = model.state_dict(keep_vars=True)
         assert len({id(value) for value in state.values()}) == len(state)
@@ -133,22 +135,22 @@ def test_nothing_of_the_model_is_left_out():
 
 @pytest.mark.parametrize("how", ["frozen", "tied"])
 def test_a_checkpoint_that_lacks_a_weight_is_refused(how, tmp_path):
-    exporting.write_run(tmp_path / "run")
-    config, _ = exporting.configured()
-    model = exporting.random_model(config.model)
+    fake_checkpoints.write_run(tmp_path / "run")
+    config, _ = fake_checkpoints.configured()
+    model = fake_checkpoints.random_model(config.model)
     if how == "frozen":
         model.noise.inner.weight.requires_grad_(False)
     else:
         model.blocks[1].feed_forward.up.weight = model.blocks[0].feed_forward.up.weight
-    exporting.write_checkpoint(tmp_path / "run", config, {"ema": model, "weight": model}, 1, "even", 50)
+    fake_checkpoints.write_checkpoint(tmp_path / "run", config, {"ema": model, "weight": model}, 1, "even", 50)
     name = "noise.inner.weight" if how == "frozen" else "blocks.1.feed_forward.up.weight"
     with pytest.raises(ValueError, match=rf"step-00000050 and .* do not hold the same tensors: {name}"):
         export(tmp_path / "run")
 
 
 def test_another_checkpoint_than_the_newest(tmp_path):
-    models = exporting.write_run(tmp_path / "run", step=40)
-    exporting.write_run(tmp_path / "run", step=80)
+    models = fake_checkpoints.write_run(tmp_path / "run", step=40)
+    fake_checkpoints.write_run(tmp_path / "run", step=80)
     assert "step 40 " in export(tmp_path / "run", step="40")
     assert same(MSCTransformer.from_pretrained(tmp_path / "run" / "export"), models["ema"])
     with pytest.raises(ValueError, match="has those of steps: 40, 80"):
@@ -159,8 +161,8 @@ def test_another_checkpoint_than_the_newest(tmp_path):
 
 
 def test_a_damaged_checkpoint_is_not_exported(tmp_path):
-    exporting.write_run(tmp_path / "run", 2)
-    file = shelf.latest(tmp_path / "run") / "rank-00001.safetensors"
+    fake_checkpoints.write_run(tmp_path / "run", 2)
+    file = checkpoint_directory.latest(tmp_path / "run") / "rank-00001.safetensors"
     content = bytearray(file.read_bytes())
     content[-9] ^= 1
     file.write_bytes(content)
@@ -196,11 +198,13 @@ def test_a_file_that_is_not_what_was_written_is_noticed(run, tmp_path, monkeypat
 
 
 def test_values_too_large_for_fp16_are_named(tmp_path):
-    config, _ = exporting.configured()
-    models = exporting.write_run(tmp_path / "run")
+    config, _ = fake_checkpoints.configured()
+    models = fake_checkpoints.write_run(tmp_path / "run")
     with torch.no_grad():
         models["ema"].embed.weight[0, 0] = 70_000.0
-    exporting.write_checkpoint(tmp_path / "run", config, {"ema": models["ema"], "weight": models["raw"]}, 1, "even", 60)
+    fake_checkpoints.write_checkpoint(
+        tmp_path / "run", config, {"ema": models["ema"], "weight": models["raw"]}, 1, "even", 60
+    )
     with pytest.raises(ValueError, match=r"embed.weight holds values up to 7e\+04.*bf16"):
         export(tmp_path / "run", dtype="fp16")
     export(tmp_path / "run", dtype="bf16")
@@ -276,7 +280,7 @@ BAD = {  # what is done to a folder, and what is said of it
     "another width":      (config(lambda m: m.update(width=64)),
                            r"not match its weights: .*embed.weight \[32, 12\] for \[64, 12\].* more, of another shape"),
     "other names":        (rename_tensor, "embed.weight, which no file holds; embedding.weight, which the model"),
-    "old gate constants": (config(lambda m: m.update(gate_constants=exporting.OLD_CONSTANTS)),
+    "old gate constants": (config(lambda m: m.update(gate_constants=fake_checkpoints.OLD_CONSTANTS)),
                            "gate_constants holds 2 numbers of every scale.*--dry-run"),
     "unknown settings":   (config(lambda m: m.update(rings=3)), "not describe a model of this version: unknown: rings"),
     "wrong types":        (config(lambda m: m.update(scales=[1, 2])), "does not describe a model of this version"),
@@ -316,10 +320,10 @@ def test_an_export_of_another_format_is_refused(run, tmp_path):
 
 def test_a_header_may_begin_like_a_pickle(tmp_path):
     """The first byte of a safetensors file is of its header's length: no reason to refuse it."""
-    shape = next(n for n in range(1, 500) if weights.header({"x" * n: (1,)})[0] == 0x80)
+    shape = next(n for n in range(1, 500) if exported_weights.header({"x" * n: (1,)})[0] == 0x80)
     path = tmp_path / "x.safetensors"
-    path.write_bytes(weights.header({"x" * shape: (1,)}) + b"\0\0\0\0")
-    with weights.open_safetensors(path) as opened:
+    path.write_bytes(exported_weights.header({"x" * shape: (1,)}) + b"\0\0\0\0")
+    with exported_weights.open_safetensors(path) as opened:
         assert list(opened.keys()) == ["x" * shape]
 
 
@@ -337,7 +341,13 @@ def test_the_card_tells_the_facts_and_no_secrets(run, tmp_path):
     write_evaluation(path / "evaluation.json", 40, path)
     export(path)
     written = {p.name: p.read_text(errors="replace") for p in (path / "export").iterdir()}
-    assert written.keys() == {"config.json", "README.md", "model.safetensors", "model_index.json", "pipeline.py"}
+    assert written.keys() == {
+        "config.json",
+        "README.md",
+        "model.safetensors",
+        "model_index.json",
+        "pipeline.py",
+    }
     for text in written.values():
         assert not any(word in text for word in ("inside.example", "/home/me", str(tmp_path)))
     card = written["README.md"]
@@ -358,7 +368,7 @@ def write_evaluation(path, step, against, weights="ema"):
     rows = with_differences({("psnr_by_horizon", name): part for name, part in clips.items()})
     assert ("psnr_by_horizon", "sample - other's") in rows
     result = {
-        "step": step, "weights": weights, "clips": 3, "against": {"run": str(against), "step": 40},
+        "step": step, "weights": exported_weights, "clips": 3, "against": {"run": str(against), "step": 40},
         "tables": {"psnr_by_horizon": table_of("psnr_by_horizon", rows).json()},
     }  # fmt: skip
     path.write_text(json.dumps(result))
@@ -417,9 +427,9 @@ def test_upload_makes_a_private_repository_and_sends_the_folder(run, tmp_path, m
     assert Api.calls == [
         ("create", "me/first", {"private": True, "exist_ok": True}),
         ("upload", {"repo_id": "me/first", "folder_path": tmp_path / "out", "commit_message": "msc export of step 40",
-                    "delete_patterns": hub.OWN_WEIGHTS, "ignore_patterns": None}),
+                    "delete_patterns": model_card.OWN_WEIGHTS, "ignore_patterns": None}),
     ]  # fmt: skip
-    assert "its README.md is as it was" in hub.push(tmp_path / "out", "me/card", "x")
+    assert "its README.md is as it was" in model_card.push(tmp_path / "out", "me/card", "x")
     assert Api.calls[-1][1]["ignore_patterns"] == ["README.md"]
     assert not [p for p in (tmp_path / "out").iterdir() if b"hf_secret" in p.read_bytes()]
     monkeypatch.setattr(Api, "failure", ConnectionError("no route to host"))
@@ -451,17 +461,17 @@ def test_an_upload_removes_the_weights_of_other_exports_and_nothing_else(exporte
     own = [path.name for kind in ("whole", "split") for path in (exported / kind).glob("*.safetensors*")]
     assert "model.safetensors" in own and "raw.safetensors.index.json" in own
     others = ["adapter.safetensors", "vae/model.safetensors", "README.md", "config.json"]
-    assert list(utils.filter_repo_objects(own + others, allow_patterns=hub.OWN_WEIGHTS)) == own
+    assert list(utils.filter_repo_objects(own + others, allow_patterns=model_card.OWN_WEIGHTS)) == own
 
 
 def test_upload_says_when_there_is_no_network(tmp_path, monkeypatch):
     hugging = pytest.importorskip("huggingface_hub")
     monkeypatch.setattr(hugging, "HfApi", partial(hugging.HfApi, endpoint="http://127.0.0.1:9"))
     with pytest.raises(ValueError, match="is written, but not uploaded to me/first: .*refused"):
-        hub.push(tmp_path, "me/first", "x")
+        model_card.push(tmp_path, "me/first", "x")
 
 
 def test_upload_says_when_the_name_is_no_repository(tmp_path):
     pytest.importorskip("huggingface_hub")
     with pytest.raises(ValueError, match="not uploaded to a/b/c"):
-        hub.push(tmp_path, "a/b/c", "x")  # refused before anything is sent
+        model_card.push(tmp_path, "a/b/c", "x")  # refused before anything is sent

@@ -8,9 +8,9 @@ from torch import nn
 
 from msc.parallel import fp8
 from msc.pretrain import parallelize
-from msc.pretrain.attention.scales import Scale
-from msc.pretrain.layers import Block
-from msc.pretrain.model import ModelConfig, MSCTransformer
+from msc.pretrain.model.layers import Block
+from msc.pretrain.model.scales import Scale
+from msc.pretrain.model.transformer import ModelConfig, MSCTransformer
 from msc.pretrain.optimizer import OptimizerConfig
 
 

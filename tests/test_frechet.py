@@ -12,7 +12,7 @@ import pytest
 import torch
 from scipy import linalg
 
-from msc.pretrain.measures.frechet import check_enough, frechet, open_features
+from msc.pretrain.evaluation.frechet import check_enough, frechet, open_features
 
 CPU = torch.device("cpu")
 
@@ -109,7 +109,7 @@ def test_a_pickle_by_that_name_is_not_executed(save, suffix, tmp_path):
     program = f"""
 import torch
 from pathlib import Path
-from msc.pretrain.measures.frechet import open_features
+from msc.pretrain.evaluation.frechet import open_features
 try:
     open_features(Path({str(path)!r}), torch.device("cpu"))
 except ValueError as error:

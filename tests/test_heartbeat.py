@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from msc.pretrain.monitoring import heartbeat
+from msc.pretrain.tracking import heartbeat
 
 
 @pytest.mark.parametrize(

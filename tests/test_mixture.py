@@ -8,24 +8,24 @@ import shutil
 from fractions import Fraction
 from pathlib import Path
 
-import checking
 import pytest
+import slow_shard_check
 import torch
-from processes import run_ranks
+from gloo_ranks import run_ranks
 
-from msc.datasets import order as order_module
-from msc.datasets.batches import Batch, loader
-from msc.datasets.clips import best_buckets, pieces
-from msc.datasets.convert import ConvertConfig, convert
-from msc.datasets.mixture import DataConfig, ShardsFrom, open_shards, rounds, slots
-from msc.datasets.order import SLOTS, Turns, Windows, apportion, order, set_at
-from msc.datasets.samples import Samples
-from msc.datasets.shards import read_index
-from msc.datasets.statistics import Statistics, measure, mix
+from msc.datasets.loading import shuffling as order_module
+from msc.datasets.loading.dataloader import Batch, loader
+from msc.datasets.loading.mixture import DataConfig, ShardsFrom, open_shards, rounds, slots
+from msc.datasets.loading.shard_reader import Samples
+from msc.datasets.loading.shuffling import SLOTS, Turns, Windows, apportion, order, set_at
+from msc.datasets.prepare.clip_ranges import best_buckets, pieces
+from msc.datasets.prepare.convert import ConvertConfig, convert
+from msc.datasets.prepare.statistics import Statistics, measure, mix
+from msc.datasets.shards.index import read_index
 from msc.datasets.synthetic import write_videos
-from msc.pretrain import preflight
+from msc.pretrain import validation
 from msc.pretrain.config import load
-from msc.pretrain.measures.held_out import held_out_batches
+from msc.pretrain.evaluation.held_out_loss import held_out_batches
 
 BUCKETS = ((8, 16, 24), (4, 16, 24), (8, 24, 16))
 
@@ -120,9 +120,10 @@ def test_one_bucket_writes_what_it_always_did(plain, tmp_path):
     assert fields["format"] == 1
     assert "buckets" not in fields
     assert not any("bucket" in shard for shard in fields["splits"]["train"])
-    assert make(tmp_path, 7, buckets=((8, 16, 24),)).joinpath("train-000000-000000.tar").read_bytes() == (
-        plain / "train-000000-000000.tar"
-    ).read_bytes()
+    assert (
+        make(tmp_path, 7, buckets=((8, 16, 24),)).joinpath("train-000000-000000.tar").read_bytes()
+        == (plain / "train-000000-000000.tar").read_bytes()
+    )
 
 
 # --- order -------------------------------------------------------------------------------------------------
@@ -317,10 +318,13 @@ def test_sets_that_do_not_fit_each_other_are_refused(tmp_path, data, plain):
 @pytest.mark.gloo
 def test_one_rank_looks_at_the_shards_however_long_it_takes(plain, tmp_path):
     index = read_index(plain)
-    assert run_ranks(checking.slowly, 2, str(plain), 4.0) == [(None, sum(map(len, index.splits.values()))), (None, 0)]
+    assert run_ranks(slow_shard_check.slowly, 2, str(plain), 4.0) == [
+        (None, sum(map(len, index.splits.values()))),
+        (None, 0),
+    ]
     shutil.copytree(plain, tmp_path / "cut")
     os.truncate(tmp_path / "cut" / index.splits["train"][0].name, 512)
-    (told, asked), (other, none) = run_ranks(checking.slowly, 2, str(tmp_path / "cut"), 0.0)
+    (told, asked), (other, none) = run_ranks(slow_shard_check.slowly, 2, str(tmp_path / "cut"), 0.0)
     assert told == other and "has 512 bytes, its index says" in told
     assert asked and not none
 
@@ -331,4 +335,4 @@ def test_the_command_line_looks_at_the_shards_too(plain, tmp_path, monkeypatch):
     (tmp_path / "cut" / read_index(plain).splits["train"][0].name).unlink()
     config = load(None, None, [f"data.shards={tmp_path / 'cut'}"])
     with pytest.raises(FileNotFoundError, match=r"shard .*tar is missing: copy it again"):
-        preflight.check(config, tmp_path / "run", resume=False, processes=1)
+        validation.check(config, tmp_path / "run", resume=False, processes=1)

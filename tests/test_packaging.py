@@ -45,14 +45,14 @@ def test_imports_go_one_way(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "line"),
     [
-        ("datasets/shards.py", "import msc.pretrain.model"),
-        ("datasets/shards.py", "import msc.parallel.mesh"),
-        ("parallel/mesh.py", "from msc.datasets import shards"),
-        ("pretrain/model.py", "from msc.launch import local"),
-        ("pretrain/model.py", "from msc.parallel import mesh"),
-        ("pretrain/attention/scales.py", "from msc.parallel import mesh"),
-        ("pretrain/attention/scales.py", "from msc.pretrain import model"),
-        ("pretrain/checkpoints/shelf.py", "from msc.pretrain.monitoring import guard"),
+        ("datasets/shards/index.py", "import msc.pretrain.model.transformer"),
+        ("datasets/shards/index.py", "import msc.parallel.mesh"),
+        ("parallel/mesh.py", "from msc.datasets.shards import index"),
+        ("pretrain/model/transformer.py", "from msc.launch.processes import launcher"),
+        ("pretrain/model/transformer.py", "from msc.parallel import mesh"),
+        ("pretrain/model/scales.py", "from msc.parallel import mesh"),
+        ("pretrain/model/scales.py", "from msc.pretrain.evaluation import evaluate"),
+        ("pretrain/kernels/dispatch.py", "from msc.pretrain.model import transformer"),
     ],
 )
 def test_an_import_the_other_way_is_found(module: str, line: str, tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ ALLOWED_NAMES = {"statistics"}
 
 
 def test_the_name_datasets_is_left_to_others() -> None:
-    program = "import importlib.util, msc.datasets.clips; print(importlib.util.find_spec('datasets'))"
+    program = "import importlib.util, msc.datasets.prepare.clip_ranges; print(importlib.util.find_spec('datasets'))"
     done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
     assert str(ROOT / "datasets") not in done.stdout
 
@@ -107,7 +107,8 @@ def test_importing_a_module_starts_nothing() -> None:
 def test_neither_the_compiler_nor_mlflow_delays_a_start() -> None:
     """Training imported, and a model of labelled clips counted, as every command that trains does first."""
     program = (
-        "import sys, msc.pretrain.train; from msc.pretrain import cost; from msc.pretrain.model import ModelConfig; "
+        "import sys, msc.pretrain.train; from msc.pretrain import cost; "
+        "from msc.pretrain.model.transformer import ModelConfig; "
         "cost.parameters(ModelConfig(channels=3, classes=2)); "
         "print(*{'torch._dynamo', 'torch._inductor', 'mlflow', 'deepspeed'} & set(sys.modules))"
     )

@@ -1,4 +1,4 @@
-"""launch/plan.py against what is counted and measured; plan_report.py; and a run that compares itself with its plan."""
+"""Planning against what is counted and measured; its report; and a run that compares itself with its plan."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from dataclasses import replace
 
 import pytest
 import torch
-from planned import sent_on_a_rank, small
-from processes import run_ranks
+from gloo_ranks import run_ranks
+from small_plan import sent_on_a_rank, small
 from test_training import curve, msc_train, shards  # noqa: F401
 from torch.utils.flop_counter import FlopCounterMode
 
 from msc.launch import cli
-from msc.launch.hardware import KINDS, kind_of, named_by_driver
-from msc.launch.plan import plan, plans, roll_out, zero_bytes
-from msc.launch.plan_report import describe, read_expected
-from msc.parallel.zero import ZeroConfig
+from msc.launch.planning.hardware import KINDS, kind_of, named_by_driver
+from msc.launch.planning.plan import plan, plans, roll_out, zero_bytes
+from msc.launch.planning.report import describe, read_expected
+from msc.parallel.deepspeed_zero import ZeroConfig
 from msc.pretrain import cost
-from msc.pretrain.attention.scales import Scale
-from msc.pretrain.model import ModelConfig, MSCTransformer
-from msc.pretrain.monitoring.expect import Expected, deviation, ratios
+from msc.pretrain.diffusion.sampler import Cache, remember
+from msc.pretrain.model.scales import Scale
+from msc.pretrain.model.transformer import ModelConfig, MSCTransformer
 from msc.pretrain.optimizer import OptimizerConfig, make_optimizer, set_schedule
-from msc.pretrain.preflight import ASSUMED, resolve
 from msc.pretrain.presets import PRESETS
-from msc.pretrain.sampler import Cache, remember
+from msc.pretrain.tracking.plan_deviation import Expected, deviation, ratios
+from msc.pretrain.validation import ASSUMED, resolve
 
 H100 = KINDS["h100"]
 

@@ -20,13 +20,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from msc.datasets import remote
-from msc.datasets.batches import Batch, loader
-from msc.datasets.convert import ConvertConfig, convert
 from msc.datasets.files import locked
-from msc.datasets.mixture import DataConfig, ShardsFrom, check_sizes, open_shards
-from msc.datasets.remote import Remote, download, is_address, shown
-from msc.datasets.shards import read_index
+from msc.datasets.loading.dataloader import Batch, loader
+from msc.datasets.loading.mixture import DataConfig, ShardsFrom, check_sizes, open_shards
+from msc.datasets.prepare.convert import ConvertConfig, convert
+from msc.datasets.shards import remote
+from msc.datasets.shards.index import read_index
+from msc.datasets.shards.remote import Remote, download, is_address, shown
 from msc.datasets.synthetic import write_videos
 
 
@@ -152,9 +152,9 @@ def test_a_small_cache_holds_its_bound_and_the_oldest_go(server, folder, tmp_pat
 
 
 def test_a_shard_removed_while_it_is_read_is_fetched_again(server, tmp_path, monkeypatch):
-    from msc.datasets import samples
+    from msc.datasets.loading import shard_reader
 
-    scan, removed = samples.scan, []
+    scan, removed = shard_reader.scan, []
 
     def scan_and_lose(path):
         found = scan(path)
@@ -163,7 +163,7 @@ def test_a_shard_removed_while_it_is_read_is_fetched_again(server, tmp_path, mon
             path.unlink()
         return found
 
-    monkeypatch.setattr(samples, "scan", scan_and_lose)
+    monkeypatch.setattr(shard_reader, "scan", scan_and_lose)
     assert len(read(config(server, tmp_path), 6)) == 6
     assert len(removed) == 3
 

@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from msc.datasets import decode
+from msc.datasets import video as decode
 from msc.launch import cli
 from msc.pretrain import config as configuration
-from msc.pretrain import sample
-from msc.pretrain.attention.scales import Scale
-from msc.pretrain.autoencoder import open_autoencoder
-from msc.pretrain.model import ModelConfig, MSCTransformer
+from msc.pretrain.diffusion.autoencoder import open_autoencoder
+from msc.pretrain.inference import sample
+from msc.pretrain.model.scales import Scale
+from msc.pretrain.model.transformer import ModelConfig, MSCTransformer
 from msc.pretrain.presets import preset
-from msc.pretrain.runs import LatentSpace, Trained, write_space
+from msc.pretrain.run_folder import LatentSpace, Trained, write_space
 
 WORDS = {"red disc": 3, "two blue bars": 5}
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from drawn import scales_and_gate
+from context_parallel_ranks import SCALES, make
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sharded import SCALES, make
+from strategies import scales_and_gate
 
 from msc.pretrain import cost
-from msc.pretrain.attention.scales import Scale
-from msc.pretrain.diffusion import frame_noise, sampling_levels
-from msc.pretrain.sampler import LEVELS, Cache, generate, remember, short_sighted
+from msc.pretrain.diffusion.rectified_flow import frame_noise, sampling_levels
+from msc.pretrain.diffusion.sampler import LEVELS, Cache, generate, remember, short_sighted
+from msc.pretrain.model.scales import Scale
 
 
 @pytest.mark.parametrize("level", [0.0, 0.3])

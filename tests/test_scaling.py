@@ -1,4 +1,4 @@
-"""launch/scaling.py, optima.py, points.py, fit.py: known laws are found again, with honest intervals, or refused."""
+"""launch/scaling/law.py, isoflop.py, data.py, fit.py: known laws are found again, with honest intervals, or refused."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ import pytest
 from scipy.optimize import least_squares
 
 from msc.launch import cli
-from msc.launch.fit import fit_file, results, study
-from msc.launch.optima import iso_flop, learning_rate_and_batch
-from msc.launch.points import Point, Points, diverged, read_points
-from msc.launch.scaling import PARAMETERS, Law, best, fit, huber
+from msc.launch.scaling import fit
+from msc.launch.scaling.data import Point, Points, diverged, read_points
+from msc.launch.scaling.fit import fit_file, results, study
+from msc.launch.scaling.isoflop import iso_flop, learning_rate_and_batch
+from msc.launch.scaling.law import PARAMETERS, Law, best, huber
 from msc.pretrain.config import dump, load
-from msc.pretrain.runs import LatentSpace
+from msc.pretrain.run_folder import LatentSpace
 
 TRUTH = Law(0.35, 8.0, 30.0, 0.35, 0.4)
 SIZES, BUDGETS = np.geomspace(1e5, 3e6, 6), np.geomspace(1e6, 3e7, 5)

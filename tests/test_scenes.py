@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_decode import write_video
+from test_video import write_video
 
-from msc.datasets.clips import holds
-from msc.datasets.convert import ConvertConfig, convert
-from msc.datasets.decode import frames, to_mp4
-from msc.datasets.samples import Samples
-from msc.datasets.scenes import brightness, change, content, motion
-from msc.datasets.shards import read_index, read_part, scan
+from msc.datasets.loading.shard_reader import Samples
+from msc.datasets.prepare.clip_ranges import holds
+from msc.datasets.prepare.convert import ConvertConfig, convert
+from msc.datasets.prepare.scenes import brightness, change, content, motion
+from msc.datasets.shards.index import read_index, read_part, scan
 from msc.datasets.synthetic import moving_textures
+from msc.datasets.video import frames, to_mp4
 
 
 def raw(video: torch.Tensor) -> torch.Tensor:

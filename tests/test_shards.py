@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from msc.datasets import shards
-from msc.datasets.shards import Index, check_shards, read_index, read_part, scan, verify, write_index, write_shard
-from msc.datasets.statistics import Statistics
+from msc.datasets.prepare.statistics import Statistics
+from msc.datasets.shards import index as shards
+from msc.datasets.shards.index import Index, check_shards, read_index, read_part, scan, verify, write_index, write_shard
 
 SAMPLES = [(f"train-{i:03d}", {"json": b"{}" * (i + 1), "mp4": bytes([i]) * (700 * i + 1)}) for i in range(5)]
 

@@ -15,19 +15,22 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import claim_run_folder
 import pytest
-import starting
 import yaml
-from processes import run_ranks
+from gloo_ranks import run_ranks
 from test_training import MSC, SMALL, shards, wait_for  # noqa: F401
 
 from msc.datasets.files import last_line
-from msc.launch import cli, ledger, rendezvous, sites, slurm, status, submit, supervisor
-from msc.launch.ledger import Record
-from msc.launch.slurm import State
-from msc.launch.supervisor import Job, decide
-from msc.pretrain.checkpoints import shelf
-from msc.pretrain.monitoring import heartbeat
+from msc.launch import cli
+from msc.launch.processes import slurm_env
+from msc.launch.slurm import cluster_config, job_records, sbatch, submit, supervisor
+from msc.launch.slurm import jobs as status
+from msc.launch.slurm.job_records import Record
+from msc.launch.slurm.sbatch import State
+from msc.launch.slurm.supervisor import Job, decide
+from msc.pretrain.checkpoints import directory as checkpoint_directory
+from msc.pretrain.tracking import heartbeat
 
 # Where a rank is ---------------------------------------------------------------------------------------------
 
@@ -49,29 +52,29 @@ STEP = {
     ],
 )
 def test_names_of_nodes(text, names):
-    assert rendezvous.hosts(text) == names
+    assert slurm_env.hosts(text) == names
 
 
 def test_a_task_of_a_step_is_a_rank():
-    got = rendezvous.rank_environment(STEP, "ib0")
+    got = slurm_env.rank_environment(STEP, "ib0")
     assert got == {
         "RANK": "6", "WORLD_SIZE": "8", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "gpu07",
         "MASTER_PORT": str(10_000 + 40123 % 20_000), "OMP_NUM_THREADS": "12", "NCCL_SOCKET_IFNAME": "=ib0",
         "GLOO_SOCKET_IFNAME": "ib0", "NCCL_DEBUG": "WARN", "TORCH_CPP_LOG_LEVEL": "ERROR",
     }  # fmt: skip
     mine = {"NCCL_SOCKET_IFNAME": "bond", "GLOO_SOCKET_IFNAME": "bond", "OMP_NUM_THREADS": "3", "NCCL_DEBUG": "INFO"}
-    assert not set(mine) & set(rendezvous.rank_environment(STEP | mine, "ib0")), "what the user has set stays"
-    assert rendezvous.rank_environment(STEP | {"CUDA_VISIBLE_DEVICES": "2"})["LOCAL_RANK"] == "0", "bound by Slurm"
+    assert not set(mine) & set(slurm_env.rank_environment(STEP | mine, "ib0")), "what the user has set stays"
+    assert slurm_env.rank_environment(STEP | {"CUDA_VISIBLE_DEVICES": "2"})["LOCAL_RANK"] == "0", "bound by Slurm"
     uneven = STEP | {"SLURM_STEP_TASKS_PER_NODE": "5,3"}
-    assert rendezvous.rank_environment(uneven)["LOCAL_WORLD_SIZE"] == "3"
-    assert rendezvous.tasks_per_node("2(x3),1") == [2, 2, 2, 1]
+    assert slurm_env.rank_environment(uneven)["LOCAL_WORLD_SIZE"] == "3"
+    assert slurm_env.tasks_per_node("2(x3),1") == [2, 2, 2, 1]
 
 
 def test_only_several_tasks_without_another_launcher_are_ranks():
-    assert rendezvous.is_task(STEP)
-    assert not rendezvous.is_task(STEP | {"RANK": "0"})
-    assert not rendezvous.is_task(STEP | {"SLURM_STEP_NUM_TASKS": "1"}), "srun --pty bash"
-    assert not rendezvous.is_task({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}), "a batch script"
+    assert slurm_env.is_task(STEP)
+    assert not slurm_env.is_task(STEP | {"RANK": "0"})
+    assert not slurm_env.is_task(STEP | {"SLURM_STEP_NUM_TASKS": "1"}), "srun --pty bash"
+    assert not slurm_env.is_task({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}), "a batch script"
 
 
 def test_processes_that_contradict_srun_are_refused(monkeypatch, capsys):
@@ -82,18 +85,18 @@ def test_processes_that_contradict_srun_are_refused(monkeypatch, capsys):
 
 def test_the_network_device_is_the_one_that_leads_to_another_node():
     names = ["n1", "n2", "n3"]
-    assert [rendezvous.peer(names, node) for node in range(3)] == ["n3", "n1", "n1"]
-    assert rendezvous.peer(["n1"], 0) is None
+    assert [slurm_env.peer(names, node) for node in range(3)] == ["n3", "n1", "n1"]
+    assert slurm_env.peer(["n1"], 0) is None
     devices = {"lo": ["127.0.0.1", "::1"], "eth0": ["10.0.0.4", "fe80::1%eth0"], "ib0": ["10.1.0.4"]}
-    assert rendezvous.interface_of("10.1.0.4", devices) == "ib0"
-    assert rendezvous.interface_of("fe80::1", devices) == "eth0"
-    assert rendezvous.interface_of("10.9.9.9", devices) is None
-    assert rendezvous.choose_interface(STEP | {"SLURM_STEP_NODELIST": "localhost,elsewhere"}) == "lo"
-    assert rendezvous.choose_interface(STEP | {"SLURM_STEP_NODELIST": "no-such-host.invalid,n2"}) is None
+    assert slurm_env.interface_of("10.1.0.4", devices) == "ib0"
+    assert slurm_env.interface_of("fe80::1", devices) == "eth0"
+    assert slurm_env.interface_of("10.9.9.9", devices) is None
+    assert slurm_env.choose_interface(STEP | {"SLURM_STEP_NODELIST": "localhost,elsewhere"}) == "lo"
+    assert slurm_env.choose_interface(STEP | {"SLURM_STEP_NODELIST": "no-such-host.invalid,n2"}) is None
 
 
 def test_what_is_told_of_the_environment_is_chosen():
-    line = rendezvous.told({**STEP, **rendezvous.rank_environment(STEP), "HF_TOKEN": "geheim"})
+    line = slurm_env.told({**STEP, **slurm_env.rank_environment(STEP), "HF_TOKEN": "geheim"})
     assert line.startswith("msc: rank 6 of 8; MASTER_ADDR=gpu07, MASTER_PORT=10123, NCCL_DEBUG=WARN")
     assert "geheim" not in line
 
@@ -104,9 +107,9 @@ def test_what_is_told_of_the_environment_is_chosen():
 def test_a_site_is_read_and_checked(tmp_path):
     file = tmp_path / "site.yaml"
     file.write_text("partition: gpu\nsetup: [module load cuda]\nsbatch: {exclusive: true, nice: 5}\n")
-    got = sites.read(file)
+    got = cluster_config.read(file)
     assert (got.partition, got.setup, got.sbatch) == ("gpu", ("module load cuda",), {"exclusive": True, "nice": 5})
-    assert sites.read(None) == sites.Site()
+    assert cluster_config.read(None) == cluster_config.Site()
 
 
 @pytest.mark.parametrize(
@@ -130,7 +133,7 @@ def test_a_site_is_read_and_checked(tmp_path):
 def test_mistakes_in_a_site(text, said, tmp_path):
     (tmp_path / "site.yaml").write_text(text)
     with pytest.raises(ValueError) as error:
-        sites.read(tmp_path / "site.yaml")
+        cluster_config.read(tmp_path / "site.yaml")
     assert said in str(error.value)
     assert str(tmp_path / "site.yaml") in str(error.value)
 
@@ -138,18 +141,18 @@ def test_mistakes_in_a_site(text, said, tmp_path):
 def test_a_secret_in_a_faulty_site_is_not_shown(tmp_path):
     (tmp_path / "site.yaml").write_text("environment: {TOKEN: [geheim]}")
     with pytest.raises(ValueError, match=r"environment\.TOKEN") as error:
-        sites.read(tmp_path / "site.yaml")
+        cluster_config.read(tmp_path / "site.yaml")
     assert "geheim" not in str(error.value)
 
 
 def test_where_the_site_is_looked_for(tmp_path):
     environment = {"XDG_CONFIG_HOME": str(tmp_path)}
-    assert sites.find(None, environment) is None
+    assert cluster_config.find(None, environment) is None
     (tmp_path / "msc").mkdir()
     (tmp_path / "msc/site.yaml").touch()
-    assert sites.find(None, environment) == tmp_path / "msc/site.yaml"
-    assert sites.find(None, environment | {"MSC_SITE": "x"}) == Path("x")
-    assert sites.find(Path("y"), environment | {"MSC_SITE": "x"}) == Path("y")
+    assert cluster_config.find(None, environment) == tmp_path / "msc/site.yaml"
+    assert cluster_config.find(None, environment | {"MSC_SITE": "x"}) == Path("x")
+    assert cluster_config.find(Path("y"), environment | {"MSC_SITE": "x"}) == Path("y")
 
 
 # What becomes of a job ---------------------------------------------------------------------------------------
@@ -187,10 +190,10 @@ def test_what_begins_anew_does_not_run_into_its_time_limit_twice(command, local_
 
 
 def test_starts_without_a_new_checkpoint_are_counted_from_the_last():
-    assert ledger.fruitless([], 0) == 0
-    assert ledger.fruitless([0, 0, 40], 40) == 1
-    assert ledger.fruitless([0, 40, 40, 40], 40) == 3
-    assert ledger.fruitless([0, 40, 40], 80) == 0
+    assert job_records.fruitless([], 0) == 0
+    assert job_records.fruitless([0, 0, 40], 40) == 1
+    assert job_records.fruitless([0, 40, 40, 40], 40) == 3
+    assert job_records.fruitless([0, 40, 40], 80) == 0
 
 
 @pytest.fixture
@@ -226,7 +229,7 @@ def test_a_job_goes_on_while_it_gets_further_and_is_given_up_when_it_does_not(lo
 
 def test_a_job_that_slurm_starts_again_and_again_is_given_up(tmp_path, local_job, capsys):
     for _ in range(3):
-        ledger.note(tmp_path / "run/jobs", str(os.getpid()), **{"from": 40})
+        job_records.note(tmp_path / "run/jobs", str(os.getpid()), **{"from": 40})
     assert local_job((0, 80), before=40) == (1, [(0, 80)])
     assert "given up" in capsys.readouterr().err
     assert local_job((0, 80), before=60)[0] == 0
@@ -263,7 +266,7 @@ def test_a_job_does_not_start_beside_another_one_in_its_run(tmp_path, monkeypatc
 def test_only_its_own_run_in_mlflow_is_ended_by_a_job(whose, settled, tmp_path, monkeypatch):
     """Ranks that were killed leave a heartbeat of their job; those that found their run taken that of another."""
     found = []
-    monkeypatch.setattr("msc.pretrain.monitoring.metrics.settle", lambda run, state: found.append(state))
+    monkeypatch.setattr("msc.pretrain.tracking.tracker.settle", lambda run, state: found.append(state))
     monkeypatch.setenv(heartbeat.JOB, "7")
     (tmp_path / "heartbeat.json").write_text(json.dumps({"time": time.time(), "phase": "report", "job": whose}))
     supervisor.settle(Job(("train",), str(tmp_path), "x", "local"), 137)
@@ -272,7 +275,7 @@ def test_only_its_own_run_in_mlflow_is_ended_by_a_job(whose, settled, tmp_path, 
 
 @pytest.mark.gloo
 def test_of_two_that_start_at_once_one_trains(tmp_path):
-    first, second = sorted(run_ranks(starting.each_for_itself, 2, tmp_path / "run"))
+    first, second = sorted(run_ranks(claim_run_folder.each_for_itself, 2, tmp_path / "run"))
     assert first == "" and f"{tmp_path / 'run'} is being trained: process " in second
 
 
@@ -281,7 +284,7 @@ def test_ranks_that_find_their_run_taken_end_together(tmp_path):
     """As when somebody began while they were still loading and meeting; the heartbeat stays the other's."""
     with heartbeat.beating(tmp_path, 1):
         wait_for(lambda: heartbeat.read(tmp_path), seconds=10)
-        told = run_ranks(starting.as_one_run, 2, tmp_path)
+        told = run_ranks(claim_run_folder.as_one_run, 2, tmp_path)
         assert told[0] == told[1] and f"is being trained: process {os.getpid()} on " in told[0]
         assert heartbeat.read(tmp_path)["pid"] == os.getpid()
 
@@ -356,7 +359,7 @@ def test_every_option_reaches_all_evaluations(tmp_path, monkeypatch, capsys):
         run.mkdir()
         (run / "config.yaml").touch()
     sent = []
-    monkeypatch.setattr(slurm, "send", lambda jobs, *_: sent.extend(jobs) or "7")
+    monkeypatch.setattr(sbatch, "send", lambda jobs, *_: sent.extend(jobs) or "7")
     assert cli.main(["submit", "evaluate", *map(str, runs), *options]) == 0, capsys.readouterr().err
     for run, job in zip(runs, sent, strict=True):
         alone = ["evaluate", str(run), *options]
@@ -368,7 +371,7 @@ def test_the_plan_of_a_run_goes_with_its_job(shards, tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     sent = []
-    monkeypatch.setattr(slurm, "send", lambda jobs, *_: sent.extend(jobs) or "7")
+    monkeypatch.setattr(sbatch, "send", lambda jobs, *_: sent.extend(jobs) or "7")
     words = ["submit", "--preset", "demo", f"data.shards={shards}", *SMALL, "--run", "run", "--plan", "plan.json"]
     assert cli.main(words) == 2 and "plan.json: No such file" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -381,7 +384,7 @@ def test_the_plan_of_a_run_goes_with_its_job(shards, tmp_path, monkeypatch, caps
 @pytest.mark.parametrize("name", ["a\nb", "100%", "a\\b"])
 def test_paths_that_no_batch_script_can_hold_are_refused(name):
     with pytest.raises(ValueError, match="folder"):
-        slurm.check_path(Path("/x") / name)
+        sbatch.check_path(Path("/x") / name)
 
 
 # A submission from end to end, with programs that stand in for sbatch and srun -------------------------------
@@ -435,7 +438,7 @@ def test_hostile_names_and_secrets_on_the_whole_way(shards, stand_ins, tmp_path,
     command = ["submit", *words, "--run", str(run), "--site", str(file), "--nodes", "1", "--tasks-per-node", "2"]
     assert cli.main(command) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
-    wait_for(lambda: ledger.notes(run / "jobs", "77")[1:], seconds=60)
+    wait_for(lambda: job_records.notes(run / "jobs", "77")[1:], seconds=60)
 
     argv, environment = json.loads((stand_ins / "rank").read_text())
     assert argv[2:] == ["train", "--resume", "--run", str(run)]
@@ -458,7 +461,7 @@ def test_hostile_names_and_secrets_on_the_whole_way(shards, stand_ins, tmp_path,
     assert name.removeprefix("--job-name=").replace("_", "").isalnum()
     assert not list(tmp_path.rglob("PWNED"))
 
-    (record,) = ledger.records(run / "jobs")
+    (record,) = job_records.records(run / "jobs")
     assert (record.id, record.cluster, record.tasks) == ("77", "slurm", 2) and "msc.version" in record.code
     capsys.readouterr()
     assert cli.main(["status", str(run)]) == 0  # Slurm has forgotten it
@@ -499,7 +502,7 @@ def test_a_conversion_whose_merge_is_refused_is_taken_back(code, stand_ins, tmp_
     assert "job limit reached" in said and (stand_ins / "cancelled").read_text() == "77\n"
     assert ("job 77 was accepted, and is cancelled" in said) == (code == 0)
     assert ("job 77 was accepted and could not be taken back: no answer" in said) == (code == 1)
-    assert [record.id for record in ledger.records(jobs)] == ["77"] * code
+    assert [record.id for record in job_records.records(jobs)] == ["77"] * code
     assert (len(list(jobs.glob("*.pkl"))) >= 3) == (code == 1)
 
 
@@ -508,8 +511,8 @@ def test_all_parts_of_an_array_may_run_at_once(parallel, at_once, stand_ins, tmp
     """submitit's own default is 256."""
     (stand_ins / "sbatch").write_text(f"#!/bin/sh\ncp \"$1\" '{stand_ins}/script'\necho Submitted batch job 77\n")
     jobs = [Job(("convert",), "x", "x", "slurm")] * 257
-    options = slurm.parameters(sites.Site(), "x", 1, 1, 0, parallel=parallel)
-    assert slurm.send(jobs, tmp_path / "jobs", options, {}) == "77"
+    options = sbatch.parameters(cluster_config.Site(), "x", 1, 1, 0, parallel=parallel)
+    assert sbatch.send(jobs, tmp_path / "jobs", options, {}) == "77"
     assert f"#SBATCH --array=0-256%{at_once}\n" in (stand_ins / "script").read_text()
 
 
@@ -523,7 +526,7 @@ def test_a_job_in_the_background_is_watched_ended_and_saved(shards, tmp_path, ca
     assert cli.main(["submit", *where, "--preset", "demo", f"data.shards={shards}", *SMALL, "train.clips=40000"]) == 0
     said = capfd.readouterr().out
     assert f"msc submit --cluster local --resume --run {run}" in said
-    (record,) = ledger.records(run / "jobs")
+    (record,) = job_records.records(run / "jobs")
     wait_for(lambda: last_line(run / "log.jsonl").get("step", 0) > 3)
     wait_for(lambda: heartbeat.read(run)["phase"] != "starting", seconds=20)
     assert cli.main(["status", str(run)]) == 0
@@ -556,7 +559,7 @@ def test_a_job_here_and_now_saves_at_ctrl_c(shards, tmp_path):
         job.kill()
     text = (tmp_path / "said").read_text()
     assert code == supervisor.STOPPED and "stopped at step" in text and "go on" in text, text
-    assert shelf.newest_meta(run)["step"] > 3
+    assert checkpoint_directory.newest_meta(run)["step"] > 3
 
 
 @pytest.mark.parametrize(
@@ -570,9 +573,9 @@ def test_a_job_here_and_now_saves_at_ctrl_c(shards, tmp_path):
 )
 def test_a_job_of_another_machine_is_cancelled_there(notes, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    ledger.write(Path("run/jobs"), Record("17", "local", ("train",), "x", host="elsewhere"))
+    job_records.write(Path("run/jobs"), Record("17", "local", ("train",), "x", host="elsewhere"))
     for note in notes:
-        ledger.note(Path("run/jobs"), "17", **note)
+        job_records.note(Path("run/jobs"), "17", **note)
     assert cli.main(["cancel", "run"]) == 2
     assert said in capsys.readouterr().err
 
@@ -637,7 +640,7 @@ def test_the_heartbeat_tells_the_phase_and_the_end(tmp_path):
 def test_a_slurm_that_does_not_answer_is_not_taken_for_an_empty_queue(stand_ins, tmp_path, capsys):
     (stand_ins / "squeue").write_text("#!/bin/sh\necho 'cannot reach the controller' >&2\nexit 1\n")
     run = tmp_path / "run"
-    ledger.write(run / "jobs", Record("5", "slurm", ("train",), "x"))
+    job_records.write(run / "jobs", Record("5", "slurm", ("train",), "x"))
     (run / "config.yaml").write_text("train: {clips: 4, batch: 1}")
     assert cli.main(["submit", "--resume", "--run", str(run)]) == 1
     assert "squeue fails, so what has become of jobs is not known; try again: cannot reach" in capsys.readouterr().err
@@ -654,32 +657,32 @@ def test_slurm_is_asked_once_and_understood(stand_ins):
     (stand_ins / "sacct").write_text(
         "#!/bin/sh\nprintf '7|CANCELLED by 0|0:15\\n8_0|FAILED|1:0\\n8_1|COMPLETED|0:0\\n'\n"
     )
-    got = slurm.states(["5", "6", "7", "8", "9"])
+    got = sbatch.states(["5", "6", "7", "8", "9"])
     assert got["5"] == [State("RUNNING", "", "2026-01-01T00:00:00")] and got["5"][0].active
     assert [s.name for s in got["6"]] == ["PENDING", "RUNNING"] and got["6"][0].reason == "Resources"
     assert got["7"] == [State("CANCELLED", exit="0:15")] and not got["7"][0].active
     assert [s.name for s in got["8"]] == ["FAILED", "COMPLETED"] and "9" not in got
-    assert slurm.states(["8_1"]) == {"8_1": [State("COMPLETED", exit="0:0")]}
+    assert sbatch.states(["8_1"]) == {"8_1": [State("COMPLETED", exit="0:0")]}
     asked = (stand_ins / "asked").read_text().splitlines()
     assert len(asked) == 2 and "--jobs=5,6,7,8,9 " in asked[0] and "--jobs=8 " in asked[1]
 
 
 def test_a_job_that_slurm_has_forgotten_is_no_failure_of_slurm(stand_ins):
     (stand_ins / "squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2\nexit 1\n")
-    assert slurm.states(["5"]) == {}
+    assert sbatch.states(["5"]) == {}
 
 
 def test_jobs_are_cancelled_with_few_questions(tmp_path, monkeypatch):
     """For all of a run at once, and seconds apart: one job goes at the second look, the other at the third."""
     asked, slept, here = [], [], time.sleep
     for number in "567":
-        ledger.write(tmp_path / "run/jobs", Record(number, "slurm", ("evaluate",), "x"))
+        job_records.write(tmp_path / "run/jobs", Record(number, "slurm", ("evaluate",), "x"))
 
     def states(numbers):
         asked.append(list(numbers))
         return {number: [State("RUNNING" if len(asked) < int(number) - 3 else "CANCELLED")] for number in numbers}
 
-    monkeypatch.setattr(slurm, "states", states)
+    monkeypatch.setattr(sbatch, "states", states)
     monkeypatch.setattr(status.shutil, "which", lambda name: name)
     monkeypatch.setattr(status.subprocess, "run", lambda *_, **__: None)
     monkeypatch.setattr(status.time, "sleep", lambda seconds: slept.append(seconds) if seconds > 1 else here(seconds))

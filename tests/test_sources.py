@@ -11,16 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from msc.datasets import archives, pack
-from msc.datasets import sources as module
-from msc.datasets.archives import size_of
-from msc.datasets.clips import runs
-from msc.datasets.convert import ConvertConfig, convert
-from msc.datasets.samples import Samples
-from msc.datasets.shards import read_index, read_part, scan
-from msc.datasets.sources import Listing, Source, copies, find_sources
+from msc.datasets.loading.shard_reader import Samples
+from msc.datasets.prepare import shard_writer
+from msc.datasets.prepare import sources as module
+from msc.datasets.prepare.clip_ranges import runs
+from msc.datasets.prepare.convert import ConvertConfig, convert
+from msc.datasets.prepare.progress import WORK
+from msc.datasets.prepare.sources import Listing, Source, copies, find_sources
+from msc.datasets.shards import tar
+from msc.datasets.shards.index import read_index, read_part, scan
+from msc.datasets.shards.tar import size_of
 from msc.datasets.synthetic import write_videos
-from msc.datasets.work import WORK
 
 ROWS = [
     {"path": "synthetic-000.mp4", "caption": "a disc, and a bar", "label": "dog", "licence": "CC0"},
@@ -192,7 +193,7 @@ def test_what_again_and_again_cannot_be_read_is_no_copy(tmp_path, monkeypatch, t
         return original(path)
 
     monkeypatch.setattr(module, trait, failing)
-    monkeypatch.setattr(archives, "PATIENCE", (0, 0))
+    monkeypatch.setattr(tar, "PATIENCE", (0, 0))
     codes = [errno.EIO] * 2
     assert copies(found) == {1: "a", 2: "a"}
     codes += [errno.EIO] * 3
@@ -207,8 +208,8 @@ def test_of_many_parts_one_looks_for_copies_and_the_others_wait(tmp_path, monkey
     writers, calls = [], []
     for own in ("one", "two", "three"):
         (tmp_path / own).mkdir()
-        writers.append(pack.Writer(None, None, None, None, Listing([]), tmp_path, tmp_path / own))
-    monkeypatch.setattr(pack, "copies", lambda _: calls.append(1) or time.sleep(0.3) or {1: "a"})
+        writers.append(shard_writer.Writer(None, None, None, None, Listing([]), tmp_path, tmp_path / own))
+    monkeypatch.setattr(shard_writer, "copies", lambda _: calls.append(1) or time.sleep(0.3) or {1: "a"})
     with ThreadPoolExecutor(3) as pool:
         assert list(pool.map(lambda writer: writer._copies(), writers)) == [{1: "a"}] * 3
     assert calls == [1]

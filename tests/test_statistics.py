@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from msc.datasets.decode import frames
-from msc.datasets.statistics import Statistics, measure
+from msc.datasets.prepare.statistics import Statistics, measure
 from msc.datasets.synthetic import gaussian_fields
+from msc.datasets.video import frames
 
 VIDEOS = ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4")
 

@@ -1,4 +1,4 @@
-"""launch/ladder.py and sweep.py: a file becomes named runs by stated rules; they run, stop, fail and go on."""
+"""Sweeps: a file becomes named runs by stated rules; they run, stop, fail and go on."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ import pytest
 import yaml
 from test_training import SMALL, shards  # noqa: F401
 
-from msc.datasets.shards import read_index
-from msc.launch import cli, ledger, slurm, sweep
-from msc.launch.ladder import Run, Sweep, nearest_power, read_sweep
-from msc.launch.points import read_points
+from msc.datasets.shards.index import read_index
+from msc.launch import cli
+from msc.launch.scaling import sweep
+from msc.launch.scaling.data import read_points
+from msc.launch.scaling.sweep_spec import Run, Sweep, nearest_power, read_sweep
+from msc.launch.slurm import job_records, sbatch
 from msc.pretrain import cost
 from msc.pretrain.config import dump, load
-from msc.pretrain.monitoring.metrics import MetricsConfig
-from msc.pretrain.preflight import resolve
+from msc.pretrain.tracking.tracker import MetricsConfig
+from msc.pretrain.validation import resolve
 
 SETTINGS = {key: yaml.safe_load(value) for key, value in (setting.split("=", 1) for setting in SMALL)}
 SETTINGS["train.clips"] = 8
@@ -300,8 +302,8 @@ def test_a_sweep_is_taken_back_only_until_slurm_has_it(shards, tmp_path, monkeyp
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(slurm, "send", (lambda *_: "77") if accepted else fail)
-    monkeypatch.setattr(ledger, "write", fail)
+    monkeypatch.setattr(sbatch, "send", (lambda *_: "77") if accepted else fail)
+    monkeypatch.setattr(job_records, "write", fail)
     assert cli.main(["sweep", str(file), "--out", str(tmp_path / "runs"), "--cluster", "slurm"]) == 2
     said = capsys.readouterr().err
     assert "No space left on device" in said and ("job 77: 2 of 2 runs" in said) == accepted
@@ -311,11 +313,11 @@ def test_a_sweep_is_taken_back_only_until_slurm_has_it(shards, tmp_path, monkeyp
 def test_slurm_is_asked_once_for_all_runs_that_are_sent_again(shards, tmp_path, monkeypatch):  # noqa: F811
     file = write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1, 2]}, set={"metrics.tracking_uri": "none"})
     folder, asked = tmp_path / "runs", []
-    monkeypatch.setattr(slurm, "states", lambda numbers: asked.append(len(numbers)) or {})
-    monkeypatch.setattr(slurm, "send", lambda *_: "77")
+    monkeypatch.setattr(sbatch, "states", lambda numbers: asked.append(len(numbers)) or {})
+    monkeypatch.setattr(sbatch, "send", lambda *_: "77")
     for _ in range(2):
         assert cli.main(["sweep", str(file), "--out", str(folder), "--cluster", "slurm"]) == 0
-    assert len(ledger.records(folder / "jobs")) == 1 and len(ledger.records(folder / "seed0/jobs")) == 1
+    assert len(job_records.records(folder / "jobs")) == 1 and len(job_records.records(folder / "seed0/jobs")) == 1
     assert asked == [0, 3, 3, 3], "each time to see what is to do, and for the table"
 
 
@@ -324,11 +326,11 @@ def test_where_runs_that_were_sent_are(shards, tmp_path, monkeypatch):  # noqa: 
     plan = read_sweep(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1, 2]}))
     for number, run in enumerate(plan.runs):
         jobs = tmp_path / run.name / "jobs"
-        ledger.write(jobs, ledger.Record(f"7_{number}", "slurm", ("train",), "x"))
-        ledger.note(jobs, f"7_{number}", **{"from": 0})
-        ledger.note(jobs, f"7_{number}", code=1)
-    states = {"7_0": [slurm.State("PENDING")], "7_1": [slurm.State("RUNNING")], "7_2": [slurm.State("FAILED")]}
-    monkeypatch.setattr(slurm, "states", lambda numbers: {number: states[number] for number in numbers})
+        job_records.write(jobs, job_records.Record(f"7_{number}", "slurm", ("train",), "x"))
+        job_records.note(jobs, f"7_{number}", **{"from": 0})
+        job_records.note(jobs, f"7_{number}", code=1)
+    states = {"7_0": [sbatch.State("PENDING")], "7_1": [sbatch.State("RUNNING")], "7_2": [sbatch.State("FAILED")]}
+    monkeypatch.setattr(sbatch, "states", lambda numbers: {number: states[number] for number in numbers})
     queue = sweep.in_queue(tmp_path, plan)
     assert [sweep.state(tmp_path, plan, run, queue) for run in plan.runs] == ["queued", "running", "failed"]
     assert [run.name for run in sweep.pending(tmp_path, plan)] == ["seed2"]
@@ -340,12 +342,12 @@ def test_other_jobs_of_a_run_are_not_its_training(shards, tmp_path, monkeypatch)
     run = plan.runs[0]
     jobs = tmp_path / run.name / "jobs"
     for number, (word, code) in enumerate({"train": 75, "evaluate": 1}.items()):
-        ledger.write(jobs, ledger.Record(str(number), "slurm", (word,), "x"))
-        ledger.note(jobs, str(number), **{"from": 0})
-        ledger.note(jobs, str(number), code=code)
+        job_records.write(jobs, job_records.Record(str(number), "slurm", (word,), "x"))
+        job_records.note(jobs, str(number), **{"from": 0})
+        job_records.note(jobs, str(number), code=code)
     for running, said in {"0": "running", "1": "stopped"}.items():
-        queue = {running: [slurm.State("RUNNING")]}
-        monkeypatch.setattr(slurm, "states", lambda numbers, q=queue: {n: q[n] for n in numbers if n in q})
+        queue = {running: [sbatch.State("RUNNING")]}
+        monkeypatch.setattr(sbatch, "states", lambda numbers, q=queue: {n: q[n] for n in numbers if n in q})
         assert sweep.state(tmp_path, plan, run, sweep.in_queue(tmp_path, plan)) == said
     assert [attempt["code"] for attempt in sweep.attempts(tmp_path, run)] == [75]
 

@@ -18,16 +18,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from msc.datasets.convert import ConvertConfig, convert
+from msc.datasets.prepare.convert import ConvertConfig, convert
 from msc.datasets.synthetic import write_videos
-from msc.launch import cli, commands, local
-from msc.launch.local import visible_gpus
-from msc.pretrain import evaluate as evaluation
-from msc.pretrain import hub
-from msc.pretrain.autoencoder import open_autoencoder
-from msc.pretrain.checkpoints.checkpoint import latest, read_meta, weights
-from msc.pretrain.evaluate import evaluate
-from msc.pretrain.model import MSCTransformer
+from msc.launch import cli, commands
+from msc.launch.processes import launcher
+from msc.launch.processes.launcher import visible_gpus
+from msc.pretrain.checkpoints.format import latest, read_meta, weights
+from msc.pretrain.diffusion.autoencoder import open_autoencoder
+from msc.pretrain.evaluation import evaluate as evaluation
+from msc.pretrain.evaluation.evaluate import evaluate
+from msc.pretrain.export import model_card
+from msc.pretrain.model.transformer import MSCTransformer
 
 MSC = Path(sys.executable).with_name("msc")
 SMALL = [
@@ -85,7 +86,7 @@ def msc(*words):
 @pytest.fixture
 def here(capfd, monkeypatch):
     """`msc` in this process: for what soon ends and does not train, without the seconds that another start takes."""
-    for name in (*commands.DISTRIBUTED, local.LAUNCHED):
+    for name in (*commands.DISTRIBUTED, launcher.LAUNCHED):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("msc.pretrain.train.train", lambda *_: pytest.fail("it trains"))
 
@@ -345,7 +346,9 @@ BAD = {
     "fp8 without TransformerEngine": (["parallel.precision=fp8"], 1, "fp8 needs (TransformerEngine|an NVIDIA GPU)"),
     "Ulysses with one head": (["parallel.layout=ulysses", "parallel.sp=2"], 2, "1 heads of scale 1.*parallel.sp = 2"),
     "a ring without a dense scale": (
-        ["parallel.layout=ring", "parallel.sp=2", "model.scales=[{heads: 4, window: 2}]"], 2, "ring serves.*none"
+        ["parallel.layout=ring", "parallel.sp=2", "model.scales=[{heads: 4, window: 2}]"],
+        2,
+        "ring serves.*none",
     ),
     "unknown key of a scale": (["model.scales=[{heads: 4, windw: 2}]"], 1, "unknown key model.scales.windw"),
     "another number of classes": (["model.classes=10"], 1, "model.classes is 10, but the shards.*have 0"),
@@ -436,7 +439,7 @@ def test_evaluate_measures_a_run_and_another_beside_it(trained, finished):
         for name, row in table["rows"].items():
             if " - other's" in name:
                 assert set(row["mean"]) <= {0, None}, name
-    card = hub.measured(result)
+    card = model_card.measured(result)
     assert "| continuations: PSNR, mean (dB) | sample | " in card
     assert "other's" not in card and str(trained) not in card
     assert "PSNR" in done.stdout and done.stdout.strip() == (trained / "evaluation.txt").read_text().strip()
@@ -491,7 +494,7 @@ def test_sample_writes_video_and_contact_sheet(trained, shards, start, tmp_path,
     done = (msc if "--video" in start else here)("sample", trained, *start, "--steps", "2", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".mp4", ".png"]
-    from msc.datasets.decode import frames
+    from msc.datasets.video import frames
 
     expected = {"--clip": 5, "--nothing": 3, "--video": 9}[start[0]]
     assert len(frames(next(tmp_path.glob("*.mp4")))) == expected
@@ -593,7 +596,7 @@ def test_a_lock_that_a_killed_process_left_holds_nobody(tmp_path, monkeypatch):
     import deepspeed.accelerator
     from torch.utils import cpp_extension
 
-    from msc.parallel import zero
+    from msc.parallel import deepspeed_zero
 
     class Builder:
         name = "op"
@@ -611,5 +614,5 @@ def test_a_lock_that_a_killed_process_left_holds_nobody(tmp_path, monkeypatch):
     monkeypatch.setattr(deepspeed.accelerator, "get_accelerator", lambda: accelerator)
     monkeypatch.setattr(cpp_extension, "_get_build_directory", lambda name, verbose: str(tmp_path))
     (tmp_path / "lock").touch()
-    zero.load_shm_op()
+    deepspeed_zero.load_shm_op()
     assert builder.loaded

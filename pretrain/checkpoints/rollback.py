@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msc.datasets.batches import Batch
 from msc.datasets.files import append_line, write_atomically
+from msc.datasets.loading.dataloader import Batch
 
-from . import shelf
+from . import directory as checkpoint_directory
 
 Range = tuple[int, int]
 Suspect = tuple[int, str, float]  # sample, key, mean error
@@ -37,9 +37,7 @@ def suspects(clips: Batch, errors: Sequence[Tensor]) -> list[Suspect]:
     return list(zip(clips.samples, clips.keys, means, strict=True))
 
 
-def note_skipped(
-    run: Path, step: int, clock: int, batch: int, why: str, found: Sequence[list[Suspect]]
-) -> None:
+def note_skipped(run: Path, step: int, clock: int, batch: int, why: str, found: Sequence[list[Suspect]]) -> None:
     """Write a step that was not taken to skipped.jsonl, and say it, its worst clips first."""
     worst: dict[tuple[int, str], float] = {}
     for sample, key, error in (clip for clips in found for clip in clips):
@@ -56,7 +54,7 @@ def note_skipped(
 def too_many(run: Path, step: int, count: int, why: str) -> str:
     lines = [line for line in read_lines(run / "skipped.jsonl") if line["step"] > step - count]
     names = ", ".join(str(clip["sample"]) for line in lines for clip in line["clips"])
-    there = [path.name for path in shelf.candidates(run)]
+    there = [path.name for path in checkpoint_directory.candidates(run)]
     steps = ", ".join(str(int(name.removeprefix("step-"))) for name in there[:8])
     again = " (--again for the one gone back to before)" if read_state(run)[1] in there else ""
     back = f"msc train --run {run} --rollback N, N one of {steps}{again}" if there else "a new run"
@@ -90,13 +88,13 @@ def reached(run: Path) -> int:
     """The sample clock that the run is known to have come to: its reports, refused steps and newest checkpoint."""
     clocks = [line["clock"] for line in read_lines(run / "log.jsonl")]
     clocks += [line["clock"] + line["batch"] for line in read_lines(run / "skipped.jsonl")]
-    return max([*clocks, (shelf.newest_meta(run) or {}).get("clock", 0)])
+    return max([*clocks, (checkpoint_directory.newest_meta(run) or {}).get("clock", 0)])
 
 
 def done(run: Path, wanted: str) -> bool:
     """Whether that checkpoint is the one that the run last went back to: a command that is repeated, by a scheduler or
     because of its exit code, must not undo what was trained since."""
-    return read_state(run)[1] == shelf.named(wanted)
+    return read_state(run)[1] == checkpoint_directory.named(wanted)
 
 
 def roll_back(run: Path, wanted: str, again: bool = False) -> None:
@@ -107,17 +105,19 @@ def roll_back(run: Path, wanted: str, again: bool = False) -> None:
     is noted last, so that after a crash in between the same command does the rest.
     """
     if done(run, wanted) and not again:
-        text = f"msc: {run} has gone back to {shelf.named(wanted)} before: "
+        text = f"msc: {run} has gone back to {checkpoint_directory.named(wanted)} before: "
         print(text + "goes on from the newest checkpoint; --again goes back again", file=sys.stderr, flush=True)
         return
-    target = shelf.find(run, wanted)
-    meta, until, (before, last) = shelf.read_meta(target), reached(run), read_state(run)
+    target = checkpoint_directory.find(run, wanted)
+    meta, until, (before, last) = checkpoint_directory.read_meta(target), reached(run), read_state(run)
     ranges = [(meta["clock"], until)] if until > meta["clock"] else []
     _write_state(run, merged([*before, *ranges]), last)
-    shelf.point_to(run, target)
-    later = [path for path in shelf.checkpoints(run) if shelf.step_of(path) > meta["step"]]
+    checkpoint_directory.point_to(run, target)
+    later = [
+        path for path in checkpoint_directory.checkpoints(run) if checkpoint_directory.step_of(path) > meta["step"]
+    ]
     for path in later:
-        shelf.set_aside(path, "undone")
+        checkpoint_directory.set_aside(path, "undone")
     _write_state(run, merged([*before, *ranges]), target.name)
     clips = ", ".join(f"{start}-{stop - 1}" for start, stop in ranges) or "none"
     undone = f"; {len(later)} later checkpoints renamed to undone-…, remove them when you like" if later else ""

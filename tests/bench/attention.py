@@ -25,15 +25,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from msc.parallel.process import keep_freed_memory
+from msc.parallel.process_group import keep_freed_memory
 from msc.pretrain import cost
-from msc.pretrain.attention import rectangle, sdpa
-from msc.pretrain.attention.multiscale import MultiScaleAttention
-from msc.pretrain.attention.scales import Scale, default_scales
-from msc.pretrain.attention.timeline import WholeVideo
-from msc.pretrain.attention.view import View
-from msc.pretrain.layers import Block
-from msc.pretrain.model import ModelConfig, MSCTransformer
+from msc.pretrain.kernels import rectangle, sdpa
+from msc.pretrain.model.attention import MultiScaleAttention
+from msc.pretrain.model.attention_inputs import View
+from msc.pretrain.model.layers import Block
+from msc.pretrain.model.past_context import WholeVideo
+from msc.pretrain.model.scales import Scale, default_scales
+from msc.pretrain.model.transformer import ModelConfig, MSCTransformer
 
 GRID, WIDTH, HEADS = (16, 16), 256, 4
 COMMON = {"width": WIDTH, "depth": 1, "patch": 1, "channels": 4}

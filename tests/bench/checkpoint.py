@@ -31,18 +31,18 @@ PROGRAM = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); impo
 def stall(args: argparse.Namespace, folder: Path) -> None:
     import torch
 
-    from msc.launch.local import free_port, rank_environment
-    from msc.parallel import process, zero
+    from msc.launch.processes.launcher import free_port, rank_environment
+    from msc.parallel import deepspeed_zero, process_group
     from msc.pretrain import cost
-    from msc.pretrain.attention.scales import default_scales
-    from msc.pretrain.checkpoints.checkpoint import CheckpointConfig
-    from msc.pretrain.checkpoints.writer import Writer
-    from msc.pretrain.model import ModelConfig
+    from msc.pretrain.checkpoints.async_writer import Writer
+    from msc.pretrain.checkpoints.format import CheckpointConfig
+    from msc.pretrain.model.scales import default_scales
+    from msc.pretrain.model.transformer import ModelConfig
     from msc.pretrain.optimizer import OptimizerConfig
     from msc.pretrain.parallelize import ParallelConfig, build, parallelize
 
     os.environ.update(rank_environment(os.environ, 0, 1, free_port()))
-    world = process.join(60)
+    world = process_group.join(60)
     torch.manual_seed(0)
     config = ModelConfig(
         width=args.width, depth=args.depth, scales=default_scales(8, patch_window=None), patch=2, channels=4
@@ -54,8 +54,8 @@ def stall(args: argparse.Namespace, folder: Path) -> None:
 
     def step() -> float:
         began = time.perf_counter()
-        zero.backward(engine, engine(x, t).square().mean())
-        zero.step(engine, lambda norm: "")  # the norm is a number on the host: nothing is left running
+        deepspeed_zero.backward(engine, engine(x, t).square().mean())
+        deepspeed_zero.step(engine, lambda norm: "")  # the norm is a number on the host: nothing is left running
         return time.perf_counter() - began
 
     writer = Writer(folder, CheckpointConfig(every=1, keep=1), 600.0)
@@ -95,7 +95,7 @@ def stall(args: argparse.Namespace, folder: Path) -> None:
         print(f"{way:<10} {values} {share:>15.1%}  ({min(stalls[way]):.1%} to {max(stalls[way]):.1%})")
     ratio = statistics.median(stalls["beside"]) / statistics.median(stalls["before"])
     print(f"beside / before: {ratio:.1%} of the stall")
-    process.leave()
+    process_group.leave()
 
 
 # Restart ---------------------------------------------------------------------------------------------------
@@ -127,14 +127,14 @@ def rank() -> int:
         setattr(module, name, marked)
 
     MARKS.append(("ranks: imports", time.time()))
-    timed(training.process, "join", "process group")
+    timed(training.process_group, "join", "process group")
     timed(training, "build", "shards' index, mesh, model")
     timed(training, "parallelize", "DeepSpeed")
-    timed(training.checkpoint, "load_newest", "checkpoint: verify, load")
-    timed(training.process, "total_of", "loader, tracker, first batch")
-    timed(training.zero, "step", "first step")
+    timed(training.checkpoint_format, "load_newest", "checkpoint: verify, load")
+    timed(training.process_group, "total_of", "loader, tracker, first batch")
+    timed(training.deepspeed_zero, "step", "first step")
     taken: list[int] = []
-    step = training.zero.step
+    step = training.deepspeed_zero.step
 
     def first(*arguments: Any) -> Any:
         result = step(*arguments)
@@ -143,14 +143,14 @@ def rank() -> int:
         taken.append(1)
         return result
 
-    training.zero.step = first  # type: ignore[assignment]
+    training.deepspeed_zero.step = first  # type: ignore[assignment]
     return cli.main()
 
 
 def restart(args: argparse.Namespace, folder: Path) -> None:
-    from msc.datasets.convert import ConvertConfig, convert
+    from msc.datasets.prepare.convert import ConvertConfig, convert
     from msc.datasets.synthetic import write_videos
-    from msc.pretrain.autoencoder import open_autoencoder
+    from msc.pretrain.diffusion.autoencoder import open_autoencoder
 
     videos = write_videos(folder / "videos", seed=0, clips=4, frames=40, height=64, width=64)
     autoencoder = open_autoencoder("pixels")
@@ -165,16 +165,16 @@ def restart(args: argparse.Namespace, folder: Path) -> None:
     for turn in range(args.runs + 1):  # the first compiles and fills caches
         out.unlink(missing_ok=True)
         began = time.time()
-        process = subprocess.Popen([*command, "--resume" if turn else "--preset=demo"], stdout=subprocess.DEVNULL,
+        process_group = subprocess.Popen([*command, "--resume" if turn else "--preset=demo"], stdout=subprocess.DEVNULL,
                                    stderr=subprocess.STDOUT, env={**os.environ, "BENCH_OUT": str(out)})  # fmt: skip
         while not out.exists() or len(list(run.glob("checkpoints/step-*"))) < 2:
-            if process.poll() is not None:
+            if process_group.poll() is not None:
                 raise RuntimeError("training ended by itself")
             time.sleep(0.05)
         if turn:
             found.append([("", began), *map(tuple, json.loads(out.read_text()))])
-        process.send_signal(signal.SIGKILL)  # the ranks die with it
-        process.wait()
+        process_group.send_signal(signal.SIGKILL)  # the ranks die with it
+        process_group.wait()
         time.sleep(1.0)
     print(f"{args.processes} processes, `demo` preset: seconds from the new start after kill -9, median of {args.runs}")
     total = 0.0

@@ -28,13 +28,13 @@ import webdataset
 from av.video.reformatter import Interpolation, VideoReformatter
 from safetensors.torch import load
 
-from msc.datasets.batches import loader
-from msc.datasets.convert import ConvertConfig, convert
-from msc.datasets.decode import to_mp4
-from msc.datasets.mixture import only
-from msc.datasets.pack import CRF
-from msc.datasets.shards import read_index, read_part, scan
+from msc.datasets.loading.dataloader import loader
+from msc.datasets.loading.mixture import only
+from msc.datasets.prepare.convert import ConvertConfig, convert
+from msc.datasets.prepare.shard_writer import CRF
+from msc.datasets.shards.index import read_index, read_part, scan
 from msc.datasets.synthetic import moving_textures
+from msc.datasets.video import to_mp4
 
 FRAMES, SIZE, FPS, BATCH = 16, 128, 12, 8
 EPOCHS = 8  # times that the loaders read all clips, so that starting workers counts little

@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import exporting
+import fake_checkpoints
 
 MEASURED = """
 import json, resource, sys, threading, time
@@ -54,9 +54,9 @@ print(json.dumps([seconds, (max(peak) - before[0]) * 1024, (resident - before[1]
 
 def train(folder: Path, width: int, depth: int) -> Path:
     """A run of one step, ZeRO-3 on four ranks."""
-    from msc.datasets.convert import ConvertConfig, convert
+    from msc.datasets.prepare.convert import ConvertConfig, convert
     from msc.datasets.synthetic import write_videos
-    from msc.pretrain.autoencoder import open_autoencoder
+    from msc.pretrain.diffusion.autoencoder import open_autoencoder
 
     videos = write_videos(folder / "videos", seed=0, clips=4, frames=8, height=16, width=16)
     autoencoder = open_autoencoder("pixels")
@@ -85,7 +85,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         run = train(folder, args.width, args.depth)
-        exporting.write_run(folder / "tiny")
+        fake_checkpoints.write_run(folder / "tiny")
         ranks = sum(file.stat().st_size for file in (run / "checkpoints").rglob("rank-*"))
         print(f"checkpoint of 4 ranks, ZeRO-3: {ranks / 1e6:,.0f} MB")
         print(f"{'':<22} {'model':>9} {'files':>6} {'largest':>9} {'seconds':>8} {'anonymous':>16} {'resident':>16}")

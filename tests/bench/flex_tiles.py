@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from msc.pretrain.attention import flash, flex
-from msc.pretrain.attention.scales import Blocks, Scale, default_scales
+from msc.pretrain.kernels import flash, flex
+from msc.pretrain.kernels.blocks import Blocks
+from msc.pretrain.model.scales import Scale, default_scales
 
 SIDE = 16  # tokens of a frame's side
 TRIES = [

@@ -18,19 +18,19 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["msc.datasets"]):
-    from msc.datasets.contents import describe
-    from msc.datasets.mixture import Shards, ShardSet, rounds
-    from msc.datasets.samples import Samples
-    from msc.datasets.shards import ShardInfo, parse_index, scan, write_index, write_shard
-    from msc.datasets.statistics import mix
+    from msc.datasets.loading.mixture import Shards, ShardSet, rounds
+    from msc.datasets.loading.shard_reader import Samples
+    from msc.datasets.prepare.statistics import mix
+    from msc.datasets.prepare.summary import describe
+    from msc.datasets.shards.index import ShardInfo, parse_index, scan, write_index, write_shard
 
 import torch
 from safetensors.torch import save
 
-from msc.datasets.shards import Index
-from msc.datasets.statistics import Statistics
-from msc.pretrain.attention.gate import gate_constants
-from msc.pretrain.attention.scales import Scale
+from msc.datasets.prepare.statistics import Statistics
+from msc.datasets.shards.index import Index
+from msc.pretrain.model.noise_gate import gate_constants
+from msc.pretrain.model.scales import Scale
 
 FOLDER = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
 TAR = FOLDER / "train-000000.tar"

@@ -84,7 +84,7 @@ export work
 bench=tests/bench
 
 step machine 60 bash -c 'nvidia-smi; nproc; free -g | head -2; python -c "
-import torch, msc.pretrain.model as model
+import torch, msc.pretrain.model.transformer as model
 print(torch.__version__, torch.version.cuda, torch.cuda.device_count(), model.__file__)"'
 
 if [ "$kind" = one ]; then
@@ -113,7 +113,7 @@ if [ "$kind" = one ]; then
     step tiles 150 python $bench/flex_tiles.py
 elif [ "$kind" = several ]; then
     scaling() { step "$1" "$2" python $bench/several_gpus.py --seconds $(($2 - 20)) --limit 150 "${@:3}"; }
-    step parity 300 bash -c 'tests -n 3 tests/test_temporal.py -k nccl -m "slow or not slow"'
+    step parity 300 bash -c 'tests -n 3 tests/test_context_parallel.py -k nccl -m "slow or not slow"'
     compiled() { scaling "$1" "$2" --compile --scales multi-scale --frames 512 --each "${@:3}"; }
     compiled compiled 300 --preset base --depth 4 --keep --layouts auto halo --video 1024 --trace "$out/traces"
     compiled whole 200 --preset base --layouts auto --scaling weak
@@ -128,7 +128,7 @@ elif [ "$kind" = several ]; then
 else
     small="--device cpu --preset demo --depth 1 --side 16"
     step kernels 60 bash -c 'tests tests/test_cuda.py'
-    step parity 60 bash -c 'tests tests/test_temporal.py -k nccl'
+    step parity 60 bash -c 'tests tests/test_context_parallel.py -k nccl'
     step pilot 60 python $bench/step.py --preset demo --depth 1 --frames 2 --runs 1 --longest 4
     step scaling 90 python $bench/several_gpus.py $small --frames 4 --ranks 1 2 --runs 1
     step longest 200 python $bench/several_gpus.py $small --ranks 2 --runs 2 --longest 128

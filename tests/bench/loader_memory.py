@@ -18,9 +18,9 @@ import psutil
 import torch
 from matplotlib.figure import Figure
 
-from msc.datasets.batches import loader
-from msc.datasets.convert import ConvertConfig, convert
-from msc.datasets.mixture import DataConfig, ShardsFrom, open_shards
+from msc.datasets.loading.dataloader import loader
+from msc.datasets.loading.mixture import DataConfig, ShardsFrom, open_shards
+from msc.datasets.prepare.convert import ConvertConfig, convert
 from msc.datasets.synthetic import write_videos
 
 BATCH, WORKERS, EVERY = 8, 2, 200

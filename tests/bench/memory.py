@@ -36,16 +36,16 @@ RANK = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import 
 
 def configure(case: dict[str, Any]) -> Any:
     """(configuration, index) of a case, resolved."""
-    from msc.datasets.statistics import Statistics
-    from msc.pretrain.attention.scales import Scale, default_scales
-    from msc.pretrain.preflight import ASSUMED, resolve
+    from msc.datasets.prepare.statistics import Statistics
+    from msc.pretrain.model.scales import Scale, default_scales
     from msc.pretrain.presets import PRESETS
+    from msc.pretrain.validation import ASSUMED, resolve
 
     base = PRESETS["demo"]()
     scales = (Scale(8),) if case.get("dense") else default_scales(8, patch_window=8)
     model = replace(base.model, width=case["width"], depth=case["depth"], scales=scales, patch=2)
-    zero = replace(base.parallel.zero, stage=case["stage"], bucket=5_000_000)
-    parallel = replace(base.parallel, sp=case.get("sp", 1), recompute=case.get("recompute", False), zero=zero)
+    deepspeed_zero = replace(base.parallel.zero, stage=case["stage"], bucket=5_000_000)
+    parallel = replace(base.parallel, sp=case.get("sp", 1), recompute=case.get("recompute", False), zero=deepspeed_zero)
     side, batch = case["side"], case.get("ranks", 1) // case.get("sp", 1)
     index = replace(
         ASSUMED, channels=4, frames=case["frames"], height=side, width=side, statistics=Statistics.default(4)
@@ -55,8 +55,8 @@ def configure(case: dict[str, Any]) -> Any:
 
 
 def planned(case: dict[str, Any]) -> float:
-    from msc.launch.hardware import KINDS
-    from msc.launch.plan import plan
+    from msc.launch.planning.hardware import KINDS
+    from msc.launch.planning.plan import plan
 
     config, index = configure(case)
     memory = plan(config, index, KINDS["h100"], case.get("ranks", 1)).memory
@@ -67,18 +67,18 @@ def rank() -> None:
     """One rank of a case: prints the peak above the start, in bytes."""
     import torch
 
-    from msc.parallel import process, zero
+    from msc.parallel import deepspeed_zero, process_group
     from msc.pretrain.optimizer import OptimizerConfig
     from msc.pretrain.parallelize import build, clip_of, make_mesh, own_timeline, parallelize
 
     case = json.loads(os.environ["CASE"])
-    process.keep_freed_memory = lambda: None  # what it keeps is no peak of the model's
-    world = process.join(300)
+    process_group.keep_freed_memory = lambda: None  # what it keeps is no peak of the model's
+    world = process_group.join(300)
     config, index = configure(case)
     mesh = make_mesh(world.size, config.parallel.sp, "cpu")
     clip = clip_of(config.model, config.parallel, index.frames, index.height, index.width)
     timeline, units = own_timeline(mesh, config.model, config.parallel, clip)
-    zero._deepspeed()
+    deepspeed_zero._deepspeed()
     x = torch.randn(1, len(units) * config.model.frames_per_unit, index.channels, index.height, index.width)
     t = torch.rand(x.shape[:2])
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
@@ -88,15 +88,15 @@ def rank() -> None:
         model = build(config.model, config.parallel, world.device)
         engine = parallelize(model, config.parallel, OptimizerConfig(), 1)
         for _ in range(3):
-            zero.backward(engine, engine(x, t, None, None, timeline).square().mean())
-            zero.step(engine, lambda norm: "")
+            deepspeed_zero.backward(engine, engine(x, t, None, None, timeline).square().mean())
+            deepspeed_zero.step(engine, lambda norm: "")
     resident = held("VmHWM") - before
     with tempfile.TemporaryDirectory() as folder:
         profiled.export_chrome_trace(f"{folder}/trace.json")
         events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
     allocated = max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]")
     print(f"peak {allocated} {resident}", flush=True)
-    process.leave()
+    process_group.leave()
 
 
 def held(what: str) -> int:
@@ -105,7 +105,7 @@ def held(what: str) -> int:
 
 
 def main() -> None:
-    from msc.launch.local import free_port, rank_environment
+    from msc.launch.processes.launcher import free_port, rank_environment
 
     print("| configuration | planned, MB | allocated, MB | allocated / planned | resident, MB |")
     print("| --- | ---: | ---: | ---: | ---: |")
@@ -117,7 +117,7 @@ def main() -> None:
                              stdout=subprocess.PIPE, text=True)
             for number in range(ranks)
         ]  # fmt: skip
-        said = [process.communicate()[0] for process in processes]
+        said = [process_group.communicate()[0] for process_group in processes]
         peaks = [line.split()[1:] for text in said for line in text.splitlines() if line.startswith("peak ")]
         assert len(peaks) == ranks, f"{name}: a rank failed"
         plan, (allocated, resident) = planned(case), (max(map(int, of)) for of in zip(*peaks, strict=True))

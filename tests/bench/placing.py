@@ -1,4 +1,4 @@
-"""The kernels that place queries and keys (rope_kernel.py), by rows that a program takes at once and in turn.
+"""The kernels that place queries and keys (rope_triton.py), by rows that a program takes at once and in turn.
 
     python tests/bench/placing.py --frames 256 --heads 8
 
@@ -17,8 +17,8 @@ from itertools import product
 
 import torch
 
-from msc.pretrain.attention import rope_kernel as placing
-from msc.pretrain.attention.rope import EPS, rope_angles
+from msc.pretrain.model import rope_triton as placing
+from msc.pretrain.model.rope import EPS, rope_angles
 
 SIDE = 16
 

@@ -23,16 +23,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msc.datasets.statistics import measure
+from msc.datasets.prepare.statistics import measure
 from msc.datasets.synthetic import moving_textures
-from msc.pretrain.attention.gate import gate_constants
-from msc.pretrain.attention.scales import Scale, default_scales
-from msc.pretrain.diffusion import add_noise, frame_losses
-from msc.pretrain.layers import Block
-from msc.pretrain.measures.quality import psnr
-from msc.pretrain.model import ModelConfig, MSCTransformer
-from msc.pretrain.pictures import contact_sheet
-from msc.pretrain.sampler import generate
+from msc.pretrain.diffusion.rectified_flow import add_noise, frame_losses
+from msc.pretrain.diffusion.sampler import generate
+from msc.pretrain.evaluation.metrics import psnr
+from msc.pretrain.inference.video_io import contact_sheet
+from msc.pretrain.model.layers import Block
+from msc.pretrain.model.noise_gate import gate_constants
+from msc.pretrain.model.scales import Scale, default_scales
+from msc.pretrain.model.transformer import ModelConfig, MSCTransformer
 
 PATCH, HEADS = 2, 4
 

@@ -16,12 +16,12 @@ from statistics import median
 import psutil
 import torch
 
-from msc.launch import hardware
-from msc.launch.plan import roll_out
+from msc.launch.planning import hardware
+from msc.launch.planning.plan import roll_out
 from msc.pretrain import cost
-from msc.pretrain.attention.scales import default_scales
-from msc.pretrain.model import ModelConfig, MSCTransformer
-from msc.pretrain.sampler import Cache, generate, short_sighted
+from msc.pretrain.diffusion.sampler import Cache, generate, short_sighted
+from msc.pretrain.model.scales import default_scales
+from msc.pretrain.model.transformer import ModelConfig, MSCTransformer
 
 SHOWN = 10  # rows of the table
 

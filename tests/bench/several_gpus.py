@@ -11,7 +11,8 @@ clip, of the slowest rank, medians; with `--engine` whole steps by DeepSpeed (Ze
 reduced and an update. "Not hidden" is the share of a step that goes when no message along time is sent and receivers
 get random numbers instead; such steps and ordinary ones take turns (but for compiled steps, which it would compile
 twice). "Of the CPU" are the seconds in which the slowest rank's starts all of a step, waits for room among what is
-started included: where it takes much less, no GPU waits for it. "Planned" is what launch/plan.py says of the same steps
+started included: where it takes much less, no GPU waits for it. "Planned" is what planning/plan.py says of the same
+steps
 before. Rows come as they are measured; one that runs out of memory or time says so, and the others go on.
 """
 
@@ -38,18 +39,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from msc.launch import hardware, local
-from msc.launch.plan import plan
-from msc.parallel import exchange, process, zero
+from msc.launch.planning import hardware
+from msc.launch.planning.plan import plan
+from msc.launch.processes import launcher
+from msc.parallel import collectives, deepspeed_zero, process_group
 from msc.pretrain import cost
-from msc.pretrain.attention.layout import choose
-from msc.pretrain.attention.scales import Scale
-from msc.pretrain.diffusion import add_noise, frame_losses
-from msc.pretrain.layers import Block
-from msc.pretrain.model import MSCTransformer
+from msc.pretrain.diffusion.rectified_flow import add_noise, frame_losses
+from msc.pretrain.layout_planner import choose
+from msc.pretrain.model.layers import Block
+from msc.pretrain.model.scales import Scale
+from msc.pretrain.model.transformer import MSCTransformer
 from msc.pretrain.parallelize import build, check_parallel, clip_of, make_mesh, own_timeline, parallelize
-from msc.pretrain.preflight import ASSUMED, resolve
 from msc.pretrain.presets import PRESETS
+from msc.pretrain.validation import ASSUMED, resolve
 
 RANK = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import several_gpus; several_gpus.rank()"
 COLUMNS = [
@@ -121,13 +123,13 @@ def jobs_of(args: argparse.Namespace) -> list[dict[str, Any]]:
 @contextmanager
 def nothing_sent() -> Iterator[None]:
     """Messages along time stay away inside the block: receivers get random numbers at once, of ordinary size."""
-    post, wait = exchange.post, exchange.wait
-    exchange.post = lambda x, route: x.new_empty(sum(route.takes)).uniform_(0.1, 0.9)
-    exchange.wait = lambda x, route: x
+    post, wait = collectives.post, collectives.wait
+    collectives.post = lambda x, route: x.new_empty(sum(route.takes)).uniform_(0.1, 0.9)
+    collectives.wait = lambda x, route: x
     try:
         yield
     finally:
-        exchange.post, exchange.wait = post, wait
+        collectives.post, collectives.wait = post, wait
 
 
 def awake(name: str, part: torch.nn.Module) -> None:
@@ -136,7 +138,9 @@ def awake(name: str, part: torch.nn.Module) -> None:
         torch.nn.init.normal_(part.get_parameter("weight"), std=0.02)
 
 
-def training_step(args: argparse.Namespace, world: process.World, mesh: Any, job: dict[str, Any]) -> Callable[[], Any]:
+def training_step(
+    args: argparse.Namespace, world: process_group.World, mesh: Any, job: dict[str, Any]
+) -> Callable[[], Any]:
     """A function that takes one step and returns this rank's share of the loss."""
     config, index = configure(args, job)
     device, parallel = world.device, config.parallel
@@ -168,8 +172,8 @@ def training_step(args: argparse.Namespace, world: process.World, mesh: Any, job
         errors = frame_losses(model(noisy, t, None, None, timeline, all_t), x, noise)
         share = errors.sum() / index.frames
         if args.engine:
-            zero.backward(model, share * world.size)
-            zero.step(model, lambda norm: "")
+            deepspeed_zero.backward(model, share * world.size)
+            deepspeed_zero.step(model, lambda norm: "")
         else:
             share.backward()
             model.zero_grad(set_to_none=True)
@@ -185,7 +189,7 @@ def agreed(yes: bool) -> bool:
     return bool(answer)
 
 
-def measure(args: argparse.Namespace, world: process.World, mesh: Any, job: dict[str, Any]) -> dict[str, Any]:
+def measure(args: argparse.Namespace, world: process_group.World, mesh: Any, job: dict[str, Any]) -> dict[str, Any]:
     """Median seconds of a step, its CPU's and those without messages, memory of the fullest GPU, loss of first and last
     step."""
     on_gpu = world.device.type == "cuda"
@@ -262,7 +266,7 @@ def rank() -> None:
     """Measure one job after the other, and end at the first that fails: the launcher starts the rest anew."""
     given = json.loads(os.environ["SEVERAL_GPUS"])
     args, folder = argparse.Namespace(**given["args"]), Path(given["folder"])
-    world = process.join(args.limit)
+    world = process_group.join(args.limit)
     mesh = make_mesh(world.size, given["jobs"][0]["ranks"], world.device.type)
     for job in given["jobs"]:
         if not agreed(time.time() < given["end"]):
@@ -274,7 +278,7 @@ def rank() -> None:
             found = measure(args, world, mesh, job)
         except Exception as error:
             memory = isinstance(error, torch.OutOfMemoryError)
-            reason = "out of memory" if memory else f"{type(error).__name__}: {exchange.first_line(error)}"
+            reason = "out of memory" if memory else f"{type(error).__name__}: {collectives.first_line(error)}"
             (folder / f"failed-{world.rank}").write_text(reason)
             if not memory:
                 traceback.print_exc()
@@ -286,7 +290,7 @@ def rank() -> None:
         if world.device.type == "cuda":
             torch.cuda.empty_cache()
     faulthandler.cancel_dump_traceback_later()
-    process.leave()
+    process_group.leave()
 
 
 # What is printed -------------------------------------------------------------------------------------------
@@ -338,7 +342,7 @@ def run(args: argparse.Namespace, folder: Path) -> None:
     """Start ranks for all jobs of one number of GPUs, again for what is left after one that failed, and so on."""
     end, waiting = time.time() + args.seconds, jobs_of(args)
     environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {})}
-    with local.caught_signals() as received:
+    with launcher.caught_signals() as received:
         while waiting and not received and time.time() < end:
             size = waiting[0]["ranks"], waiting[0]["copies"]
             batch = [job for job in waiting if (job["ranks"], job["copies"]) == size][: 1 if args.engine else None]
@@ -347,7 +351,7 @@ def run(args: argparse.Namespace, folder: Path) -> None:
             given = {"args": vars(args), "jobs": batch, "folder": str(folder), "end": end}
             environment["SEVERAL_GPUS"] = json.dumps(given)
             command = [sys.executable, "-c", RANK]
-            code = local.run(command, prod(size), folder / "logs", environment, grace=5.0, received=received)
+            code = launcher.run(command, prod(size), folder / "logs", environment, grace=5.0, received=received)
             at = json.loads((folder / "at").read_text()) if (folder / "at").exists() else batch[0]
             if code and not received and not any(one | at == one for one in known(folder)):
                 reasons = sorted(path.read_text() for path in folder.glob("failed-*"))

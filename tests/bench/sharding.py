@@ -20,12 +20,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from msc.parallel import exchange
-from msc.parallel.temporal import bounds
-from msc.pretrain.attention.layout import Clip, choose, halo_values, ring_values, ulysses_values
-from msc.pretrain.attention.scales import Scale, default_scales
-from msc.pretrain.attention.timeline import Timeline, WholeVideo
-from msc.pretrain.model import ModelConfig, MSCTransformer
+from msc.parallel import collectives
+from msc.parallel.context_parallel import bounds
+from msc.pretrain.layout_planner import Clip, choose, halo_values, ring_values, ulysses_values
+from msc.pretrain.model.past_context import Timeline, WholeVideo
+from msc.pretrain.model.scales import Scale, default_scales
+from msc.pretrain.model.transformer import ModelConfig, MSCTransformer
 from msc.pretrain.parallelize import ParallelConfig, sharded_timeline
 
 HEADS, HEAD_WIDTH, GRID = 16, 64, (64, 64)  # the width of `base`, 4,096 tokens per frame
@@ -81,7 +81,7 @@ def step_times(rank: int, ranks: int, port: int, name: str, layout: Any, frames:
             timeline = sharded_timeline(dist.group.WORLD, edges, config, layouts)
     x, t = torch.randn(1, edges[rank + 1] - edges[rank], 4, 32, 32), torch.rand(1, edges[rank + 1] - edges[rank])
     waited = [0.0]
-    wait = exchange.wait
+    wait = collectives.wait
 
     def timed(x, route):
         start = time.perf_counter()
@@ -89,7 +89,7 @@ def step_times(rank: int, ranks: int, port: int, name: str, layout: Any, frames:
         waited[0] += time.perf_counter() - start
         return received
 
-    exchange.wait = timed
+    collectives.wait = timed
     times = []
     for _ in range(RUNS + 2):  # two to warm up
         if ranks > 1:

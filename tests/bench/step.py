@@ -25,16 +25,16 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from msc.parallel import exchange, fp8
-from msc.parallel.temporal import bounds
+from msc.parallel import collectives, fp8
+from msc.parallel.context_parallel import bounds
 from msc.pretrain import cost
-from msc.pretrain.attention.scales import Scale
-from msc.pretrain.attention.timeline import Timeline, WholeVideo
-from msc.pretrain.layers import Block
-from msc.pretrain.model import ModelConfig, MSCTransformer
-from msc.pretrain.monitoring.meter import mfu
+from msc.pretrain.model.layers import Block
+from msc.pretrain.model.past_context import Timeline, WholeVideo
+from msc.pretrain.model.scales import Scale
+from msc.pretrain.model.transformer import ModelConfig, MSCTransformer
 from msc.pretrain.parallelize import sharded_timeline
 from msc.pretrain.presets import PRESETS
+from msc.pretrain.tracking.throughput import mfu
 
 SIDE = 32  # latents: 16 x 16 tokens with patch 2
 
@@ -46,8 +46,8 @@ def timeline_of(config: ModelConfig, frames: int, part: tuple[int, int] | None) 
     rank, ranks = part
     if not dist.is_initialized():
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
-        exchange.post = lambda x, route: x.new_empty(sum(route.takes)).uniform_(0.1, 0.9)
-        exchange.wait = lambda x, route: x
+        collectives.post = lambda x, route: x.new_empty(sum(route.takes)).uniform_(0.1, 0.9)
+        collectives.wait = lambda x, route: x
     edges = bounds(frames // config.frames_per_unit * ranks, ranks)
     assert dist.group.WORLD is not None
     return sharded_timeline(dist.group.WORLD, edges, config, ["halo"] * len(config.scales))

@@ -22,17 +22,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from msc.datasets.samples import Samples
-from msc.datasets.shards import read_index
-from msc.datasets.statistics import Statistics, measure
+from msc.datasets.loading.shard_reader import Samples
+from msc.datasets.prepare.statistics import Statistics, measure
+from msc.datasets.shards.index import read_index
 from msc.datasets.synthetic import curtains, gaussian_fields, moving_textures, turning_camera
 from msc.pretrain import cost
-from msc.pretrain.attention.gate import gate_constants
-from msc.pretrain.attention.scales import Scale, default_scales
-from msc.pretrain.diffusion import add_noise, frame_losses, shift_levels
-from msc.pretrain.layers import Block
-from msc.pretrain.model import ModelConfig, MSCTransformer
-from msc.pretrain.sampler import generate
+from msc.pretrain.diffusion.rectified_flow import add_noise, frame_losses, shift_levels
+from msc.pretrain.diffusion.sampler import generate
+from msc.pretrain.model.layers import Block
+from msc.pretrain.model.noise_gate import gate_constants
+from msc.pretrain.model.scales import Scale, default_scales
+from msc.pretrain.model.transformer import ModelConfig, MSCTransformer
 
 TASKS = ("fields", "textures", "real", "curtains", "camera")
 SIDE, PATCH, HEADS = 24, 2, 4  # 12 x 12 tokens per frame
@@ -162,9 +162,7 @@ def train(models: dict[int, MSCTransformer], task: Task, steps: int, batch: int,
     return time.perf_counter() - start
 
 
-def trainer(
-    model: MSCTransformer, task: Task, steps: int, batch: int, seed: int, lr: float
-) -> Callable[[int], None]:
+def trainer(model: MSCTransformer, task: Task, steps: int, batch: int, seed: int, lr: float) -> Callable[[int], None]:
     """What makes step `number`; on a GPU it only starts it, on a stream of its own."""
     device = task.held_out.device
     on_gpu = device.type == "cuda"

@@ -1,0 +1,81 @@
+"""What a conversion can be told."""
+
+from dataclasses import dataclass
+
+from ..shards.index import STORES
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """What to convert and how. `frames`, `height`, `width`, `stride` count video frames and pixels.
+
+    sources: files, folders (searched through all levels), tars and manifests (see sources.py). stride: frames between
+    the starts of clips, 0 for `frames` (no overlap). held_out: share of each source's timeline, at its end, kept
+    from training; of sources too short for that, the share of them that is kept from it whole.
+    store: "video" (mp4), "latent" (safetensors) or "auto" (latents for diffusers autoencoders only, as
+    haar and pixels are cheaper to compute than to read). max_bad: share of sources that may be broken; one
+    broken source alone never stops a conversion. overwrite: replace `out` if it holds converted shards.
+    text: folder of the text encoder that captions go through, "" for none. scenes: change of picture, in [0, 255],
+    that no clip may contain, 0 to look for none. min_brightness, min_motion: in [0, 1]; clips below are left out.
+    crop: "centre", or "random" for a place of each clip's own. buckets: (frames, height, width) of several shapes of
+    clips, instead of the one of `frames`, `height` and `width`; see clip_extraction.py for which a clip takes.
+    """
+
+    sources: tuple[str, ...]
+    out: str
+    frames: int = 32
+    height: int = 128
+    width: int = 128
+    fps: float = 12.0
+    stride: int = 0
+    held_out: float = 0.1
+    autoencoder: str = "haar"
+    store: str = "auto"
+    clips_per_shard: int = 256
+    max_bad: float = 0.2
+    workers: int = 1
+    overwrite: bool = False
+    text: str = ""
+    scenes: float = 0.0
+    min_brightness: float = 0.0
+    min_motion: float = 0.0
+    crop: str = "centre"
+    buckets: tuple[tuple[int, int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError("no sources: name at least one video or folder of videos")
+        for name in ("frames", "height", "width", "clips_per_shard", "workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, it must be at least 1")
+        for bucket in self.buckets:
+            if len(bucket) != 3 or min(bucket) < 1:
+                raise ValueError(f"a bucket is frames x height x width, each at least 1, not {bucket}")
+            if self.buckets.count(bucket) > 1:
+                raise ValueError(f"bucket {'x'.join(map(str, bucket))} is there twice")
+        if self.stride < 0:
+            raise ValueError(f"stride is {self.stride}, it must be at least 1, or 0 for no overlap")
+        if not 0.01 <= self.fps <= 1000:
+            raise ValueError(f"fps is {self.fps}, it must be from 0.01 to 1000")
+        for name in ("held_out", "max_bad"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, it must be at least 0 and below 1")
+        for name, most in (("scenes", 255), ("min_brightness", 1), ("min_motion", 1)):
+            if not 0 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} is {getattr(self, name)}, it must be between 0 and {most}")
+        if self.crop not in ("centre", "random"):
+            raise ValueError(f"crop is {self.crop!r}, expected centre or random")
+        if self.store not in (*STORES, "auto"):
+            raise ValueError(f"store is {self.store!r}, expected video, latent or auto")
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int, int], ...]:
+        """Frames, height and width of the clips of every bucket."""
+        return self.buckets or ((self.frames, self.height, self.width),)
+
+    @property
+    def kind(self) -> str:
+        """What is stored: "video" or "latent"."""
+        if self.store != "auto":
+            return self.store
+        return "latent" if self.autoencoder.startswith("diffusers:") else "video"

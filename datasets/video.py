@@ -1,0 +1,342 @@
+"""Video files to frames and back, with PyAV.
+
+A source is a path, a file in a tar, or the bytes of a file. Whatever is wrong with one is a `ValueError` that begins
+with its name, so that callers can skip it and say why; where it cannot be read, which may pass, it is an `OSError`.
+Nothing is allocated before sizes and counts are bounded.
+"""
+
+import errno
+import io
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO
+
+import av
+import numpy as np
+import torch
+from av.container import InputContainer
+from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
+from av.video.stream import VideoStream
+from torch import Tensor
+
+from .shards.tar import Member, Place, open_bytes
+
+Source = str | Place | bytes
+SUFFIXES = frozenset(
+    (".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv")
+    + (".webm", ".wmv")
+)
+# Containers that hold their own pictures. Playlists (HLS, concat, DASH) are not among them: a hostile one
+# would make FFmpeg open other files or addresses.
+FORMATS = "mov,matroska,webm,avi,mpeg,mpegvideo,mpegts,asf,flv,ogg"
+MAX_PIXELS = 1 << 26  # of one picture; 8192 x 8192
+MAX_FRAMES = 1 << 24  # of one file; four days at 50 per second
+MAX_BYTES = 32 << 30  # of one answer of `frames`
+COLORSPACES = frozenset(Colorspace)
+KEYFRAMES = 16  # frames from one key picture to the next in what we write: the most a slice decodes in vain
+
+
+@dataclass(frozen=True)
+class Video:
+    """What a file holds, from its packets: upright size in pixels and the time stamps of all its frames.
+
+    `pts` ascend, in units of `time_base` seconds; `fps` is the average rate; `aspect` is the upright picture's width
+    over its height as it is to be shown, as pixels need not be square.
+    """
+
+    name: str
+    width: int
+    height: int
+    fps: Fraction
+    time_base: Fraction
+    pts: tuple[int, ...]
+    aspect: float
+
+    @property
+    def seconds(self) -> float:
+        """From the first frame's start to the last one's end, taking the last to last an average frame."""
+        return float((self.pts[-1] - self.pts[0]) * self.time_base + 1 / self.fps)
+
+
+def probe(source: Source, name: str = "") -> Video:
+    """Read the packets of a file (none but the first picture is decoded).
+
+    Raises ValueError, starting with the name, where it is unreadable, truncated, has no video stream or no
+    frame, or is over the size bounds.
+    """
+    name = name or _name(source)
+    with _opened(source, name, threads=1) as (container, stream):
+        return _probed(container, stream, name)
+
+
+def _probed(
+    container: InputContainer, stream: VideoStream, name: str, ours: bool = False, most: int | None = None
+) -> Video:
+    """`ours`: written by `to_mp4`, so that the header can be believed and no picture need be looked at. `most` frames
+    that it may have, MAX_FRAMES if not said.
+    """
+    most = MAX_FRAMES if most is None else most
+    if stream.frames > most + 1:  # as below, before any is read
+        raise ValueError(f"{name}: has {stream.frames} frames, at most {most} are read")
+    shown = (p.pts for p in container.demux(stream) if p.size and not p.is_discard)
+    packets = list(islice(shown, most + 1))
+    width, height = stream.codec_context.width, stream.codec_context.height
+    if not packets or width <= 0:
+        raise ValueError(f"{name}: has no frames")
+    if len(packets) > most:
+        raise ValueError(f"{name}: has more than the {most} frames that are read")
+    if stream.frames > len(packets) + 1:  # one may be hidden by an edit list
+        raise ValueError(f"{name}: is truncated: {stream.frames} frames promised, {len(packets)} there")
+    fps, time_base = stream.average_rate or stream.guessed_rate, stream.time_base
+    turns = 0
+    if not ours:
+        container.seek(0)
+        first = next(container.decode(stream), None)
+        if first is None:
+            raise ValueError(f"{name}: has no frames")
+        width, height, turns = first.width, first.height, _turns(first)
+    if None in packets:  # some AVI and MPEG files carry decoding times only
+        container.seek(0)
+        packets = [frame.pts for frame in container.decode(stream)]
+    stamps = sorted({pts for pts in packets if pts is not None})
+    if None in packets or not stamps or time_base is None:
+        raise ValueError(f"{name}: has no time stamps; remux it, e.g. with ffmpeg -i IN -c copy OUT.mkv")
+    aspect = float(width * (stream.sample_aspect_ratio or 1) / height)
+    if not fps or fps <= 0:
+        span = (stamps[-1] - stamps[0]) * time_base
+        fps = Fraction(len(stamps) - 1) / span if span else Fraction(1)
+    if turns % 2:
+        width, height, aspect = height, width, 1 / aspect
+    return Video(name, width, height, Fraction(fps), Fraction(time_base), tuple(stamps), aspect)
+
+
+def timeline(video: Video, fps: float | Fraction | None = None) -> list[int]:
+    """Which frame of `video` shows at each tick of a clock of `fps`: the latest that has begun by then.
+
+    `fps` None: every frame once. Ascending; frames repeat where the clock is faster than the video.
+    """
+    if fps is None:
+        return list(range(len(video.pts)))
+    if not 0 < fps <= 1000:
+        raise ValueError(f"fps is {fps}, it must be above 0 and at most 1000")
+    step = 1 / Fraction(fps).limit_denominator(1001) / video.time_base  # ticks of the file per tick of ours
+    ticks = math.floor((video.pts[-1] - video.pts[0] + 1 / video.fps / video.time_base) / step)
+    if ticks > MAX_FRAMES:
+        raise ValueError(f"{video.name}: has {ticks} frames at {fps} fps, at most {MAX_FRAMES} are read")
+    # Half a file tick of slack: containers round time stamps (29.97 fps in milliseconds).
+    times = np.array([video.pts[0] + math.floor(i * step + Fraction(1, 2)) for i in range(max(1, ticks))])
+    return (np.searchsorted(np.array(video.pts), times, side="right") - 1).tolist()
+
+
+def frames(
+    source: Source,
+    fps: float | Fraction | None = None,
+    start: int = 0,
+    stop: int | None = None,
+    size: tuple[int, int] | None = None,
+    name: str = "",
+    threads: int = 0,
+    expected: tuple[int, int, int] | None = None,
+) -> Tensor:
+    """Frames [start, stop) of the file's timeline at `fps` as uint8 [T, 3, H, W], RGB, upright.
+
+    `size` is (height, width): scaled to cover it and cropped around the centre; None keeps the file's. `fps`
+    None takes the file's own frames. `threads` of the decoder, 0 for one per core. Raises ValueError as
+    `probe` does, and where the slice is not inside the timeline or a frame in it cannot be decoded; and where the file
+    has not the `expected` frames, height and width, which costs no more than if it had.
+    """
+    name, ours = name or _name(source), isinstance(source, bytes)
+    with _opened(source, name, threads if ours else 1) as opened:
+        video = _probed(*opened, name, ours, expected[0] if expected else None)
+        found = (len(video.pts), video.height, video.width)
+        if expected and found != expected:
+            raise ValueError(f"{name}: video is {found}, the index says {expected}")
+        shown = timeline(video, fps)
+        stop = len(shown) if stop is None else stop
+        if not 0 <= start < stop <= len(shown):
+            raise ValueError(f"{video.name}: frames {start} to {stop} asked for, it has {len(shown)}")
+        height, width = size or (video.height, video.width)
+        needed = (stop - start) * 3 * height * width
+        if needed > MAX_BYTES:
+            raise ValueError(f"{video.name}: frames {start} to {stop} take {needed} bytes, at most {MAX_BYTES}")
+        out = torch.empty(stop - start, height, width, 3, dtype=torch.uint8)
+        decoded = pictures(source, video, shown[start:stop], size, threads, opened=opened if ours else None)
+        for i, picture in enumerate(decoded):
+            if picture.shape != (height, width, 3):
+                raise ValueError(f"{video.name}: changes its size to {picture.shape[1]}x{picture.shape[0]}")
+            out[i] = torch.from_numpy(picture)
+    return out.permute(0, 3, 1, 2).contiguous()
+
+
+def pictures(
+    source: Source,
+    video: Video,
+    shown: Sequence[int],
+    size: tuple[int, int] | None,
+    threads: int = 0,
+    crop: bool = True,
+    opened: tuple[InputContainer, VideoStream] | None = None,
+) -> Iterator[np.ndarray]:
+    """The frames with the (ascending) numbers `shown`, one after another, as uint8 [H, W, 3].
+
+    Scaled to cover `size`, and cropped to it around the centre unless not to `crop`. `opened`: the file, if it is open
+    and can be trusted to find its beginning again.
+
+    One pass with one frame in memory, begun at the key picture before the first. Repeated numbers give the
+    same array again: do not write into it. Raises ValueError where one of them cannot be decoded.
+    """
+    wanted = [video.pts[i] for i in shown]
+    if not wanted:
+        return
+    for seek in (True, False) if wanted[0] > video.pts[0] else (False,):
+        with nullcontext(opened) if opened else _opened(source, video.name, threads) as (container, stream):
+            if seek or opened:
+                container.seek(wanted[0] if seek else video.pts[0], stream=stream)
+            aspect = stream.sample_aspect_ratio or Fraction(1)
+            scaler = VideoReformatter()  # one for all frames: setting it up costs more than using it
+            position = 0
+            for frame in container.decode(stream):
+                if frame.pts is None or frame.pts < wanted[position]:
+                    continue
+                if frame.pts > wanted[position]:
+                    break  # the one wanted is missing, or the seek went too far
+                if frame.is_corrupt:
+                    raise ValueError(f"{video.name}: is damaged at {_time(video, wanted[position])}")
+                picture = _picture(scaler, frame, size, aspect, crop, video.name)
+                while position < len(wanted) and wanted[position] == frame.pts:
+                    yield picture
+                    position += 1
+                if position == len(wanted):
+                    return
+        if position or not seek:
+            raise ValueError(f"{video.name}: has no readable frame at {_time(video, wanted[position])}")
+
+
+def to_mp4(video: Tensor, fps: float | Fraction, crf: int = 10) -> bytes:
+    """Encode uint8 [T, 3, H, W] as H.264 4:4:4 in mp4; `crf` 10 is near lossless. Equal input, equal bytes.
+
+    One thread and no look-ahead across key pictures (every 16 frames), so that the bytes do not depend on the
+    machine's cores and slices decode cheaply.
+    """
+    if video.dtype != torch.uint8 or video.dim() != 4 or video.shape[1] != 3 or not len(video):
+        raise ValueError(f"expected uint8 [T, 3, H, W], got {video.dtype} {list(video.shape)}")
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.height, stream.width = video.shape[2:]
+        stream.pix_fmt = "yuv444p"
+        stream.codec_context.colorspace = Colorspace.ITU709
+        stream.options = {
+            "crf": str(crf), "preset": "veryfast", "threads": "1",
+            "g": str(KEYFRAMES), "sc_threshold": "0", "bf": "0",
+            "x264-params": "mbtree=0:weightp=0:rc-lookahead=0",  # looking ahead differs at random below 32 pixels
+        }  # fmt: skip
+        scaler = VideoReformatter()
+        for i, rgb in enumerate(video.permute(0, 2, 3, 1).contiguous().numpy()):
+            frame = av.VideoFrame.from_ndarray(rgb, format="rgb24")
+            frame = scaler.reformat(frame, format="yuv444p", dst_colorspace=Colorspace.ITU709)
+            frame.pts = i
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+@contextmanager
+def _opened(source: Source, name: str, threads: int) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """(container, first video stream), closed afterwards; FFmpeg's errors become ValueError with the name. `threads`
+    of the decoder, 0 for one per core.
+
+    Files are read by Python, FFmpeg's errors are then of their content alone: where one cannot be read, which may pass,
+    an OSError says so.
+    """
+    formats = FORMATS
+    if isinstance(source, bytes):
+        formats = "mov"  # from a shard, where only mp4 stands: no other reader is let near the bytes
+    elif not isinstance(source, Member) and not Path(source).is_file():
+        raise ValueError(f"{name}: is not a file")
+    options = {"format_whitelist": formats, "protocol_whitelist": "file"}
+    try:
+        with _bytes(source, name) as file, av.open(file, "r", options=options) as container:
+            if not container.streams.video:
+                raise ValueError(f"{name}: has no video stream")
+            stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise ValueError(f"{name}: is in a codec that FFmpeg cannot decode")
+            width, height = stream.codec_context.width, stream.codec_context.height
+            if width * height > MAX_PIXELS:
+                raise ValueError(f"{name}: {width}x{height} pixels are more than {MAX_PIXELS}")
+            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # the pictures may lie otherwise
+            stream.thread_type = "NONE" if threads == 1 else "AUTO"
+            stream.codec_context.thread_count = threads
+            yield container, stream
+    except av.FFmpegError as error:
+        raise ValueError(f"{name}: is not readable as video ({error.strerror})") from None
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # by what stands in it we were sent to where nothing can be
+            raise ValueError(f"{name}: is not readable as video ({error.strerror})") from None
+        raise OSError(error.errno, error.strerror, name) from None
+
+
+@contextmanager
+def _bytes(source: Source, name: str) -> Iterator[BinaryIO]:
+    place = Path(source) if isinstance(source, str) else source
+    with io.BytesIO(place) if isinstance(place, bytes) else open_bytes(place) as file:
+        if not file.read(1):
+            raise ValueError(f"{name}: is empty")
+        file.seek(0)
+        yield file
+
+
+def _picture(
+    scaler: VideoReformatter,
+    frame: av.VideoFrame,
+    size: tuple[int, int] | None,
+    aspect: Fraction,
+    crop: bool,
+    name: str,
+) -> np.ndarray:
+    """One frame as uint8 [H, W, 3], upright, scaled to cover `size` and, with `crop`, cropped around the centre."""
+    turns = _turns(frame)
+    if size is None:
+        height, width = across, along = frame.height, frame.width
+        scale = 1.0
+    else:
+        height, width = size if turns % 2 == 0 else size[::-1]
+        # Pixels need not be square: `aspect` is their width over their height.
+        scale = max(width / float(frame.width * aspect), height / frame.height)
+        along = max(width, round(frame.width * aspect * scale))
+        across = max(height, round(frame.height * scale))
+    if along * across > MAX_PIXELS:
+        raise ValueError(f"{name}: too narrow, covering {size} takes {along}x{across} pixels")
+    # High-definition files that do not say follow BT.709; FFmpeg would take BT.601 for all.
+    unsaid = frame.height >= 720 and frame.colorspace not in COLORSPACES
+    rgb = scaler.reformat(
+        frame,
+        along,
+        across,
+        "rgb24",
+        src_colorspace=Colorspace.ITU709 if unsaid else None,
+        interpolation=Interpolation.AREA if scale < 1 else Interpolation.BICUBIC,
+    ).to_ndarray()
+    if crop:
+        top, left = (across - height) // 2, (along - width) // 2
+        rgb = rgb[top : top + height, left : left + width]
+    return np.ascontiguousarray(np.rot90(rgb, turns) if turns else rgb)
+
+
+def _turns(frame: av.VideoFrame) -> int:
+    """Quarter turns counterclockwise that bring the picture upright."""
+    return round(frame.rotation / 90) % 4
+
+
+def _time(video: Video, pts: int) -> str:
+    return f"{float((pts - video.pts[0]) * video.time_base):.2f} s"
+
+
+def _name(source: Source) -> str:
+    return "video" if isinstance(source, bytes) else str(source)

@@ -1,0 +1,280 @@
+"""What a fit is made of: one point per run, from a sweep folder or from a file; and which runs are left out, and
+why."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from msc.datasets.files import last_line
+from msc.pretrain import cost, run_folder
+from msc.pretrain.checkpoints.rollback import read_lines
+from msc.pretrain.config import Config, flat, load
+
+LEAST_REPORTS = 20  # of a run whose curve is judged: fewer are too noisy
+UP_AGAIN = 1.2  # a run whose last tenth lies that much above its best tenth did not recover
+SAME = 0.02  # sizes, and budgets, that differ by less (relative) are the same
+# Settings, by how they begin, that change no result but by rounding: runs that differ in nothing else are one run.
+ROUNDING = (
+    "train.micro", "train.report", "train.evaluate", "data.workers", "data.prefetch", "data.cache", "parallel.",
+    "checkpoint.", "metrics.",
+)  # fmt: skip
+# Those that may differ within a law: size and budget, and what a ladder lets follow from them or tries. Of
+# `model.scales` the heads, if they are shared out alike.
+WITHIN = (
+    "model.width", "model.depth", "model.mlp_ratio", "train.clips", "train.batch", "train.seed", "optimizer.lr",
+    "optimizer.warmup", "optimizer.ema_halflife", *ROUNDING,
+)  # fmt: skip
+# Columns that other people's tables use.
+ALIASES = {
+    "N": ("n", "parameters", "params", "model size"), "D": ("d", "tokens", "training tokens"), "L": ("l", "loss"),
+    "C": ("c", "flops", "compute", "training flop"), "name": ("run",), "lr": ("learning rate",), "batch": (),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Point:
+    """A trained model. N parameters, D training tokens, C training FLOPs, L loss; lr and batch where known."""
+
+    name: str
+    N: float
+    D: float
+    C: float
+    L: float
+    lr: float | None = None
+    batch: float | None = None
+
+
+@dataclass(frozen=True)
+class Points:
+    """used: what the law is fitted to. others: runs of the same size and budget with a higher loss, which only show
+    where learning rate and batch are best. left_out: (run, why)."""
+
+    used: tuple[Point, ...]
+    others: tuple[Point, ...] = ()
+    left_out: tuple[tuple[str, str], ...] = ()
+
+
+def read_points(path: Path, loss: str = "held out", only: Sequence[str] = ()) -> Points:
+    """From a sweep folder, or a .csv, .json or .jsonl file with columns N, D and L (and C, lr, batch, name). only: of a
+    sweep the runs with all these settings `section.key=value`, and names of these patterns."""
+    if path.is_dir():
+        return of_sweep(path, loss, only)
+    if only:
+        raise ValueError(f"--only chooses among the runs of a sweep folder; {path} is a table")
+    rows = read_csv(path) if path.suffix == ".csv" else read_json(path)
+    found, left_out = [], []
+    for number, row in enumerate(rows, 1):
+        try:
+            point = of_row(row, f"row {number}")
+        except (TypeError, ValueError, OverflowError) as error:
+            left_out.append((f"row {number}", str(error)))
+            continue
+        if reason := unusable(point.L):
+            left_out.append((point.name, reason))
+        else:
+            found.append(point)
+    return sorted_out(found, left_out)
+
+
+def read_csv(path: Path) -> list[dict[str, Any]]:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no table of comma-separated values in UTF-8: {error}") from None
+
+
+def read_json(path: Path) -> list[dict[str, Any]]:
+    try:
+        rows = read_lines(path) if path.suffix == ".jsonl" else json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
+        raise ValueError(f"{path} must hold a list of tables, one per run")
+    return rows
+
+
+def of_row(row: Mapping[str, Any], name: str) -> Point:
+    """ValueError where a number is missing, or none that a law is made of. C is 6 N D, or D is C / (6 N), where only
+    one is given."""
+    known = {key.strip().lower(): value for key, value in row.items() if key and value not in ("", None)}
+    values = {}
+    for key, aliases in ALIASES.items():
+        for alias in (key.lower(), *aliases):
+            if alias in known:
+                values[key] = known[alias]
+                break
+    name = str(values.pop("name", name))
+    numbers = {key: float(value) for key, value in values.items()}
+    for key, value in numbers.items():
+        if key != "L" and not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{key} is {value:g}; it must be positive")
+    if "D" not in numbers and {"C", "N"} <= numbers.keys():
+        numbers["D"] = numbers["C"] / (6 * numbers["N"])
+    if missing := [key for key in ("N", "D", "L") if key not in numbers]:
+        raise ValueError(f"no {' and no '.join(missing)}; the columns are {', '.join(map(str, row))}")
+    numbers.setdefault("C", 6 * numbers["N"] * numbers["D"])
+    return Point(name, **numbers)
+
+
+def of_sweep(folder: Path, loss: str, only: Sequence[str] = ()) -> Points:
+    """loss: "held out" (of the averaged weights) or "train" (mean of the last tenth). ValueError if the runs are of
+    different models."""
+    path = folder / "sweep.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is no sweep folder: it has no sweep.json")
+    for word in only:
+        if "=" in word and word.partition("=")[0] not in flat(Config()):
+            raise ValueError(f"--only {word}: there is no setting {word.partition('=')[0]}")
+    found, left_out, settings = [], [], []
+    seen: dict[str, str] = {}
+    for name, asked in json.loads(path.read_text()).items():
+        run = folder / name
+        config = load(file=run / "config.yaml") if (run / "config.yaml").is_file() else None
+        if not all(is_chosen(word, name, flat(config) if config else asked) for word in only):
+            continue
+        point, reason = of_run(run, config, loss) if config else (None, "not started")
+        if point is None or config is None:
+            left_out.append((name, reason))
+        elif (twin := seen.setdefault(json.dumps(without(flat(config), ROUNDING)), name)) != name:
+            left_out.append((name, f"the same run as {twin}: no setting differs, nor does the seed"))
+        else:
+            found.append(point)
+            settings.append(flat(config))
+    if only and not (found or left_out):
+        raise ValueError(f"no run of {folder} is of --only {' --only '.join(only)}")
+    check_one_model(folder, settings)
+    return sorted_out(found, left_out)
+
+
+def is_chosen(word: str, name: str, settings: Mapping[str, Any]) -> bool:
+    """Whether a run has a setting `section.key=value`, or a name of a pattern."""
+    key, sign, text = word.partition("=")
+    if not sign:
+        return fnmatchcase(name, word)
+    try:
+        value, wanted = settings.get(key), yaml.safe_load(text)
+        # YAML reads 1e-3 as a text
+        return bool(value == (float(wanted) if isinstance(value, float) else wanted))
+    except (yaml.YAMLError, TypeError, ValueError):
+        raise ValueError(f"--only {word}: {text!r} is no value of {key}") from None
+
+
+def check_one_model(folder: Path, settings: Sequence[Mapping[str, Any]]) -> None:
+    """ValueError if runs differ in more than one law can span."""
+    found = [essential(one) for one in settings]
+    different = []
+    for key in found[0] if found else ():
+        values = list(dict.fromkeys(str(one[key]) for one in found))
+        if len(values) > 1:
+            different.append(f"{key} ({', '.join(values)})" if max(map(len, values)) < 20 else key)
+    if different:
+        raise ValueError(
+            f"the runs of {folder} differ in {', '.join(different)} besides size, budget, learning rate, batch and "
+            "seed, and one law does not hold for all: choose with --only section.key=value, or with --only and a "
+            "pattern of the runs' names"
+        )
+
+
+def essential(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a run's flat settings must be the same for all runs of a law."""
+    kept = without(settings, WITHIN)
+    heads = sum(scale["heads"] for scale in settings["model.scales"])
+    kept["model.scales"] = [{**scale, "heads": scale["heads"] / heads} for scale in settings["model.scales"]]
+    return kept
+
+
+def without(settings: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    """Flat settings but for those that begin so; precision is none of rounding."""
+    return {key: value for key, value in settings.items() if not key.startswith(keys) or key == "parallel.precision"}
+
+
+def of_run(run: Path, config: Config, loss: str) -> tuple[Point | None, str]:
+    """The point of a finished run, or None and why there is none."""
+    curve = [(line["clock"], line["loss"]) for line in read_lines(run / "log.jsonl")]
+    if reason := diverged(run, [value for _, value in curve], config.guard.stop_after):
+        return None, reason
+    if not curve or curve[-1][0] < config.train.clips:
+        return None, f"not finished: {curve[-1][0] if curve else 0} of {config.train.clips} clips"
+    tenth = [value for clock, value in curve if clock > 0.9 * config.train.clips]
+    held_out = last_line(run / "held_out.jsonl")
+    if loss == "train":
+        reached = sum(tenth) / len(tenth)
+    elif held_out.get("clock", 0) < config.train.clips:
+        return None, "no held-out loss at its end (train.evaluate is 0?); use --loss train"
+    else:
+        reached = held_out["mean"]
+    if reason := unusable(reached):
+        return None, reason
+    space = run_folder.LatentSpace(**json.loads((run / "data.json").read_text()))
+    size = space.frames, space.height, space.width
+    tokens = space.frames * cost.tokens_per_frame(config.model, space.height, space.width)
+    clips = config.train.steps * config.train.batch
+    point = Point(
+        run.name, cost.parameters(config.model), clips * tokens, clips * cost.step_flops(config.model, *size), reached,
+        config.optimizer.lr, config.train.batch,
+    )  # fmt: skip
+    return point, ""
+
+
+def diverged(run: Path, losses: Sequence[float], stop_after: int) -> str:
+    """Why a run counts as diverged, or nothing."""
+    skipped = read_lines(run / "skipped.jsonl")
+    if any(not math.isfinite(value) for value in losses):
+        return "diverged: its loss was not finite"
+    steps = [line["step"] for line in skipped][-stop_after:]
+    if len(steps) == stop_after and steps[-1] - steps[0] == stop_after - 1:
+        return f"diverged: {stop_after} steps in a row could not be taken"
+    if len(losses) < LEAST_REPORTS:
+        return ""
+    each = max(1, len(losses) // 10)
+    tenths = [sum(losses[i : i + each]) / each for i in range(0, len(losses) - each + 1, each)]
+    ends = sum(losses[-each:]) / each
+    if ends >= tenths[0]:
+        return f"diverged: it ended at {ends:.4g}, no better than it began ({tenths[0]:.4g})"
+    if ends > UP_AGAIN * min(tenths):
+        return f"diverged: it ended at {ends:.4g} after it had been at {min(tenths):.4g}"
+    return ""
+
+
+def unusable(loss: float) -> str:
+    return "" if math.isfinite(loss) and loss > 0 else f"diverged: its loss is {loss}"
+
+
+def sorted_out(found: Sequence[Point], left_out: Sequence[tuple[str, str]]) -> Points:
+    """Of runs of one size and budget that differ in learning rate or batch, the law takes the best."""
+    groups = grouped(found, lambda point: (point.N, point.D))
+    used, others = [], []
+    for group in groups:
+        rest = sorted(group, key=lambda point: point.L)
+        if len({(point.lr, point.batch) for point in rest}) > 1:
+            used.append(rest[0])
+            others += rest[1:]
+        else:
+            used += rest  # repeats
+    used.sort(key=lambda point: (point.N, point.D))
+    return Points(tuple(used), tuple(others), tuple(left_out))
+
+
+def grouped(points: Sequence[Point], key: Any, same: float = SAME) -> list[list[Point]]:
+    """Points whose `key` (a number, or several) agrees within `same`, relative to the group's first."""
+    groups: list[tuple[tuple[float, ...], list[Point]]] = []
+    for point in points:
+        values = key(point)
+        values = values if isinstance(values, tuple) else (values,)
+        for first, group in groups:
+            if all(abs(v / f - 1) <= same for v, f in zip(values, first, strict=True)):
+                group.append(point)
+                break
+        else:
+            groups.append((values, [point]))
+    return [group for _, group in groups]

@@ -1,0 +1,322 @@
+"""`msc sweep`: start the runs of a sweep file on this machine, and say where all of them are.
+
+A sweep folder holds the runs' folders, `sweep.json` (which runs, with which settings), `attempts.jsonl` (what became of
+each start) and `logs/`. Where a run stands is read from its own folder, whoever ran it: `pending` says which still need
+a process and `words` what to run, which is all that an array of Slurm jobs (sweep_array.py) needs besides.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+from msc.datasets.files import last_line, locked, write_atomically
+from msc.pretrain.checkpoints.rollback import read_lines
+from msc.pretrain.config import Config, dump, flat, load
+from msc.pretrain.tracking.mlflow_store import shown
+from msc.pretrain.tracking.tracker import Tracker
+from msc.pretrain.train import REQUEUE
+
+from ..commands import PROGRAM, said
+from ..processes import launcher
+from ..slurm import job_records, sbatch
+from .sweep_spec import Run, Sweep
+
+State = Literal["finished", "running", "queued", "failed", "stopped", "waiting"]
+
+
+def prepare(folder: Path, sweep: Sweep) -> Sweep:
+    """Write down which runs the folder is for; the sweep with the names by which the folder knows them. ValueError if a
+    name there stands for another run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / "sweep.lock"):
+        known = written(folder)
+        sweep = renamed(folder, sweep, known)
+        known |= {run.name: run.settings for run in sweep.runs}
+        write_atomically(folder / "sweep.json", json.dumps(known, indent=1).encode())
+    return sweep
+
+
+def written(folder: Path) -> dict[str, dict[str, Any]]:
+    """The runs that the folder is for, with their settings over the base."""
+    path = folder / "sweep.json"
+    return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+
+def known_names(folder: Path, sweep: Sweep, known: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Of the runs that the folder knows already, by their names in the sweep, the names there. A name holds only what
+    varies, so that one more key in a grid gives every run another, also those that are as before."""
+    names = {run.name: run.name for run in sweep.runs if known.get(run.name) == run.settings}
+    if not known or len(names) == len(sweep.runs):
+        return names
+    others = {}
+    for name in (name for name in reversed(known) if name not in names):
+        record = folder / name / "config.yaml"  # once it has begun that counts, whatever the base says today
+        try:
+            config = load(file=record) if record.is_file() else sweep.resolved(Run(name, known[name]))
+        except ValueError:  # it goes with another base, or another version
+            continue
+        others[identity(config)] = name
+    for run in sweep.runs:
+        if run.name not in names and (name := others.pop(identity(sweep.resolved(run)), "")):
+            names[run.name] = name
+    return names
+
+
+def identity(config: Config) -> str:
+    """The same for runs that are to do the same, wherever they are shown."""
+    return json.dumps({key: value for key, value in flat(config).items() if not key.startswith("metrics.")})
+
+
+def renamed(folder: Path, sweep: Sweep, known: dict[str, dict[str, Any]]) -> Sweep:
+    """With the names by which the folder knows its runs; ValueError if a name there stands for another run."""
+    names = known_names(folder, sweep, known)
+    for run in sweep.runs:
+        taken = (folder / run.name).exists() or run.name in names.values()
+        if run.name in known and run.name not in names and taken:
+            old, new = known[run.name], run.settings
+            key = min(key for key in old | new if old.get(key, ...) != new.get(key, ...))
+            raise ValueError(
+                f"{folder / run.name} has {key} = {old.get(key)}, the sweep file now says {new.get(key)}; put what "
+                "is new behind what was there, use another --out, or remove that folder"
+            )
+    return replace(sweep, runs=tuple(replace(run, name=names.get(run.name, run.name)) for run in sweep.runs))
+
+
+def state(folder: Path, sweep: Sweep, run: Run, queue: Mapping[str, sbatch.State] = MappingProxyType({})) -> State:
+    """Where a run stands: finished means trained to its last clip, and evaluated if it is to be. queue: `in_queue`."""
+    if (job := queue.get(run.name)) is not None and job.active:
+        return "queued" if job.name == "PENDING" else "running"
+    return "running" if is_held(folder, run) else reached(folder, sweep, run)
+
+
+def in_queue(folder: Path, sweep: Sweep) -> dict[str, sbatch.State]:
+    """What Slurm says of the runs that were sent to it; one question for all. ConnectionError if it does not answer."""
+    sent = {}
+    for run in sweep.runs:
+        if records := [r for r in job_records.trainings(folder / run.name / "jobs") if r.cluster == "slurm"]:
+            sent[run.name] = records[-1].id
+    states = sbatch.states(list(sent.values()))
+    return {name: states[number][0] for name, number in sent.items() if number in states}
+
+
+def reached(folder: Path, sweep: Sweep, run: Run) -> State:
+    """`state`, if nobody is at the run."""
+    config = sweep.configured(run)
+    own = folder / run.name
+    clock = last_line(own / "log.jsonl").get("clock", 0)
+    evaluated = not config.train.evaluate or last_line(own / "held_out.jsonl").get("clock", 0) >= config.train.clips
+    if clock >= config.train.clips and evaluated:
+        return "finished"
+    code = last_code(folder, run)
+    if code not in (None, 0, REQUEUE):
+        return "failed"
+    return "stopped" if own.exists() or code is not None else "waiting"
+
+
+def pending(folder: Path, sweep: Sweep) -> list[Run]:
+    """The runs that need a process: not finished, and nobody is at them."""
+    queue = in_queue(folder, sweep)
+    return [run for run in sweep.runs if state(folder, sweep, run, queue) not in ("finished", "running", "queued")]
+
+
+def words(folder: Path, sweep: Sweep, run: Run, parent: str | None = None, uri: str | None = None) -> list[str]:
+    """The `msc train` that starts a run, or goes on with it. parent, uri: the MLflow run to be shown under, and its
+    store."""
+    own = folder / run.name
+    words = ["train", "--run", str(own)]
+    if (own / "config.yaml").is_file():
+        return [*words, "--resume"]
+    words += ["--preset", sweep.preset] if sweep.preset else []
+    words += [str(sweep.config)] if sweep.config else []
+    tracking = [f"metrics.parent={parent}"] if parent else []
+    tracking += [f"metrics.tracking_uri={uri}"] if uri else []
+    return [*words, *run.overrides, *tracking]
+
+
+def command(folder: Path, sweep: Sweep, run: Run, parent: str | None = None, uri: str | None = None) -> list[str]:
+    train = words(folder, sweep, run, parent, uri)
+    return [sys.executable, "-c", PROGRAM, *train, "--processes", str(sweep.processes)]
+
+
+@dataclass
+class Started:
+    run: Run
+    process: subprocess.Popen[bytes]
+    began: float
+    lock: int
+    gpus: str  # "": it was given none of its own
+
+
+def run_all(folder: Path, sweep: Sweep, jobs: int = 1) -> int:
+    """Run what is pending, `jobs` at a time on GPUs of their own, until all have been tried once. Returns an exit code.
+
+    Several of these may work on one folder: a run is taken by whoever locks it first. A signal is handed on to the
+    runs, which save and stop; what is left is done when the sweep is started again.
+    """
+    free = launcher.gpu_shares(os.environ, jobs, sweep.processes)
+    sweep = prepare(folder, sweep)
+    tracker, uri = open_parent(folder, sweep)
+    waiting, running, failed = pending(folder, sweep), list[Started](), 0
+    said(f"{len(sweep.runs)} runs, {len(sweep.runs) - len(waiting)} of them done or under way; {folder}")
+    with launcher.caught_signals() as received:
+        handed_on: set[int] = set()
+        while waiting or running:
+            while waiting and free and not received:
+                run = waiting.pop(0)
+                if (lock := take(folder, run)) is None:
+                    continue  # another sweep on this folder was quicker
+                if reached(folder, sweep, run) == "finished":
+                    os.close(lock)
+                    continue
+                running.append(start(folder, sweep, run, jobs, lock, tracker.run_id, uri, free.pop(0)))
+            for number in set(received) - handed_on:
+                handed_on.add(number)
+                for one in running:
+                    one.process.send_signal(number)  # to it alone: its loader workers must live until it has saved
+            if received.count(signal.SIGINT) > 1:
+                for one in running:
+                    one.process.kill()
+            for one in [one for one in running if one.process.poll() is not None]:
+                running.remove(one)
+                free.append(one.gpus)
+                failed += finish(folder, one) not in (0, REQUEUE)
+                said(f"{one.run.name}: {outcome(folder, sweep, one)}")
+            if received and not running:
+                break
+            time.sleep(0.1)
+    tracker.finish("KILLED" if received else "FAILED" if failed else "FINISHED")
+    if received:
+        return REQUEUE if signal.SIGINT not in received else 130
+    return 1 if failed else 0
+
+
+def open_parent(folder: Path, sweep: Sweep) -> tuple[Tracker, str | None]:
+    """The MLflow run that all runs of the sweep are shown under, and the store that it is in, if there is one. A user's
+    name and password are not in its address: anybody may read words of a command, and runs inherit the environment."""
+    tracker = Tracker(sweep.configured(sweep.runs[0]).metrics)
+    tracker.start(folder, {"runs": len(sweep.runs)}, dump(sweep.base()), folder.name)
+    tracker.tags({"msc.sweep": folder.name})
+    tracker.flush()
+    if tracker.config.tracking_uri == "none":
+        return tracker, None
+    if tracker.run_id is None:
+        said("MLflow does not answer; the runs will not be shown under one parent")
+    return tracker, shown(tracker.config.resolve(folder))
+
+
+def start(
+    folder: Path, sweep: Sweep, run: Run, jobs: int, lock: int, parent: str | None, uri: str | None, gpus: str
+) -> Started:
+    log = folder / "logs" / f"{run.name}.log"
+    cores = len(os.sched_getaffinity(0)) // jobs
+    threads = {"OMP_NUM_THREADS": str(max(1, cores // sweep.processes))}
+    environment = {**threads, **os.environ, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+    environment |= {"CUDA_VISIBLE_DEVICES": gpus} if gpus else {}
+    with log.open("ab") as out:
+        process = subprocess.Popen(
+            command(folder, sweep, run, parent, uri), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
+            env=environment, start_new_session=True, preexec_fn=launcher.die_with_parent(),
+        )  # fmt: skip
+    return Started(run, process, time.time(), lock, gpus)
+
+
+def finish(folder: Path, one: Started) -> int:
+    """Note what became of a run, and let go of it."""
+    code = one.process.wait()
+    entry = {"run": one.run.name, "code": code, "began": one.began, "seconds": round(time.time() - one.began, 1)}
+    with (folder / "attempts.jsonl").open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+    os.close(one.lock)
+    return code
+
+
+def outcome(folder: Path, sweep: Sweep, one: Started) -> str:
+    found = state(folder, sweep, one.run)
+    if found == "finished":
+        loss = last_line(folder / one.run.name / "held_out.jsonl").get("mean", last_loss(folder / one.run.name))
+        return f"finished in {time.time() - one.began:.0f} s, loss {loss:.4f}"
+    log = folder / "logs" / f"{one.run.name}.log"
+    words = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
+    return f"{found} (exit code {one.process.returncode}): {words[0]}; see {log}"
+
+
+# One process per run, also of several sweeps on one folder ------------------------------------------------
+
+
+def take(folder: Path, run: Run) -> int | None:
+    """Lock a run for as long as this process lives; None if somebody else has it."""
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / "logs" / f"{run.name}.lock", os.O_CREAT | os.O_RDWR, 0o666)
+    for _ in range(3):  # somebody who asks for the state holds it for a moment
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except OSError:
+            time.sleep(0.02)
+    os.close(lock)
+    return None
+
+
+def is_held(folder: Path, run: Run) -> bool:
+    if not (folder / "logs" / f"{run.name}.lock").exists():
+        return False
+    lock = take(folder, run)
+    if lock is not None:
+        os.close(lock)
+    return lock is None
+
+
+# What to show ---------------------------------------------------------------------------------------------
+
+
+def table(folder: Path, sweep: Sweep) -> str:
+    """Where every run stands, and what it has reached."""
+    if not (folder / "sweep.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no sweep yet; start it with msc sweep FILE")
+    sweep = renamed(folder, sweep, written(folder))
+    rows = [["run", "state", "clips", "loss", "held out", "seconds"]]
+    counts: dict[str, int] = {}
+    try:
+        queue = in_queue(folder, sweep)
+    except ConnectionError as error:
+        queue = {}
+        said(f"{error}; states are those of the run folders")
+    for run in sweep.runs:
+        own, now = folder / run.name, state(folder, sweep, run, queue)
+        counts[now] = counts.get(now, 0) + 1
+        line, clips = last_line(own / "log.jsonl"), sweep.configured(run).train.clips
+        spent = sum(attempt["seconds"] for attempt in attempts(folder, run))
+        held_out = last_line(own / "held_out.jsonl").get("mean")
+        numbers = (f"{value:.4f}" if value is not None else "" for value in (line.get("loss"), held_out))
+        rows.append([run.name, now, f"{line.get('clock', 0)}/{clips}", *numbers, f"{spent:.0f}"])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = zip(row, widths, (str.ljust, str.ljust, *[str.rjust] * 4), strict=True)
+        lines.append("  ".join(align(text, width) for text, width, align in cells))
+    return "\n".join([*lines, ", ".join(f"{number} {name}" for name, number in counts.items())])
+
+
+def last_loss(run: Path) -> float:
+    return float(last_line(run / "log.jsonl").get("loss", "nan"))
+
+
+def attempts(folder: Path, run: Run) -> list[dict[str, Any]]:
+    """Every start of a run that has come to an end, here or as a job, oldest first."""
+    here = [attempt for attempt in read_lines(folder / "attempts.jsonl") if attempt["run"] == run.name]
+    return sorted([*here, *job_records.ended(folder / run.name / "jobs")], key=lambda attempt: attempt["began"])
+
+
+def last_code(folder: Path, run: Run) -> int | None:
+    return found[-1]["code"] if (found := attempts(folder, run)) else None

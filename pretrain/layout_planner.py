@@ -1,0 +1,194 @@
+"""How each scale is shared out along time: what every layout would send and compute, and which costs least.
+
+Pure functions of sizes. "halo": every rank computes its own units and is sent the past they need; "ulysses": all
+units, a share of the heads; "ring": a dense scale's keys travel around. docs/parallelism.md draws them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from msc.parallel.context_parallel import bounds, transfers
+from msc.parallel.ring import zigzag
+
+from .model.scales import Scale, spatial_windows
+
+Layout = Literal["halo", "ulysses", "ring"]
+Choice = Literal["auto", "halo", "ulysses", "ring"]
+# How much longer a ring's attention takes than another layout's: its parts are merged, and only torch's own flash
+# attention computes such. Two H100, 65,536 tokens each, in 16 bits (docs/benchmarks.md); on a CPU it takes as long.
+RING = 1.4
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What of a clip and its model the layouts depend on; grid is the full token grid (H, W)."""
+
+    units: int
+    frames_per_unit: int
+    grid: tuple[int, int]
+    head_width: int
+    value_bytes: int = 2
+
+    def unit_values(self, scale: Scale) -> int:
+        """Numbers in one unit's queries, or keys, or values, at a scale."""
+        tokens = self.frames_per_unit * (self.grid[0] // scale.space) * (self.grid[1] // scale.space)
+        return tokens * scale.heads * self.head_width
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a rank sends and computes in a second, and what an exchange that all ranks wait for takes besides its bytes:
+    its start, and whoever comes last."""
+
+    bytes_per_s: float
+    flops_per_s: float
+    wait_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one scale and layer: values that the busiest rank sends forward, FLOPs of the slowest rank forward, its
+    seconds of a step (forward and backward) that it computes, and all of them, with what is not hidden behind that."""
+
+    sent: int
+    flops: int
+    computing: float
+    seconds: float
+
+
+# What travels ----------------------------------------------------------------------------------------
+
+
+def halo_values(scale: Scale, edges: tuple[int, ...], unit_values: int) -> list[int]:
+    """Values that each rank sends forward: keys and values of units, and of pooled groups, that later ranks need."""
+    messages = transfers(edges, scale.fresh_before) + transfers(edges, scale.pooled_before, scale.time)
+    return [2 * unit_values * sum(b - a for source, _, a, b in messages if source == rank) for rank in _ranks(edges)]
+
+
+def ulysses_values(edges: tuple[int, ...], unit_values: int) -> list[int]:
+    """Queries, keys and values of own units to the owners of the heads, and output of own heads back."""
+    ranks, units = len(edges) - 1, edges[-1]
+    shares = [edges[rank + 1] - edges[rank] for rank in _ranks(edges)]
+    return [unit_values * (3 * own * (ranks - 1) + units - own) // ranks for own in shares]
+
+
+def ring_values(edges: tuple[int, ...], unit_values: int) -> tuple[list[int], list[int]]:
+    """(queries, keys and values to their zig-zag places and output back; keys and values around the ring)."""
+    held = zigzag(edges[-1], len(edges) - 1)
+    own = [set(range(edges[rank], edges[rank + 1])) for rank in _ranks(edges)]
+    placed = [unit_values * (3 * len(own[r] - set(held[r])) + len(set(held[r]) - own[r])) for r in _ranks(edges)]
+    ranks = len(held)
+    passed = [2 * unit_values * sum(len(held[(r - step) % ranks]) for step in range(ranks - 1)) for r in _ranks(edges)]
+    return placed, passed
+
+
+def _ranks(edges: tuple[int, ...]) -> range:
+    return range(len(edges) - 1)
+
+
+# What is computed ------------------------------------------------------------------------------------
+
+
+def unit_flops(scale: Scale, clip: Clip) -> int:
+    """Forward attention FLOPs of one query unit with one block of keys."""
+    pairs = clip.frames_per_unit**2
+    for side in clip.grid:
+        windows = spatial_windows(side // scale.space, scale.patch_window, shifted=False)
+        pairs *= sum(count * size**2 for _, count, size in windows)
+    return 4 * pairs * scale.heads * clip.head_width
+
+
+def seen_blocks(scale: Scale, units: Sequence[int]) -> int:
+    """Blocks of keys that some units see in all."""
+    return sum(1 + scale.fresh_before(unit) + scale.pooled_before(unit) for unit in units)
+
+
+# What it takes ---------------------------------------------------------------------------------------
+
+
+def estimates(scale: Scale, clip: Clip, ranks: int, rates: Rates) -> dict[Layout, Estimate]:
+    """Every layout that can serve a scale. A backward pass computes and sends twice and once the forward's.
+
+    Keys of the ring travel behind the ring's attention. Halos, pooled groups and Ulysses' exchanges are counted in
+    full, those there and back (Ulysses, and the ring's zig-zag) also with what ranks wait for each other, each scale as
+    if it were the only one; halos hide behind the placing of own queries and keys, which is not counted here.
+    """
+    edges, size, work = bounds(clip.units, ranks), clip.unit_values(scale), unit_flops(scale, clip)
+    shares = [range(edges[rank], edges[rank + 1]) for rank in range(ranks)]
+
+    def compute(blocks: float) -> float:
+        return 3 * blocks * work / rates.flops_per_s
+
+    def travel(values: float, ways: float = 2) -> float:
+        return ways * values * clip.value_bytes / rates.bytes_per_s
+
+    blocks = [seen_blocks(scale, own) for own in shares]
+    sent = max(halo_values(scale, edges, size))
+    most = max(blocks)
+    found: dict[Layout, Estimate] = {"halo": Estimate(sent, most * work, compute(most), compute(most) + travel(sent))}
+    if scale.heads % ranks == 0:
+        sent = max(ulysses_values(edges, size))
+        computing = compute(sum(blocks) / ranks)
+        seconds = computing + travel(sent) + 4 * rates.wait_s
+        found["ulysses"] = Estimate(sent, sum(blocks) * work // ranks, computing, seconds)
+    if is_dense(scale):
+        placed, passed = (max(values) for values in ring_values(edges, size))
+        most = max(seen_blocks(scale, held) for held in zigzag(clip.units, ranks))
+        # backward: keys and values once more, their gradients in fp32
+        around = travel(passed, 2 + 4 / clip.value_bytes)
+        computing = RING * compute(most)
+        seconds = travel(placed) + 4 * rates.wait_s + max(computing, around)
+        found["ring"] = Estimate(placed + passed, most * work, computing, seconds)
+    return found
+
+
+def is_dense(scale: Scale) -> bool:
+    return scale.time == 1 and scale.window is None
+
+
+def choose(scales: Sequence[Scale], clip: Clip, ranks: int, choice: Choice, rates: Rates) -> tuple[Layout, ...]:
+    """The layout of every scale: the cheapest where `choice` is "auto", else the one chosen.
+
+    ValueError where that cannot be: Ulysses deals out whole heads; a ring serves dense scales (`time` 1, `window`
+    null), and the others stay with halos.
+    """
+    check_choice(scales, ranks, choice)
+    if choice == "ring":
+        return tuple("ring" if is_dense(scale) else "halo" for scale in scales)
+    if choice != "auto":
+        return (choice,) * len(scales)
+    layouts: list[Layout] = []
+    for scale in scales:
+        found = estimates(scale, clip, ranks, rates)
+        layouts.append(min(found, key=lambda layout: found[layout].seconds))
+    return tuple(layouts)
+
+
+def check_choice(scales: Sequence[Scale], ranks: int, choice: Choice) -> None:
+    if choice == "ring" and not any(map(is_dense, scales)):
+        raise ValueError(
+            "parallel.layout ring serves scales with time 1 and window null, and the model has none; use auto"
+        )
+    for index, scale in enumerate(scales):
+        if choice == "ulysses" and scale.heads % ranks:
+            raise ValueError(
+                f"parallel.layout ulysses deals out whole heads: the {scale.heads} heads of scale {index} do not "
+                f"divide by parallel.sp = {ranks}; use auto, halo, or another number of heads"
+            )
+
+
+def table(scales: Sequence[Scale], clip: Clip, ranks: int, choice: Choice, rates: Rates) -> list[tuple[str, str]]:
+    """One line per scale for people: (scale, its layout and what each would take per layer and step)."""
+    lines = []
+    for index, (scale, layout) in enumerate(zip(scales, choose(scales, clip, ranks, choice, rates), strict=True)):
+        found = estimates(scale, clip, ranks, rates)
+        costs = ", ".join(
+            f"{name} {estimate.seconds * 1e3:.3g} ms, sends {estimate.sent * clip.value_bytes / 1e6:.3g} MB"
+            for name, estimate in found.items()
+        )
+        name = f"scale {index} ({scale.heads} × {scale.space}, {scale.time}, {scale.window or 'all'})"
+        lines.append((name, f"{layout}  (per layer: {costs})"))
+    return lines

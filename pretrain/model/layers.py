@@ -1,0 +1,122 @@
+"""Building blocks of the transformer besides its self-attention. All act on own frames only.
+
+Noise enters as adaLN-single (Chen et al. 2023, PixArt-α): one projection of the noise embedding serves
+all layers, each of which adds a small table of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..kernels.compile_helpers import many_shapes
+from ..kernels.rectangle import scaled_dot_product
+from .attention import MultiScaleAttention
+from .attention_inputs import View
+from .noise_gate import GatePlace
+from .past_context import Layer
+from .scales import Scale
+
+
+class NoiseEmbedding(nn.Module):
+    """Sinusoidal features of the noise level and two linear layers: `t [B, T] -> [B, T, D]`."""
+
+    FREQUENCIES = 128
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.inner = nn.Linear(2 * self.FREQUENCIES, width)
+        self.outer = nn.Linear(width, width)
+
+    def forward(self, t_BT: Tensor) -> Tensor:
+        # the noise level lies in [0, 1]; the usual table of frequencies is made for 1,000 steps
+        speeds = torch.exp(
+            -math.log(10_000) * torch.arange(self.FREQUENCIES, device=t_BT.device, dtype=t_BT.dtype) / self.FREQUENCIES
+        )
+        angles = 1000 * t_BT.unsqueeze(-1) * speeds
+        features = torch.cat((angles.cos(), angles.sin()), -1).to(self.inner.weight.dtype)
+        return self.outer(F.silu(self.inner(features)))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class CrossAttention(nn.Module):
+    """Attention of video tokens to text embeddings `[B, L, D]` (already projected to the model's width).
+
+    `seen_BL` (bool) is False for padding, which then has no part in the result; True at least once per row.
+    """
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.q = nn.Linear(width, width, bias=False)
+        self.kv = nn.Linear(width, 2 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.q_norm = nn.RMSNorm(width // heads, eps=1e-6)
+        self.k_norm = nn.RMSNorm(width // heads, eps=1e-6)
+
+    def forward(self, x_BTHWD: Tensor, text_BLD: Tensor, seen_BL: Tensor) -> Tensor:
+        q = self.q(self.norm(x_BTHWD)).flatten(1, 3).unflatten(-1, (self.heads, -1))
+        k, v = self.kv(text_BLD).unflatten(-1, (2, self.heads, -1)).unbind(-3)
+        out = scaled_dot_product(
+            self.q_norm(q).transpose(1, 2),
+            self.k_norm(k).transpose(1, 2),
+            v.transpose(1, 2),
+            seen_BL[:, None, None],
+        )
+        return self.out(out.transpose(1, 2).flatten(-2)).reshape(x_BTHWD.shape)
+
+
+class Block(nn.Module):
+    """Self-attention, optional cross-attention, feed-forward; modulated per frame by its noise level."""
+
+    def __init__(self, width: int, hidden: int, scales: Sequence[Scale], gate: GatePlace, shifted: bool, text: bool):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.attention = MultiScaleAttention(width, scales, gate, shifted)
+        self.cross_attention = CrossAttention(width, self.attention.heads) if text else None
+        self.feed_forward_norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.feed_forward = FeedForward(width, hidden)
+        self.modulation = nn.Parameter(torch.zeros(6, width))
+
+    def forward(
+        self,
+        x_BTHWD: Tensor,
+        modulation_BT6D: Tensor,
+        text: tuple[Tensor, Tensor] | None,
+        views: Sequence[View],
+        layer: Layer,
+    ) -> Tensor:
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (
+            part[:, :, None, None] for part in (modulation_BT6D + self.modulation).unbind(2)
+        )
+        h = self.attention_norm(x_BTHWD) * (1 + scale_a) + shift_a
+        x = x_BTHWD + gate_a * self.attention(h, views, layer)
+        if self.cross_attention is not None:
+            assert text is not None
+            x = x + self.cross_attention(x, *text)
+        h = self.feed_forward_norm(x) * (1 + scale_f) + shift_f
+        return x + gate_f * self.feed_forward(h)
+
+    def compile(self, **options: Any) -> None:
+        """Compile as one graph for each shape that is met (torch.compile).
+
+        Each for itself: after a second shape torch would otherwise compile for all shapes at once, and attention
+        of any shape took two and a half times as long (H200, torch 2.11).
+        """
+        many_shapes()
+        super().compile(dynamic=False, **options)

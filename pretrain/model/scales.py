@@ -1,0 +1,133 @@
+"""One way of seeing the video: what a scale pools, what its queries see, and where its tokens sit.
+
+Pure integer arithmetic, shared by the attention, its cost formulas and the memory plan of a roll-out.
+The definition (ours; arXiv 2412.09828 gives the idea, no equations) is section 3.1 of docs/attention.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..kernels.blocks import Blocks
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A group of heads and the resolution at which it attends.
+
+    heads: number of heads in the group.
+    space: `space × space` tokens of a frame become one (queries, keys and values).
+    time: `time` consecutive past units become one (keys and values only).
+    window: how many such past groups a query sees; None means all of them.
+    patch_window: side, in tokens of this scale, of the local spatial windows; shifted by half on odd
+        layers. None means the whole frame.
+    """
+
+    heads: int
+    space: int = 1
+    time: int = 1
+    window: int | None = None
+    patch_window: int | None = None
+
+    def __post_init__(self):
+        for name in ("heads", "space", "time"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"scale {name} is {getattr(self, name)}; it must be at least 1")
+        if self.window is not None and self.window < 0:
+            raise ValueError(f"scale window is {self.window}; it must be 0 or more, or null for all of the past")
+        if self.patch_window is not None and self.patch_window < 2:
+            raise ValueError(f"scale patch_window is {self.patch_window}; it must be at least 2, or null")
+
+    # What a query in unit `first` needs of the past ------------------------------------------------
+
+    def fresh_before(self, first: int) -> int:
+        """Units before `first` that are needed unpooled: the window, or the incomplete group."""
+        if self.time > 1:
+            return first % self.time
+        return first if self.window is None else min(self.window, first)
+
+    def pooled_before(self, first: int) -> int:
+        """Pooled groups before `first` that are needed (none where units are not pooled in time)."""
+        if self.time == 1:
+            return 0
+        groups = first // self.time
+        return groups if self.window is None else min(self.window, groups)
+
+    @property
+    def fresh_kept(self) -> int | None:
+        """Most unpooled past units that any later query can need (None: all)."""
+        return self.window if self.time == 1 else self.time - 1
+
+    def finished(self, first: int, units: int) -> int:
+        """Groups pooled in time that a run of units completes."""
+        return (first + units) // self.time - first // self.time if self.time > 1 else 0
+
+    def key_blocks(self, first: int, units: int, separate_own: bool) -> Blocks:
+        """Which blocks of keys each of `units` own units, starting at unit `first`, attends to.
+
+        The key blocks lie in one row: the pooled groups, then the unpooled units (past ones and own
+        ones), then, if `separate_own`, the own units once more (ungated). A block holds the tokens
+        of one unit at this scale. The own unit always comes last and is always there.
+        """
+        past, before = self.fresh_before(first), self.pooled_before(first)
+        groups = before + self.finished(first, units)
+        own_at = groups + past + units if separate_own else groups + past
+        rows = []
+        for i in range(units):
+            unit = first + i
+            group_0 = first // self.time - before  # absolute index of the first pooled group in the row
+            seen_to = unit // self.time - group_0 if self.time > 1 else 0
+            pooled = range(seen_to - self.pooled_before(unit), seen_to)
+            fresh = range(groups + past + i - self.fresh_before(unit), groups + past + i)
+            rows.append((*pooled, *fresh, own_at + i))
+        return tuple(rows)
+
+
+def check_scales(scales: Sequence[Scale], heads: int, grid: tuple[int, int] | None = None) -> None:
+    """Raise ValueError if the scales do not share out `heads` heads or do not divide the token grid."""
+    total = sum(scale.heads for scale in scales)
+    if total != heads:
+        raise ValueError(f"the scales share out {total} heads but the model has {heads}")
+    if grid is None:
+        return
+    for scale in scales:
+        for name, side in zip(("height", "width"), grid, strict=True):
+            if side % scale.space:
+                raise ValueError(
+                    f"the {name} of {side} tokens does not divide by the scale with space {scale.space}; "
+                    f"choose a frame size whose token grid is a multiple of {math.lcm(*(s.space for s in scales))}"
+                )
+
+
+def spatial_windows(side: int, window: int | None, shifted: bool) -> list[tuple[int, int, int]]:
+    """Cut `side` tokens into local windows: runs of (start, number of windows, tokens per window).
+
+    Shifted windows start half a window early, so that the first and the last are smaller; nothing
+    is padded and nothing wraps around, so that every window is an unmasked rectangle.
+    """
+    if window is None or window >= side:
+        return [(0, 1, side)]
+    runs = []
+    start = window // 2 if shifted else 0
+    if start:
+        runs.append((0, 1, start))
+    whole = (side - start) // window
+    if whole:
+        runs.append((start, whole, window))
+    rest = side - start - whole * window
+    if rest:
+        runs.append((start + whole * window, 1, rest))
+    return runs
+
+
+def default_scales(heads: int, patch_window: int | None = 16) -> tuple[Scale, ...]:
+    """Fine sees near, coarse sees far: half, a quarter and a quarter of the heads."""
+    if heads % 4:
+        raise ValueError(f"the default scales share out quarters of the heads; {heads} does not divide by 4")
+    return (
+        Scale(heads // 2, space=1, time=1, window=2, patch_window=patch_window),
+        Scale(heads // 4, space=2, time=1, window=8),
+        Scale(heads // 4, space=4, time=4, window=None),
+    )

@@ -1,0 +1,55 @@
+"""What test_guard runs on its ranks: training steps of which some are not taken."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed import destroy_process_group, init_process_group
+
+from msc.parallel import deepspeed_zero
+from msc.pretrain.optimizer import OptimizerConfig, make_optimizer
+
+
+def spoiled_on_a_rank(rank, ranks, cases):
+    """Of each case: state after the steps good, NaN, refused, good; after good, good; what the four steps told."""
+    init_process_group("gloo")
+    results = [spoiled(rank, *case) for case in cases]
+    destroy_process_group()
+    return results
+
+
+def spoiled(rank, stage, precision):
+    results = []
+    for steps in (("good", "nan", "refused", "good"), ("good", "good")):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+        optimizer = make_optimizer(model, OptimizerConfig(lr=1e-2))
+        for group in optimizer.param_groups:
+            group["ema_decay"] = 0.9
+        engine = deepspeed_zero.make_engine(model, optimizer, deepspeed_zero.ZeroConfig(stage=stage), precision, 2, 1.0)
+        assert not engine.tput_timer.config.enabled, "it would wait for the GPU at every pass"
+        told, good = [], 0
+        for kind in steps:
+            good += kind == "good"
+            for micro in range(2):
+                x = torch.randn(4, 8, generator=torch.Generator().manual_seed(10 * good + 2 * micro + rank))
+                if kind == "nan" and micro == 1 and rank == 1:
+                    x[0, 0] = torch.nan
+                y = engine(x.to(next(engine.module.parameters()).dtype))
+                deepspeed_zero.backward(engine, y.float().square().mean())
+
+            def objection(norm, kind=kind):
+                return "not finite" if not norm < float("inf") else "refused" if kind == "refused" else ""
+
+            told.append(deepspeed_zero.step(engine, objection))
+        state = {
+            f"{piece.name} {key}": value.clone()
+            for piece in deepspeed_zero.pieces(engine)
+            for key, value in piece.state.items()
+        }
+        state["steps"] = torch.tensor(deepspeed_zero.steps_taken(engine))
+        with torch.no_grad():
+            state["output"] = engine(torch.ones(1, 8, dtype=next(engine.module.parameters()).dtype)).float()
+        results.append((state, told))
+    (with_them, told), (without, _) = results
+    return with_them, without, told

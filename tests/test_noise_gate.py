@@ -1,0 +1,108 @@
+"""The noise gate's mathematics against drawn data, and its constants from measured statistics."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from msc.datasets.prepare.statistics import Statistics, measure
+from msc.datasets.synthetic import gaussian_fields
+from msc.pretrain.model.noise_gate import (
+    effective_log_snr,
+    gate_constants,
+    log_gate,
+    log_gate_at_nodes,
+    log_snr,
+    node_weights,
+    pooled_log_snr,
+)
+from msc.pretrain.model.scales import Scale
+
+
+def test_log_snr_is_finite_and_falls():
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    values = log_snr(t)
+    assert values.isfinite().all() and (values.diff() < 0).all()
+    assert values[50] == pytest.approx(0, abs=1e-12)
+    gates = log_gate(values, torch.zeros(1, dtype=torch.float64)).exp()
+    assert gates[0] == 1 and gates[-1] < 1e-50
+
+
+def test_a_group_of_clean_frames_is_finite_in_float32():
+    clean = pooled_log_snr(torch.zeros(1, 8), 4)
+    assert clean.isfinite().all() and log_gate_at_nodes(effective_log_snr(clean, 0.9), torch.zeros(1)).isfinite().all()
+
+
+@pytest.mark.parametrize("time", [1, 2, 4])
+def test_equal_noise_in_a_group_only_adds_the_averaging(time):
+    t = torch.tensor([[0.3] * 8])
+    torch.testing.assert_close(pooled_log_snr(t, time), log_snr(t[:, : 8 // time]) + math.log(time))
+
+
+def test_mixed_noise_in_a_group_matches_drawn_noise():
+    """A still scene: the mean of differently noisy frames keeps mean(1-t) of the signal."""
+    torch.manual_seed(0)
+    t = torch.tensor([0.1, 0.9, 0.5, 0.4], dtype=torch.float64)
+    x = torch.randn(200_000, 1, dtype=torch.float64)
+    signal = ((1 - t) * x).mean(1)
+    noise = (t * torch.randn(200_000, 4, dtype=torch.float64)).mean(1)
+    drawn = math.log(signal.var() / noise.var())
+    assert drawn == pytest.approx(float(pooled_log_snr(t[None], 4)), abs=0.02)
+
+
+@pytest.mark.parametrize("space, t", [(1, 0.5), (2, 0.6), (4, 0.8), (8, 0.9)])
+def test_the_gate_is_the_recoverable_share_of_variance(space, t):
+    """sigmoid(λ + b) equals the share of a pooled field's variance that the best linear estimate recovers."""
+    x = gaussian_fields(seed=3, clips=64, frames=1, height=64, width=64, beta=2.0)
+    statistics = measure(x)
+    x = (x - statistics.mean[0]) / statistics.std[0]
+    noisy = (1 - t) * x + t * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+
+    def pool(y):
+        return torch.nn.functional.avg_pool2d(y.flatten(0, 1), space).flatten().double()
+
+    truth, seen = pool(x), pool(noisy)
+    recovered = torch.corrcoef(torch.stack((truth, seen)))[0, 1].square()
+    b = 2 * math.log(space) + math.log(statistics.ratio(space, 1))
+    gate = log_gate(log_snr(torch.tensor([[t]])) + b, torch.zeros(1)).exp()
+    assert float(gate) == pytest.approx(float(recovered), abs=0.02)
+
+
+def test_constants_use_the_detail_band_for_the_finest_scale_only():
+    statistics = Statistics.default(3)
+    fine, coarse = gate_constants((Scale(1, window=2), Scale(1, 2, 4)), 2, 1, statistics)
+    assert fine[0] == pytest.approx(math.log(statistics.detail(2)))
+    assert coarse[0] == pytest.approx(2 * math.log(4) + math.log(statistics.ratio(4, 1)))
+    assert coarse[1] == pytest.approx(2 * math.log(4) + math.log(statistics.ratio(4, 4)))
+    assert fine.rho == pytest.approx(statistics.detail_correlation(2, 1.5))
+    assert coarse.rho_pooled == pytest.approx(statistics.correlation(4, 6))
+    (alone,) = gate_constants((Scale(1),), 2, 1, statistics)
+    assert alone[0] == pytest.approx(2 * math.log(2) + math.log(statistics.ratio(2, 1)))
+
+
+@pytest.mark.parametrize("rho, t_q, t_k", [(0.9, 0.7, 0.3), (0.5, 0.9, 0.1), (0.95, 0.5, 0.5)])
+def test_two_observations_gate_is_the_past_frames_weight_in_the_best_linear_estimate(rho, t_q, t_k):
+    """g is the past frame's weight beside the own noisy frame, in units of an unbiased observation."""
+    torch.manual_seed(0)
+    n = 400_000
+    now = torch.randn(n, dtype=torch.float64)
+    past = rho * now + (1 - rho**2) ** 0.5 * torch.randn(n, dtype=torch.float64)
+    seen = torch.stack([(1 - t) * x + t * torch.randn(n, dtype=torch.float64) for x, t in ((now, t_q), (past, t_k))])
+    weights = torch.linalg.lstsq(seen.T, now[:, None]).solution[:, 0]
+    g = float(weights[1]) * (1 - t_k) * rho
+    snr_q, snr_k = ((1 - t) ** 2 / t**2 for t in (t_q, t_k))
+    effective = effective_log_snr(log_snr(torch.tensor([[t_k]], dtype=torch.float64)), rho)
+    assert float(effective.exp()) == pytest.approx(rho**2 * snr_k / (1 + (1 - rho**2) * snr_k))
+    assert g == pytest.approx(float(effective.exp() / (1 + snr_q + effective.exp())), abs=0.01)
+
+
+def test_interpolation_between_nodes_keeps_the_two_observations_gate():
+    query = torch.linspace(-8, 8, 65, dtype=torch.float64)
+    key = torch.linspace(-8, 5, 53, dtype=torch.float64)
+    exact = torch.nn.functional.logsigmoid(key[None] - torch.nn.functional.softplus(query)[:, None])
+    nodes = log_gate_at_nodes(key[None], torch.zeros(1, dtype=torch.float64))[0, :, 0]  # [keys, nodes]
+    error = node_weights(query) @ nodes.T - exact
+    assert error.abs().max() < 0.25
+    assert (node_weights(query).sum(-1) - 1).abs().max() < 1e-12

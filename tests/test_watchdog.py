@@ -1,0 +1,217 @@
+"""A rank that is lost, stuck or different: the others end in time, each with one line that names it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from gloo_ranks import free_port
+
+from msc.parallel import control_plane, watchdog
+from msc.parallel.consistency import digest, disagreements
+from msc.parallel.watchdog import Place, Watch, verdict
+
+TIMEOUT = 4.0
+SLACK = 8.0  # seconds: the beats to be compared, the grace, a busy machine
+SAID = {
+    "killed": r"rank 1 \(process \d+ on .*\) is silent, last heard of in step 3, reading clips",
+    "stopped": r"rank 1 \(process \d+ on .*\) is silent, last heard of in step 3, reading clips",
+    "held": r"rank 1 \(process \d+ on .*\) is silent, last heard of in step 3, reading clips",
+    "stuck": r"rank 1 \(process \d+ on .*\) is alive but stays behind in step 3, reading clips",
+    "failed": r"rank 1 \(process \d+ on .*\) failed in step 3, reading clips: ValueError: clip 17 is broken",
+}
+
+
+def start(what, ranks=3):
+    address = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
+        subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("watched.py"), what, str(TIMEOUT)], text=True,
+            env={**os.environ, **address, "RANK": str(rank), "TORCH_CPP_LOG_LEVEL": "ERROR"},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for rank in range(ranks)
+    ]  # fmt: skip
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("what", [pytest.param(w, marks=pytest.mark.slow if w == "held" else ()) for w in SAID])
+def test_the_others_end_in_time_and_name_the_rank(what):
+    processes = start(what)
+    try:
+        began = float(processes[1].stdout.readline().removeprefix("at "))
+        for rank in (0, 2):
+            _, said = processes[rank].communicate(timeout=60)
+            assert processes[rank].returncode == 1
+            *stacks, line = said.splitlines()
+            assert bool(stacks) == (what == "stuck"), said
+            assert re.match(f"msc: rank {rank}: {SAID[what]}; waited for in step 3, backward", line), said
+        if what == "held":
+            processes[1].kill()
+            assert re.search(r"Timeout \(0:00:04\)!(.*\n)*.* in happen", processes[1].communicate()[1])
+        if what == "stuck":  # and every rank says where it stood
+            assert any("all_reduce" in line for line in stacks)
+            _, said = processes[1].communicate(timeout=60)
+            assert re.search(r"rank 1 .* stays behind.*(\n.*)*, line \d+ in happen", said), said
+        assert time.time() - began < TIMEOUT + SLACK
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.gloo
+def test_a_phase_longer_than_the_timeout_goes_on():
+    for process in start("slow"):
+        _, said = process.communicate(timeout=60)
+        assert (process.returncode, said) == (0, "")
+
+
+LEAVES = """
+import os, time
+import torch.distributed as dist
+from msc.parallel.watchdog import watching
+store = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=True, wait_for_workers=False)
+with watching(0, 2, 60.0) as at:
+    at.__self__.interval = 0.0  # from the second beat on its thread does nothing but ask the store
+    time.sleep(1.3)
+"""
+
+
+@pytest.mark.gloo
+def test_a_process_ends_in_order_while_its_watch_asks_the_store():
+    """A thread that Python's end finds in the store's C++ code aborts the process; it did about once in eight."""
+    for _ in range(3):
+        environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        done = subprocess.run([sys.executable, "-c", LEAVES], env=environment, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+STALLS = """
+import sys, time
+from pathlib import Path
+from msc.pretrain.tracking.heartbeat import beating
+with beating(Path(sys.argv[1]), 1, seconds=0.1, stall=1.5) as at:
+    for step in range(3):
+        at(step, "forward and backward")
+        time.sleep(0.8)
+    at(7, "reading clips")
+    time.sleep(60)
+"""
+
+
+def test_a_run_in_which_nothing_moves_ends_with_its_stacks(tmp_path):
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", STALLS, tmp_path], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 1
+    said = "msc: rank 0: nothing has moved for 1.5 s (parallel.stall) in step 7, reading clips; the run ends"
+    assert done.stderr.startswith(said)
+    assert "line 10 in <module>" in done.stderr
+    assert 3 < time.monotonic() - began < 30
+
+
+class Store(dist.HashStore):
+    """200 ranks in one long phase, all alive. A request takes 50 ms and `per_key` seconds more for each key that is
+    read; none is answered while `mute`. most: keys read at once."""
+
+    def __init__(self, per_key):
+        super().__init__()
+        self.per_key, self.mute, self.most = per_key, threading.Event(), 0
+
+    def _wait(self, keys=0):
+        time.sleep(0.05 + self.per_key * keys)
+        while self.mute.is_set():
+            time.sleep(0.1)
+
+    def set(self, key, value):
+        self._wait()
+
+    def check(self, keys):
+        self._wait()
+        return keys != [watchdog.VERDICT]
+
+    def multi_get(self, keys):
+        self.most = max(self.most, len(keys))
+        self._wait(len(keys))
+        ranks = [int(key.rsplit("/", 1)[1]) for key in keys]
+        return [json.dumps(asdict(Place(r, "host", 7, count=1, beat=time.monotonic_ns(), stood=9.0))) for r in ranks]
+
+    def get(self, key):
+        return self.multi_get([key])[0]
+
+
+def test_a_slow_store_ends_nobody_before_it_is_mute_for_the_timeout(monkeypatch):
+    """Three cases side by side; the second store takes 2.5 s for all ranks: longer than a judge waits."""
+    cases = [(0, Store(0.0)), (0, Store(0.0125)), (7, Store(0.0))]
+    stopped = {}
+    monkeypatch.setattr(watchdog, "GRACE", 0.0)
+    monkeypatch.setattr(Watch, "_stop", lambda self, found: stopped.setdefault(self, (found, time.monotonic())))
+    watches = []
+    for rank, store in cases:
+        monkeypatch.setattr(control_plane, "open_store", lambda timeout, store=store: store)
+        watches.append(Watch(rank, 200, 3.0))
+        watches[-1].at(0, "long")
+    time.sleep(7.5)  # all ranks are late, and rank 0 has tried to read them twice
+    assert not stopped
+    assert [store.most for _, store in cases] == [200, 200, 1]
+    for _, store in cases:
+        store.mute.set()
+    began = time.monotonic()
+    time.sleep(4.5)
+    for _, store in cases:
+        store.mute.clear()
+    for watched in watches:
+        watched.end()
+    assert not any(thread.name == "watch" for thread in threading.enumerate())
+    for watched in watches:
+        found, at = stopped[watched]
+        assert found == watchdog.UNANSWERED
+        assert at - began > 2.0
+
+
+@pytest.mark.gloo
+def test_ranks_that_differ_are_named_before_anything_starts():
+    for process in start("differ"):
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert said == "msc: the ranks do not run the same: rank 1 has optimizer.lr = 0.2, rank 0 has 0.1\n"
+
+
+def test_the_majority_is_right():
+    facts = [{"a": 1, "b": 2}, {"a": 3, "b": 2}, {"a": 3}]
+    assert disagreements(facts) == ["rank 0 has a = 1, rank 1 has 3", "rank 2 has b = None, rank 0 has 2"]
+    assert disagreements([{"a": 1}] * 4) == []
+
+
+def test_the_code_that_ranks_compare_is_what_is_in_its_files(tmp_path):
+    found = []
+    for name, text in (("a.py", "x = 1"), ("a.py", "x = 2"), ("b.py", "x = 2"), ("deep/er.py", ""), ("notes.txt", "")):
+        path = tmp_path / "code" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        found.append(digest([tmp_path / "code"]))
+    assert len(set(found)) == 4 and found[-1] == found[-2]
+
+
+def test_a_verdict_names_the_silent_before_the_slow():
+    def place(rank, count, beat, stood=9.0):
+        return Place(rank, "host", 7, 1, "here", count, beat, stood)
+
+    before = {0: place(0, 5, 1), 1: place(1, 4, 1), 2: place(2, 5, 1)}
+    alive = {rank: place(rank, p.count, 2) for rank, p in before.items()}
+    assert verdict(0, before, alive, 3, 8.0) == "rank 1 (process 7 on host) is alive but stays behind in step 1, here"
+    assert verdict(1, before, alive, 3, 8.0) == ""  # not of itself
+    assert verdict(0, before, alive, 3, 10.0) == ""  # nobody has waited so long
+    assert verdict(0, before, {**alive, 2: before[2]}, 3, 8.0).startswith("rank 2 (process 7 on host) is silent")
+    assert verdict(2, before, {**alive, 2: before[2]}, 3, 10.0) == ""
+    assert verdict(0, before, alive, 4, 8.0) == "rank 3 has never been heard of"
+    assert verdict(0, before, {rank: place(rank, 5, 2) for rank in before}, 3, 8.0) == ""

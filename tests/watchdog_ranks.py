@@ -1,0 +1,60 @@
+"""A rank that takes steps with the others until something happens to one of them; started by test_watchdog.py."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from msc.parallel import process_group, watchdog
+from msc.parallel.consistency import agree
+from msc.parallel.watchdog import watching
+
+
+def main(what: str, timeout: float) -> None:
+    if what == "slow":
+        watchdog.GRACE = 0.5
+    world = process_group.join(60)
+    group = dist.new_group(timeout=timedelta(seconds=timeout))
+    with watching(world.rank, world.size, timeout) as at:
+        agree({"optimizer.lr": 0.2 if what == "differ" and world.rank == 1 else 0.1, "torch": torch.__version__})
+        for step in range(1000):
+            at(step, "reading clips")
+            if world.rank == 1 and step == 3:
+                time.sleep(1.0)  # a beat, which tells the others that we got here
+                print(f"at {time.time()}", flush=True)
+                happen(what)
+            if what == "slow" and step == 1:  # longer than the timeout and the grace, but nobody waits so long
+                time.sleep(timeout + (4.5 if world.rank == 0 else 2.5))
+            at(step, "backward")
+            dist.all_reduce(torch.ones(1), group=group)
+            if what == "slow" and step == 2:
+                break
+    process_group.leave()
+
+
+def happen(what: str) -> None:
+    if what == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if what == "stuck":
+        time.sleep(1000)
+    if what == "held":  # a C call that keeps the interpreter lock
+        ctypes.PyDLL(None).sleep(20)
+    if what == "failed":
+        raise ValueError("clip 17 is broken")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1], float(sys.argv[2]))
+    except Exception as error:
+        print(f"msc: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
