@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from msc.parallel.console import configure_logging
+
 from . import commands
 
 LEFT_OVER = {"train": "items", "plan": "items", "convert": "sources"}  # positionals that may also follow options
@@ -22,8 +24,8 @@ SENDABLE = ("train", "convert", "evaluate", "sample", "export")  # what may foll
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one `msc` command line (default: the process's own). Returns the exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    args = parse(arguments)
+    configure_logging()
+    args = parse(list(sys.argv[1:] if argv is None else argv))
     try:
         code = int(args.function(args))
         sys.stdout.flush()
