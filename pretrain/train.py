@@ -34,8 +34,8 @@ from .checkpoints.async_writer import Writer
 from .config import Config, dump, flat
 from .diffusion.autoencoder import open_autoencoder
 from .diffusion.rectified_flow import frame_losses, frame_shift
-from .evaluation.evaluate import preview
-from .evaluation.held_out_loss import Losses, held_out_losses
+from .evaluation.held_out_loss import LossByNoise, held_out_losses
+from .inference.preview import write_preview
 from .kernels.compile_helpers import pieces
 from .optimizer import set_schedule
 from .parallelize import build, clip_of, make_mesh, own_timeline, parallelize
@@ -210,7 +210,7 @@ def _train(
         at(step, "held-out loss")
         with deepspeed_zero.averaged_weights(engine):
             losses = held_out_losses(engine.module, config, shards, feeds, mesh.dp, mesh.dp_rank)
-            pictures = preview(engine.module, config, shards, feeds, run, step, world.rank) if step else []
+            pictures = write_preview(engine.module, config, shards, feeds, run, step, world.rank) if step else []
         tracker.log(losses.metrics("held_out/"), step)
         for picture in pictures if world.first else []:
             tracker.artifact(picture, "samples")
@@ -221,7 +221,7 @@ def _train(
     try:
         if step == 0 and config.train.evaluate:
             look()
-        losses = Losses.zeros(world.device)
+        losses = LossByNoise.zeros(world.device)
         while clock < config.train.clips:
             # One step: all its clips, their noise, and how many frames count over all ranks
             at(step, "reading clips")
@@ -246,7 +246,7 @@ def _train(
 
             # Forward and backward; a rank's share of the global loss, times the world DeepSpeed averages over
             at(step, "forward and backward")
-            of_step, errors_of_step = Losses.zeros(world.device), []
+            of_step, errors_of_step = LossByNoise.zeros(world.device), []
             for clips_of_part in micro_batches(clips_of_step, micro):
                 with meter.waiting():
                     part = feed(clips_of_part)
@@ -305,7 +305,7 @@ def _train(
                     bar.set_postfix(loss=f"{losses.mean:.4f}")
                     if bar.disable:
                         print(progress(step, config.train.steps, values), file=sys.stderr, flush=True)
-                losses = Losses.zeros(world.device)
+                losses = LossByNoise.zeros(world.device)
             if step % config.checkpoint.every == 0 and not done:
                 save()
             if config.train.evaluate and step % config.train.evaluate == 0 and not done:

@@ -20,8 +20,8 @@ from msc.pretrain.checkpoints import format as checkpoint_format
 from msc.pretrain.evaluation.confidence import summed
 from msc.pretrain.evaluation.evaluate import table_of, with_differences
 from msc.pretrain.export import export as exports
-from msc.pretrain.export.export import export, split
 from msc.pretrain.export import model_card
+from msc.pretrain.export.export import export, split
 from msc.pretrain.model.transformer import MSCTransformer
 
 SMALL = 40_000  # bytes of a file, so that the small model takes several
@@ -368,7 +368,7 @@ def write_evaluation(path, step, against, weights="ema"):
     rows = with_differences({("psnr_by_horizon", name): part for name, part in clips.items()})
     assert ("psnr_by_horizon", "sample - other's") in rows
     result = {
-        "step": step, "weights": exported_weights, "clips": 3, "against": {"run": str(against), "step": 40},
+        "step": step, "weights": weights, "clips": 3, "against": {"run": str(against), "step": 40},
         "tables": {"psnr_by_horizon": table_of("psnr_by_horizon", rows).json()},
     }  # fmt: skip
     path.write_text(json.dumps(result))

@@ -18,7 +18,7 @@ from msc.launch.planning.plan import plan, plans, roll_out, zero_bytes
 from msc.launch.planning.report import describe, read_expected
 from msc.parallel.deepspeed_zero import ZeroConfig
 from msc.pretrain import cost
-from msc.pretrain.diffusion.sampler import Cache, remember
+from msc.pretrain.diffusion.sampler import Cache, extend_cache
 from msc.pretrain.model.scales import Scale
 from msc.pretrain.model.transformer import ModelConfig, MSCTransformer
 from msc.pretrain.optimizer import OptimizerConfig, make_optimizer, set_schedule
@@ -68,7 +68,7 @@ def test_caches_of_a_roll_out_hold_what_is_planned(units, per_unit):
     )
     cache = Cache()
     for _ in range(units):
-        remember(model, cache, torch.randn(2, per_unit, 3, 8, 12))
+        extend_cache(model, cache, torch.randn(2, per_unit, 3, 8, 12))
     assert cost.cache_bytes(model.config, units, 4, 6, batch=2) == cache.bytes
     assert roll_out(model.config, (4, 6), H100, units).memory["caches"] == cache.bytes / 2
 

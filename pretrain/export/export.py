@@ -24,8 +24,9 @@ from ..checkpoints import directory as checkpoint_directory
 from ..checkpoints import format as checkpoint_format
 from ..checkpoints.exported_weights import FORMAT, Shapes, header, open_safetensors, shortened
 from ..config import Config
+from ..inference.load import read_run
 from ..model.transformer import MSCTransformer
-from ..run_folder import LatentSpace, read_run
+from ..run_folder import LatentSpace
 from . import model_card
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
