@@ -22,8 +22,8 @@ from msc.datasets.files import Forgiving, append_line, write_atomically
 from msc.datasets.loading.dataloader import loader
 from msc.datasets.loading.mixture import Shards, check_sizes, open_shards
 from msc.parallel import consistency, control_plane, deepspeed_zero, fp8, process_group
-from msc.parallel.mesh import scattered
-from msc.parallel.watchdog import of_communication, watching
+from msc.parallel.mesh import placement_warning
+from msc.parallel.watchdog import is_communication_error, watch_ranks
 
 from . import cost
 from .batch_inputs import Feed, micro_batches, noise_beside
@@ -65,12 +65,12 @@ def train(
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2)  # "where are you?": all stacks to stderr, also while a C call never returns
     with stop_signals() as stopping:
-        world = process_group.join(config.parallel.timeout)
+        world = process_group.join_process_group(config.parallel.timeout)
         # Again, and for good: since the command line looked, imports and waiting for all ranks have taken their time.
-        control_plane.on_first(partial(heartbeat.claim, run, world.size, checkpoint_format.say))
+        control_plane.run_on_rank_0(partial(heartbeat.acquire_run, run, world.size, checkpoint_format.say))
         with (
-            heartbeat.beating(run if world.first else None, world.size, stall=config.parallel.stall) as beat,
-            watching(world.rank, world.size, process_group.patience(config.parallel.timeout)) as watched,
+            heartbeat.write_heartbeat(run if world.first else None, world.size, stall=config.parallel.stall) as beat,
+            watch_ranks(world.rank, world.size, process_group.collective_timeout(config.parallel.timeout)) as watched,
         ):
 
             def at(step: int, phase: str) -> None:
@@ -82,24 +82,24 @@ def train(
 
 def _train(
     config: Config, run: Path, resume: bool, back_to: str | None, again: bool, expected: Expected | None,
-    stopping: list[int], world: process_group.World, at: Callable[[int, str], None],
+    stopping: list[int], world: process_group.RankInfo, at: Callable[[int, str], None],
 ) -> int:  # fmt: skip
     # The world: who we are, and which part of every clip is ours ------------------------------------
     shards = open_shards(config.data)
     config = resolve(config, shards.index)
-    consistency.agree(
-        {**flat(config), **checkpoint_format.versions(), "code": consistency.digest(PACKAGES),
+    consistency.check_consistency(
+        {**flat(config), **checkpoint_format.library_versions(), "code": consistency.source_digest(PACKAGES),
          "run": str(run.absolute()),
          "resume": resume, "back to": back_to, "again": again,
          "index.json": " ".join(found.digest for found in shards.sets)}
     )  # fmt: skip
     versions = {
-        **checkpoint_format.versions(),
-        **control_plane.on_first(code_version),
+        **checkpoint_format.library_versions(),
+        **control_plane.run_on_rank_0(code_version),
     }  # git, on a node that is not in a hurry
-    control_plane.on_first(partial(check_sizes, shards), patient=True)
+    control_plane.run_on_rank_0(partial(check_sizes, shards), patient=True)
     mesh = make_mesh(world.size, config.parallel.sp, world.device.type)
-    if (told := scattered(control_plane.gather(socket.gethostname()), config.parallel.sp)) and world.first:
+    if (told := placement_warning(control_plane.gather_objects(socket.gethostname()), config.parallel.sp)) and world.first:
         checkpoint_format.say(told)
     # of every bucket: where our frames lie in its clips, and which those are
     timelines = [own_timeline(mesh, config.model, config.parallel, clip_of(config.model, config.parallel, *size))
@@ -109,13 +109,13 @@ def _train(
     # The model, the same on every rank until DeepSpeed shards it -------------------------------------
     torch.manual_seed(config.train.seed)
     if config.train.init_from and not (
-        resume and control_plane.on_first(lambda: bool(checkpoint_directory.candidates(run)))
+        resume and control_plane.run_on_rank_0(lambda: bool(checkpoint_directory.resume_candidates(run)))
     ):
         source = Path(config.train.init_from)
-        newest = control_plane.on_first(
+        newest = control_plane.run_on_rank_0(
             partial(checkpoint_directory.latest, source)
         )  # a run that is still training may save meanwhile
-        with initialize_from.start(source, config.model, shards.index.autoencoder, newest) as (begun, fill):
+        with initialize_from.open_initial_weights(source, config.model, shards.index.autoencoder, newest) as (begun, fill):
             model = build(config.model, config.parallel, world.device, fill)
         for line in begun if world.first else []:
             checkpoint_format.say(line)
@@ -126,21 +126,21 @@ def _train(
     # Where we are: the sample clock counts clips over all ranks and is all that order and schedules need
     writer = Writer(run, config.checkpoint, config.parallel.timeout)
     if back_to is not None:
-        control_plane.on_first(partial(rollback.roll_back, run, back_to, again))
-    left_out = control_plane.on_first(partial(rollback.read_left_out, run))
+        control_plane.run_on_rank_0(partial(rollback.roll_back, run, back_to, again))
+    left_out = control_plane.run_on_rank_0(partial(rollback.read_excluded_ranges, run))
     before = checkpoint_format.load_newest(run, engine) if resume else {}
     clock, step, history = before.get("clock", 0), before.get("step", 0), spike_guard.History.read(before.get("guard"))
     if before:
         writer.step = step  # it need not be written again
     writer.reserve(engine)
     if world.first:
-        for change in checkpoint_format.changes(before, shards.samples("train"), order_settings(config, shards)):
+        for change in checkpoint_format.resume_differences(before, shards.samples("train"), order_settings(config, shards)):
             print(f"msc: {change}", file=sys.stderr, flush=True)
         run.mkdir(parents=True, exist_ok=True)
         write_atomically(run / "config.yaml", dump(config).encode())
         write_space(run, LatentSpace.of(shards.index))
         for name in ("log.jsonl", "skipped.jsonl", "broken.jsonl", "held_out.jsonl"):
-            rollback.forget_after(run / name, step)
+            rollback.truncate_jsonl(run / name, step)
 
     # The data: this rank's rows and frames, from this clock on ---------------------------------------
     autoencoder = open_autoencoder(shards.index.autoencoder, world.device)
@@ -174,7 +174,7 @@ def _train(
         max_bad=config.data.max_bad,
         attach=noise_beside(feeds, sizes(shards)),
     )
-    known = control_plane.on_first(partial(read_broken, run))
+    known = control_plane.run_on_rank_0(partial(read_broken, run))
     broken = Broken(run, shards.samples("train"), config.data.max_bad, known)
     # What is told, and to whom -----------------------------------------------------------------------
     tracker = Tracker(config.metrics)
@@ -230,15 +230,15 @@ def _train(
             at(step, "counting frames")
             feed = feeds[clips_of_step.bucket]
             supervised, unread = (feed.levels(clips_of_step) > 0).sum(), len(clips_of_step.broken)
-            counted, stop, bad = process_group.total_of(
+            counted, stop, bad = process_group.all_reduce_sum(
                 torch.tensor([float(supervised), float(bool(stopping)), float(unread)], device=world.device)
             ).tolist()
             if stop:
                 break
             if bad:
-                met = control_plane.gather(clips_of_step.broken)
+                met = control_plane.gather_objects(clips_of_step.broken)
                 broken.note(step, (pair for pairs in met for pair in pairs), world.first)
-            if rollback.left_out(left_out, clock, batch):
+            if rollback.is_excluded(left_out, clock, batch):
                 step, clock = step + 1, clock + batch
                 bar.update()
                 continue
@@ -265,13 +265,13 @@ def _train(
             history = spike_guard.after(config.guard, history, of_step.mean, norm, objected)
             step, clock = step + 1, clock + batch
             if objected:
-                found = control_plane.gather(rollback.suspects(clips_of_step, errors_of_step))
+                found = control_plane.gather_objects(rollback.clip_losses(clips_of_step, errors_of_step))
                 if world.first:
                     tracker.log({"skipped": history.skipped}, step)
-                    rollback.note_skipped(run, step, clock - batch, batch, objected, found)
+                    rollback.record_skipped_step(run, step, clock - batch, batch, objected, found)
                 if history.in_a_row >= config.guard.stop_after:
                     writer.leave(others_live=True)  # the last checkpoint is one to go back to, once it is whole
-                    raise Repeats(rollback.too_many(run, step, history.in_a_row, objected))
+                    raise Repeats(rollback.too_many_skipped_message(run, step, history.in_a_row, objected))
             else:
                 losses.merge(of_step)
             meter.step(batch * tokens[clips_of_step.bucket], batch, batch * flops[clips_of_step.bucket])
@@ -323,14 +323,14 @@ def _train(
         state = "KILLED"
         raise
     except Exception as error:
-        writer.leave(others_live=not of_communication(error))
+        writer.leave(others_live=not is_communication_error(error))
         raise
     finally:
         bar.close()
         clips.close()
         tracker.finish(state)
         if state != "FAILED":  # after a failure the others may hang in a collective: do not wait for them
-            process_group.leave()
+            process_group.leave_process_group()
 
 
 def order_settings(config: Config, shards: Shards) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from msc.pretrain.optimizer import OptimizerConfig, make_optimizer
 
 FACTS = {
     "clock": 8,
-    "versions": checkpoint_format.versions(),
+    "versions": checkpoint_format.library_versions(),
     "config": {"train.clips": 80, "parallel.sp": 1, "parallel.zero.stage": 0},
 }
 

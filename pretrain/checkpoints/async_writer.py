@@ -26,7 +26,7 @@ from msc.datasets.files import write_atomically
 from msc.parallel import control_plane, deepspeed_zero
 
 from . import directory as checkpoint_directory
-from .exported_weights import header
+from .exported_weights import safetensors_header
 from .format import CheckpointConfig, say
 
 CHUNK = 1 << 23  # bytes written at a time; writing and hashing them lets other threads run
@@ -59,8 +59,8 @@ class Writer:
     def __init__(self, run: Path, config: CheckpointConfig, timeout_s: float):
         self.run, self.config, self.timeout_s = run, config, timeout_s
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.session = control_plane.on_first(self._begin)
-        self.store = control_plane.open_store(timeout_s)
+        self.session = control_plane.run_on_rank_0(self._begin)
+        self.store = control_plane.connect_store(timeout_s)
         self._buffer: Tensor | None = None
         self._thread: threading.Thread | None = None
         self._failure, self._begun = "", 0
@@ -73,8 +73,8 @@ class Writer:
         numel = sum(value.numel() for piece in self._pieces(engine) for value in piece.state.values())
         self._buffer = pinned(numel) if torch.cuda.is_available() and numel else torch.empty(numel)
 
-    def _pieces(self, engine: Any) -> list[deepspeed_zero.Piece]:
-        return deepspeed_zero.pieces(engine, (self.rank, self.world))
+    def _pieces(self, engine: Any) -> list[deepspeed_zero.LocalSlice]:
+        return deepspeed_zero.local_slices(engine, (self.rank, self.world))
 
     def _begin(self) -> str:
         checkpoint_directory.remove_unfinished(self.run)
@@ -93,9 +93,9 @@ class Writer:
         meta = {
             "format": checkpoint_directory.FORMAT,
             "step": step,
-            "adam_steps": deepspeed_zero.steps_taken(engine),
+            "adam_steps": deepspeed_zero.adam_steps(engine),
             "world": self.world,
-            "parameters": deepspeed_zero.shapes(engine),
+            "parameters": deepspeed_zero.parameter_shapes(engine),
             **facts,
         }
         self.step, self._begun = step, self._begun + 1
@@ -116,7 +116,7 @@ class Writer:
 
     def finish(self) -> None:
         """`wait` on all ranks together: none may end, and with rank 0 the store, before all know the outcome."""
-        for failure in control_plane.gather(self._join()):
+        for failure in control_plane.gather_objects(self._join()):
             if failure:
                 raise OSError(failure)
 
@@ -167,7 +167,7 @@ class Writer:
     def _write(self, step: int, layout: dict[str, tuple[int, int]], meta: dict[str, Any]) -> str:
         """Write this rank's file, and on rank 0 publish all of them; what went wrong, the same on every rank."""
         assert self._buffer is not None
-        aside = checkpoint_directory.folder(self.run) / f".{checkpoint_directory.name_of(step)}.writing-{self.session}"
+        aside = checkpoint_directory.checkpoints_dir(self.run) / f".{checkpoint_directory.checkpoint_name(step)}.writing-{self.session}"
         report: dict[str, Any] = {"file": f"rank-{self.rank:05d}.safetensors"}
         try:
             aside.mkdir(parents=True, exist_ok=True)
@@ -177,7 +177,7 @@ class Writer:
         topic = f"msc/checkpoint/{self.session}/{self._begun}"
         self.store.set(f"{topic}/{self.rank}", json.dumps(report))
         if self.rank != 0:
-            (verdict,) = control_plane.await_keys(self.store, [f"{topic}/verdict"], 2 * SLOWEST)  # rank 0 waits for all
+            (verdict,) = control_plane.wait_for_keys(self.store, [f"{topic}/verdict"], 2 * SLOWEST)  # rank 0 waits for all
             return verdict.decode()
         keys, failure = [f"{topic}/{rank}" for rank in range(self.world)], "rank 0 has ended"
         try:
@@ -199,7 +199,7 @@ class Writer:
 
     def _publish(self, aside: Path, step: int, meta: dict[str, Any], keys: list[str]) -> str:
         """On rank 0: once all ranks have reported under `keys`, publish their files, or say what went wrong."""
-        reports = [json.loads(told) for told in control_plane.await_keys(self.store, keys, SLOWEST)]
+        reports = [json.loads(told) for told in control_plane.wait_for_keys(self.store, keys, SLOWEST)]
         if failure := "; ".join(r["error"] for r in reports if "error" in r):
             return failure
         files, sizes = ({r["file"]: r[fact] for r in reports} for fact in ("sha256", "bytes"))
@@ -213,7 +213,7 @@ def write_slices(path: Path, buffer: Tensor, layout: dict[str, tuple[int, int]])
 
     Not safetensors' own writer, which holds on to Python's lock and so would stop the training that goes on.
     """
-    head = header({name: (end - start,) for name, (start, end) in layout.items()})
+    head = safetensors_header({name: (end - start,) for name, (start, end) in layout.items()})
     data = buffer.numpy().view(np.uint8).data
     sha = hashlib.sha256()
     with path.open("wb", buffering=0) as file:

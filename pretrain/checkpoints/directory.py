@@ -23,11 +23,11 @@ FORMAT = 2  # 1: rotary embedding paired other channels of a head, so that its w
 NAME = re.compile(r"step-\d{8,}")
 
 
-def folder(run: Path) -> Path:
+def checkpoints_dir(run: Path) -> Path:
     return run / "checkpoints"
 
 
-def name_of(step: int) -> str:
+def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
@@ -35,26 +35,26 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def checkpoints(run: Path) -> list[Path]:
+def list_checkpoints(run: Path) -> list[Path]:
     """All published checkpoints, oldest first, whole or not."""
-    there = folder(run).glob("step-*") if folder(run).is_dir() else ()
+    there = checkpoints_dir(run).glob("step-*") if checkpoints_dir(run).is_dir() else ()
     return sorted((path for path in there if NAME.fullmatch(path.name)), key=step_of)
 
 
-def candidates(run: Path) -> list[Path]:
+def resume_candidates(run: Path) -> list[Path]:
     """What training may go on from, best first: the one that `latest` names, then ever older ones."""
-    pointer = folder(run) / "latest"
+    pointer = checkpoints_dir(run) / "latest"
     named = pointer.read_text().strip() if pointer.is_file() else ""
     newest = int(named.removeprefix("step-")) if NAME.fullmatch(named) else None
-    return [path for path in reversed(checkpoints(run)) if newest is None or step_of(path) <= newest]
+    return [path for path in reversed(list_checkpoints(run)) if newest is None or step_of(path) <= newest]
 
 
 def latest(run: Path) -> Path | None:
     """The checkpoint that `latest` names, None where there is none; ValueError if it is not complete."""
-    pointer = folder(run) / "latest"
+    pointer = checkpoints_dir(run) / "latest"
     if not pointer.is_file():
         return None
-    path = folder(run) / pointer.read_text().strip()
+    path = checkpoints_dir(run) / pointer.read_text().strip()
     if not (path / "meta.json").is_file():
         raise ValueError(
             f"{pointer} names {path.name}, which is not a complete checkpoint; `msc train --resume` finds an older one"
@@ -64,16 +64,16 @@ def latest(run: Path) -> Path | None:
 
 def named(wanted: str) -> str:
     """The name of the checkpoint that a user names by step or folder."""
-    return name_of(int(wanted)) if wanted.isdecimal() else Path(wanted).name
+    return checkpoint_name(int(wanted)) if wanted.isdecimal() else Path(wanted).name
 
 
 def find(run: Path, wanted: str) -> Path:
     """The checkpoint of a run that a user names by step or folder; ValueError if there is no such."""
     name = named(wanted)
-    for path in checkpoints(run):
+    for path in list_checkpoints(run):
         if path.name == name and (wanted.isdecimal() or path.resolve() == Path(wanted).resolve()):
             return path
-    steps = ", ".join(str(step_of(path)) for path in checkpoints(run)) or "none"
+    steps = ", ".join(str(step_of(path)) for path in list_checkpoints(run)) or "none"
     raise ValueError(f"{wanted} is not a checkpoint of {run}; it has those of steps: {steps}")
 
 
@@ -109,13 +109,13 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 def newest_meta(run: Path) -> dict[str, Any] | None:
     """What the newest readable checkpoint says; a damaged one is passed over here, as it is when loading."""
-    for path in candidates(run):
+    for path in resume_candidates(run):
         with suppress(ValueError):
             return read_meta(path)
     return None
 
 
-def damage(path: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
+def verify(path: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
     """What is wrong with a checkpoint, nothing if it is whole. share: (n, parts), to read only that part of it."""
     try:
         meta = read_meta(path)
@@ -145,21 +145,21 @@ def digest(file: Path) -> str:
 
 def publish(run: Path, aside: Path, step: int) -> Path:
     """Give a finished checkpoint its name, then let `latest` name it: a crash between leaves the previous one."""
-    target, old = folder(run) / name_of(step), folder(run) / f".{name_of(step)}.old"
+    target, old = checkpoints_dir(run) / checkpoint_name(step), checkpoints_dir(run) / f".{checkpoint_name(step)}.old"
     if target.exists():  # of the same step, before the run went back
         target.rename(old)
     aside.rename(target)
     sync_folder(target.parent)
-    point_to(run, target)
+    set_latest(run, target)
     shutil.rmtree(old, ignore_errors=True)
     return target
 
 
-def point_to(run: Path, path: Path) -> None:
-    write_atomically(folder(run) / "latest", path.name.encode())
+def set_latest(run: Path, path: Path) -> None:
+    write_atomically(checkpoints_dir(run) / "latest", path.name.encode())
 
 
-def superseded(steps: list[int], step: int, keep: int, keep_every: int) -> list[int]:
+def steps_to_prune(steps: list[int], step: int, keep: int, keep_every: int) -> list[int]:
     """Which checkpoints go when that of `step` is whole: all but the last `keep` and those of every
     `keep_every`-th step (0: none). Later ones than `step` are not counted: the run has gone back before them."""
     until = sorted(s for s in steps if s <= step)
@@ -167,11 +167,11 @@ def superseded(steps: list[int], step: int, keep: int, keep_every: int) -> list[
 
 
 def prune(run: Path, step: int, keep: int, keep_every: int) -> None:
-    for old in superseded([step_of(path) for path in checkpoints(run)], step, keep, keep_every):
-        shutil.rmtree(folder(run) / name_of(old), ignore_errors=True)
+    for old in steps_to_prune([step_of(path) for path in list_checkpoints(run)], step, keep, keep_every):
+        shutil.rmtree(checkpoints_dir(run) / checkpoint_name(old), ignore_errors=True)
 
 
-def set_aside(path: Path, why: str) -> Path:
+def rename_aside(path: Path, why: str) -> Path:
     """Rename a checkpoint to `why-step-…`, so that nothing goes on from it."""
     target = path.with_name(f"{why}-{path.name}")
     shutil.rmtree(target, ignore_errors=True)
@@ -180,26 +180,26 @@ def set_aside(path: Path, why: str) -> Path:
 
 def remove_unfinished(run: Path) -> None:
     """What a killed run was writing."""
-    if folder(run).is_dir():
+    if checkpoints_dir(run).is_dir():
         for pattern in (".step-*.writing*", ".step-*.old"):
-            for aside in folder(run).glob(pattern):
+            for aside in checkpoints_dir(run).glob(pattern):
                 shutil.rmtree(aside, ignore_errors=True)
 
 
 # `msc checkpoints` ---------------------------------------------------------------------------------------
 
 
-def table(run: Path, verify: bool = False) -> tuple[str, bool]:
+def checkpoint_table(run: Path, verify: bool = False) -> tuple[str, bool]:
     """The checkpoints of a run as text, and whether all are whole as far as was looked."""
     if not (run / "config.yaml").is_file():
         raise FileNotFoundError(f"{run} is not a run folder: it has no config.yaml")
-    next_one = next(iter(candidates(run)), None)
+    next_one = next(iter(resume_candidates(run)), None)
     lines = [
         f"{'step':>9} {'clips seen':>12} {'of':>12} {'written':<19} {'world':>5} {'sp':>3} {'zero':>4} {'MB':>9}  state"
     ]
     good = True
-    for path in checkpoints(run):
-        problems = damage(path) if verify else []
+    for path in list_checkpoints(run):
+        problems = verify(path) if verify else []
         try:
             meta = read_meta(path)
         except ValueError as error:

@@ -42,7 +42,7 @@ def stall(args: argparse.Namespace, folder: Path) -> None:
     from msc.pretrain.parallelize import ParallelConfig, build, parallelize
 
     os.environ.update(rank_environment(os.environ, 0, 1, free_port()))
-    world = process_group.join(60)
+    world = process_group.join_process_group(60)
     torch.manual_seed(0)
     config = ModelConfig(
         width=args.width, depth=args.depth, scales=default_scales(8, patch_window=None), patch=2, channels=4
@@ -95,7 +95,7 @@ def stall(args: argparse.Namespace, folder: Path) -> None:
         print(f"{way:<10} {values} {share:>15.1%}  ({min(stalls[way]):.1%} to {max(stalls[way]):.1%})")
     ratio = statistics.median(stalls["beside"]) / statistics.median(stalls["before"])
     print(f"beside / before: {ratio:.1%} of the stall")
-    process_group.leave()
+    process_group.leave_process_group()
 
 
 # Restart ---------------------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def rank() -> None:
 
     case = json.loads(os.environ["CASE"])
     process_group.keep_freed_memory = lambda: None  # what it keeps is no peak of the model's
-    world = process_group.join(300)
+    world = process_group.join_process_group(300)
     config, index = configure(case)
     mesh = make_mesh(world.size, config.parallel.sp, "cpu")
     clip = clip_of(config.model, config.parallel, index.frames, index.height, index.width)
@@ -96,7 +96,7 @@ def rank() -> None:
         events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
     allocated = max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]")
     print(f"peak {allocated} {resident}", flush=True)
-    process_group.leave()
+    process_group.leave_process_group()
 
 
 def held(what: str) -> int:

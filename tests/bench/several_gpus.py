@@ -123,13 +123,13 @@ def jobs_of(args: argparse.Namespace) -> list[dict[str, Any]]:
 @contextmanager
 def nothing_sent() -> Iterator[None]:
     """Messages along time stay away inside the block: receivers get random numbers at once, of ordinary size."""
-    post, wait = collectives.post, collectives.wait
-    collectives.post = lambda x, route: x.new_empty(sum(route.takes)).uniform_(0.1, 0.9)
-    collectives.wait = lambda x, route: x
+    post, wait = collectives.start_all_to_all, collectives.wait_all_to_all
+    collectives.start_all_to_all = lambda x, route: x.new_empty(sum(route.takes)).uniform_(0.1, 0.9)
+    collectives.wait_all_to_all = lambda x, route: x
     try:
         yield
     finally:
-        collectives.post, collectives.wait = post, wait
+        collectives.start_all_to_all, collectives.wait_all_to_all = post, wait
 
 
 def awake(name: str, part: torch.nn.Module) -> None:
@@ -139,7 +139,7 @@ def awake(name: str, part: torch.nn.Module) -> None:
 
 
 def training_step(
-    args: argparse.Namespace, world: process_group.World, mesh: Any, job: dict[str, Any]
+    args: argparse.Namespace, world: process_group.RankInfo, mesh: Any, job: dict[str, Any]
 ) -> Callable[[], Any]:
     """A function that takes one step and returns this rank's share of the loss."""
     config, index = configure(args, job)
@@ -189,7 +189,7 @@ def agreed(yes: bool) -> bool:
     return bool(answer)
 
 
-def measure(args: argparse.Namespace, world: process_group.World, mesh: Any, job: dict[str, Any]) -> dict[str, Any]:
+def measure(args: argparse.Namespace, world: process_group.RankInfo, mesh: Any, job: dict[str, Any]) -> dict[str, Any]:
     """Median seconds of a step, its CPU's and those without messages, memory of the fullest GPU, loss of first and last
     step."""
     on_gpu = world.device.type == "cuda"
@@ -266,7 +266,7 @@ def rank() -> None:
     """Measure one job after the other, and end at the first that fails: the launcher starts the rest anew."""
     given = json.loads(os.environ["SEVERAL_GPUS"])
     args, folder = argparse.Namespace(**given["args"]), Path(given["folder"])
-    world = process_group.join(args.limit)
+    world = process_group.join_process_group(args.limit)
     mesh = make_mesh(world.size, given["jobs"][0]["ranks"], world.device.type)
     for job in given["jobs"]:
         if not agreed(time.time() < given["end"]):
@@ -290,7 +290,7 @@ def rank() -> None:
         if world.device.type == "cuda":
             torch.cuda.empty_cache()
     faulthandler.cancel_dump_traceback_later()
-    process_group.leave()
+    process_group.leave_process_group()
 
 
 # What is printed -------------------------------------------------------------------------------------------
