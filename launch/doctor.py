@@ -289,7 +289,7 @@ def open_files() -> list[Check]:
     """For how many ranks the first of them could keep connections."""
     if attempt("torch"):
         return []
-    from msc.parallel.process_group import OPEN_FILES_PER_RANK, OPEN_FILES_BASE
+    from msc.parallel.process_group import OPEN_FILES_BASE, OPEN_FILES_PER_RANK
 
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if hard == resource.RLIM_INFINITY:

@@ -19,20 +19,20 @@ Index = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class AllToAll:
-    """How many numbers each rank of a group gets from this one, and gives it; `what` names them to the user."""
+    """How many numbers each rank of a group gets from this one, and send_counts it; `what` names them to the user."""
 
     group: str
-    gives: tuple[int, ...]
-    takes: tuple[int, ...]
+    send_counts: tuple[int, ...]
+    receive_counts: tuple[int, ...]
     what: str
 
     def back(self) -> AllToAll:
-        return AllToAll(self.group, self.takes, self.gives, f"gradient of {self.what}")
+        return AllToAll(self.group, self.receive_counts, self.send_counts, f"gradient of {self.what}")
 
 
 def start_all_to_all(x: Tensor, route: AllToAll) -> Tensor:
     """Send a flat tensor off, what is for the first rank first. What is returned may be read only after `wait`."""
-    arguments = x.contiguous(), route.takes, route.gives, route.group
+    arguments = x.contiguous(), route.receive_counts, route.send_counts, route.group
     return _named(lambda: torch.ops._c10d_functional.all_to_all_single(*arguments), route)
 
 
@@ -49,7 +49,9 @@ def _named(action: Any, route: AllToAll) -> Tensor:
     except torch.OutOfMemoryError:  # of what is to be received: a RuntimeError, too
         raise
     except RuntimeError as error:  # any rank of the group may be the one that is missed
-        raise ConnectionError(f"{route.what}, exchanged by {len(route.gives)} sp ranks: {first_line(error)}") from None
+        raise ConnectionError(
+            f"{route.what}, exchanged by {len(route.send_counts)} sp ranks: {first_line(error)}"
+        ) from None
 
 
 def first_line(error: BaseException) -> str:
@@ -99,7 +101,9 @@ class _Arrive(torch.autograd.Function):
         return None, start_all_to_all(grads[0], ctx.route.back()), None
 
 
-def redistribute(x: Tensor, shape: torch.Size, sends: list[Index], receives: list[Index], group: str, what: str) -> Tensor:
+def redistribute(
+    x: Tensor, shape: torch.Size, sends: list[Index], receives: list[Index], group: str, what: str
+) -> Tensor:
     """Deal `x` out to the ranks of a group and put together what they deal out: a tensor of `shape`.
 
     `sends[r]` is the part of x that rank r gets, `receives[r]` where its part goes in the result. Every element
@@ -123,15 +127,17 @@ class _Move(torch.autograd.Function):
         return grad, None, None, None, None, None
 
 
-def redistribute_no_grad(x: Tensor, shape: torch.Size, sends: list[Index], receives: list[Index], group: str, what: str) -> Tensor:
+def redistribute_no_grad(
+    x: Tensor, shape: torch.Size, sends: list[Index], receives: list[Index], group: str, what: str
+) -> Tensor:
     """`move` without a gradient; here ranks may be sent the same part."""
     out, parts = x.new_empty(shape), [x[index] for index in sends]
     shapes = [out[index].shape for index in receives]
     route = AllToAll(group, tuple(part.numel() for part in parts), tuple(part.numel() for part in shapes), what)
-    packed = x.new_empty(sum(route.gives))
-    for place, part in zip(packed.split(route.gives), parts, strict=True):
+    packed = x.new_empty(sum(route.send_counts))
+    for place, part in zip(packed.split(route.send_counts), parts, strict=True):
         place.view(part.shape).copy_(part)
     arrived = wait_all_to_all(start_all_to_all(packed, route), route)
-    for index, part, like in zip(receives, arrived.split(route.takes), shapes, strict=True):
+    for index, part, like in zip(receives, arrived.split(route.receive_counts), shapes, strict=True):
         out[index] = part.view(like)
     return out

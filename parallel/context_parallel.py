@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .collectives import AllToAll, wait_with_grad, redistribute_no_grad, start_with_grad
+from .collectives import AllToAll, redistribute_no_grad, start_with_grad, wait_with_grad
 from .ring import Ring
 from .ulysses import Ulysses
 

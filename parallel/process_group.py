@@ -19,11 +19,11 @@ OPEN_FILES_PER_RANK = 6  # that each rank of the world costs the first one; 5 we
 @dataclass(frozen=True)
 class RankInfo:
     rank: int
-    size: int
+    world_size: int
     device: torch.device
 
     @property
-    def first(self) -> bool:
+    def is_rank_0(self) -> bool:
         return self.rank == 0
 
 

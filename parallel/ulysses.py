@@ -35,7 +35,9 @@ class Ulysses:
         """`[B, own units, ..., heads, d] -> [B, all units, ..., own heads, d]`."""
         B, _, *inner, _, d = x_BUhd.shape
         shape = torch.Size((B, len(self.units), *inner, self.heads.stop - self.heads.start, d))
-        return redistribute(x_BUhd, shape, self.by_heads, self.by_units, self.group, "queries, keys and values (Ulysses)")
+        return redistribute(
+            x_BUhd, shape, self.by_heads, self.by_units, self.group, "queries, keys and values (Ulysses)"
+        )
 
     def leave(self, x_BUhd: Tensor) -> Tensor:
         """The way back of `enter`."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from msc.parallel.context_parallel import shard_bounds, required_transfers
+from msc.parallel.context_parallel import required_transfers, shard_bounds
 from msc.parallel.ring import zigzag_units
 
 from .model.scales import Scale, spatial_windows
@@ -64,7 +64,9 @@ class Estimate:
 
 def halo_values(scale: Scale, edges: tuple[int, ...], unit_values: int) -> list[int]:
     """Values that each rank sends forward: keys and values of units, and of pooled groups, that later ranks need."""
-    messages = required_transfers(edges, scale.fresh_before) + required_transfers(edges, scale.pooled_before, scale.time)
+    messages = required_transfers(edges, scale.fresh_before) + required_transfers(
+        edges, scale.pooled_before, scale.time
+    )
     return [2 * unit_values * sum(b - a for source, _, a, b in messages if source == rank) for rank in _ranks(edges)]
 
 

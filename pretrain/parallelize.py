@@ -14,7 +14,7 @@ from torch import nn
 from msc.parallel import fp8
 from msc.parallel.context_parallel import ShardedTimeline, shard_bounds
 from msc.parallel.deepspeed_zero import Precision, ZeroConfig, check_zero, make_engine, shard_parameters
-from msc.parallel.mesh import Mesh, make_mesh, data_parallel_size
+from msc.parallel.mesh import Mesh, data_parallel_size, make_mesh
 from msc.parallel.ring import Ring
 from msc.parallel.ulysses import Ulysses
 

@@ -67,10 +67,14 @@ def train(
     with stop_signals() as stopping:
         world = process_group.join_process_group(config.parallel.timeout)
         # Again, and for good: since the command line looked, imports and waiting for all ranks have taken their time.
-        control_plane.run_on_rank_0(partial(heartbeat.acquire_run, run, world.size, checkpoint_format.say))
+        control_plane.run_on_rank_0(partial(heartbeat.acquire_run, run, world.world_size, checkpoint_format.say))
         with (
-            heartbeat.write_heartbeat(run if world.first else None, world.size, stall=config.parallel.stall) as beat,
-            watch_ranks(world.rank, world.size, process_group.collective_timeout(config.parallel.timeout)) as watched,
+            heartbeat.write_heartbeat(
+                run if world.is_rank_0 else None, world.world_size, stall=config.parallel.stall
+            ) as beat,
+            watch_ranks(
+                world.rank, world.world_size, process_group.collective_timeout(config.parallel.timeout)
+            ) as watched,
         ):
 
             def at(step: int, phase: str) -> None:
@@ -98,8 +102,10 @@ def _train(
         **control_plane.run_on_rank_0(code_version),
     }  # git, on a node that is not in a hurry
     control_plane.run_on_rank_0(partial(check_sizes, shards), patient=True)
-    mesh = make_mesh(world.size, config.parallel.sp, world.device.type)
-    if (told := placement_warning(control_plane.gather_objects(socket.gethostname()), config.parallel.sp)) and world.first:
+    mesh = make_mesh(world.world_size, config.parallel.sp, world.device.type)
+    if (
+        told := placement_warning(control_plane.gather_objects(socket.gethostname()), config.parallel.sp)
+    ) and world.is_rank_0:
         checkpoint_format.say(told)
     # of every bucket: where our frames lie in its clips, and which those are
     timelines = [own_timeline(mesh, config.model, config.parallel, clip_of(config.model, config.parallel, *size))
@@ -115,9 +121,12 @@ def _train(
         newest = control_plane.run_on_rank_0(
             partial(checkpoint_directory.latest, source)
         )  # a run that is still training may save meanwhile
-        with initialize_from.open_initial_weights(source, config.model, shards.index.autoencoder, newest) as (begun, fill):
+        with initialize_from.open_initial_weights(source, config.model, shards.index.autoencoder, newest) as (
+            begun,
+            fill,
+        ):
             model = build(config.model, config.parallel, world.device, fill)
-        for line in begun if world.first else []:
+        for line in begun if world.is_rank_0 else []:
             checkpoint_format.say(line)
     else:
         model = build(config.model, config.parallel, world.device)
@@ -128,13 +137,16 @@ def _train(
     if back_to is not None:
         control_plane.run_on_rank_0(partial(rollback.roll_back, run, back_to, again))
     left_out = control_plane.run_on_rank_0(partial(rollback.read_excluded_ranges, run))
-    before = checkpoint_format.load_newest(run, engine) if resume else {}
-    clock, step, history = before.get("clock", 0), before.get("step", 0), spike_guard.History.read(before.get("guard"))
+    before = checkpoint_format.load_newest(run, engine) if resume else None
+    clock, step = (before.clock, before.step) if before else (0, 0)
+    history = spike_guard.History.read(before.guard if before else None)
     if before:
         writer.step = step  # it need not be written again
     writer.reserve(engine)
-    if world.first:
-        for change in checkpoint_format.resume_differences(before, shards.samples("train"), order_settings(config, shards)):
+    if world.is_rank_0:
+        for change in checkpoint_format.resume_differences(
+            before, shards.samples("train"), order_settings(config, shards)
+        ):
             print(f"msc: {change}", file=sys.stderr, flush=True)
         run.mkdir(parents=True, exist_ok=True)
         write_atomically(run / "config.yaml", dump(config).encode())
@@ -178,19 +190,21 @@ def _train(
     broken = Broken(run, shards.samples("train"), config.data.max_bad, known)
     # What is told, and to whom -----------------------------------------------------------------------
     tracker = Tracker(config.metrics)
-    mlflow = None if read_identity(run) else before.get("mlflow")  # the run folder knows better, if it knows
-    tracker.start(run, flat(config), dump(config), run.name, resume=mlflow, enabled=world.first)
+    mlflow = (
+        None if read_identity(run) else (before.mlflow if before else None)
+    )  # the run folder knows better, if it knows
+    tracker.start(run, flat(config), dump(config), run.name, resume=mlflow, enabled=world.is_rank_0)
     if step == 0:  # later it is the user's
         tracker.tags({"mlflow.note.content": DESCRIPTION})
     meter = Meter(world.device)
     tokens = [frames * cost.tokens_per_frame(config.model, height, width) for frames, height, width in sizes(shards)]
-    flops = [cost.step_flops(config.model, *size) / world.size for size in sizes(shards)]
+    flops = [cost.step_flops(config.model, *size) / world.world_size for size in sizes(shards)]
     bar = tqdm(
         total=config.train.steps,
         initial=step,
         desc=run.name,
         unit="step",
-        disable=not (world.first and sys.stderr.isatty()),
+        disable=not (world.is_rank_0 and sys.stderr.isatty()),
     )
     state: State = "FAILED"
     reports, off_plan = 0, False
@@ -198,10 +212,12 @@ def _train(
     def save() -> None:
         at(step, "checkpoint")
         # the order of clips is a function of the seed and their number; `clock` is the cursor in it
-        facts = {"clock": clock, "clips": shards.samples("train"), "guard": asdict(history), "mlflow": tracker.run_id,
-                 "config": flat(config), "versions": versions}  # fmt: skip
-        tracker.log(writer.save(engine, step, facts), step)
-        if broken.found and world.first:
+        meta = checkpoint_directory.CheckpointMeta(
+            step=step, clock=clock, clips=shards.samples("train"), guard=asdict(history), mlflow=tracker.run_id,
+            config=flat(config), versions=versions,
+        )  # fmt: skip
+        tracker.log(writer.save(engine, meta), step)
+        if broken.found and world.is_rank_0:
             tracker.artifact(broken.path)
         tracker.keep()
 
@@ -212,9 +228,9 @@ def _train(
             losses = held_out_losses(engine.module, config, shards, feeds, mesh.dp, mesh.dp_rank)
             pictures = preview(engine.module, config, shards, feeds, run, step, world.rank) if step else []
         tracker.log(losses.metrics("held_out/"), step)
-        for picture in pictures if world.first else []:
+        for picture in pictures if world.is_rank_0 else []:
             tracker.artifact(picture, "samples")
-        if world.first:
+        if world.is_rank_0:
             append_line(run / "held_out.jsonl", {"step": step, "clock": clock, **losses.metrics("")})
             bar.write(f"step {step}: held-out loss {losses.mean:.4f} (averaged weights)", file=sys.stderr)
 
@@ -237,7 +253,7 @@ def _train(
                 break
             if bad:
                 met = control_plane.gather_objects(clips_of_step.broken)
-                broken.note(step, (pair for pairs in met for pair in pairs), world.first)
+                broken.note(step, (pair for pairs in met for pair in pairs), world.is_rank_0)
             if rollback.is_excluded(left_out, clock, batch):
                 step, clock = step + 1, clock + batch
                 bar.update()
@@ -256,7 +272,7 @@ def _train(
                 of_step.add(errors.detach(), part.t, part.supervised)
                 errors_of_step.append(errors.detach())
                 share = (errors * part.supervised).sum() / counted
-                deepspeed_zero.backward(engine, share * world.size)
+                deepspeed_zero.backward(engine, share * world.world_size)
 
             # The update, unless loss or gradient norm speak against it: then nothing has changed but the clock
             of_step.reduce()
@@ -266,7 +282,7 @@ def _train(
             step, clock = step + 1, clock + batch
             if objected:
                 found = control_plane.gather_objects(rollback.clip_losses(clips_of_step, errors_of_step))
-                if world.first:
+                if world.is_rank_0:
                     tracker.log({"skipped": history.skipped}, step)
                     rollback.record_skipped_step(run, step, clock - batch, batch, objected, found)
                 if history.in_a_row >= config.guard.stop_after:
@@ -291,16 +307,16 @@ def _train(
                     **meter.read(),
                 }
                 reports += 1  # the first holds compilation and the first allocations
-                if reports == 1 and config.parallel.compile and world.first and (why := pieces()):
+                if reports == 1 and config.parallel.compile and world.is_rank_0 and (why := pieces()):
                     told = f"blocks are compiled in pieces, so that the CPU takes longer to start a step: {why}"
                     bar.write(f"msc: {told}", file=sys.stderr)
-                if expected is not None and reports > 1 and world.first:
+                if expected is not None and reports > 1 and world.is_rank_0:
                     tracker.log(ratios(values, expected), step)
                     if not off_plan and (told := deviation(values, expected)):
                         off_plan = True
                         bar.write(f"msc: step {step}: {told}", file=sys.stderr)
                 tracker.log({**values, **losses.metrics("loss/")}, step)
-                if world.first:
+                if world.is_rank_0:
                     append_line(run / "log.jsonl", {"step": step, **values})
                     bar.set_postfix(loss=f"{losses.mean:.4f}")
                     if bar.disable:
@@ -316,7 +332,7 @@ def _train(
         if clock >= config.train.clips and config.train.evaluate:
             look()
         state = "FINISHED" if clock >= config.train.clips else "KILLED"
-        if world.first and state == "KILLED":
+        if world.is_rank_0 and state == "KILLED":
             print(f"stopped at step {step}, saved; go on with: msc train --resume --run {run}", file=sys.stderr)
         return 0 if state == "FINISHED" else REQUEUE
     except KeyboardInterrupt:

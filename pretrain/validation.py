@@ -94,9 +94,11 @@ def check(config: Config, run: Path, resume: bool, processes: int) -> Config:
     if resume and not (run / "config.yaml").is_file():
         raise FileNotFoundError(f"{run} has nothing to resume: no config.yaml in it")
     if resume and (meta := checkpoint_directory.newest_meta(run)) is not None:
-        check_same_model(config, meta["config"])
+        check_same_model(config, meta.config)
     if config.train.init_from and not (resume and checkpoint_directory.resume_candidates(run)):
-        initialize_from.describe_differences(initialize_from.find_weights(Path(config.train.init_from)), config.model, index.autoencoder)
+        initialize_from.describe_differences(
+            initialize_from.find_weights(Path(config.train.init_from)), config.model, index.autoencoder
+        )
     if index.store == "video":
         autoencoder = open_autoencoder(index.autoencoder)
         if config.parallel.sp > 1 and not autoencoder.slices:
@@ -173,7 +175,10 @@ def describe(config: Config, processes: int = 1) -> str:
     ]  # fmt: skip
     if config.train.init_from:
         start = initialize_from.find_weights(Path(config.train.init_from))
-        facts += [("starts from", line) for line in initialize_from.describe_differences(start, config.model, index.autoencoder)]
+        facts += [
+            ("starts from", line)
+            for line in initialize_from.describe_differences(start, config.model, index.autoencoder)
+        ]
     if config.parallel.sp > 1:
         facts += table(config.model.scales, clip, config.parallel.sp, config.parallel.layout, config.parallel.rates)
     return dump(config) + "\n" + "\n".join(f"{name:<24} {value}" for name, value in facts)

@@ -162,7 +162,9 @@ def counted():
     sizes, post = [], collectives.start_all_to_all
 
     def counting(x, route):
-        sizes.append(x.element_size() * (sum(route.gives) - route.gives[dist.get_rank()]))  # the groups are the world
+        sizes.append(
+            x.element_size() * (sum(route.send_counts) - route.send_counts[dist.get_rank()])
+        )  # the groups are the world
         return post(x, route)
 
     collectives.start_all_to_all = counting
@@ -211,8 +213,8 @@ def events_on_a_rank(rank, ranks, backend, case):
         setattr(owner, name, noted)
 
     with joined(rank, backend) as device:
-        noting(collectives, "post", "post")
-        noting(collectives, "wait", "wait")
+        noting(collectives, "start_all_to_all", "post")
+        noting(collectives, "wait_all_to_all", "wait")
         noting(attention, "place", "place")
         noting(rope._NormaliseAndRotate, "backward", "place back")
         noting(rectangle, "forward", "attend")

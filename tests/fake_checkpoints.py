@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from msc.datasets.files import write_atomically
 from msc.datasets.prepare.statistics import Statistics
 from msc.pretrain.checkpoints import directory as checkpoint_directory
 from msc.pretrain.checkpoints import format as checkpoint_format
@@ -84,13 +83,11 @@ def write_checkpoint(
             start += part.numel()
         file = f"rank-{rank:05d}.safetensors"
         sizes[file], files[file] = write_slices(folder / file, torch.cat(list(parts.values())), layout)
-    meta = {
-        "format": checkpoint_directory.FORMAT, "step": step, "clock": 8 * step, "clips": 99, "adam_steps": step,
-        "world": ranks,
-        "parameters": shapes, "config": flat(config), "versions": checkpoint_format.library_versions(),
-        "files": files, "bytes": sizes,
-    }  # fmt: skip
-    write_atomically(folder / "meta.json", checkpoint_directory.sealed(meta))
+    meta = checkpoint_directory.CheckpointMeta(
+        step=step, clock=8 * step, clips=99, adam_steps=step, world=ranks, parameters=shapes, config=flat(config),
+        versions=checkpoint_format.library_versions(), files=files, bytes=sizes,
+    )  # fmt: skip
+    (folder / "meta.json").write_text(meta.to_json())
     checkpoint_directory.set_latest(run, folder)
 
 

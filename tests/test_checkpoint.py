@@ -136,9 +136,9 @@ def test_files_are_ordinary_safetensors(written):
     assert {name.split("|")[2] for name in slices} == {"weight", "exp_avg", "exp_avg_sq", "ema"}
     assert slices["0.weight|32768|weight"].unique().tolist() == [5.0]
     assert checkpoint_directory.verify(path) == []
-    meta = checkpoint_directory.read_meta(path)
-    assert {"torch", "deepspeed", "python"} <= meta["versions"].keys()
-    assert meta["bytes"] == {file: (path / file).stat().st_size for file in meta["files"]}
+    meta = checkpoint_directory.CheckpointMeta.read(path)
+    assert {"torch", "deepspeed", "python"} <= meta.versions.keys()
+    assert meta.bytes == {file: (path / file).stat().st_size for file in meta.files}
 
 
 @pytest.mark.parametrize("what", DAMAGE)
@@ -182,7 +182,13 @@ def test_candidates_begin_at_the_one_that_is_named(written, tmp_path):
     (checkpoint_directory.checkpoints_dir(run) / "latest").write_text("step-00000003")
     assert [checkpoint_directory.step_of(path) for path in checkpoint_directory.resume_candidates(run)] == [3, 2, 1]
     (checkpoint_directory.checkpoints_dir(run) / "latest").unlink()
-    assert [checkpoint_directory.step_of(path) for path in checkpoint_directory.resume_candidates(run)] == [5, 4, 3, 2, 1]
+    assert [checkpoint_directory.step_of(path) for path in checkpoint_directory.resume_candidates(run)] == [
+        5,
+        4,
+        3,
+        2,
+        1,
+    ]
     assert (
         checkpoint_directory.find(run, "4")
         == checkpoint_directory.find(run, str(checkpoint_directory.checkpoints_dir(run) / "step-00000004"))
@@ -219,7 +225,7 @@ def test_msc_checkpoints_lists_and_verifies(written, tmp_path, capsys):
 def test_room_is_needed_for_the_checkpoints_that_are_still_to_come(there, free, more, clips, tmp_path, monkeypatch):
     config = load(preset("demo"), overrides=["checkpoint.keep=3", "model.channels=3", f"train.clips={clips}"])
     each = 16 * cost.parameters(config.model)
-    monkeypatch.setattr(checkpoint_directory, "candidates", lambda run: [run] * there)
+    monkeypatch.setattr(checkpoint_directory, "resume_candidates", lambda run: [run] * there)
     monkeypatch.setattr(validation.shutil, "disk_usage", lambda _: SimpleNamespace(free=free * each))
     if not more:
         validation.check_room(config, tmp_path)

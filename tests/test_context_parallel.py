@@ -22,7 +22,7 @@ from gloo_ranks import run_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msc.parallel.context_parallel import shard_bounds, required_transfers
+from msc.parallel.context_parallel import required_transfers, shard_bounds
 from msc.parallel.mesh import placement_warning
 from msc.pretrain.model.noise_gate import ON_KEYS
 from msc.pretrain.model.past_context import WholeVideo

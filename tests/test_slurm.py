@@ -559,7 +559,7 @@ def test_a_job_here_and_now_saves_at_ctrl_c(shards, tmp_path):
         job.kill()
     text = (tmp_path / "said").read_text()
     assert code == supervisor.STOPPED and "stopped at step" in text and "go on" in text, text
-    assert checkpoint_directory.newest_meta(run)["step"] > 3
+    assert checkpoint_directory.newest_meta(run).step > 3
 
 
 @pytest.mark.parametrize(

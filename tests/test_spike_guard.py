@@ -12,7 +12,13 @@ from gloo_ranks import run_ranks
 from guarded_steps import spoiled_on_a_rank
 
 from msc.pretrain.checkpoints import directory as checkpoint_directory
-from msc.pretrain.checkpoints.rollback import is_excluded, merge_ranges, read_excluded_ranges, roll_back, too_many_skipped_message
+from msc.pretrain.checkpoints.rollback import (
+    is_excluded,
+    merge_ranges,
+    read_excluded_ranges,
+    roll_back,
+    too_many_skipped_message,
+)
 from msc.pretrain.tracking.spike_guard import GuardConfig, History, after, objection
 
 RULE = GuardConfig(sigma=4, window=16)
@@ -60,11 +66,9 @@ def test_a_rule_that_refuses_good_steps_is_refused(sigma):
 def made_run(run, steps, clock_of_last_report, refused=()):
     """A run folder with checkpoints of these steps, four clips a step."""
     for step in steps:
-        checkpoint_directory.checkpoints_dir(run).joinpath(checkpoint_directory.checkpoint_name(step)).mkdir(parents=True)
-        meta = {"format": checkpoint_directory.FORMAT, "step": step, "clock": 4 * step}
-        checkpoint_directory.checkpoints_dir(run).joinpath(checkpoint_directory.checkpoint_name(step), "meta.json").write_bytes(
-            checkpoint_directory.sealed(meta)
-        )
+        path = checkpoint_directory.checkpoints_dir(run) / checkpoint_directory.checkpoint_name(step)
+        path.mkdir(parents=True)
+        (path / "meta.json").write_text(checkpoint_directory.CheckpointMeta(step, 4 * step).to_json())
     (run / "log.jsonl").write_text(json.dumps({"step": 1, "clock": clock_of_last_report}) + "\n")
     lines = [{"step": c // 4 + 1, "clock": c, "batch": 4, "clips": [{"sample": c}]} for c in refused]
     (run / "skipped.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -90,7 +94,7 @@ def test_the_same_rollback_only_happens_again_if_told_so(tmp_path, capfd, monkey
     """Also where it was cut short, and where the checkpoint has been pruned since."""
     made_run(tmp_path, (4, 10), 60)
     with monkeypatch.context() as patched, pytest.raises(OSError, match="power"):
-        patched.setattr(checkpoint_directory, "set_aside", lambda *_: (_ for _ in ()).throw(OSError("power cut")))
+        patched.setattr(checkpoint_directory, "rename_aside", lambda *_: (_ for _ in ()).throw(OSError("power cut")))
         roll_back(tmp_path, "4")
     roll_back(tmp_path, "4")
     assert [checkpoint_directory.step_of(path) for path in checkpoint_directory.list_checkpoints(tmp_path)] == [4]

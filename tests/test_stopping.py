@@ -147,7 +147,7 @@ def test_nan_on_one_rank_costs_that_step_and_nothing_else(shards, tmp_path):
     assert first["clock"] == 8 and len(first["clips"]) == 4
     assert {clip["sample"] for clip in first["clips"] if clip["error"] is None} == set(second_rank)
     assert all(torch.isfinite(value).all() for value in final_weights(run.run).values())
-    assert checkpoint_directory.read_meta(checkpoint_directory.latest(run.run))["adam_steps"] == 6
+    assert checkpoint_directory.newest_meta(run.run).adam_steps == 6
 
 
 @pytest.mark.gloo
@@ -165,7 +165,7 @@ def test_too_many_in_a_row_stop_the_run_and_a_rollback_leaves_out_all_since(shar
     said = run.go("--rollback", "2")
     assert "back to step 2; clips left out from now on, by sample clock: 8-27; 2 later checkpoints" in said
     assert json.loads((run.run / "left_out.json").read_text()) == {"clips": [[8, 28]], "back_to": "step-00000002"}
-    meta = checkpoint_directory.read_meta(checkpoint_directory.latest(run.run))
+    meta = checkpoint_directory.CheckpointMeta.read(checkpoint_directory.latest(run.run))
     assert (meta["step"], meta["clock"], meta["adam_steps"], meta["guard"]["skipped"]) == (12, 48, 7, 0)
     assert (checkpoint_directory.checkpoints_dir(run.run) / "undone-step-00000006").is_dir()
 
@@ -189,7 +189,9 @@ def test_a_rank_is_lost_while_a_checkpoint_is_written(shards, tmp_path):
                 for name, value in {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}.items():
                     patched.setenv(name, value)
                 ranks.append(run.start())
-        wait_for(lambda: len(list(checkpoint_directory.checkpoints_dir(run.run).glob(".step-*/rank-*"))) == 2, every=0.01)
+        wait_for(
+            lambda: len(list(checkpoint_directory.checkpoints_dir(run.run).glob(".step-*/rank-*"))) == 2, every=0.01
+        )
         ranks[1].kill()
         began = time.monotonic()
         said, _ = ranks[0].communicate(timeout=100)
@@ -240,7 +242,7 @@ def test_a_signal_while_a_checkpoint_is_written(shards, tmp_path):
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 75, said
-    meta = checkpoint_directory.read_meta(checkpoint_directory.latest(run.run))
+    meta = checkpoint_directory.CheckpointMeta.read(checkpoint_directory.latest(run.run))
     last = run.consumed()[-1]["clock"]
     assert meta["clock"] in (last, last + 4), "all steps taken are in it; the batch after them may have been read"
     assert not run.writing() and not any(
@@ -254,7 +256,10 @@ def test_a_signal_while_a_checkpoint_is_written(shards, tmp_path):
         time.sleep(0.05)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "interrupted: SIGTERM came twice" in said, said
-    assert checkpoint_directory.latest(run.run).name in (newest, checkpoint_directory.checkpoint_name(int(newest[-8:]) + 2))
+    assert checkpoint_directory.latest(run.run).name in (
+        newest,
+        checkpoint_directory.checkpoint_name(int(newest[-8:]) + 2),
+    )
     assert checkpoint_directory.step_of(checkpoint_directory.latest(run.run)) % 2 == 0, "no checkpoint of its own"
     assert not checkpoint_directory.verify(checkpoint_directory.latest(run.run))
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from gloo_ranks import free_port
 
 from msc.parallel import control_plane, watchdog
-from msc.parallel.consistency import source_digest, inconsistencies
+from msc.parallel.consistency import inconsistencies, source_digest
 from msc.parallel.watchdog import RankStatus, Watchdog, diagnose
 
 TIMEOUT = 4.0
@@ -35,7 +35,7 @@ def start(what, ranks=3):
     address = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
         subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("watched.py"), what, str(TIMEOUT)], text=True,
+            [sys.executable, Path(__file__).with_name("watchdog_ranks.py"), what, str(TIMEOUT)], text=True,
             env={**os.environ, **address, "RANK": str(rank), "TORCH_CPP_LOG_LEVEL": "ERROR"},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
@@ -143,7 +143,9 @@ class Store(dist.HashStore):
         self.most = max(self.most, len(keys))
         self._wait(len(keys))
         ranks = [int(key.rsplit("/", 1)[1]) for key in keys]
-        return [json.dumps(asdict(RankStatus(r, "host", 7, count=1, beat=time.monotonic_ns(), stood=9.0))) for r in ranks]
+        return [
+            json.dumps(asdict(RankStatus(r, "host", 7, count=1, beat=time.monotonic_ns(), stood=9.0))) for r in ranks
+        ]
 
     def get(self, key):
         return self.multi_get([key])[0]

@@ -22,8 +22,10 @@ def main(what: str, timeout: float) -> None:
         watchdog.GRACE = 0.5
     world = process_group.join_process_group(60)
     group = dist.new_group(timeout=timedelta(seconds=timeout))
-    with watch_ranks(world.rank, world.size, timeout) as at:
-        check_consistency({"optimizer.lr": 0.2 if what == "differ" and world.rank == 1 else 0.1, "torch": torch.__version__})
+    with watch_ranks(world.rank, world.world_size, timeout) as at:
+        check_consistency(
+            {"optimizer.lr": 0.2 if what == "differ" and world.rank == 1 else 0.1, "torch": torch.__version__}
+        )
         for step in range(1000):
             at(step, "reading clips")
             if world.rank == 1 and step == 3:

@@ -175,14 +175,16 @@ def reached(job: Job) -> int:
     """How far the work has come, as far as a new start would find it done: clips trained on, groups converted (of a
     part of a conversion, its own)."""
     if job.trains:
-        return int((checkpoint_directory.newest_meta(Path(job.folder)) or {}).get("clock", 0))
+        newest = checkpoint_directory.newest_meta(Path(job.folder))
+        return newest.clock if newest else 0
     return count_finished(Path(job.folder).resolve(), job.part)  # as convert does: the link may be to another name
 
 
 def took_a_step(job: Job, since: float, start: int) -> bool:
     """Whether training took a step since then, by a new checkpoint or the heartbeat that it leaves behind."""
     beat = heartbeat.read(Path(job.folder))
-    before = (checkpoint_directory.newest_meta(Path(job.folder)) or {}).get("step", 0)
+    newest = checkpoint_directory.newest_meta(Path(job.folder))
+    before = newest.step if newest else 0
     return reached(job) > start or (beat.get("started", 0) >= since and beat["step"] > before)
 
 

@@ -14,6 +14,7 @@ import re
 import shutil
 import time
 from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -80,52 +81,78 @@ def find(run: Path, wanted: str) -> Path:
 # What a checkpoint says of itself ------------------------------------------------------------------------
 
 
-def sealed(meta: dict[str, Any]) -> bytes:
-    """The text of meta.json, which carries a checksum of its own."""
-    return json.dumps({**meta, "sha256": _digest(meta)}, indent=1).encode()
+@dataclass(frozen=True)
+class CheckpointMeta:
+    """A checkpoint's facts, stored in its meta.json.
+
+    step, clock: optimizer steps and clips so far. clips: in the training set. guard, mlflow: the spike guard's
+    history and the MLflow run. config: dotted settings. adam_steps, world, parameters (their shapes): of the engine.
+    files, bytes: sha256 and size of each file.
+    """
+
+    step: int
+    clock: int
+    clips: int | None = None
+    guard: dict[str, Any] | None = None
+    mlflow: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    adam_steps: int = 0
+    world: int = 1
+    parameters: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    bytes: dict[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The text of meta.json, with its own checksum."""
+        facts = {"format": FORMAT, **asdict(self)}
+        return json.dumps({**facts, "sha256": _checksum(facts)}, indent=1)
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> CheckpointMeta:
+        """Read a checkpoint's meta.json; ValueError if it is missing, damaged or of another format."""
+        file = checkpoint / "meta.json"
+        try:
+            facts = json.loads(file.read_bytes())
+        except FileNotFoundError:
+            raise ValueError(f"{file} is missing") from None
+        except ValueError:
+            raise ValueError(f"{file} is truncated or damaged") from None
+        if not isinstance(facts, dict) or facts.pop("sha256", None) not in (None, _checksum(facts)):
+            raise ValueError(f"{file} does not match its checksum")
+        if (number := facts.get("format")) != FORMAT:
+            raise ValueError(
+                f"{checkpoint} has checkpoint format {number}, and this version reads {FORMAT}: use the msc that wrote it"
+            )
+        if missing := {"step", "clock"} - facts.keys():
+            raise ValueError(f"{file} has no {' and no '.join(sorted(missing))}")
+        facts["parameters"] = {name: tuple(shape) for name, shape in facts.get("parameters", {}).items()}
+        return cls(**{each.name: facts[each.name] for each in fields(cls) if each.name in facts})
 
 
-def _digest(meta: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+def _checksum(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def read_meta(path: Path) -> dict[str, Any]:
-    """What meta.json says; ValueError if it is missing, damaged or of another version."""
-    file = path / "meta.json"
-    try:
-        meta = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise ValueError(f"{file} is missing") from None
-    except ValueError:
-        raise ValueError(f"{file} is truncated or damaged") from None
-    if not isinstance(meta, dict) or meta.pop("sha256", None) not in (None, _digest(meta)):
-        raise ValueError(f"{file} does not match its checksum")
-    if meta["format"] != FORMAT:
-        raise ValueError(
-            f"{path} has checkpoint format {meta['format']}, and this version reads {FORMAT}: use the msc that wrote it"
-        )
-    return meta
-
-
-def newest_meta(run: Path) -> dict[str, Any] | None:
-    """What the newest readable checkpoint says; a damaged one is passed over here, as it is when loading."""
+def newest_meta(run: Path) -> CheckpointMeta | None:
+    """The facts of the newest readable checkpoint."""
     for path in resume_candidates(run):
         with suppress(ValueError):
-            return read_meta(path)
+            return CheckpointMeta.read(path)
     return None
 
 
 def verify(path: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
     """What is wrong with a checkpoint, nothing if it is whole. share: (n, parts), to read only that part of it."""
     try:
-        meta = read_meta(path)
+        meta = CheckpointMeta.read(path)
     except ValueError as error:
         return [str(error)]
     found = []
-    for i, (name, sha) in enumerate(meta["files"].items()):
+    for i, (name, sha) in enumerate(meta.files.items()):
         if i % share[1] != share[0]:
             continue
-        file, size = path / name, meta.get("bytes", {}).get(name)
+        file, size = path / name, meta.bytes.get(name)
         if not file.is_file():
             found.append(f"{file} is missing")
         elif size is not None and file.stat().st_size != size:
@@ -201,17 +228,17 @@ def checkpoint_table(run: Path, verify: bool = False) -> tuple[str, bool]:
     for path in list_checkpoints(run):
         problems = verify(path) if verify else []
         try:
-            meta = read_meta(path)
+            meta = CheckpointMeta.read(path)
         except ValueError as error:
             lines.append(f"{step_of(path):>9} {'':>78}  {error}")
             good = False
             continue
-        config = meta["config"]
+        config = meta.config
         size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
         written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime((path / "meta.json").stat().st_mtime))
         state = "; ".join(problems) or ("whole" if verify else "") + (", next" if path == next_one else "")
         lines.append(
-            f"{meta['step']:>9} {meta['clock']:>12,} {config['train.clips']:>12,} {written:<19} {meta['world']:>5} "
+            f"{meta.step:>9} {meta.clock:>12,} {config['train.clips']:>12,} {written:<19} {meta.world:>5} "
             f"{config['parallel.sp']:>3} {config['parallel.zero.stage']:>4} {size:>9,.1f}  {state.removeprefix(', ')}"
         )
         good &= not problems

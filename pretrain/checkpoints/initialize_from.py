@@ -20,7 +20,7 @@ from ..model.transformer import Made, ModelConfig, MSCTransformer
 from ..run_folder import read_run
 from . import directory as checkpoint_directory
 from . import format as checkpoint_format
-from .exported_weights import Shapes, open_exported, abbreviated
+from .exported_weights import Shapes, abbreviated, open_exported
 
 FIXED = ("width", "depth", "heads", "hidden", "patch", "channels")
 OF_THE_DATA = ("latent_mean", "latent_std", "gate_constants")
@@ -45,10 +45,11 @@ def find_weights(place: Path, newest: Path | None = None) -> InitialWeights:
         config, space = read_run(place)
         if (path := newest or checkpoint_directory.latest(place)) is None:
             raise FileNotFoundError(f"train.init_from is {place}, a run without a checkpoint yet")
-        meta = checkpoint_directory.read_meta(path)
-        shapes = {name: tuple(shape) for name, shape in meta["parameters"].items()}
-        what = f"the averaged weights of step {meta['step']:,} of the run {place}"
-        return InitialWeights(what, config.model, space.autoencoder, shapes, lambda: checkpoint_format.open_weights(path))
+        meta = checkpoint_directory.CheckpointMeta.read(path)
+        what = f"the averaged weights of step {meta.step:,} of the run {place}"
+        return InitialWeights(
+            what, config.model, space.autoencoder, meta.parameters, lambda: checkpoint_format.open_weights(path)
+        )
     if not (place / "config.json").is_file():
         raise FileNotFoundError(
             f"train.init_from is {place}, which is neither a run folder (config.yaml) nor an exported one (config.json)"

@@ -88,7 +88,8 @@ def reached(run: Path) -> int:
     """The sample clock that the run is known to have come to: its reports, refused steps and newest checkpoint."""
     clocks = [line["clock"] for line in read_lines(run / "log.jsonl")]
     clocks += [line["clock"] + line["batch"] for line in read_lines(run / "skipped.jsonl")]
-    return max([*clocks, (checkpoint_directory.newest_meta(run) or {}).get("clock", 0)])
+    newest = checkpoint_directory.newest_meta(run)
+    return max([*clocks, newest.clock if newest else 0])
 
 
 def is_already_rolled_back(run: Path, wanted: str) -> bool:
@@ -109,19 +110,19 @@ def roll_back(run: Path, wanted: str, again: bool = False) -> None:
         print(text + "goes on from the newest checkpoint; --again goes back again", file=sys.stderr, flush=True)
         return
     target = checkpoint_directory.find(run, wanted)
-    meta, until, (before, last) = checkpoint_directory.read_meta(target), reached(run), read_state(run)
-    ranges = [(meta["clock"], until)] if until > meta["clock"] else []
+    meta, until, (before, last) = checkpoint_directory.CheckpointMeta.read(target), reached(run), read_state(run)
+    ranges = [(meta.clock, until)] if until > meta.clock else []
     _write_state(run, merge_ranges([*before, *ranges]), last)
     checkpoint_directory.set_latest(run, target)
     later = [
-        path for path in checkpoint_directory.list_checkpoints(run) if checkpoint_directory.step_of(path) > meta["step"]
+        path for path in checkpoint_directory.list_checkpoints(run) if checkpoint_directory.step_of(path) > meta.step
     ]
     for path in later:
         checkpoint_directory.rename_aside(path, "undone")
     _write_state(run, merge_ranges([*before, *ranges]), target.name)
     clips = ", ".join(f"{start}-{stop - 1}" for start, stop in ranges) or "none"
     undone = f"; {len(later)} later checkpoints renamed to undone-…, remove them when you like" if later else ""
-    text = f"msc: back to step {meta['step']}; clips left out from now on, by sample clock: {clips}{undone}"
+    text = f"msc: back to step {meta.step}; clips left out from now on, by sample clock: {clips}{undone}"
     print(text, file=sys.stderr, flush=True)
 
 

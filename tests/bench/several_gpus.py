@@ -124,7 +124,7 @@ def jobs_of(args: argparse.Namespace) -> list[dict[str, Any]]:
 def nothing_sent() -> Iterator[None]:
     """Messages along time stay away inside the block: receivers get random numbers at once, of ordinary size."""
     post, wait = collectives.start_all_to_all, collectives.wait_all_to_all
-    collectives.start_all_to_all = lambda x, route: x.new_empty(sum(route.takes)).uniform_(0.1, 0.9)
+    collectives.start_all_to_all = lambda x, route: x.new_empty(sum(route.receive_counts)).uniform_(0.1, 0.9)
     collectives.wait_all_to_all = lambda x, route: x
     try:
         yield
@@ -172,7 +172,7 @@ def training_step(
         errors = frame_losses(model(noisy, t, None, None, timeline, all_t), x, noise)
         share = errors.sum() / index.frames
         if args.engine:
-            deepspeed_zero.backward(model, share * world.size)
+            deepspeed_zero.backward(model, share * world.world_size)
             deepspeed_zero.step(model, lambda norm: "")
         else:
             share.backward()
@@ -225,16 +225,16 @@ def measure(args: argparse.Namespace, world: process_group.RankInfo, mesh: Any, 
     if args.profile and on_gpu:
         from step import kernels
 
-        layouts, place = job["layouts"].replace("+", "-"), f"rank-{world.rank}-of-{world.size}"
+        layouts, place = job["layouts"].replace("+", "-"), f"rank-{world.rank}-of-{world.world_size}"
         depth = args.depth or PRESETS[args.preset]().model.depth
         shape = f"{depth}-layers-{job['frames']}-frames"
         name = "-".join(filter(None, (job["scales"], layouts, shape, place))) + ".json.gz"
         trace = f"{args.trace}/{name}" if args.trace else None
         listed = kernels(lambda: timed(False), args.profile, trace)
-        if world.first:
+        if world.is_rank_0:
             print(f"Kernels of the first rank:\n{listed}", file=sys.stderr, flush=True)
     slowest = torch.tensor(times)
-    by_rank = [torch.zeros_like(slowest[:, 0, 0]) for _ in range(world.size)]
+    by_rank = [torch.zeros_like(slowest[:, 0, 0]) for _ in range(world.world_size)]
     dist.all_gather(by_rank, slowest[:, 0, 0].contiguous())
     memory = torch.tensor(float(torch.cuda.max_memory_allocated() if on_gpu else 0))
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
@@ -267,11 +267,11 @@ def rank() -> None:
     given = json.loads(os.environ["SEVERAL_GPUS"])
     args, folder = argparse.Namespace(**given["args"]), Path(given["folder"])
     world = process_group.join_process_group(args.limit)
-    mesh = make_mesh(world.size, given["jobs"][0]["ranks"], world.device.type)
+    mesh = make_mesh(world.world_size, given["jobs"][0]["ranks"], world.device.type)
     for job in given["jobs"]:
         if not agreed(time.time() < given["end"]):
             break
-        if world.first:
+        if world.is_rank_0:
             (folder / "at").write_text(json.dumps(job))
         faulthandler.dump_traceback_later(args.limit, exit=True)
         try:
@@ -284,7 +284,7 @@ def rank() -> None:
                 traceback.print_exc()
             sys.stderr.flush()
             os._exit(1)  # the others may wait for this one: nothing here must wait for them
-        if world.first:
+        if world.is_rank_0:
             tell(args, folder, job, found)
         gc.collect()
         if world.device.type == "cuda":

@@ -46,7 +46,7 @@ def timeline_of(config: ModelConfig, frames: int, part: tuple[int, int] | None) 
     rank, ranks = part
     if not dist.is_initialized():
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
-        collectives.start_all_to_all = lambda x, route: x.new_empty(sum(route.takes)).uniform_(0.1, 0.9)
+        collectives.start_all_to_all = lambda x, route: x.new_empty(sum(route.receive_counts)).uniform_(0.1, 0.9)
         collectives.wait_all_to_all = lambda x, route: x
     edges = shard_bounds(frames // config.frames_per_unit * ranks, ranks)
     assert dist.group.WORLD is not None
