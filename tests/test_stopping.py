@@ -166,7 +166,7 @@ def test_too_many_in_a_row_stop_the_run_and_a_rollback_leaves_out_all_since(shar
     assert "back to step 2; clips left out from now on, by sample clock: 8-27; 2 later checkpoints" in said
     assert json.loads((run.run / "left_out.json").read_text()) == {"clips": [[8, 28]], "back_to": "step-00000002"}
     meta = checkpoint_directory.CheckpointMeta.read(checkpoint_directory.latest(run.run))
-    assert (meta["step"], meta["clock"], meta["adam_steps"], meta["guard"]["skipped"]) == (12, 48, 7, 0)
+    assert (meta.step, meta.clock, meta.adam_steps, meta.guard["skipped"]) == (12, 48, 7, 0)
     assert (checkpoint_directory.checkpoints_dir(run.run) / "undone-step-00000006").is_dir()
 
     expected = final_weights(run.run)  # the same command again only resumes, and leaves out the same
@@ -244,7 +244,7 @@ def test_a_signal_while_a_checkpoint_is_written(shards, tmp_path):
     assert process.returncode == 75, said
     meta = checkpoint_directory.CheckpointMeta.read(checkpoint_directory.latest(run.run))
     last = run.consumed()[-1]["clock"]
-    assert meta["clock"] in (last, last + 4), "all steps taken are in it; the batch after them may have been read"
+    assert meta.clock in (last, last + 4), "all steps taken are in it; the batch after them may have been read"
     assert not run.writing() and not any(
         checkpoint_directory.verify(path) for path in checkpoint_directory.list_checkpoints(run.run)
     )

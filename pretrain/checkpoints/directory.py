@@ -122,7 +122,8 @@ class CheckpointMeta:
             raise ValueError(f"{file} does not match its checksum")
         if (number := facts.get("format")) != FORMAT:
             raise ValueError(
-                f"{checkpoint} has checkpoint format {number}, and this version reads {FORMAT}: use the msc that wrote it"
+                f"{checkpoint} has checkpoint format {number}, and this version reads {FORMAT}: "
+                "use the msc that wrote it"
             )
         if missing := {"step", "clock"} - facts.keys():
             raise ValueError(f"{file} has no {' and no '.join(sorted(missing))}")
@@ -216,7 +217,7 @@ def remove_unfinished(run: Path) -> None:
 # `msc checkpoints` ---------------------------------------------------------------------------------------
 
 
-def checkpoint_table(run: Path, verify: bool = False) -> tuple[str, bool]:
+def checkpoint_table(run: Path, check_files: bool = False) -> tuple[str, bool]:
     """The checkpoints of a run as text, and whether all are whole as far as was looked."""
     if not (run / "config.yaml").is_file():
         raise FileNotFoundError(f"{run} is not a run folder: it has no config.yaml")
@@ -226,7 +227,7 @@ def checkpoint_table(run: Path, verify: bool = False) -> tuple[str, bool]:
     ]
     good = True
     for path in list_checkpoints(run):
-        problems = verify(path) if verify else []
+        problems = verify(path) if check_files else []
         try:
             meta = CheckpointMeta.read(path)
         except ValueError as error:
@@ -236,7 +237,7 @@ def checkpoint_table(run: Path, verify: bool = False) -> tuple[str, bool]:
         config = meta.config
         size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
         written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime((path / "meta.json").stat().st_mtime))
-        state = "; ".join(problems) or ("whole" if verify else "") + (", next" if path == next_one else "")
+        state = "; ".join(problems) or ("whole" if check_files else "") + (", next" if path == next_one else "")
         lines.append(
             f"{meta.step:>9} {meta.clock:>12,} {config['train.clips']:>12,} {written:<19} {meta.world:>5} "
             f"{config['parallel.sp']:>3} {config['parallel.zero.stage']:>4} {size:>9,.1f}  {state.removeprefix(', ')}"
