@@ -23,7 +23,7 @@ from msc.pretrain.tracking import heartbeat
 def test_a_run_that_stood_still_ends_if_another_has_taken_its_folder(
     stands_still, phase, beats, ends, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(heartbeat, "FRESH", 2.0)
+    monkeypatch.setattr(heartbeat, "TAKEOVER_S", 2.0)
     met = threading.Event()
     monkeypatch.setattr(heartbeat, "_end_taken", lambda run, beat: met.set())
     write, pauses = heartbeat._write, [2.2] if stands_still else []
