@@ -14,14 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from msc.datasets import files
 from msc.pretrain.checkpoints import directory as checkpoint_directory
 from msc.pretrain.checkpoints import exported_weights
 from msc.pretrain.checkpoints import format as checkpoint_format
 from msc.pretrain.evaluation.confidence import summed
 from msc.pretrain.evaluation.evaluate import table_of, with_differences
 from msc.pretrain.export import export as exports
-from msc.pretrain.export.export import export, split
 from msc.pretrain.export import model_card
+from msc.pretrain.export.export import export, split
 from msc.pretrain.model.transformer import MSCTransformer
 
 SMALL = 40_000  # bytes of a file, so that the small model takes several
@@ -211,7 +212,7 @@ def test_values_too_large_for_fp16_are_named(tmp_path):
 
 
 def test_a_full_disk_is_known_beforehand(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(exports.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(OSError, match="the weights take"):
         export(run.path, tmp_path / "out")
 
