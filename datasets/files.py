@@ -232,7 +232,7 @@ def describe_validation_error(error: "pydantic.ValidationError", values: bool = 
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] != "value_error":  # ours name the field and the value themselves
             message = f"{'.'.join(map(str, problem['loc']))}: {message}"
-            message += f" (got {problem['input']!r})" if values else ""
+            message += f" (given: {problem['input']!r})" if values else ""
         problems.append(message)
     more = error.error_count() - len(problems)
     return "; ".join(problems) + (f"; and {more} more" if more else "")
