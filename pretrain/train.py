@@ -39,7 +39,7 @@ from .inference.preview import write_preview
 from .kernels.compile_helpers import pieces
 from .optimizer import set_schedule
 from .parallelize import build, clip_of, make_mesh, own_timeline, parallelize
-from .run_folder import LatentSpace, write_space
+from .run_folder import LatentSpace, RunFolder
 from .tracking import heartbeat, spike_guard
 from .tracking.mlflow_store import code_version, read_identity
 from .tracking.plan_deviation import Expected, deviation, ratios
@@ -150,7 +150,7 @@ def _train(
             print(f"msc: {change}", file=sys.stderr, flush=True)
         run.mkdir(parents=True, exist_ok=True)
         write_atomically(run / "config.yaml", dump(config).encode())
-        write_space(run, LatentSpace.of(shards.index))
+        RunFolder(run).write_latent_space(LatentSpace.of(shards.index))
         for name in ("log.jsonl", "skipped.jsonl", "broken.jsonl", "held_out.jsonl"):
             rollback.truncate_jsonl(run / name, step)
 

@@ -23,7 +23,7 @@ from msc.pretrain.inference.load import TrainedModel
 from msc.pretrain.model.scales import Scale
 from msc.pretrain.model.transformer import ModelConfig, MSCTransformer
 from msc.pretrain.presets import preset
-from msc.pretrain.run_folder import LatentSpace, write_space
+from msc.pretrain.run_folder import LatentSpace, RunFolder
 
 WORDS = {"red disc": 3, "two blue bars": 5}
 
@@ -40,7 +40,7 @@ def untrained(run: Path, **model) -> TrainedModel:
     run.mkdir(exist_ok=True)
     (run / "config.yaml").write_text(configuration.dump(settings))
     space = LatentSpace("pixels", 8, 8, 16, 8, 16, 10.0)
-    write_space(run, space)
+    RunFolder(run).write_latent_space(space)
     torch.manual_seed(0)
     network = MSCTransformer(settings.model).eval()
     for parameter in network.parameters():
