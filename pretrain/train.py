@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from msc.datasets.errors import Repeats
-from msc.datasets.files import Forgiving, append_line, write_atomically
+from msc.datasets.errors import REQUEUE, DeterministicFailure
+from msc.datasets.files import Forgiving, append_jsonl, write_atomically
 from msc.datasets.loading.dataloader import loader
 from msc.datasets.loading.mixture import Shards, check_sizes, open_shards
 from msc.parallel import consistency, control_plane, deepspeed_zero, fp8, process_group
@@ -49,7 +49,6 @@ from .tracking.unreadable_clips import Broken, read_broken
 from .validation import resolve, sizes
 
 PACKAGES = [Path(__file__).parents[1] / name for name in ("pretrain", "parallel", "datasets", "launch")]
-REQUEUE = 75  # exit code of a run that was stopped, has saved, and wants to go on (EX_TEMPFAIL)
 
 
 def train(
@@ -231,7 +230,7 @@ def _train(
         for picture in pictures if world.is_rank_0 else []:
             tracker.artifact(picture, "samples")
         if world.is_rank_0:
-            append_line(run / "held_out.jsonl", {"step": step, "clock": clock, **losses.metrics("")})
+            append_jsonl(run / "held_out.jsonl", {"step": step, "clock": clock, **losses.metrics("")})
             bar.write(f"step {step}: held-out loss {losses.mean:.4f} (averaged weights)", file=sys.stderr)
 
     try:
@@ -287,7 +286,7 @@ def _train(
                     rollback.record_skipped_step(run, step, clock - batch, batch, objected, found)
                 if history.in_a_row >= config.guard.stop_after:
                     writer.leave(others_live=True)  # the last checkpoint is one to go back to, once it is whole
-                    raise Repeats(rollback.too_many_skipped_message(run, step, history.in_a_row, objected))
+                    raise DeterministicFailure(rollback.too_many_skipped_message(run, step, history.in_a_row, objected))
             else:
                 losses.merge(of_step)
             meter.step(batch * tokens[clips_of_step.bucket], batch, batch * flops[clips_of_step.bucket])
@@ -317,7 +316,7 @@ def _train(
                         bar.write(f"msc: step {step}: {told}", file=sys.stderr)
                 tracker.log({**values, **losses.metrics("loss/")}, step)
                 if world.is_rank_0:
-                    append_line(run / "log.jsonl", {"step": step, **values})
+                    append_jsonl(run / "log.jsonl", {"step": step, **values})
                     bar.set_postfix(loss=f"{losses.mean:.4f}")
                     if bar.disable:
                         print(progress(step, config.train.steps, values), file=sys.stderr, flush=True)

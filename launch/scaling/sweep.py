@@ -20,12 +20,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from msc.datasets.files import last_line, locked, write_atomically
-from msc.pretrain.checkpoints.rollback import read_lines
+from msc.datasets.errors import INTERRUPTED, REQUEUE
+from msc.datasets.files import append_jsonl, last_jsonl_record, locked, read_jsonl, write_atomically
+from msc.datasets.text_table import text_table
 from msc.pretrain.config import Config, dump, flat, load
 from msc.pretrain.tracking.mlflow_store import shown
 from msc.pretrain.tracking.tracker import Tracker
-from msc.pretrain.train import REQUEUE
 
 from ..commands import PROGRAM, said
 from ..processes import launcher
@@ -116,8 +116,9 @@ def reached(folder: Path, sweep: SweepSpec, run: RunSpec) -> State:
     """`state`, if nobody is at the run."""
     config = sweep.configured(run)
     own = folder / run.name
-    clock = last_line(own / "log.jsonl").get("clock", 0)
-    evaluated = not config.train.evaluate or last_line(own / "held_out.jsonl").get("clock", 0) >= config.train.clips
+    clock = last_jsonl_record(own / "log.jsonl").get("clock", 0)
+    held_out = last_jsonl_record(own / "held_out.jsonl").get("clock", 0)
+    evaluated = not config.train.evaluate or held_out >= config.train.clips
     if clock >= config.train.clips and evaluated:
         return "finished"
     code = last_code(folder, run)
@@ -201,7 +202,7 @@ def run_all(folder: Path, sweep: SweepSpec, jobs: int = 1) -> int:
             time.sleep(0.1)
     tracker.finish("KILLED" if received else "FAILED" if failed else "FINISHED")
     if received:
-        return REQUEUE if signal.SIGINT not in received else 130
+        return REQUEUE if signal.SIGINT not in received else INTERRUPTED
     return 1 if failed else 0
 
 
@@ -239,8 +240,7 @@ def finish(folder: Path, one: Started) -> int:
     """Note what became of a run, and let go of it."""
     code = one.process.wait()
     entry = {"run": one.run.name, "code": code, "began": one.began, "seconds": round(time.time() - one.began, 1)}
-    with (folder / "attempts.jsonl").open("a") as file:
-        file.write(json.dumps(entry) + "\n")
+    append_jsonl(folder / "attempts.jsonl", entry, required=True)
     os.close(one.lock)
     return code
 
@@ -248,7 +248,7 @@ def finish(folder: Path, one: Started) -> int:
 def outcome(folder: Path, sweep: SweepSpec, one: Started) -> str:
     found = state(folder, sweep, one.run)
     if found == "finished":
-        loss = last_line(folder / one.run.name / "held_out.jsonl").get("mean", last_loss(folder / one.run.name))
+        loss = last_jsonl_record(folder / one.run.name / "held_out.jsonl").get("mean", last_loss(folder / one.run.name))
         return f"finished in {time.time() - one.began:.0f} s, loss {loss:.4f}"
     log = folder / "logs" / f"{one.run.name}.log"
     words = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
@@ -299,26 +299,22 @@ def table(folder: Path, sweep: SweepSpec) -> str:
     for run in sweep.runs:
         own, now = folder / run.name, state(folder, sweep, run, queue)
         counts[now] = counts.get(now, 0) + 1
-        line, clips = last_line(own / "log.jsonl"), sweep.configured(run).train.clips
+        line, clips = last_jsonl_record(own / "log.jsonl"), sweep.configured(run).train.clips
         spent = sum(attempt["seconds"] for attempt in attempts(folder, run))
-        held_out = last_line(own / "held_out.jsonl").get("mean")
+        held_out = last_jsonl_record(own / "held_out.jsonl").get("mean")
         numbers = (f"{value:.4f}" if value is not None else "" for value in (line.get("loss"), held_out))
         rows.append([run.name, now, f"{line.get('clock', 0)}/{clips}", *numbers, f"{spent:.0f}"])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = zip(row, widths, (str.ljust, str.ljust, *[str.rjust] * 4), strict=True)
-        lines.append("  ".join(align(text, width) for text, width, align in cells))
-    return "\n".join([*lines, ", ".join(f"{number} {name}" for name, number in counts.items())])
+    summary = ", ".join(f"{number} {name}" for name, number in counts.items())
+    return f"{text_table(rows[1:], rows[0], align='<<>')}\n{summary}"
 
 
 def last_loss(run: Path) -> float:
-    return float(last_line(run / "log.jsonl").get("loss", "nan"))
+    return float(last_jsonl_record(run / "log.jsonl").get("loss", "nan"))
 
 
 def attempts(folder: Path, run: RunSpec) -> list[dict[str, Any]]:
     """Every start of a run that has come to an end, here or as a job, oldest first."""
-    here = [attempt for attempt in read_lines(folder / "attempts.jsonl") if attempt["run"] == run.name]
+    here = [attempt for attempt in read_jsonl(folder / "attempts.jsonl") if attempt["run"] == run.name]
     return sorted([*here, *job_records.ended(folder / run.name / "jobs")], key=lambda attempt: attempt["began"])
 
 
