@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,33 +36,33 @@ class RunFolder:
 
     path: Path
 
-    @cached_property
+    @property
     def config(self) -> Path:
         """The resolved configuration; a folder with this file is a run."""
         return self.path / "config.yaml"
 
-    @cached_property
+    @property
     def latent_space(self) -> Path:
         return self.path / "data.json"
 
     # JSONL, a record per line --------------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def log(self) -> Path:
         """Loss, learning rate and throughput: {"step", "clock", "loss", ...} per report."""
         return self.path / "log.jsonl"
 
-    @cached_property
+    @property
     def held_out(self) -> Path:
         """{"step", "clock", "mean", ...} per held-out evaluation."""
         return self.path / "held_out.jsonl"
 
-    @cached_property
+    @property
     def skipped_steps(self) -> Path:
         """{"step", "clock", "batch", "why", "clips"} per step that the spike guard skipped."""
         return self.path / "skipped.jsonl"
 
-    @cached_property
+    @property
     def unreadable_clips(self) -> Path:
         """{"step", "sample", "why"} per clip that could not be read."""
         return self.path / "broken.jsonl"
@@ -75,31 +74,31 @@ class RunFolder:
 
     # State ---------------------------------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def checkpoints(self) -> Path:
         """step-00000500/ ... and `latest`; see checkpoints/directory.py."""
         return self.path / "checkpoints"
 
-    @cached_property
+    @property
     def excluded_ranges(self) -> Path:
         """Ranges of the sample clock left out by `msc train --rollback`."""
         return self.path / "left_out.json"
 
-    @cached_property
+    @property
     def heartbeat(self) -> Path:
         return self.path / "heartbeat.json"
 
-    @cached_property
+    @property
     def mlflow(self) -> Path:
         """Identity of the MLflow run."""
         return self.path / "mlflow.json"
 
-    @cached_property
+    @property
     def jobs(self) -> Path:
         """Records of the Slurm jobs of this run."""
         return self.path / "jobs"
 
-    @cached_property
+    @property
     def logs(self) -> Path:
         """Output of ranks."""
         return self.path / "logs"
@@ -109,11 +108,11 @@ class RunFolder:
 
     # Results -------------------------------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def samples(self) -> Path:
         return self.path / "samples"
 
-    @cached_property
+    @property
     def export(self) -> Path:
         return self.path / "export"
 

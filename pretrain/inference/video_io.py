@@ -12,6 +12,7 @@ import av
 import numpy as np
 from torch import Tensor
 
+from msc.datasets.files import partial_file
 
 def upscaled(video: Tensor, side: int = 640) -> Tensor:
     """`[T, 3, H, W]` grown by the largest whole factor that keeps both sides within `side`: pages show a video at its
@@ -102,12 +103,8 @@ def temporary_beside(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to; synced and renamed to `path` at the end, removed after an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with partial_file(path) as partial:
         yield partial
-        _rename(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _rename(partial: Path, path: Path) -> None:
