@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from msc.datasets.errors import REPEATS
-from msc.datasets.prepare.progress import count_finished
+from msc.datasets.prepare.progress import count_finished_groups
 from msc.pretrain.checkpoints import directory as checkpoint_directory
 from msc.pretrain.tracking import heartbeat
 
@@ -176,7 +176,7 @@ def reached(job: Job) -> int:
     part of a conversion, its own)."""
     if job.trains:
         return int((checkpoint_directory.newest_meta(Path(job.folder)) or {}).get("clock", 0))
-    return count_finished(Path(job.folder).resolve(), job.part)  # as convert does: the link may be to another name
+    return count_finished_groups(Path(job.folder).resolve(), job.part)  # a link may have another name
 
 
 def took_a_step(job: Job, since: float, start: int) -> bool:
