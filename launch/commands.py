@@ -149,7 +149,7 @@ def train(args: Namespace) -> int:
     if launcher.LAUNCHED not in os.environ:
         config = validation.check(config, run, resume, processes)
         if os.environ.get("RANK", "0") == "0":
-            heartbeat.check_free(run, said)
+            heartbeat.check_not_training(run, said)
         if 0 < launcher.visible_gpus(os.environ) < processes and not started:
             raise ValueError(
                 f"{processes} processes but {launcher.visible_gpus(os.environ)} GPUs: start one per GPU, or hide "
@@ -243,7 +243,7 @@ def rollback(args: Namespace, run: Path) -> str | None:
         from msc.pretrain.checkpoints import directory as checkpoint_directory
         from msc.pretrain.checkpoints import rollback
 
-        if args.again or not rollback.done(run, args.rollback):  # it may have been pruned since
+        if args.again or not rollback.is_already_rolled_back(run, args.rollback):  # it may have been pruned since
             checkpoint_directory.find(run, args.rollback)
     return str(args.rollback)
 
@@ -300,7 +300,7 @@ def fit(args: Namespace) -> int:
 def checkpoints(args: Namespace) -> int:
     from msc.pretrain.checkpoints import directory as checkpoint_directory
 
-    text, whole = checkpoint_directory.table(args.run, args.verify)
+    text, whole = checkpoint_directory.checkpoint_table(args.run, args.verify)
     print(text)
     return 0 if whole else 1
 

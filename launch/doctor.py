@@ -289,12 +289,12 @@ def open_files() -> list[Check]:
     """For how many ranks the first of them could keep connections."""
     if attempt("torch"):
         return []
-    from msc.parallel.process_group import FILES_OF_A_RANK, OPEN_FILES
+    from msc.parallel.process_group import OPEN_FILES_BASE, OPEN_FILES_PER_RANK
 
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if hard == resource.RLIM_INFINITY:
         return [Check("open files", "ok", "no limit")]
-    ranks = max(0, hard - OPEN_FILES) // FILES_OF_A_RANK
+    ranks = max(0, hard - OPEN_FILES_BASE) // OPEN_FILES_PER_RANK
     found = f"{hard:,} for a process at most (ulimit -Hn), enough for {ranks:,} ranks"
     fix = "" if ranks >= 64 else "raise it for jobs: limits.conf, or LimitNOFILE of slurmd"
     return [Check("open files", "problem" if fix else "ok", found, fix)]

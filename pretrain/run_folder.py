@@ -83,12 +83,10 @@ def open_run(run: Path, weights: str = "ema", wanted: str | None = None) -> Trai
     path = checkpoint_format.latest(run) if wanted is None else checkpoint_directory.find(run, wanted)
     if path is None:
         raise FileNotFoundError(f"{run} has no checkpoint yet; train longer, or set checkpoint.every lower")
-    meta = checkpoint_format.read_meta(path)
+    meta = checkpoint_directory.CheckpointMeta.read(path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.device("meta"):
         model = MSCTransformer(config.model)
     model.load_state_dict(dict(checkpoint_format.weights(path, weights)), assign=True)
     model.to(device).eval()
-    return Trained(
-        model, config, space, open_autoencoder(space.autoencoder, device), meta["step"], meta["clock"], device
-    )
+    return Trained(model, config, space, open_autoencoder(space.autoencoder, device), meta.step, meta.clock, device)

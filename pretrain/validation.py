@@ -94,9 +94,11 @@ def check(config: Config, run: Path, resume: bool, processes: int) -> Config:
     if resume and not (run / "config.yaml").is_file():
         raise FileNotFoundError(f"{run} has nothing to resume: no config.yaml in it")
     if resume and (meta := checkpoint_directory.newest_meta(run)) is not None:
-        check_same_model(config, meta["config"])
-    if config.train.init_from and not (resume and checkpoint_directory.candidates(run)):
-        initialize_from.differences(initialize_from.find(Path(config.train.init_from)), config.model, index.autoencoder)
+        check_same_model(config, meta.config)
+    if config.train.init_from and not (resume and checkpoint_directory.resume_candidates(run)):
+        initialize_from.describe_differences(
+            initialize_from.find_weights(Path(config.train.init_from)), config.model, index.autoencoder
+        )
     if index.store == "video":
         autoencoder = open_autoencoder(index.autoencoder)
         if config.parallel.sp > 1 and not autoencoder.slices:
@@ -112,7 +114,7 @@ def check_room(config: Config, run: Path) -> None:
     """OSError where the checkpoints that a run will keep do not fit: the oldest goes when the next is whole."""
     saved = config.checkpoint
     each, most = 16 * cost.parameters(config.model), min(saved.keep + 1, -(-config.train.steps // saved.every))
-    more = max(1, most - len(checkpoint_directory.candidates(run)))
+    more = max(1, most - len(checkpoint_directory.resume_candidates(run)))
     there = next(parent for parent in (run.absolute(), *run.absolute().parents) if parent.exists())
     free = shutil.disk_usage(there).free
     if free < more * each:
@@ -172,8 +174,11 @@ def describe(config: Config, processes: int = 1) -> str:
                                f"activations {activations / 1e9:.2f}{whole}"),
     ]  # fmt: skip
     if config.train.init_from:
-        start = initialize_from.find(Path(config.train.init_from))
-        facts += [("starts from", line) for line in initialize_from.differences(start, config.model, index.autoencoder)]
+        start = initialize_from.find_weights(Path(config.train.init_from))
+        facts += [
+            ("starts from", line)
+            for line in initialize_from.describe_differences(start, config.model, index.autoencoder)
+        ]
     if config.parallel.sp > 1:
         facts += table(config.model.scales, clip, config.parallel.sp, config.parallel.layout, config.parallel.rates)
     return dump(config) + "\n" + "\n".join(f"{name:<24} {value}" for name, value in facts)

@@ -212,7 +212,7 @@ def test_what_goes_wrong(what, sent, tmp_path):
     if what == "hung":
         others = (run.run / "logs/rank_1.log").read_text()
         assert re.search(r"rank 1 .* is alive but stays behind in step", log), log
-        assert "in all_reduce" in log or "in total_of" in log, "where rank 0 stood"
+        assert "in all_reduce" in log or "in all_reduce_sum" in log, "where rank 0 stood"
         assert "Current thread" in others and "in watched" in others, "and where rank 1 did"
     if what == "killed":
         assert re.search(r"rank 1 \(process \d+ on .*\) is silent", log), log

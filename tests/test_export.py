@@ -20,8 +20,8 @@ from msc.pretrain.checkpoints import format as checkpoint_format
 from msc.pretrain.evaluation.confidence import summed
 from msc.pretrain.evaluation.evaluate import table_of, with_differences
 from msc.pretrain.export import export as exports
-from msc.pretrain.export.export import export, split
 from msc.pretrain.export import model_card
+from msc.pretrain.export.export import export, split
 from msc.pretrain.model.transformer import MSCTransformer
 
 SMALL = 40_000  # bytes of a file, so that the small model takes several
@@ -79,13 +79,13 @@ def test_every_checkpoint_gives_the_trained_weights(ranks, cut, dtype, limit, tm
 
 
 def test_never_more_than_a_part_of_a_tensor_is_read(run, tmp_path, monkeypatch):
-    read, asked = checkpoint_format.Slices.read, []
+    read, asked = checkpoint_format.ParameterReader.read, []
 
     def noting(self, name, key, start, numel):
         asked.append(numel)
         return read(self, name, key, start, numel)
 
-    monkeypatch.setattr(checkpoint_format.Slices, "read", noting)
+    monkeypatch.setattr(checkpoint_format.ParameterReader, "read", noting)
     monkeypatch.setattr(exports, "PART", 1000)
     export(run.path, tmp_path / "out", max_shard_size=SMALL)
     numel = sum(p.numel() for p in run.models["ema"].parameters())
@@ -320,9 +320,9 @@ def test_an_export_of_another_format_is_refused(run, tmp_path):
 
 def test_a_header_may_begin_like_a_pickle(tmp_path):
     """The first byte of a safetensors file is of its header's length: no reason to refuse it."""
-    shape = next(n for n in range(1, 500) if exported_weights.header({"x" * n: (1,)})[0] == 0x80)
+    shape = next(n for n in range(1, 500) if exported_weights.safetensors_header({"x" * n: (1,)})[0] == 0x80)
     path = tmp_path / "x.safetensors"
-    path.write_bytes(exported_weights.header({"x" * shape: (1,)}) + b"\0\0\0\0")
+    path.write_bytes(exported_weights.safetensors_header({"x" * shape: (1,)}) + b"\0\0\0\0")
     with exported_weights.open_safetensors(path) as opened:
         assert list(opened.keys()) == ["x" * shape]
 

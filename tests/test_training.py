@@ -23,7 +23,8 @@ from msc.datasets.synthetic import write_videos
 from msc.launch import cli, commands
 from msc.launch.processes import launcher
 from msc.launch.processes.launcher import visible_gpus
-from msc.pretrain.checkpoints.format import latest, read_meta, weights
+from msc.pretrain.checkpoints.directory import CheckpointMeta, latest
+from msc.pretrain.checkpoints.format import weights
 from msc.pretrain.diffusion.autoencoder import open_autoencoder
 from msc.pretrain.evaluation import evaluate as evaluation
 from msc.pretrain.evaluation.evaluate import evaluate
@@ -321,7 +322,7 @@ def test_a_signal_saves_and_asks_for_more(shards, tmp_path):
     assert process.returncode == 75, said
     assert "--resume" in said
     steps = len((run / "log.jsonl").read_text().splitlines())
-    assert read_meta(latest(run))["step"] == steps
+    assert CheckpointMeta.read(latest(run)).step == steps
 
 
 def wait_for(condition, seconds=180, every=0.2):

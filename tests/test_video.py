@@ -318,7 +318,7 @@ def test_nothing_stays_open_and_memory_does_not_grow(tmp_path):
     def use(times: int) -> None:
         for _ in range(times):
             decode_frames(content, start=3, stop=9, threads=1)
-            next(decode.pictures(content, probe(content), range(16), None))  # left before its end
+            next(decode.iterate_frames(content, probe(content), range(16), None))  # left before its end
             with pytest.raises(ValueError, match="bad"):
                 decode_frames(bad)
 

@@ -57,10 +57,10 @@ def read(run: Path) -> Facts:
         return Facts(run, record=record)
     train = yaml.safe_load(config.read_text())["train"]
     saved = None
-    for path in checkpoint_directory.candidates(run)[:1]:
+    for path in checkpoint_directory.resume_candidates(run)[:1]:
         try:
-            meta = checkpoint_directory.read_meta(path)
-            saved = meta["step"], meta["clock"], (path / "meta.json").stat().st_mtime
+            meta = checkpoint_directory.CheckpointMeta.read(path)
+            saved = meta.step, meta.clock, (path / "meta.json").stat().st_mtime
         except (ValueError, OSError):  # being pruned, or damaged
             pass
     beat = heartbeat.read(run) or None

@@ -160,7 +160,7 @@ def prepare_training(
         plan_report.read_expected(inner.plan)
         words += ["--plan", str(inner.plan.absolute())]
     config = validation.check(asked.config, run, asked.resume, tasks)
-    heartbeat.check_free(run, commands.said)
+    heartbeat.check_not_training(run, commands.said)
     run.mkdir(parents=True, exist_ok=True)
     write_atomically(run / "config.yaml", dump(config).encode())
     again = shlex.join(["msc", "submit", *options(args), *words])

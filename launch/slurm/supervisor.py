@@ -93,11 +93,11 @@ def attend(job: Job) -> None:
 
 def attempts(job: Job, received: list[int]) -> int:
     folder, number = Path(job.jobs), slurm_number(os.environ) if job.cluster == "slurm" else str(os.getpid())
-    os.environ[heartbeat.JOB] = number
+    os.environ[heartbeat.JOB_VARIABLE] = number
     say_changes(job)
     try:
         if job.trains:
-            heartbeat.check_free(Path(job.folder), say)
+            heartbeat.check_not_training(Path(job.folder), say)
     except ValueError as error:  # nor is its MLflow run ours to end
         say(f"{error}. This job ends without a start")
         return MISTAKE
@@ -175,14 +175,16 @@ def reached(job: Job) -> int:
     """How far the work has come, as far as a new start would find it done: clips trained on, groups converted (of a
     part of a conversion, its own)."""
     if job.trains:
-        return int((checkpoint_directory.newest_meta(Path(job.folder)) or {}).get("clock", 0))
+        newest = checkpoint_directory.newest_meta(Path(job.folder))
+        return newest.clock if newest else 0
     return count_finished_groups(Path(job.folder).resolve(), job.part)  # a link may have another name
 
 
 def took_a_step(job: Job, since: float, start: int) -> bool:
     """Whether training took a step since then, by a new checkpoint or the heartbeat that it leaves behind."""
     beat = heartbeat.read(Path(job.folder))
-    before = (checkpoint_directory.newest_meta(Path(job.folder)) or {}).get("step", 0)
+    newest = checkpoint_directory.newest_meta(Path(job.folder))
+    before = newest.step if newest else 0
     return reached(job) > start or (beat.get("started", 0) >= since and beat["step"] > before)
 
 
@@ -222,7 +224,7 @@ def settle(job: Job, code: int) -> None:
     """End the MLflow run where the ranks could not: they were killed, and it would be RUNNING for ever. Not if another
     job has the run: it took it while the ranks were starting."""
     beat = heartbeat.read(Path(job.folder))
-    others = heartbeat.is_fresh(beat, time.time()) and beat["job"] != heartbeat.job_of(os.environ)
+    others = heartbeat.is_fresh(beat, time.time()) and beat["job"] != heartbeat.job_id(os.environ)
     if job.trains and code not in (0, STOPPED) and not others:
         from msc.pretrain.tracking.tracker import settle as settle_run
 
