@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from msc.datasets.errors import Repeats
-from msc.datasets.files import Forgiving, append_line, write_atomically
+from msc.datasets.errors import REQUEUE, DeterministicFailure
+from msc.datasets.files import Forgiving, append_jsonl, write_atomically
 from msc.datasets.loading.dataloader import loader
 from msc.datasets.loading.mixture import Shards, check_sizes, open_shards
 from msc.parallel import consistency, control_plane, deepspeed_zero, fp8, process_group
@@ -42,24 +42,23 @@ from .parallelize import build, clip_of, make_mesh, own_timeline, parallelize
 from .run_folder import LatentSpace, write_space
 from .tracking import heartbeat, spike_guard
 from .tracking.mlflow_store import code_version, read_identity
-from .tracking.plan_deviation import Expected, deviation, ratios
+from .tracking.plan_deviation import PlannedStep, describe_deviation, plan_ratios
 from .tracking.throughput import DESCRIPTION, Meter
 from .tracking.tracker import State, Tracker
 from .tracking.unreadable_clips import Broken, read_broken
 from .validation import resolve, sizes
 
 PACKAGES = [Path(__file__).parents[1] / name for name in ("pretrain", "parallel", "datasets", "launch")]
-REQUEUE = 75  # exit code of a run that was stopped, has saved, and wants to go on (EX_TEMPFAIL)
 
 
 def train(
     config: Config, run: Path, resume: bool, back_to: str | None = None, again: bool = False,
-    expected: Expected | None = None,
+    planned: PlannedStep | None = None,
 ) -> int:  # fmt: skip
     """Train in this process, one of the world that RANK and WORLD_SIZE describe; returns the exit code.
 
     back_to: step or folder of a checkpoint to go back to first, leaving out all clips since. again: also if the run
-    last went back to that one already. expected: what a plan says of a step; the run says once if it is off.
+    last went back to that one already. planned: what a plan says of a step; the run says once if it is off.
     """
     sys.stdout, sys.stderr = Forgiving(sys.stdout), Forgiving(sys.stderr)
     faulthandler.enable()
@@ -81,11 +80,11 @@ def train(
                 beat(step, phase)
                 watched(step, phase)
 
-            return _train(config, run, resume, back_to, again, expected, stopping, world, at)
+            return _train(config, run, resume, back_to, again, planned, stopping, world, at)
 
 
 def _train(
-    config: Config, run: Path, resume: bool, back_to: str | None, again: bool, expected: Expected | None,
+    config: Config, run: Path, resume: bool, back_to: str | None, again: bool, planned: PlannedStep | None,
     stopping: list[int], world: process_group.RankInfo, at: Callable[[int, str], None],
 ) -> int:  # fmt: skip
     # The world: who we are, and which part of every clip is ours ------------------------------------
@@ -231,7 +230,7 @@ def _train(
         for picture in pictures if world.is_rank_0 else []:
             tracker.artifact(picture, "samples")
         if world.is_rank_0:
-            append_line(run / "held_out.jsonl", {"step": step, "clock": clock, **losses.metrics("")})
+            append_jsonl(run / "held_out.jsonl", {"step": step, "clock": clock, **losses.metrics("")})
             bar.write(f"step {step}: held-out loss {losses.mean:.4f} (averaged weights)", file=sys.stderr)
 
     try:
@@ -287,7 +286,7 @@ def _train(
                     rollback.record_skipped_step(run, step, clock - batch, batch, objected, found)
                 if history.in_a_row >= config.guard.stop_after:
                     writer.leave(others_live=True)  # the last checkpoint is one to go back to, once it is whole
-                    raise Repeats(rollback.too_many_skipped_message(run, step, history.in_a_row, objected))
+                    raise DeterministicFailure(rollback.too_many_skipped_message(run, step, history.in_a_row, objected))
             else:
                 losses.merge(of_step)
             meter.step(batch * tokens[clips_of_step.bucket], batch, batch * flops[clips_of_step.bucket])
@@ -310,14 +309,14 @@ def _train(
                 if reports == 1 and config.parallel.compile and world.is_rank_0 and (why := pieces()):
                     told = f"blocks are compiled in pieces, so that the CPU takes longer to start a step: {why}"
                     bar.write(f"msc: {told}", file=sys.stderr)
-                if expected is not None and reports > 1 and world.is_rank_0:
-                    tracker.log(ratios(values, expected), step)
-                    if not off_plan and (told := deviation(values, expected)):
+                if planned is not None and reports > 1 and world.is_rank_0:
+                    tracker.log(plan_ratios(values, planned), step)
+                    if not off_plan and (told := describe_deviation(values, planned)):
                         off_plan = True
                         bar.write(f"msc: step {step}: {told}", file=sys.stderr)
                 tracker.log({**values, **losses.metrics("loss/")}, step)
                 if world.is_rank_0:
-                    append_line(run / "log.jsonl", {"step": step, **values})
+                    append_jsonl(run / "log.jsonl", {"step": step, **values})
                     bar.set_postfix(loss=f"{losses.mean:.4f}")
                     if bar.disable:
                         print(progress(step, config.train.steps, values), file=sys.stderr, flush=True)

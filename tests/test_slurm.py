@@ -21,7 +21,7 @@ import yaml
 from gloo_ranks import run_ranks
 from test_training import MSC, SMALL, shards, wait_for  # noqa: F401
 
-from msc.datasets.files import last_line
+from msc.datasets.files import last_jsonl_record
 from msc.launch import cli
 from msc.launch.processes import slurm_env
 from msc.launch.slurm import cluster_config, job_records, sbatch, submit, supervisor
@@ -258,7 +258,7 @@ def test_a_job_does_not_start_beside_another_one_in_its_run(tmp_path, monkeypatc
     made = Job(("train",), str(run), str(run / "jobs"), "local")
     with heartbeat.write_heartbeat(run, 2, seconds=0.05):
         wait_for(lambda: heartbeat.read(run), seconds=10)
-        assert supervisor.attempts(made, []) == supervisor.MISTAKE
+        assert supervisor.attempts(made, []) == supervisor.USER_ERROR
     assert f"{run} is being trained: process {os.getpid()} on " in capsys.readouterr().err
 
 
@@ -527,7 +527,7 @@ def test_a_job_in_the_background_is_watched_ended_and_saved(shards, tmp_path, ca
     said = capfd.readouterr().out
     assert f"msc submit --cluster local --resume --run {run}" in said
     (record,) = job_records.records(run / "jobs")
-    wait_for(lambda: last_line(run / "log.jsonl").get("step", 0) > 3)
+    wait_for(lambda: last_jsonl_record(run / "log.jsonl").get("step", 0) > 3)
     wait_for(lambda: heartbeat.read(run)["phase"] != "starting", seconds=20)
     assert cli.main(["status", str(run)]) == 0
     line = capfd.readouterr().out.splitlines()[1].split()
@@ -552,13 +552,13 @@ def test_a_job_here_and_now_saves_at_ctrl_c(shards, tmp_path):
         job = subprocess.Popen([MSC, *map(str, words), "train.clips=40000"], stdout=said, stderr=said,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # fmt: skip
     try:
-        wait_for(lambda: last_line(run / "log.jsonl").get("step", 0) > 3 or job.poll() is not None, seconds=120)
+        wait_for(lambda: last_jsonl_record(run / "log.jsonl").get("step", 0) > 3 or job.poll() is not None, seconds=120)
         job.send_signal(signal.SIGINT)
         code = job.wait(timeout=60)
     finally:
         job.kill()
     text = (tmp_path / "said").read_text()
-    assert code == supervisor.STOPPED and "stopped at step" in text and "go on" in text, text
+    assert code == supervisor.REQUEUE and "stopped at step" in text and "go on" in text, text
     assert checkpoint_directory.newest_meta(run).step > 3
 
 
@@ -619,9 +619,9 @@ def test_the_row_of_a_run():
 
 def test_the_last_whole_line_counts(tmp_path):
     file = tmp_path / "log.jsonl"
-    assert last_line(file) == {}
+    assert last_jsonl_record(file) == {}
     file.write_text('{"step": 1}\n' * 20_000 + '{"step": 2}\n{"step": 3, "lo')
-    assert last_line(file) == {"step": 2}
+    assert last_jsonl_record(file) == {"step": 2}
 
 
 def test_the_heartbeat_tells_the_phase_and_the_end(tmp_path):

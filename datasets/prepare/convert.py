@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from ..files import check_replaceable, publish, write_atomically
+from ..files import check_replaceable, publish_folder, write_atomically
 from ..shards.index import STORES, Index, Shape, ShardInfo, read_part, scan, write_index
 from ..video import decode_frames
 from .clip_ranges import RULE, SPLITS
@@ -129,7 +129,7 @@ def convert(
         lines = [f"{x.name}: {why}\n" for x in outcomes for why in (*x.left_out, x.skipped) if why]
         write_atomically(partial / "skipped.txt", "".join(lines).encode("utf-8", "surrogateescape"))
         write_index(partial, index)
-        publish(partial, out)
+        publish_folder(partial, out)
     shutil.rmtree(out / WORK)
     return _report(config, out, index, outcomes, sum(len(todo[n]) for n in mine), time.monotonic() - began)
 

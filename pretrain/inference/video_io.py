@@ -13,6 +13,8 @@ import av
 import numpy as np
 from torch import Tensor
 
+from msc.datasets.files import partial_file
+
 CONTEXT_COLOUR = (46, 160, 67)  # green: given to the model
 MADE_COLOUR = (214, 106, 18)  # orange: made by it
 MOST_COLUMNS = 16
@@ -171,12 +173,8 @@ def _aside(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to; synced and renamed to `path` at the end, removed after an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with partial_file(path) as partial:
         yield partial
-        _rename(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _rename(partial: Path, path: Path) -> None:

@@ -22,6 +22,8 @@ from typing import Any
 
 import psutil
 
+from msc.datasets.files import write_atomically
+
 INTERVAL_S = 3.0
 JOB_VARIABLE = "MSC_JOB"  # in the environment of ranks that a job started: its id
 ENDED = "ended"
@@ -125,9 +127,8 @@ def identity(ranks: int) -> dict[str, Any]:
 
 def _write(run: Path, step: int, phase: str, since: float, known: Mapping[str, Any]) -> None:
     run.mkdir(parents=True, exist_ok=True)
-    partial = run / f".heartbeat.{known['host']}.{known['pid']}"  # two processes may claim the run at once
-    partial.write_text(json.dumps({"time": time.time(), "step": step, "phase": phase, "since": since, **known}))
-    os.replace(partial, run / "heartbeat.json")
+    beat = {"time": time.time(), "step": step, "phase": phase, "since": since, **known}
+    write_atomically(run / "heartbeat.json", json.dumps(beat).encode(), sync=False)
 
 
 def read(run: Path) -> dict[str, Any]:
