@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from msc.datasets.errors import DETERMINISTIC_FAILURE, FAILURE, INTERRUPTED, REQUEUE, USER_ERROR
-from msc.datasets.prepare.progress import count_finished
+from msc.datasets.prepare.progress import count_finished_groups
 from msc.pretrain.checkpoints import directory as checkpoint_directory
 from msc.pretrain.tracking import heartbeat
 
