@@ -62,14 +62,14 @@ def convert(args: Namespace) -> int:
 
 
 def inspect(args: Namespace) -> int:
-    from msc.datasets.prepare.summary import damaged, describe
+    from msc.datasets.prepare.summary import damaged_shards, describe
     from msc.datasets.shards.index import check_shards, read_index
     from msc.pretrain.diffusion.autoencoder import open_autoencoder
 
     index = read_index(args.shards)
     check_shards(args.shards, index)
     print(describe(args.shards, index))
-    bad = damaged(args.shards, index) if args.verify else []
+    bad = damaged_shards(args.shards, index) if args.verify else []
     if args.verify:
         print("\n".join(bad) if bad else "every shard is whole and what was written")
     picture = args.picture or args.shards / "contact.png"
