@@ -62,14 +62,14 @@ def convert(args: Namespace) -> int:
 
 
 def inspect(args: Namespace) -> int:
-    from msc.datasets.prepare.summary import damaged, describe
+    from msc.datasets.prepare.summary import damaged_shards, describe
     from msc.datasets.shards.index import check_shards, read_index
     from msc.pretrain.diffusion.autoencoder import open_autoencoder
 
     index = read_index(args.shards)
     check_shards(args.shards, index)
     print(describe(args.shards, index))
-    bad = damaged(args.shards, index) if args.verify else []
+    bad = damaged_shards(args.shards, index) if args.verify else []
     if args.verify:
         print("\n".join(bad) if bad else "every shard is whole and what was written")
     picture = args.picture or args.shards / "contact.png"
@@ -163,8 +163,8 @@ def train(args: Namespace) -> int:
         os.environ.update(launcher.rank_environment(os.environ, 0, 1, launcher.free_port()))
     from msc.pretrain import train as training  # a mistake in the settings need not wait for DeepSpeed
 
-    expected = expectation(args.plan, config, processes)
-    how = given(back_to=asked.back_to, again=args.again or None, expected=expected)
+    planned = planned_step(args.plan, config, processes)
+    how = given(back_to=asked.back_to, again=args.again or None, planned=planned)
     return training.train(config, run, resume, **how)
 
 
@@ -191,7 +191,7 @@ def enter_step(args: Namespace) -> None:
     print(slurm_env.told(os.environ), file=sys.stderr, flush=True)
 
 
-def expectation(plan: Path | None, config: Any, processes: int) -> Any:
+def planned_step(plan: Path | None, config: Any, processes: int) -> Any:
     """What a plan says of the run: the one named, else the one for this GPU, if it is a known one."""
     from .processes import launcher
 
@@ -200,11 +200,11 @@ def expectation(plan: Path | None, config: Any, processes: int) -> Any:
     from .planning import report as plan_report
 
     if plan is not None:
-        return plan_report.read_expected(plan)
+        return plan_report.read_planned_step(plan)
     import torch
 
     try:
-        return plan_report.expected(config, processes, torch.cuda.get_device_name())
+        return plan_report.planned_step(config, processes, torch.cuda.get_device_name())
     except (RuntimeError, ValueError):  # no GPU after all, or a mesh that the run itself will object to
         return None
 
@@ -215,22 +215,22 @@ def plan(args: Namespace) -> int:
     from msc.pretrain.config import load
     from msc.pretrain.presets import PRESETS, preset
 
-    from .planning.hardware import kind_of
-    from .planning.report import plan_run
+    from .planning.hardware import gpu_kind
+    from .planning.report import report_plan
 
     file, overrides = split_items(args.items)
     if file is None and not overrides:
         raise ValueError(f"nothing to plan: name a configuration file, or a preset ({', '.join(PRESETS)})")
     named = str(file) if str(file) in PRESETS else None
     config = load(preset(named) if named else None, None if named else file, overrides)
-    device = kind_of(args.kind)
+    device = gpu_kind(args.kind)
     if any(value is not None and value <= 0 for value in (args.memory, args.network)):
         raise ValueError(f"--memory {args.memory} and --network {args.network} must be positive")
     giga = {"memory": args.memory, "network": args.network}
     changes = {**{name: value * 1e9 for name, value in given(**giga).items()}, **given(node=args.node)}
     keys = [override.partition("=")[0] for override in overrides]
     options = given(price=args.price, units=args.roll_out, steps=args.steps, out=args.json)
-    print(plan_run(config, args.gpus, replace(device, **changes), keys, **options))
+    print(report_plan(config, args.gpus, replace(device, **changes), keys, **options))
     return 0
 
 
@@ -270,10 +270,10 @@ def default_run(preset: str | None, file: Path | None) -> Path:
 def sweep(args: Namespace) -> int:
     from .scaling import sweep as sweeping
     from .scaling import sweep_array
-    from .scaling.sweep_spec import read_sweep
+    from .scaling.sweep_spec import read_sweep_spec
     from .slurm.submit import OPTIONS
 
-    plan = read_sweep(args.file)
+    plan = read_sweep_spec(args.file)
     folder = args.out or Path("runs") / args.file.stem
     if args.dry_run:
         print("\n".join(f"{run.name}: {' '.join(run.overrides)}" for run in plan.runs))

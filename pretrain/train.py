@@ -39,10 +39,10 @@ from .inference.preview import write_preview
 from .kernels.compile_helpers import pieces
 from .optimizer import set_schedule
 from .parallelize import build, clip_of, make_mesh, own_timeline, parallelize
-from .run_folder import LatentSpace, write_space
+from .run_folder import LatentSpace, RunFolder
 from .tracking import heartbeat, spike_guard
 from .tracking.mlflow_store import code_version, read_identity
-from .tracking.plan_deviation import Expected, deviation, ratios
+from .tracking.plan_deviation import PlannedStep, describe_deviation, plan_ratios
 from .tracking.throughput import DESCRIPTION, Meter
 from .tracking.tracker import State, Tracker
 from .tracking.unreadable_clips import Broken, read_broken
@@ -53,12 +53,12 @@ PACKAGES = [Path(__file__).parents[1] / name for name in ("pretrain", "parallel"
 
 def train(
     config: Config, run: Path, resume: bool, back_to: str | None = None, again: bool = False,
-    expected: Expected | None = None,
+    planned: PlannedStep | None = None,
 ) -> int:  # fmt: skip
     """Train in this process, one of the world that RANK and WORLD_SIZE describe; returns the exit code.
 
     back_to: step or folder of a checkpoint to go back to first, leaving out all clips since. again: also if the run
-    last went back to that one already. expected: what a plan says of a step; the run says once if it is off.
+    last went back to that one already. planned: what a plan says of a step; the run says once if it is off.
     """
     sys.stdout, sys.stderr = Forgiving(sys.stdout), Forgiving(sys.stderr)
     faulthandler.enable()
@@ -80,11 +80,11 @@ def train(
                 beat(step, phase)
                 watched(step, phase)
 
-            return _train(config, run, resume, back_to, again, expected, stopping, world, at)
+            return _train(config, run, resume, back_to, again, planned, stopping, world, at)
 
 
 def _train(
-    config: Config, run: Path, resume: bool, back_to: str | None, again: bool, expected: Expected | None,
+    config: Config, run: Path, resume: bool, back_to: str | None, again: bool, planned: PlannedStep | None,
     stopping: list[int], world: process_group.RankInfo, at: Callable[[int, str], None],
 ) -> int:  # fmt: skip
     # The world: who we are, and which part of every clip is ours ------------------------------------
@@ -149,7 +149,7 @@ def _train(
             print(f"msc: {change}", file=sys.stderr, flush=True)
         run.mkdir(parents=True, exist_ok=True)
         write_atomically(run / "config.yaml", dump(config).encode())
-        write_space(run, LatentSpace.of(shards.index))
+        RunFolder(run).write_latent_space(LatentSpace.of(shards.index))
         for name in ("log.jsonl", "skipped.jsonl", "broken.jsonl", "held_out.jsonl"):
             rollback.truncate_jsonl(run / name, step)
 
@@ -309,9 +309,9 @@ def _train(
                 if reports == 1 and config.parallel.compile and world.is_rank_0 and (why := pieces()):
                     told = f"blocks are compiled in pieces, so that the CPU takes longer to start a step: {why}"
                     bar.write(f"msc: {told}", file=sys.stderr)
-                if expected is not None and reports > 1 and world.is_rank_0:
-                    tracker.log(ratios(values, expected), step)
-                    if not off_plan and (told := deviation(values, expected)):
+                if planned is not None and reports > 1 and world.is_rank_0:
+                    tracker.log(plan_ratios(values, planned), step)
+                    if not off_plan and (told := describe_deviation(values, planned)):
                         off_plan = True
                         bar.write(f"msc: step {step}: {told}", file=sys.stderr)
                 tracker.log({**values, **losses.metrics("loss/")}, step)

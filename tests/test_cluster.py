@@ -24,7 +24,7 @@ from test_tracking import free_port, server
 from test_training import MSC, SMALL, curve, final_weights, shards, wait_for  # noqa: F401
 
 from msc.launch.scaling import sweep
-from msc.launch.scaling.sweep_spec import read_sweep
+from msc.launch.scaling.sweep_spec import read_sweep_spec
 from msc.launch.slurm import job_records, sbatch
 from msc.pretrain.tracking.mlflow_store import read_identity
 
@@ -256,7 +256,7 @@ def test_a_sweep_as_an_array(shards, tmp_path):
     settings |= {"data.shards": str(shards), "train.clips": 16, "metrics.tracking_uri": f"sqlite:///{tmp_path}/m.db"}
     file.write_text(yaml.safe_dump({"preset": "demo", "set": settings, "grid": {"train.seed": [0, 1, 2]}}))
     words = ["sweep", file, "--out", folder, "--cluster", "slurm", "--site", site]
-    plan, environment = read_sweep(file), {**os.environ, "OMP_NUM_THREADS": "1"}
+    plan, environment = read_sweep_spec(file), {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def states() -> list[str]:
         queue = sweep.in_queue(folder, plan)

@@ -23,7 +23,7 @@ from msc.pretrain.inference.load import TrainedModel
 from msc.pretrain.model.scales import Scale
 from msc.pretrain.model.transformer import ModelConfig, MSCTransformer
 from msc.pretrain.presets import preset
-from msc.pretrain.run_folder import LatentSpace, write_space
+from msc.pretrain.run_folder import LatentSpace, RunFolder
 
 WORDS = {"red disc": 3, "two blue bars": 5}
 
@@ -40,7 +40,7 @@ def untrained(run: Path, **model) -> TrainedModel:
     run.mkdir(exist_ok=True)
     (run / "config.yaml").write_text(configuration.dump(settings))
     space = LatentSpace("pixels", 8, 8, 16, 8, 16, 10.0)
-    write_space(run, space)
+    RunFolder(run).write_latent_space(space)
     torch.manual_seed(0)
     network = MSCTransformer(settings.model).eval()
     for parameter in network.parameters():
@@ -59,7 +59,7 @@ def knowing(tmp_path, monkeypatch):
 
 
 def made(folder: Path) -> dict[str, torch.Tensor]:
-    return {path.stem: decode.frames(path) for path in sorted(folder.glob("*.mp4"))}
+    return {path.stem: decode.decode_frames(path) for path in sorted(folder.glob("*.mp4"))}
 
 
 def test_many_prompts_and_labels_make_the_same_videos_in_any_batch(knowing, tmp_path, capsys):
@@ -89,7 +89,7 @@ def test_a_video_is_continued_under_a_prompt(knowing, tmp_path):
     assert cli.main([*words, "--out", str(tmp_path / "out")]) == 0
     (frames,) = made(tmp_path / "out").values()
     assert len(frames) == 18
-    truth = decode.frames(video, fps=10.0, stop=6, size=(8, 16))
+    truth = decode.decode_frames(video, fps=10.0, stop=6, size=(8, 16))
     assert (frames[:6].int() - truth.int()).abs().float().mean() < 12, "the context comes first, as H.264 keeps it"
 
 
@@ -190,7 +190,7 @@ def test_what_was_made_before_an_end_can_be_played(ending, tmp_path):
         _, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert len(decode.frames(partial)) > 20
+    assert len(decode.decode_frames(partial)) > 20
     assert [path.name for path in partial.parent.iterdir()] == [partial.name]
     if ending == signal.SIGINT:
         assert process.returncode == 130 and f"made so far: {partial}" in err, err

@@ -498,10 +498,10 @@ def test_sample_writes_video_and_contact_sheet(trained, shards, start, tmp_path,
     done = (msc if "--video" in start else here)("sample", trained, *start, "--steps", "2", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".mp4", ".png"]
-    from msc.datasets.video import frames
+    from msc.datasets.video import decode_frames
 
     expected = {"--clip": 5, "--nothing": 3, "--video": 9}[start[0]]
-    assert len(frames(next(tmp_path.glob("*.mp4")))) == expected
+    assert len(decode_frames(next(tmp_path.glob("*.mp4")))) == expected
 
 
 def test_sample_refuses_a_context_that_the_video_does_not_have(trained, here):

@@ -143,7 +143,7 @@ def test_a_growing_video_ends_as_the_same_frames_in_one_file(tmp_path):
     grown, rate = read(tmp_path / "grown.mp4")
     assert grown.shape == (50, 34, 48, 3) and rate == 12
     assert np.abs(grown.astype(int) - read(tmp_path / "whole.mp4")[0]).mean() < 2
-    assert len(decode.frames(tmp_path / "grown.mp4")) == 50
+    assert len(decode.decode_frames(tmp_path / "grown.mp4")) == 50
 
 
 GROW = """
@@ -166,7 +166,8 @@ def test_a_killed_process_leaves_a_video_that_plays(tmp_path):
     frames, _ = read(path)
     assert 40 <= len(frames) < 60  # at 10 frames a second no more than two seconds are lost
     assert np.abs(frames.mean((1, 2, 3)) - 4 * np.arange(len(frames))).max() < 4
-    assert torch.equal(decode.frames(path), torch.from_numpy(frames).permute(0, 3, 1, 2)), "as `--video` would read it"
+    want = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    assert torch.equal(decode.decode_frames(path), want), "as `--video` would read it"
 
 
 def test_an_error_leaves_every_frame_and_no_frame_leaves_nothing(tmp_path):

@@ -154,7 +154,7 @@ def finish_group(own: Path, partial: Path, number: int, record: Record) -> None:
     keep(own, partial / WORK / f"group-{number:06d}.json", dataclasses.asdict(record))
 
 
-def count_finished(out: Path, part: tuple[int, int] | None = None) -> int:
+def count_finished_groups(out: Path, part: tuple[int, int] | None = None) -> int:
     """How many groups are finished of a conversion to `out` that is on its way; of part (i, N) its own."""
     own, parts = part or (0, 1)
     records = (out.with_name(f".{out.name}.partial") / WORK).glob("group-*.json")

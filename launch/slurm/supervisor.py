@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from msc.datasets.errors import DETERMINISTIC_FAILURE, FAILURE, INTERRUPTED, REQUEUE, USER_ERROR
-from msc.datasets.prepare.progress import count_finished
+from msc.datasets.prepare.progress import count_finished_groups
 from msc.pretrain.checkpoints import directory as checkpoint_directory
 from msc.pretrain.tracking import heartbeat
 
@@ -175,7 +175,7 @@ def reached(job: Job) -> int:
     if job.trains:
         newest = checkpoint_directory.newest_meta(Path(job.folder))
         return newest.clock if newest else 0
-    return count_finished(Path(job.folder).resolve(), job.part)  # as convert does: the link may be to another name
+    return count_finished_groups(Path(job.folder).resolve(), job.part)  # a link may have another name
 
 
 def took_a_step(job: Job, since: float, start: int) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from ..checkpoints import format as checkpoint_format
 from ..config import Config, load
 from ..diffusion.autoencoder import Autoencoder, open_autoencoder
 from ..model.transformer import MSCTransformer
-from ..run_folder import LatentSpace
+from ..run_folder import LatentSpace, RunFolder
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ def read_run(run: Path) -> tuple[Config, LatentSpace]:
     for name in ("config.yaml", "data.json"):
         if not (run / name).is_file():
             raise FileNotFoundError(f"{run} is not a run folder: it has no {name}")
-    return load(file=run / "config.yaml"), LatentSpace(**json.loads((run / "data.json").read_text()))
+    return load(file=run / "config.yaml"), RunFolder(run).read_latent_space()
 
 
 def open_run(run: Path, weights: str = "ema", wanted: str | None = None) -> TrainedModel:

@@ -21,8 +21,7 @@ from tqdm import tqdm
 from msc.datasets.loading.dataloader import Batch
 from msc.datasets.loading.held_out import held_out_clip
 from msc.datasets.loading.mixture import open_shards
-from msc.datasets.video import frames as decode_frames
-from msc.datasets.video import probe, timeline
+from msc.datasets.video import decode_frames, frame_indices, probe
 
 from ..batch_inputs import latents_of
 from ..config import Config
@@ -212,7 +211,7 @@ def find_start(trained: TrainedModel, video: Path | None, clip: int | None, cont
 def read_video(trained: TrainedModel, video: Path, frames: int) -> Batch:
     """The start of a video file, as many frames as make `frames` latent frames, or a training clip if it has them."""
     space, autoencoder = trained.space, trained.autoencoder
-    length = len(timeline(probe(video), space.fps))
+    length = len(frame_indices(probe(video), space.fps))
     fitting = [n for n in range(1, max(frames, space.frames) + 1) if autoencoder.video_frames(n) <= length]
     if not fitting:
         raise ValueError(f"{video} has {length} frames at {space.fps:g} frames/s, too few for one latent frame")

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msc.datasets.prepare.statistics import measure
+from msc.datasets.prepare.statistics import measure_statistics
 from msc.datasets.synthetic import moving_textures
 from msc.pretrain.diffusion.rectified_flow import add_noise, frame_losses
 from msc.pretrain.diffusion.sampler import generate
@@ -188,7 +188,7 @@ def main() -> None:
     made = time.perf_counter() - began
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # some thousand small sums a clip
-    statistics = measure(train[:64].float())
+    statistics = measure_statistics(train[:64].float())
     torch.set_num_threads(threads)
     mean, std = (torch.tensor(x, device=device)[:, None, None] for x in (statistics.mean, statistics.std))
     train, rest = (train.pin_memory() if device.type == "cuda" else train), (rest.to(device).float() - mean) / std
