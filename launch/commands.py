@@ -149,7 +149,7 @@ def train(args: Namespace) -> int:
         print(validation.describe(config, processes))
         return 0
     if launcher.LAUNCHED not in os.environ:
-        config = validation.check(config, run, resume, processes)
+        config = validation.validate(config, run, resume, processes)
         if os.environ.get("RANK", "0") == "0":
             heartbeat.check_not_training(run, said)
         if 0 < launcher.visible_gpus(os.environ) < processes and not started:

@@ -336,4 +336,4 @@ def test_the_command_line_looks_at_the_shards_too(plain, tmp_path, monkeypatch):
     (tmp_path / "cut" / read_index(plain).splits["train"][0].name).unlink()
     config = load(None, None, [f"data.shards={tmp_path / 'cut'}"])
     with pytest.raises(FileNotFoundError, match=r"shard .*tar is missing: copy it again"):
-        validation.check(config, tmp_path / "run", resume=False, processes=1)
+        validation.validate(config, tmp_path / "run", resume=False, processes=1)
