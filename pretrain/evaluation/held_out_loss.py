@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from msc.datasets.loading.dataloader import Batch, loader
-from msc.datasets.loading.mixture import Shards, Stream, only
+from msc.datasets.loading.mixture import Shards, Stream, single_set
 
 from ..batch_inputs import Feed, Inputs
 from ..config import Config
@@ -117,7 +117,7 @@ def _held_out(
     frames: tuple[int, int] | None = None,
 ) -> Iterator[Batch]:  # fmt: skip
     batches = loader(
-        only(stream.place, stream.index), "held_out", seed=0, clock=first, clips=each, rank=row, ranks=rows,
+        single_set(stream.place, stream.index), "held_out", seed=0, clock=first, clips=each, rank=row, ranks=rows,
         frames=[frames], workers=0, shuffle=False, stop=first + clips,
     )  # fmt: skip
     for batch in batches:
