@@ -292,7 +292,7 @@ def test_signals_to_the_job_do_not_end_workers(shards):
 PROGRAM = """
 import sys
 from msc.datasets.loading.dataloader import loader
-from msc.datasets.loading.mixture import only
+from msc.datasets.loading.mixture import single_set
 from msc.datasets.shards.index import read_index
 
 held = []
@@ -325,8 +325,9 @@ def test_a_worker_has_its_socket_before_it_reads(shards, monkeypatch):
             return torch.tensor(len(list(Path(folder).glob("pymp-*/*"))))
 
         index = read_index(shards)
-        with closing(loader(single_set(shards, index), "train", seed=0, clock=0, clips=2, workers=1, attach=sockets)) as read:
-            assert next(read).attached.tolist() == [1, 1]
+        batches = loader(single_set(shards, index), "train", seed=0, clock=0, clips=2, workers=1, attach=sockets)
+        with closing(batches):
+            assert next(batches).attached.tolist() == [1, 1]
         assert not os.listdir(folder)
 
 
