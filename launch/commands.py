@@ -4,9 +4,11 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from msc.pretrain.requests import EvaluateConfig, SampleConfig
 
 # What a rank runs. Not `-m msc.launch.cli`: under -m cloudpickle sends classes by value.
 PROGRAM = "import sys; from msc.launch.cli import main; sys.exit(main())"
@@ -14,7 +16,7 @@ PROGRAM = "import sys; from msc.launch.cli import main; sys.exit(main())"
 # What torch.distributed and DeepSpeed read in every rank.
 DISTRIBUTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 CONTACT_CLIPS = 6
-EVALUATE_OPTIONS = ("clips", "weights", "steps", "samples", "checkpoint", "against", "features")
+EVALUATE_OPTIONS = tuple(field.name for field in fields(EvaluateConfig))
 
 
 def given(**options: Any) -> dict[str, Any]:
@@ -83,7 +85,7 @@ def write_contact_sheet(folder: Path, autoencoder: Any, path: Path) -> Path:
     from msc.datasets.loading.mixture import single_set
     from msc.datasets.shards.index import read_index
     from msc.pretrain.diffusion.autoencoder import to_uint8
-    from msc.pretrain.inference.video_io import contact_sheet
+    from msc.pretrain.inference.contact_sheet import write_contact_sheet
 
     rows = []
     buckets = [one for one in read_index(folder).by_bucket() if one.samples("train")]
@@ -95,7 +97,7 @@ def write_contact_sheet(folder: Path, autoencoder: Any, path: Path) -> Path:
             videos = to_uint8(autoencoder.decode(batch.latents.float()))
         assert videos is not None
         rows += list(zip(batch.keys, videos, strict=True))
-    contact_sheet(rows, path)
+    write_contact_sheet(rows, path)
     return path
 
 
@@ -147,7 +149,7 @@ def train(args: Namespace) -> int:
         print(validation.describe(config, processes))
         return 0
     if launcher.LAUNCHED not in os.environ:
-        config = validation.check(config, run, resume, processes)
+        config = validation.validate(config, run, resume, processes)
         if os.environ.get("RANK", "0") == "0":
             heartbeat.check_not_training(run, said)
         if 0 < launcher.visible_gpus(os.environ) < processes and not started:
@@ -308,42 +310,22 @@ def checkpoints(args: Namespace) -> int:
 def evaluate(args: Namespace) -> int:
     from msc.pretrain.evaluation.evaluate import evaluate as evaluate_run
 
-    options = given(**{name: getattr(args, name) for name in EVALUATE_OPTIONS})
+    request = EvaluateConfig(**given(**{name: getattr(args, name) for name in EVALUATE_OPTIONS}))
     for run in args.run:
-        print(evaluate_run(run, **options))
+        print(evaluate_run(run, request))
     return 0
 
 
 def sample(args: Namespace) -> int:
-    if args.nothing and args.context:
-        raise ValueError(f"--nothing starts without context, but --context is {args.context}")
+    values = {field.name: getattr(args, field.name) for field in fields(SampleConfig)}
+    for name in ("prompt", "label"):
+        values[name] = tuple(values[name] or ())
+    request = SampleConfig(**given(**values))
 
-    if args.prompts is not None and args.prompt:
-        raise ValueError("--prompts names a file, --prompt is one itself: give one of them")
-    prompts = args.prompt
-    if args.prompts is not None:
-        prompts = read_prompts(args.prompts)
+    from msc.pretrain.inference.sample import sample as sample_run
 
-    from msc.pretrain.inference.sample import sample_run
-
-    # words alone make a new video; without any there is a clip to continue
-    something = args.nothing or prompts or args.label or args.video is not None or args.clip is not None
-    names = ["units", "context", "steps", "seed", "out", "weights", "text", "count", "batch", "solver", "guidance"]
-    names += ["context_level", "reach"]
-    options = given(prompts=prompts, labels=args.label, **{name: getattr(args, name) for name in names})
-    print(sample_run(args.run, video=args.video, clip=args.clip if something else 0, **options))
+    print(sample_run(args.run, request))
     return 0
-
-
-def read_prompts(file: Path) -> list[str]:
-    """Lines of a text file, without empty ones."""
-    try:
-        prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not a text file in UTF-8: {error}") from None
-    if not prompts:
-        raise ValueError(f"{file} holds no prompt: write one in every line")
-    return prompts
 
 
 def export(args: Namespace) -> int:

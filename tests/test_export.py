@@ -369,7 +369,7 @@ def write_evaluation(path, step, against, weights="ema"):
     rows = with_differences({("psnr_by_horizon", name): part for name, part in clips.items()})
     assert ("psnr_by_horizon", "sample - other's") in rows
     result = {
-        "step": step, "weights": exported_weights, "clips": 3, "against": {"run": str(against), "step": 40},
+        "step": step, "weights": weights, "clips": 3, "against": {"run": str(against), "step": 40},
         "tables": {"psnr_by_horizon": table_of("psnr_by_horizon", rows).json()},
     }  # fmt: skip
     path.write_text(json.dumps(result))

@@ -15,6 +15,7 @@ from gloo_ranks import run_ranks
 
 from msc.datasets.loading import shuffling
 from msc.datasets.loading.dataloader import Batch, loader
+from msc.datasets.loading.held_out import held_out_batches
 from msc.datasets.loading.mixture import DataConfig, ShardSetConfig, batches_per_round, open_shards, stream_slots
 from msc.datasets.loading.shard_reader import ShardReader
 from msc.datasets.loading.shuffling import SLOTS, BucketSchedule, WindowShuffle, apportion, epoch_permutation, stream_at
@@ -25,7 +26,6 @@ from msc.datasets.shards.index import read_index
 from msc.datasets.synthetic import write_videos
 from msc.pretrain import validation
 from msc.pretrain.config import load
-from msc.pretrain.evaluation.held_out_loss import held_out_batches
 
 BUCKETS = ((8, 16, 24), (4, 16, 24), (8, 24, 16))
 
@@ -83,7 +83,7 @@ def test_at_each_place_the_longest_that_fits():
         (720, 1280, 20, {32: 0, 8: 1}),  # the longer does not fit anywhere, and is not asked for
         (1280, 720, 100, {32: 2}),
         (1280, 720, 20, {16: 3, 4: 5}),  # too short for the portrait bucket: the square is nearest
-        (500, 500, 100, {16: 3, 4: 5}),  # square: the largest that is not enlarged
+        (500, 500, 100, {16: 3, 4: 5}),  # square: the largest that is not upscaled
         (200, 200, 100, {16: 4}),
         (60, 60, 100, {16: 4}),  # none without enlarging: the smallest
         (720, 1280, 3, {}),
@@ -338,4 +338,4 @@ def test_the_command_line_looks_at_the_shards_too(plain, tmp_path, monkeypatch):
     (tmp_path / "cut" / read_index(plain).splits["train"][0].name).unlink()
     config = load(None, None, [f"data.shards={tmp_path / 'cut'}"])
     with pytest.raises(FileNotFoundError, match=r"shard .*tar is missing: copy it again"):
-        validation.check(config, tmp_path / "run", resume=False, processes=1)
+        validation.validate(config, tmp_path / "run", resume=False, processes=1)

@@ -156,7 +156,7 @@ def single_set(place: str | Path | RemoteShards, index: Index) -> Shards:
 
 def open_shards(config: DataConfig) -> Shards:
     """Read the index of every set and check that they fit each other; OSError or ValueError says
-    what is missing or wrong. No shard is looked at (see `check_sizes`).
+    what is missing or wrong. No shard is looked at (see `check_shard_sizes`).
     """
     if not config.sets:
         raise ValueError("data.shards is empty; name the folder that `msc convert` wrote: data.shards=FOLDER")

@@ -28,7 +28,7 @@ from msc.datasets.synthetic import moving_textures
 from msc.pretrain.diffusion.rectified_flow import add_noise, frame_losses
 from msc.pretrain.diffusion.sampler import generate
 from msc.pretrain.evaluation.metrics import psnr
-from msc.pretrain.inference.video_io import contact_sheet
+from msc.pretrain.inference.contact_sheet import write_contact_sheet
 from msc.pretrain.model.layers import Block
 from msc.pretrain.model.noise_gate import gate_constants
 from msc.pretrain.model.scales import Scale, default_scales
@@ -237,7 +237,7 @@ def main() -> None:
             print(f"{name:<12} PSNR of {which}: " + " ".join(f"{quality[h - 1]:.2f}" for h in horizons(len(quality))))
         rows.append((name, pixels(video[0])))
         sheet = [(label, (clip * 255).round().to(torch.uint8)) for label, clip in rows]
-        contact_sheet(sheet, args.folder / "sheet.png", context=given)
+        write_contact_sheet(sheet, args.folder / "sheet.png", context=given)
     if args.steps:
         truth = pixels(rest)
         quality = scores(truth[:, given - 1 : given].expand_as(truth))
