@@ -20,7 +20,7 @@ from tqdm import tqdm
 from msc.datasets.errors import REQUEUE, DeterministicFailure
 from msc.datasets.files import Forgiving, append_jsonl, write_atomically
 from msc.datasets.loading.dataloader import loader
-from msc.datasets.loading.mixture import Shards, check_sizes, open_shards
+from msc.datasets.loading.mixture import Shards, check_shard_sizes, open_shards
 from msc.parallel import consistency, control_plane, deepspeed_zero, fp8, process_group
 from msc.parallel.mesh import placement_warning
 from msc.parallel.watchdog import is_communication_error, watch_ranks
@@ -100,7 +100,7 @@ def _train(
         **checkpoint_format.library_versions(),
         **control_plane.run_on_rank_0(code_version),
     }  # git, on a node that is not in a hurry
-    control_plane.run_on_rank_0(partial(check_sizes, shards), patient=True)
+    control_plane.run_on_rank_0(partial(check_shard_sizes, shards), patient=True)
     mesh = make_mesh(world.world_size, config.parallel.sp, world.device.type)
     if (
         told := placement_warning(control_plane.gather_objects(socket.gethostname()), config.parallel.sp)
@@ -246,14 +246,14 @@ def _train(
                 clips_of_step = next(clips)
             at(step, "counting frames")
             builder = builders[clips_of_step.bucket]
-            supervised, unread = (builder.levels(clips_of_step) > 0).sum(), len(clips_of_step.broken)
+            supervised, unread = (builder.levels(clips_of_step) > 0).sum(), len(clips_of_step.unreadable)
             counted, stop, bad = process_group.all_reduce_sum(
                 torch.tensor([float(supervised), float(bool(stopping)), float(unread)], device=world.device)
             ).tolist()
             if stop:
                 break
             if bad:
-                met = control_plane.gather_objects(clips_of_step.broken)
+                met = control_plane.gather_objects(clips_of_step.unreadable)
                 broken.note(step, (pair for pairs in met for pair in pairs), world.is_rank_0)
             if rollback.is_excluded(left_out, clock, batch):
                 step, clock = step + 1, clock + batch

@@ -8,10 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from msc.datasets.files import free_bytes
-from msc.datasets.loading.mixture import DataConfig, Shards, check_sizes, only, open_shards, rounds
+from msc.datasets.loading.mixture import (
+    DataConfig,
+    Shards,
+    batches_per_round,
+    check_shard_sizes,
+    open_shards,
+    single_set,
+)
 from msc.datasets.prepare.statistics import Statistics
 from msc.datasets.shards.index import Index
-from msc.datasets.shards.remote import is_address
+from msc.datasets.shards.remote import is_url
 
 from . import cost
 from .checkpoints import directory as checkpoint_directory
@@ -63,7 +70,7 @@ def absolute_paths(data: DataConfig) -> DataConfig:
     """With folders named so that they are found from anywhere."""
 
     def where(path: str) -> str:
-        return path if is_address(path) or not path else str(Path(path).absolute())
+        return path if is_url(path) or not path else str(Path(path).absolute())
 
     if isinstance(data.shards, str):
         return replace(data, shards=where(data.shards))
@@ -74,7 +81,7 @@ def validate(config: Config, run: Path, resume: bool, processes: int) -> Config:
     """Every rule that can be checked before a process starts; ValueError or OSError says what is wrong."""
     shards = open_shards(config.data)
     if "RANK" not in os.environ:  # ranks leave it to the first of them (train.py)
-        check_sizes(shards)
+        check_shard_sizes(shards)
     index = shards.index
     config = resolve(config, index)
     for frames, height, width in latent_sizes(shards):
@@ -86,7 +93,7 @@ def validate(config: Config, run: Path, resume: bool, processes: int) -> Config:
             check_fp8(config.parallel, unit)
     if not shards.samples("train"):
         raise ValueError(f"{shards} holds no clip to train on")
-    rounds(shards, "train", config.train.batch)
+    batches_per_round(shards, "train", config.train.batch)
     if config.train.evaluate and not shards.samples("held_out"):
         raise ValueError(f"{shards} holds no held-out clip; convert with --held-out, or set train.evaluate=0")
     if run.exists() and not all(any(map(path.match, LEFT_BY_A_START)) for path in run.iterdir()) and not resume:
@@ -145,7 +152,7 @@ def check_same_model(config: Config, before: dict[str, Any]) -> None:
 
 def describe(config: Config, processes: int = 1) -> str:
     """The resolved configuration and what it costs, for `--dry-run`."""
-    shards = open_shards(config.data) if config.data.shards else only("", ASSUMED_INDEX)
+    shards = open_shards(config.data) if config.data.shards else single_set("", ASSUMED_INDEX)
     config = resolve(config, shards.index)
     for frames, height, width in latent_sizes(shards):
         check_clip(config.model, frames, height, width)
@@ -187,7 +194,7 @@ def describe(config: Config, processes: int = 1) -> str:
 
 def costliest_index(config: Config, shards: Shards) -> Index:
     """The index of the bucket whose clips take the most FLOPs."""
-    every = (one for found in shards.sets for one in found.index.each())
+    every = (one for found in shards.sets for one in found.index.by_bucket())
     return max(every, key=lambda one: cost.step_flops(config.model, one.frames, one.height, one.width))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from msc.datasets.files import write_atomically
-from msc.datasets.loading.mixture import only, open_shards
+from msc.datasets.loading.mixture import open_shards, single_set
 from msc.datasets.shards.index import Index
 from msc.pretrain.config import Config
 from msc.pretrain.model.transformer import check_clip
@@ -30,7 +30,7 @@ def report_plan(
 ) -> str:  # fmt: skip
     """The report on a configuration. given: keys that were set by hand and stay. price: per GPU and hour, in any
     currency. units: also plan a roll-out of that many units, each denoised in `steps`. out: JSON file to write."""
-    shards = open_shards(config.data) if config.data.sets else only("", ASSUMED_INDEX)
+    shards = open_shards(config.data) if config.data.sets else single_set("", ASSUMED_INDEX)
     config = resolve(config, shards.index)
     index = costliest_index(config, shards)
     check_clip(config.model, index.frames, index.height, index.width)
