@@ -203,24 +203,24 @@ def test_each_sp_rank_decodes_only_its_frames(shards, monkeypatch):
     assert asked == ([(2, 6)] * 4 if read_index(shards).store == "video" else [])
 
 
-def number(sample: int, epoch: int, bucket: int) -> torch.Tensor:
-    return torch.tensor([100.0 * epoch + sample, bucket])
+def numbers(sample: int, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.tensor([100.0 * epoch + sample]), torch.tensor([sample, epoch])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_what_is_attached_comes_with_its_clip(shards, workers):
-    for batch in read(shards, 8, workers=workers, attach=number):
-        expected = [number(*clip, 0) for clip in zip(batch.samples, batch.epochs, strict=True)]
-        assert torch.equal(batch.attached, torch.stack(expected))
-    assert read(shards, 1)[0].attached is None
+def test_noise_is_drawn_for_its_clip(shards, workers):
+    for batch in read(shards, 8, workers=workers, draw_noise=[numbers]):
+        t, noise = zip(*(numbers(*clip) for clip in zip(batch.samples, batch.epochs, strict=True)), strict=True)
+        assert torch.equal(batch.t, torch.stack(t)) and torch.equal(batch.noise, torch.stack(noise))
+    assert read(shards, 1)[0].noise is None
 
 
 def test_all_tensors_of_a_batch_are_pinned(shards, monkeypatch):
-    (batch,) = read(shards, 1, attach=number)
+    (batch,) = read(shards, 1, draw_noise=[numbers])
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self + 1)  # a GPU's part, which is not here
     pinned = batch.pin_memory()
     assert torch.equal(media(pinned), media(batch) + 1)
-    assert torch.equal(pinned.attached, batch.attached + 1)
+    assert torch.equal(pinned.noise, batch.noise + 1)
     assert (pinned.samples, pinned.epochs, pinned.keys) == (batch.samples, batch.epochs, batch.keys)
 
 
@@ -321,13 +321,13 @@ def test_a_worker_has_its_socket_before_it_reads(shards, monkeypatch):
     with tempfile.TemporaryDirectory() as folder:  # pytest's own names are too long for sockets
         monkeypatch.setattr(tempfile, "tempdir", folder)
 
-        def sockets(*_) -> torch.Tensor:
-            return torch.tensor(len(list(Path(folder).glob("pymp-*/*"))))
+        def sockets(*_) -> tuple[torch.Tensor, torch.Tensor]:
+            return torch.zeros(()), torch.tensor(len(list(Path(folder).glob("pymp-*/*"))))
 
         index = read_index(shards)
-        batches = loader(single_set(shards, index), "train", seed=0, clock=0, clips=2, workers=1, attach=sockets)
+        batches = loader(single_set(shards, index), "train", seed=0, clock=0, clips=2, workers=1, draw_noise=[sockets])
         with closing(batches):
-            assert next(batches).attached.tolist() == [1, 1]
+            assert next(batches).noise.tolist() == [1, 1]
         assert not os.listdir(folder)
 
 

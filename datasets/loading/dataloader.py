@@ -25,7 +25,7 @@ from .shard_reader import ShardReader
 from .shuffling import BucketSchedule, WindowShuffle, derive_seed, positions_of_rank, sample_at, stream_at
 
 Frames = tuple[int, int]  # latent frames [start, stop)
-Attach = Callable[[int, int, int], Tensor]  # of (sample, epoch, bucket)
+DrawNoise = Callable[[int, int], tuple[Tensor, Tensor]]  # (sample, epoch) -> t, noise
 MOST_IN_A_ROW = 64  # reads in vain for one clip, after which none is tried any more
 # What schedulers and terminals send to every process of a job.
 JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -38,8 +38,8 @@ class Batch:
     samples: number of each clip in its split, over all sets and buckets; with `epochs` and the frame it names the
     noise. keys: names in the tars, behind that of the set where there are several. bucket: of all clips.
     video: uint8 [B, Tv, 3, H, W], or latents: [B, T, C, h, w], as stored (float16), not normalised.
-    text: [B, L, E] embeddings, padded with zeros to the longest. labels: int64 [B]. attached: what the loader was told
-    to attach, stacked. unreadable: (sample, why) of samples that could not be read. error: why nothing can be read
+    text: [B, L, E] embeddings, padded with zeros to the longest. labels: int64 [B]. t: noise levels of all frames
+    of the clips, noise: of the frames read, both stacked as `draw_noise` drew them. unreadable: (sample, why) of samples that could not be read. error: why nothing can be read
     any more; never seen outside of this file.
     """
 
@@ -51,7 +51,8 @@ class Batch:
     latents: Tensor | None = None
     text: Tensor | None = None
     labels: Tensor | None = None
-    attached: Tensor | None = None
+    t: Tensor | None = None
+    noise: Tensor | None = None
     unreadable: tuple[tuple[int, str], ...] = ()
     error: Exception | None = None
 
@@ -78,7 +79,8 @@ class _Item:
     media: Tensor | None = None
     text: Tensor | None = None
     label: int | None = None
-    attached: Tensor | None = None
+    t: Tensor | None = None
+    noise: Tensor | None = None
     unreadable: tuple[tuple[int, str], ...] = ()
     error: Exception | None = None
 
@@ -100,9 +102,9 @@ class _Clips(Dataset):
 
     def __init__(
         self, shards: Shards, split: str, frames: Sequence[Frames | None], seed: int, shuffle: bool, window: int,
-        max_bad: float, attach: Attach | None,
+        max_bad: float, draw_noise: Sequence[DrawNoise] | None,
     ) -> None:  # fmt: skip
-        self.seed, self.where, self.attach = seed, f"{shards} ({split})", attach
+        self.seed, self.where, self.draw_noise = seed, f"{shards} ({split})", draw_noise
         self.clips = shards.samples(split)
         self.bound = max(1, math.floor(max_bad * self.clips))
         self.slots: list[list[int]] = []
@@ -138,8 +140,8 @@ class _Clips(Dataset):
             else:
                 key = f"{stream.name}:{key}" if stream.name else key
                 number = stream.first + sample
-                attached = self.attach(number, epoch, bucket) if self.attach is not None else None
-                return _Item(number, epoch, bucket, key, media, text, label, attached, tuple(unreadable))
+                t, noise = self.draw_noise[bucket](number, epoch) if self.draw_noise else (None, None)
+                return _Item(number, epoch, bucket, key, media, text, label, t, noise, tuple(unreadable))
         found = f"{len(unreadable)} clips in a row of {stream.place} cannot be read: {'; '.join(list(reasons)[:3])}"
         return _Item(first, epoch, unreadable=tuple(unreadable), error=DeterministicFailure(f"{found}: check the disk"))
 
@@ -160,7 +162,7 @@ def loader(
     window: int = 0,
     stop: int | None = None,
     max_bad: float = 0.05,
-    attach: Attach | None = None,
+    draw_noise: Sequence[DrawNoise] | None = None,
 ) -> Generator[Batch, None, None]:
     """This rank's rows of the batches from sample clock `clock` on, of `clips` clips over all ranks, of one bucket
     each; rank r of `ranks` reads the r-th equal part of each.
@@ -170,8 +172,8 @@ def loader(
     frames: of every bucket, latent frames [start, stop) of its clips, of which alone the video is decoded; None for
     all. window: see DataConfig. stop: sample clock to end at, None for never; the last batch may be shorter with one
     rank and one bucket, and must be whole with more. workers: reading processes, 0 for none; prefetch: batches each
-    reads ahead. attach: called with (sample, epoch, bucket) of every clip by the process that reads it, for what else
-    belongs to the clip and takes time to make.
+    reads ahead. draw_noise: of every bucket, called with (sample, epoch) of a clip by the process that reads it; the
+    batch then carries t and noise.
     Samples that cannot be read are named on stderr and replaced by the next one; once their number exceeds
     `max_bad` of the split (one is always tolerated), or too many follow each other, the iterator raises ValueError.
     Where shards cannot be had at all it raises OSError.
@@ -189,7 +191,7 @@ def loader(
     if stop is not None and (ranks > 1 or several) and (stop - clock) % clips:
         raise ValueError(f"{stop - clock} clips are not whole batches of {clips}, which {ranks} ranks need")
     batches = batches_per_round(shards, split, clips) if several else [1]
-    dataset = _Clips(shards, split, frames or [None] * len(shards.shapes), seed, shuffle, window, max_bad, attach)
+    dataset = _Clips(shards, split, frames or [None] * len(shards.shapes), seed, shuffle, window, max_bad, draw_noise)
     read = DataLoader(
         dataset,
         batch_sampler=_Places(clock, clips, rank, ranks, stop, batches, seed),
@@ -275,7 +277,8 @@ def _collate(items: list[_Item]) -> Batch:
     media: Tensor = default_collate([item.media for item in items if item.media is not None])
     texts = [item.text for item in items if item.text is not None]
     labels = [item.label for item in items if item.label is not None]
-    attached = [item.attached for item in items if item.attached is not None]
+    t = [item.t for item in items if item.t is not None]
+    noise = [item.noise for item in items if item.noise is not None]
     return Batch(
         samples=[item.sample for item in items],
         epochs=[item.epoch for item in items],
@@ -285,7 +288,8 @@ def _collate(items: list[_Item]) -> Batch:
         latents=None if media.dtype == torch.uint8 else media,
         text=torch.nn.utils.rnn.pad_sequence(texts, batch_first=True) if texts else None,
         labels=torch.tensor(labels) if labels else None,
-        attached=default_collate(attached) if attached else None,
+        t=default_collate(t) if t else None,
+        noise=default_collate(noise) if noise else None,
         unreadable=unreadable,
     )
 
