@@ -1,5 +1,6 @@
 """launch/cli.py and launch/commands.py: words in, calls and exit codes out."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import call, create_autospec
 
 import pytest
 
@@ -259,7 +261,7 @@ def test_train_starts_ranks_that_get_the_same_words(calls: Calls) -> None:
     assert cli.main(words) == 7
     assert calls.check == [("config", Path("x"), False, 2)]
     [(command, ranks, logs)] = calls.launcher
-    assert command == [sys.executable, "-c", commands.PROGRAM, *words]
+    assert command == [sys.executable, "-c", launcher.PROGRAM, *words]
     assert (ranks, logs) == (2, Path("x/logs"))
     assert not calls.train
 
@@ -349,87 +351,49 @@ def test_train_says_what_is_missing(words: list[str], said: str, calls: Calls, c
 # -- the commands that work on a run
 
 
+EVALUATE, SAMPLE, EXPORT = "evaluation.evaluate.evaluate", "inference.sample.sample_run", "export.export.export"
+
+
 @pytest.mark.parametrize(
-    ("words", "module", "function", "expected"),
+    ("words", "function", "expected"),
     [
-        ("evaluate x", "evaluation.evaluate", "evaluate", ((Path("x"),), {})),
-        (
-            "evaluate x --clips 3 --weights raw",
-            "evaluation.evaluate",
-            "evaluate",
-            ((Path("x"),), {"clips": 3, "weights": "raw"}),
-        ),
+        ("evaluate x", EVALUATE, {}),
+        ("evaluate x --clips 3 --weights raw", EVALUATE, {"clips": 3, "weights": "raw"}),
         (
             "evaluate x --steps 8 --samples 2 --checkpoint 400 --against y --features f.pt2",
-            "evaluation.evaluate",
-            "evaluate",
-            (
-                (Path("x"),),
-                {"steps": 8, "samples": 2, "checkpoint": "400", "against": Path("y"), "features": Path("f.pt2")},
-            ),
+            EVALUATE,
+            {"steps": 8, "samples": 2, "checkpoint": "400", "against": Path("y"), "features": Path("f.pt2")},
         ),
-        ("sample x", "inference.sample", "sample_run", ((Path("x"),), {"video": None, "clip": 0})),
+        ("sample x", SAMPLE, {"clip": 0}),
         (
             "sample x --video a.mp4 --units 8 --seed 0 --out o",
-            "inference.sample",
-            "sample_run",
-            ((Path("x"),), {"video": Path("a.mp4"), "clip": None, "units": 8, "seed": 0, "out": Path("o")}),
+            SAMPLE,
+            {"video": Path("a.mp4"), "units": 8, "seed": 0, "out": Path("o")},
         ),
         (
             "sample x --prompt a --prompt b --text t --guidance 3 --solver heun --batch 2 --reach 9 --context-level .1",
-            "inference.sample",
-            "sample_run",
-            (
-                (Path("x"),),
-                {
-                    "video": None,
-                    "clip": None,
-                    "prompts": ["a", "b"],
-                    "text": Path("t"),
-                    "guidance": 3.0,
-                    "solver": "heun",
-                    "batch": 2,
-                    "reach": 9,
-                    "context_level": 0.1,
-                },
-            ),
+            SAMPLE,
+            {"prompts": ["a", "b"], "text": Path("t"), "guidance": 3.0, "solver": "heun", "batch": 2, "reach": 9,
+             "context_level": 0.1},
         ),
-        (
-            "sample x --clip 3 --label cat --count 5",
-            "inference.sample",
-            "sample_run",
-            ((Path("x"),), {"video": None, "clip": 3, "labels": ["cat"], "count": 5}),
-        ),
-        (
-            "sample x --nothing --steps 4 --weights ema",
-            "inference.sample",
-            "sample_run",
-            ((Path("x"),), {"video": None, "clip": None, "steps": 4, "weights": "ema"}),
-        ),
-        ("export x", "export.export", "export", ((Path("x"), None), {})),
+        ("sample x --clip 3 --label cat --count 5", SAMPLE, {"clip": 3, "labels": ["cat"], "count": 5}),
+        ("sample x --nothing --steps 4 --weights ema", SAMPLE, {"steps": 4, "weights": "ema"}),
+        ("export x", EXPORT, {}),
         (
             "export x --out y --weights both --dtype bf16 --max-shard-size 1.5GB --checkpoint 40 --push-to-hub me/it",
-            "export.export",
-            "export",
-            (
-                (Path("x"), Path("y")),
-                {"weights": "both", "dtype": "bf16", "max_shard_size": 1_500_000_000, "step": "40", "push_to": "me/it"},
-            ),
+            EXPORT,
+            {"out": Path("y"), "weights": "both", "dtype": "bf16", "max_shard_size": 1_500_000_000, "step": "40",
+             "push_to": "me/it"},
         ),
     ],
-)
-def test_commands_on_a_run(words: str, module: str, function: str, expected, monkeypatch, capsys) -> None:
-    got = []
-
-    def stand_in(*arguments: Any, **options: Any) -> str:
-        got.append((arguments, options))
-        return "what happened"
-
-    made = ModuleType(f"msc.pretrain.{module}")
-    setattr(made, function, stand_in)
-    monkeypatch.setitem(sys.modules, made.__name__, made)
+)  # fmt: skip
+def test_commands_on_a_run(words: str, function: str, expected, monkeypatch, capsys) -> None:
+    module, _, name = f"msc.pretrain.{function}".rpartition(".")
+    real = importlib.import_module(module)
+    stand_in = create_autospec(getattr(real, name), return_value="what happened")
+    monkeypatch.setattr(real, name, stand_in)
     assert cli.main(words.split()) == 0
-    assert got == [expected]
+    assert stand_in.call_args == call(run=Path("x"), **expected)
     assert capsys.readouterr().out == "what happened\n"
 
 

@@ -20,8 +20,8 @@ from msc.pretrain.checkpoints import format as checkpoint_format
 from msc.pretrain.evaluation.confidence import summed
 from msc.pretrain.evaluation.evaluate import table_of, with_differences
 from msc.pretrain.export import export as exports
-from msc.pretrain.export.export import export, split
 from msc.pretrain.export import model_card
+from msc.pretrain.export.export import export, split
 from msc.pretrain.model.transformer import MSCTransformer
 
 SMALL = 40_000  # bytes of a file, so that the small model takes several
