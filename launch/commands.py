@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from msc.pretrain.requests import EvaluateConfig, SampleConfig
+
 from .processes import launcher, slurm_env
 from .processes.train_request import TrainRequest, split_items
 
@@ -58,35 +60,35 @@ def convert(args: Namespace) -> int:
     report = convert_videos(config, encode, autoencoder.temporal_factor, **how)
     print(report.text)
     if args.part is None:
-        print(f"a few of the clips: {write_contact_sheet(args.out, autoencoder, args.out / 'contact.png')}")
+        print(f"a few of the clips: {contact_sheet_of(args.out, autoencoder, args.out / 'contact.png')}")
     return 0
 
 
 def inspect(args: Namespace) -> int:
-    from msc.datasets.prepare.summary import damaged, describe
+    from msc.datasets.prepare.summary import damaged_shards, describe
     from msc.datasets.shards.index import check_shards, read_index
     from msc.pretrain.diffusion.autoencoder import open_autoencoder
 
     index = read_index(args.shards)
     check_shards(args.shards, index)
     print(describe(args.shards, index))
-    bad = damaged(args.shards, index) if args.verify else []
+    bad = damaged_shards(args.shards, index) if args.verify else []
     if args.verify:
         print("\n".join(bad) if bad else "every shard is whole and what was written")
     picture = args.picture or args.shards / "contact.png"
     if not bad and (args.picture or not picture.is_file()):
-        write_contact_sheet(args.shards, open_autoencoder(index.autoencoder), picture)
+        contact_sheet_of(args.shards, open_autoencoder(index.autoencoder), picture)
     print(f"a few of the clips: {picture}" if picture.is_file() else "no picture, as shards are damaged")
     return 1 if bad else 0
 
 
-def write_contact_sheet(folder: Path, autoencoder: Any, path: Path) -> Path:
+def contact_sheet_of(folder: Path, autoencoder: Any, path: Path) -> Path:
     """A picture of random training clips as they were stored."""
     from msc.datasets.loading.dataloader import loader
     from msc.datasets.loading.mixture import only
     from msc.datasets.shards.index import read_index
     from msc.pretrain.diffusion.autoencoder import to_uint8
-    from msc.pretrain.inference.video_io import contact_sheet
+    from msc.pretrain.inference.contact_sheet import write_contact_sheet
 
     rows = []
     buckets = [one for one in read_index(folder).each() if one.samples("train")]
@@ -98,7 +100,7 @@ def write_contact_sheet(folder: Path, autoencoder: Any, path: Path) -> Path:
             videos = to_uint8(autoencoder.decode(batch.latents.float()))
         assert videos is not None
         rows += list(zip(batch.keys, videos, strict=True))
-    contact_sheet(rows, path)
+    write_contact_sheet(rows, path)
     return path
 
 
@@ -127,7 +129,7 @@ def train(args: Namespace) -> int:
     if launcher.LAUNCHED not in os.environ:
         config = validation.check(config, run, request.resumes, processes)
         if os.environ.get("RANK", "0") == "0":
-            heartbeat.check_free(run, log.info)
+            heartbeat.check_not_training(run, log.info)
         if 0 < gpus < processes and not is_rank:
             raise ValueError(
                 f"{processes} processes but {gpus} GPUs: start one per GPU, or hide the GPUs with "
@@ -140,7 +142,7 @@ def train(args: Namespace) -> int:
     from msc.pretrain import train as training  # a mistake in the settings need not wait for DeepSpeed
 
     options = {"back_to": request.rollback, "again": request.again or None}
-    options["expected"] = expectation(request.plan, config, processes)
+    options["planned"] = planned_step(request.plan, config, processes)
     options = {name: value for name, value in options.items() if value is not None}
     return training.train(config, run, request.resumes, **options)
 
@@ -162,18 +164,18 @@ def enter_slurm_step(request: TrainRequest) -> None:
     print(f"msc: {slurm_env.describe_rank(os.environ)}", file=sys.stderr, flush=True)  # every rank's, unlike log.info
 
 
-def expectation(plan: Path | None, config: Any, processes: int) -> Any:
+def planned_step(plan: Path | None, config: Any, processes: int) -> Any:
     """What a plan says of the run: the one named, else the one for this GPU, if it is a known one."""
     if plan is None and not launcher.visible_gpus(os.environ):
         return None
     from .planning import report as plan_report
 
     if plan is not None:
-        return plan_report.read_expected(plan)
+        return plan_report.read_planned_step(plan)
     import torch
 
     try:
-        return plan_report.expected(config, processes, torch.cuda.get_device_name())
+        return plan_report.planned_step(config, processes, torch.cuda.get_device_name())
     except (RuntimeError, ValueError):  # no GPU after all, or a mesh that the run itself will object to
         return None
 
@@ -182,15 +184,15 @@ def plan(args: Namespace) -> int:
     from msc.pretrain.config import load
     from msc.pretrain.presets import PRESETS, preset
 
-    from .planning.hardware import kind_of
-    from .planning.report import plan_run
+    from .planning.hardware import gpu_kind
+    from .planning.report import report_plan
 
     file, overrides = split_items(args.items)
     if file is None and not overrides:
         raise ValueError(f"nothing to plan: name a configuration file, or a preset ({', '.join(PRESETS)})")
     named = str(file) if str(file) in PRESETS else None
     config = load(preset(named) if named else None, None if named else file, overrides)
-    device = kind_of(args.kind)
+    device = gpu_kind(args.kind)
     if any(value is not None and value <= 0 for value in (args.memory, args.network)):
         raise ValueError(f"--memory {args.memory} and --network {args.network} must be positive")
     changes = {name: value * 1e9 for name in ("memory", "network") if (value := getattr(args, name)) is not None}
@@ -198,8 +200,10 @@ def plan(args: Namespace) -> int:
     keys = [override.partition("=")[0] for override in overrides]
     device = dataclasses.replace(device, **changes)
     print(
-        plan_run(
-            **options_for(plan_run, args, config=config, device=device, given=keys, units=args.roll_out, out=args.json)
+        report_plan(
+            **options_for(
+                report_plan, args, config=config, device=device, given=keys, units=args.roll_out, out=args.json
+            )
         )
     )
     return 0
@@ -208,10 +212,10 @@ def plan(args: Namespace) -> int:
 def sweep(args: Namespace) -> int:
     from .scaling import sweep as sweeping
     from .scaling import sweep_array
-    from .scaling.sweep_spec import read_sweep
+    from .scaling.sweep_spec import read_sweep_spec
     from .slurm.cluster_config import JobRequest
 
-    plan = read_sweep(args.file)
+    plan = read_sweep_spec(args.file)
     folder = args.out or Path("runs") / args.file.stem
     job_request = JobRequest(**options_for(JobRequest, args, cluster="slurm"))
     if args.dry_run:
@@ -240,48 +244,29 @@ def fit(args: Namespace) -> int:
 def checkpoints(args: Namespace) -> int:
     from msc.pretrain.checkpoints import directory as checkpoint_directory
 
-    text, whole = checkpoint_directory.table(args.run, args.verify)
+    text, whole = checkpoint_directory.checkpoint_table(args.run, args.verify)
     print(text)
     return 0 if whole else 1
 
 
 def evaluate(args: Namespace) -> int:
+    request = EvaluateConfig(**options_for(EvaluateConfig, args))
+
     from msc.pretrain.evaluation.evaluate import evaluate as evaluate_run
 
     for run in args.run:
-        print(evaluate_run(**options_for(evaluate_run, args, run=run)))
+        print(evaluate_run(run, request))
     return 0
 
 
 def sample(args: Namespace) -> int:
-    if args.nothing and args.context:
-        raise ValueError(f"--nothing starts without context, but --context is {args.context}")
+    prompt, label = tuple(args.prompt or ()), tuple(args.label or ())
+    request = SampleConfig(**options_for(SampleConfig, args, prompt=prompt, label=label))
 
-    if args.prompts is not None and args.prompt:
-        raise ValueError("--prompts names a file, --prompt is one itself: give one of them")
-    prompts = args.prompt
-    if args.prompts is not None:
-        prompts = read_prompts(args.prompts)
+    from msc.pretrain.inference.sample import sample as sample_run
 
-    from msc.pretrain.inference.sample import sample_run
-
-    # words alone make a new video; without any there is a clip to continue
-    something = args.nothing or prompts or args.label or args.video is not None or args.clip is not None
-    clip = args.clip if something else 0
-    options = options_for(sample_run, args, prompts=prompts, labels=args.label, clip=clip)
-    print(sample_run(**options))
+    print(sample_run(args.run, request))
     return 0
-
-
-def read_prompts(file: Path) -> list[str]:
-    """Lines of a text file, without empty ones."""
-    try:
-        prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not a text file in UTF-8: {error}") from None
-    if not prompts:
-        raise ValueError(f"{file} holds no prompt: write one in every line")
-    return prompts
 
 
 def export(args: Namespace) -> int:
@@ -310,9 +295,7 @@ def submit(args: Namespace) -> int:
     if inner.command == "train":
         return submission.submit_training(train_request(inner), job_request)
     if inner.command == "evaluate" and len(inner.run) > 1:
-        common = ("command", "function", "argv", "traceback", "run")  # the rest are options of `msc evaluate`
-        values = {name: value for name, value in vars(inner).items() if name not in common and value is not None}
-        options = [f"--{name}={value}" for name, value in values.items()]
+        options = [f"--{name}={value}" for name, value in options_for(EvaluateConfig, inner).items()]
         return submission.submit_evaluations(inner.run, options, job_request)
     run = inner.run[0] if inner.command == "evaluate" else getattr(inner, "run", None)
     return submission.submit_command(inner.argv, run or inner.out, job_request, getattr(inner, "part", None))

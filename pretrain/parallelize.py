@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import nn
 
 from msc.parallel import fp8
-from msc.parallel.context_parallel import ShardedTimeline, bounds
-from msc.parallel.deepspeed_zero import Precision, ZeroConfig, check_zero, make_engine, shard
-from msc.parallel.mesh import Mesh, make_mesh, rows
+from msc.parallel.context_parallel import ShardedTimeline, shard_bounds
+from msc.parallel.deepspeed_zero import Precision, ZeroConfig, check_zero, make_engine, shard_parameters
+from msc.parallel.mesh import Mesh, data_parallel_size, make_mesh
 from msc.parallel.ring import Ring
 from msc.parallel.ulysses import Ulysses
 
@@ -83,10 +83,10 @@ class ParallelConfig:
 
 def check_parallel(config: ParallelConfig, model: ModelConfig, world: int, units: int) -> int:
     """Data-parallel rows; ValueError if the world, the clip or the heads cannot be shared out so."""
-    bounds(units, config.sp)
+    shard_bounds(units, config.sp)
     if config.sp > 1:
         check_choice(model.scales, config.sp, config.layout)
-    return rows(world, config.sp)
+    return data_parallel_size(world, config.sp)
 
 
 def check_fp8(config: ParallelConfig, tokens: int) -> None:
@@ -103,7 +103,7 @@ def clip_of(model: ModelConfig, config: ParallelConfig, frames: int, height: int
 
 def kept_activations(model: ModelConfig, config: ParallelConfig, clip: Clip, micro: int, recompute: bool) -> int:
     """Bytes that the rank with the most keeps for the backward pass of `micro` clips."""
-    edges = bounds(clip.units, config.sp)
+    edges = shard_bounds(clip.units, config.sp)
     runs = [cost.Run(end - first, first, config.sp > 1) for first, end in zip(edges, edges[1:], strict=False)]
     return max(cost.activation_bytes(model, run, *clip.grid, micro, clip.value_bytes, recompute) for run in runs)
 
@@ -112,7 +112,7 @@ def own_timeline(mesh: Mesh, model: ModelConfig, config: ParallelConfig, clip: C
     """Where this rank's units lie in a clip and where its scales are computed; and which units they are."""
     if mesh.sp == 1:
         return WholeVideo(), range(clip.units)
-    edges = bounds(clip.units, mesh.sp)
+    edges = shard_bounds(clip.units, mesh.sp)
     layouts = choose(model.scales, clip, mesh.sp, config.layout, config.rates)
     own = range(edges[mesh.sp_rank], edges[mesh.sp_rank + 1])
     return sharded_timeline(mesh.sp_group, edges, model, layouts), own
@@ -140,7 +140,7 @@ def build(
     def made(name: str, part: nn.Module) -> None:
         if first is not None:
             first(name, part)
-        shard(part.to(device), config.zero, config.precision)
+        shard_parameters(part.to(device), config.zero, config.precision)
 
     return MSCTransformer(model, made)
 
@@ -159,7 +159,7 @@ def parallelize(
         assert isinstance(block, Block)
         block.attention.backend = config.attention
         if config.precision == "fp8":
-            fp8.convert(block, skip=["cross_attention.kv"])  # acts on text, of any length
+            fp8.convert_linear_layers(block, skip=["cross_attention.kv"])  # acts on text, of any length
         if config.compile:
             block.compile()
     return make_engine(

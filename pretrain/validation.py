@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from msc.datasets.files import free_bytes
 from msc.datasets.loading.mixture import DataConfig, Shards, check_sizes, only, open_shards, rounds
 from msc.datasets.prepare.statistics import Statistics
 from msc.datasets.shards.index import Index
@@ -94,9 +94,11 @@ def check(config: Config, run: Path, resume: bool, processes: int) -> Config:
     if resume and not (run / "config.yaml").is_file():
         raise FileNotFoundError(f"{run} has nothing to resume: no config.yaml in it")
     if resume and (meta := checkpoint_directory.newest_meta(run)) is not None:
-        check_same_model(config, meta["config"])
-    if config.train.init_from and not (resume and checkpoint_directory.candidates(run)):
-        initialize_from.differences(initialize_from.find(Path(config.train.init_from)), config.model, index.autoencoder)
+        check_same_model(config, meta.config)
+    if config.train.init_from and not (resume and checkpoint_directory.resume_candidates(run)):
+        initialize_from.describe_differences(
+            initialize_from.find_weights(Path(config.train.init_from)), config.model, index.autoencoder
+        )
     if index.store == "video":
         autoencoder = open_autoencoder(index.autoencoder)
         if config.parallel.sp > 1 and not autoencoder.slices:
@@ -112,13 +114,12 @@ def check_room(config: Config, run: Path) -> None:
     """OSError where the checkpoints that a run will keep do not fit: the oldest goes when the next is whole."""
     saved = config.checkpoint
     each, most = 16 * cost.parameters(config.model), min(saved.keep + 1, -(-config.train.steps // saved.every))
-    more = max(1, most - len(checkpoint_directory.candidates(run)))
-    there = next(parent for parent in (run.absolute(), *run.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(there).free
+    more = max(1, most - len(checkpoint_directory.resume_candidates(run)))
+    free = free_bytes(run)
     if free < more * each:
         raise OSError(
-            f"{there} has {free / 1e9:.1f} GB free; a checkpoint takes {each / 1e9:.1f} GB, and {more} more are to "
-            f"come before the oldest goes (checkpoint.keep is {saved.keep}): free some, or keep fewer"
+            f"the disk of {run} has {free / 1e9:.1f} GB free; a checkpoint takes {each / 1e9:.1f} GB, and {more} more "
+            f"are to come before the oldest goes (checkpoint.keep is {saved.keep}): free some, or keep fewer"
         )
 
 
@@ -172,8 +173,11 @@ def describe(config: Config, processes: int = 1) -> str:
                                f"activations {activations / 1e9:.2f}{whole}"),
     ]  # fmt: skip
     if config.train.init_from:
-        start = initialize_from.find(Path(config.train.init_from))
-        facts += [("starts from", line) for line in initialize_from.differences(start, config.model, index.autoencoder)]
+        start = initialize_from.find_weights(Path(config.train.init_from))
+        facts += [
+            ("starts from", line)
+            for line in initialize_from.describe_differences(start, config.model, index.autoencoder)
+        ]
     if config.parallel.sp > 1:
         facts += table(config.model.scales, clip, config.parallel.sp, config.parallel.layout, config.parallel.rates)
     return dump(config) + "\n" + "\n".join(f"{name:<24} {value}" for name, value in facts)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from msc.datasets.files import write_atomically
 from msc.datasets.prepare.statistics import Statistics
 from msc.pretrain.checkpoints import directory as checkpoint_directory
 from msc.pretrain.checkpoints import format as checkpoint_format
@@ -17,7 +16,7 @@ from msc.pretrain.model.noise_gate import GateConstants
 from msc.pretrain.model.scales import Scale
 from msc.pretrain.model.transformer import ModelConfig, MSCTransformer
 from msc.pretrain.presets import PRESETS
-from msc.pretrain.run_folder import LatentSpace, write_space
+from msc.pretrain.run_folder import LatentSpace, RunFolder
 from msc.pretrain.validation import ASSUMED, resolve
 
 SCALES = (Scale(2, 1, 1, 2, 3), Scale(1, 2, 1, 3), Scale(1, 2, 2, None))
@@ -52,7 +51,7 @@ def write_run(run: Path, ranks: int = 1, cut: str = "even", step: int = 40, **mo
     models = {"ema": random_model(config.model, step), "weight": random_model(config.model, step + 1)}
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").write_text(dump(config))
-    write_space(run, space)
+    RunFolder(run).write_latent_space(space)
     write_checkpoint(run, config, models, ranks, cut, step)
     return {"ema": models["ema"], "raw": models["weight"]}
 
@@ -60,7 +59,7 @@ def write_run(run: Path, ranks: int = 1, cut: str = "even", step: int = 40, **mo
 def write_checkpoint(
     run: Path, config: Config, models: dict[str, torch.nn.Module], ranks: int, cut: str, step: int
 ) -> None:  # fmt: skip
-    folder = checkpoint_directory.folder(run) / checkpoint_directory.name_of(step)
+    folder = checkpoint_directory.checkpoints_dir(run) / checkpoint_directory.checkpoint_name(step)
     folder.mkdir(parents=True)
     values = {key: dict(model.named_parameters()) for key, model in models.items()}
     shapes = {name: tuple(p.shape) for name, p in values["ema"].items() if p.requires_grad}
@@ -84,14 +83,12 @@ def write_checkpoint(
             start += part.numel()
         file = f"rank-{rank:05d}.safetensors"
         sizes[file], files[file] = write_slices(folder / file, torch.cat(list(parts.values())), layout)
-    meta = {
-        "format": checkpoint_directory.FORMAT, "step": step, "clock": 8 * step, "clips": 99, "adam_steps": step,
-        "world": ranks,
-        "parameters": shapes, "config": flat(config), "versions": checkpoint_format.versions(),
-        "files": files, "bytes": sizes,
-    }  # fmt: skip
-    write_atomically(folder / "meta.json", checkpoint_directory.sealed(meta))
-    checkpoint_directory.point_to(run, folder)
+    meta = checkpoint_directory.CheckpointMeta(
+        step=step, clock=8 * step, clips=99, adam_steps=step, world=ranks, parameters=shapes, config=flat(config),
+        versions=checkpoint_format.library_versions(), files=files, bytes=sizes,
+    )  # fmt: skip
+    (folder / "meta.json").write_text(meta.to_json())
+    checkpoint_directory.set_latest(run, folder)
 
 
 OLD_CONSTANTS = [[0.5, 0.9]] * len(SCALES)  # what an early version knew of each scale

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest.mock import call, create_autospec
+from unittest.mock import create_autospec
 
 import pytest
 
@@ -17,6 +17,7 @@ import msc.pretrain
 from msc.launch import cli, commands
 from msc.launch.processes import launcher
 from msc.pretrain.presets import preset
+from msc.pretrain.requests import EvaluateConfig, SampleConfig
 
 MSC = Path(sys.executable).with_name("msc")
 
@@ -351,49 +352,86 @@ def test_train_says_what_is_missing(words: list[str], said: str, calls: Calls, c
 # -- the commands that work on a run
 
 
-EVALUATE, SAMPLE, EXPORT = "evaluation.evaluate.evaluate", "inference.sample.sample_run", "export.export.export"
-
-
 @pytest.mark.parametrize(
-    ("words", "function", "expected"),
+    ("words", "module", "function", "expected"),
     [
-        ("evaluate x", EVALUATE, {}),
-        ("evaluate x --clips 3 --weights raw", EVALUATE, {"clips": 3, "weights": "raw"}),
+        ("evaluate x", "evaluation.evaluate", "evaluate", ((Path("x"), EvaluateConfig()), {})),
+        (
+            "evaluate x --clips 3 --weights raw",
+            "evaluation.evaluate",
+            "evaluate",
+            ((Path("x"), EvaluateConfig(clips=3, weights="raw")), {}),
+        ),
         (
             "evaluate x --steps 8 --samples 2 --checkpoint 400 --against y --features f.pt2",
-            EVALUATE,
-            {"steps": 8, "samples": 2, "checkpoint": "400", "against": Path("y"), "features": Path("f.pt2")},
+            "evaluation.evaluate",
+            "evaluate",
+            (
+                (
+                    Path("x"),
+                    EvaluateConfig(steps=8, samples=2, checkpoint="400", against=Path("y"), features=Path("f.pt2")),
+                ),
+                {},
+            ),
         ),
-        ("sample x", SAMPLE, {"clip": 0}),
+        ("sample x", "inference.sample", "sample", ((Path("x"), SampleConfig()), {})),
         (
-            "sample x --video a.mp4 --units 8 --seed 0 --out o",
-            SAMPLE,
-            {"video": Path("a.mp4"), "units": 8, "seed": 0, "out": Path("o")},
+            f"sample x --video {__file__} --units 8 --seed 0 --out o",
+            "inference.sample",
+            "sample",
+            ((Path("x"), SampleConfig(video=Path(__file__), units=8, seed=0, out=Path("o"))), {}),
         ),
         (
             "sample x --prompt a --prompt b --text t --guidance 3 --solver heun --batch 2 --reach 9 --context-level .1",
-            SAMPLE,
-            {"prompts": ["a", "b"], "text": Path("t"), "guidance": 3.0, "solver": "heun", "batch": 2, "reach": 9,
-             "context_level": 0.1},
+            "inference.sample",
+            "sample",
+            (
+                (
+                    Path("x"),
+                    SampleConfig(
+                        prompt=("a", "b"),
+                        text=Path("t"),
+                        guidance=3.0,
+                        solver="heun",
+                        batch=2,
+                        reach=9,
+                        context_level=0.1,
+                    ),
+                ),
+                {},
+            ),
         ),
-        ("sample x --clip 3 --label cat --count 5", SAMPLE, {"clip": 3, "labels": ["cat"], "count": 5}),
-        ("sample x --nothing --steps 4 --weights ema", SAMPLE, {"steps": 4, "weights": "ema"}),
-        ("export x", EXPORT, {}),
+        (
+            "sample x --clip 3 --label cat --count 5",
+            "inference.sample",
+            "sample",
+            ((Path("x"), SampleConfig(clip=3, label=("cat",), count=5)), {}),
+        ),
+        (
+            "sample x --nothing --steps 4 --weights ema",
+            "inference.sample",
+            "sample",
+            ((Path("x"), SampleConfig(nothing=True, steps=4)), {}),
+        ),
+        ("export x", "export.export", "export", ((), {"run": Path("x")})),
         (
             "export x --out y --weights both --dtype bf16 --max-shard-size 1.5GB --checkpoint 40 --push-to-hub me/it",
-            EXPORT,
-            {"out": Path("y"), "weights": "both", "dtype": "bf16", "max_shard_size": 1_500_000_000, "step": "40",
-             "push_to": "me/it"},
+            "export.export",
+            "export",
+            (
+                (),
+                {"run": Path("x"), "out": Path("y"), "weights": "both", "dtype": "bf16",
+                 "max_shard_size": 1_500_000_000, "step": "40", "push_to": "me/it"},
+            ),
         ),
     ],
 )  # fmt: skip
-def test_commands_on_a_run(words: str, function: str, expected, monkeypatch, capsys) -> None:
-    module, _, name = f"msc.pretrain.{function}".rpartition(".")
-    real = importlib.import_module(module)
-    stand_in = create_autospec(getattr(real, name), return_value="what happened")
-    monkeypatch.setattr(real, name, stand_in)
+def test_commands_on_a_run(words: str, module: str, function: str, expected, monkeypatch, capsys) -> None:
+    real = importlib.import_module(f"msc.pretrain.{module}")
+    stand_in = create_autospec(getattr(real, function), return_value="what happened")
+    monkeypatch.setattr(real, function, stand_in)
     assert cli.main(words.split()) == 0
-    assert stand_in.call_args == call(run=Path("x"), **expected)
+    assert stand_in.call_args == expected
     assert capsys.readouterr().out == "what happened\n"
 
 

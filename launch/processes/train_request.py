@@ -65,7 +65,9 @@ class TrainRequest:
         if self.rollback is not None and "RANK" not in os.environ:  # whether the run has done so, rank 0 decides
             from msc.pretrain.checkpoints import directory, rollback
 
-            if self.again or not rollback.done(self.run, self.rollback):  # it may have been pruned since
+            if self.again or not rollback.is_already_rolled_back(
+                self.run, self.rollback
+            ):  # it may have been pruned since
                 directory.find(self.run, self.rollback)
         config = self.config
         if self.resumes and config is None and self.preset is None:

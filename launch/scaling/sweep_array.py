@@ -17,12 +17,12 @@ from msc.pretrain.tracking.tracker import State
 from ..slurm import job_records, sbatch, submit
 from ..slurm.cluster_config import JobRequest
 from . import sweep
-from .sweep_spec import Sweep
+from .sweep_spec import SweepSpec
 
 log = logging.getLogger(__name__)
 
 
-def send(folder: Path, plan: Sweep, file: Path, job_request: JobRequest, parallel: int = 0) -> int:
+def send(folder: Path, plan: SweepSpec, file: Path, job_request: JobRequest, parallel: int = 0) -> int:
     """Send an array with a job for every run that is neither finished nor under way; ValueError, and nothing sent, if
     one of them cannot be. Where it was sent is in the folders of the sweep and of every run."""
     config = job_request.cluster_config()

@@ -2,7 +2,6 @@
 `--site FILE`; and JobRequest, what a single command line asks for."""
 
 import dataclasses
-import difflib
 import os
 import re
 from collections.abc import Mapping
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
+
+from msc.datasets.files import describe_validation_error, nearest
 
 Cluster = Literal["slurm", "local", "debug"]
 
@@ -141,18 +142,13 @@ def read_cluster_config(path: Path | None) -> ClusterConfig:
     keys = [f.name for f in dataclasses.fields(ClusterConfig)]
     for key in values:
         if key not in keys:
-            near = difflib.get_close_matches(str(key), keys, 1, 0.6)
-            raise ValueError(f"{path}: unknown key {key}" + (f"; did you mean {near[0]}?" if near else ""))
+            near = nearest(str(key), keys)
+            raise ValueError(f"{path}: unknown key {key}" + (f"; did you mean {near}?" if near else ""))
 
     import pydantic  # 0.1 s that `msc --help` need not wait for
 
     try:
         return pydantic.TypeAdapter(ClusterConfig).validate_python(values)
     except pydantic.ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            message = problem["msg"].removeprefix("Value error, ")
-            where = ".".join(str(part) for part in problem["loc"])
-            lines.append(message if problem["type"] == "value_error" else f"{where}: {message}")
-        # not the value: it may be a secret
-        raise ValueError(f"{path}: " + "; ".join(lines)) from None
+        # without the values, which may be secrets
+        raise ValueError(f"{path}: {describe_validation_error(error, values=False)}") from None

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import time
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from msc.datasets.files import write_atomically
+from msc.datasets.files import append_jsonl, read_jsonl, write_atomically
 
 from .cluster_config import Cluster
 
@@ -74,21 +73,12 @@ def training_records(jobs: Path) -> list[JobRecord]:
 def append_event(jobs: Path, job: str, **facts: Any) -> None:
     """Append a line on a start of `job`, or on its end, and sync it."""
     jobs.mkdir(parents=True, exist_ok=True)
-    with (jobs / f"{job}.starts.jsonl").open("a") as file:
-        file.write(json.dumps({"time": time.time(), **facts}) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    append_jsonl(jobs / f"{job}.starts.jsonl", {"time": time.time(), **facts}, required=True)
 
 
 def read_events(jobs: Path, job: str) -> list[dict[str, Any]]:
     """The lines of `append_event`: starts have "from", ends have "code"."""
-    path, events = jobs / f"{job}.starts.jsonl", []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            events.append(json.loads(line))
-        except ValueError:  # torn by a crash
-            continue
-    return events
+    return read_jsonl(jobs / f"{job}.starts.jsonl")
 
 
 def training_attempts(jobs: Path) -> list[dict[str, Any]]:

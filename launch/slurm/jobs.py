@@ -17,7 +17,8 @@ from typing import Any
 
 import yaml
 
-from msc.datasets.files import last_line
+from msc.datasets.files import last_jsonl_record
+from msc.datasets.text_table import text_table
 from msc.pretrain.checkpoints import directory as checkpoint_directory
 from msc.pretrain.tracking import heartbeat
 from msc.pretrain.tracking.tracker import settle
@@ -60,14 +61,14 @@ def read_status(run: Path) -> RunStatus:
         return RunStatus(run, record=record)
     train = yaml.safe_load(config.read_text())["train"]
     saved = None
-    for path in checkpoint_directory.candidates(run)[:1]:
+    for path in checkpoint_directory.resume_candidates(run)[:1]:
         try:
-            meta = checkpoint_directory.read_meta(path)
-            saved = meta["step"], meta["clock"], (path / "meta.json").stat().st_mtime
+            meta = checkpoint_directory.CheckpointMeta.read(path)
+            saved = meta.step, meta.clock, (path / "meta.json").stat().st_mtime
         except (ValueError, OSError):  # being pruned, or damaged
             pass
     beat = heartbeat.read(run) or None
-    return RunStatus(run, train["clips"], train["batch"], last_line(run / "log.jsonl"), beat, saved, record)
+    return RunStatus(run, train["clips"], train["batch"], last_jsonl_record(run / "log.jsonl"), beat, saved, record)
 
 
 def describe_state(status: RunStatus, queue: Sequence[JobState], alive: bool, now: float) -> str:
@@ -137,13 +138,12 @@ def status_table(runs: Sequence[Path]) -> str:
     except ConnectionError as error:
         queue = {}
         log.warning(f"{error}; states are those of the run folders")
-    now, rows = time.time(), [HEADER]
+    now, rows = time.time(), []
     for status in statuses:
         alive = status.record is not None and process_of(status.record) is not None
         states = queue.get(status.record.id, []) if status.record else []
         rows.append(table_row(status, describe_state(status, states, alive, now), now))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(r, widths, strict=True)).rstrip() for r in rows)
+    return text_table(rows, HEADER)
 
 
 def log_path(run: Path, rank: int | None) -> Path:

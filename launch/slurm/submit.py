@@ -113,12 +113,12 @@ def prepare_training(
     from msc.pretrain import validation
     from msc.pretrain.config import dump
 
-    from ..planning.report import read_expected
+    from ..planning.report import read_planned_step
 
     if request.plan:
-        read_expected(request.plan)  # may it be read?
+        read_planned_step(request.plan)  # may it be read?
     resolved = validation.check(resolved, run, request.resumes, job_request.tasks)
-    heartbeat.check_free(run, log.info)
+    heartbeat.check_not_training(run, log.info)
     run.mkdir(parents=True, exist_ok=True)
     write_atomically(run / "config.yaml", dump(resolved).encode())
     plan = request.plan.absolute() if request.plan else None

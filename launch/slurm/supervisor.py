@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from msc.datasets.errors import REPEATS
-from msc.datasets.prepare.progress import count_finished
+from msc.datasets.errors import DETERMINISTIC_FAILURE, FAILURE, INTERRUPTED, REQUEUE, USER_ERROR
+from msc.datasets.prepare.progress import count_finished_groups
 from msc.parallel.console import configure_logging
 from msc.parallel.signals import collect_signals
 from msc.pretrain.checkpoints import directory as checkpoint_directory
@@ -36,9 +36,7 @@ log = logging.getLogger(__name__)
 LOCAL_PROGRAM = (
     "import sys; from msc.launch.slurm import supervisor; supervisor.supervise(supervisor.from_json(sys.argv[1]))"
 )
-STOPPED = 75  # train.py's REQUEUE; that module imports torch
 SIGNALLED = 128 + signal.SIGUSR1  # before the time limit, to a command that does not handle it
-MISTAKE, INTERRUPTED = 2, 130  # the user's, in settings or files (or a file system that failed); Ctrl-C
 RETRY_SECONDS = (1, 4, 15, 40)  # between attempts to reach a busy Slurm
 WAIT = 60  # seconds between the ends of the first rank and the last: MLflow may keep rank 0 for 30
 
@@ -97,20 +95,20 @@ def supervise(job: Job) -> None:
 def run_attempts(job: Job, received: list[int]) -> int:
     """Start the ranks until the job is over or in Slurm's queue again; returns the exit code. received: signals."""
     jobs, number = Path(job.jobs), slurm_job_id(os.environ) if job.cluster == "slurm" else str(os.getpid())
-    os.environ[heartbeat.JOB] = number
+    os.environ[heartbeat.JOB_VARIABLE] = number
     warn_of_changed_code(job)
     try:
         if job.trains:
-            heartbeat.check_free(Path(job.folder), log.info)
+            heartbeat.check_not_training(Path(job.folder), log.info)
     except ValueError as error:  # its MLflow run is not ours to end, either
         log.error(f"{error}. This job ends without a start")
-        return MISTAKE
+        return USER_ERROR
     while True:
         began, start = time.time(), progress_of(job)
         starts = [event["from"] for event in job_records.read_events(jobs, number) if "from" in event]
         if job_records.starts_without_progress(starts, start) >= job.starts:  # Slurm itself requeued it
             log.error(f"{job.starts} starts without a new checkpoint: given up. The log above says why")
-            return finish(job, 1)
+            return finish(job, FAILURE)
         job_records.append_event(jobs, number, **{"from": start}, host=os.uname().nodename)
         code = run_ranks(job, received)
         end = progress_of(job)
@@ -138,7 +136,7 @@ def slurm_job_id(environment: os._Environ[str] | dict[str, str]) -> str:
 
 def finish(job: Job, code: int) -> int:
     end_mlflow_run(job, code)
-    if code not in (0, REPEATS):  # how to resume after that is in the log: not with the same command
+    if code not in (0, DETERMINISTIC_FAILURE):  # how to resume after that is in the log: not with the same command
         log.info(f"to go on, where the job is not in the queue again: {job.resume_command}")
     return code
 
@@ -154,13 +152,13 @@ def decide(code: int, fruitless: int, limit: int, worked: bool, resumable: bool 
         return "done", "finished"
     if code == SIGNALLED and not resumable:
         return "over", "not started again, as its time is over and it would begin anew: raise --time"
-    if code == INTERRUPTED or (code == MISTAKE and not worked) or (code == REPEATS and fruitless):
+    if code == INTERRUPTED or (code == USER_ERROR and not worked) or (code == DETERMINISTIC_FAILURE and fruitless):
         return "over", "not started again, as it would end the same; the reason is in the log"
-    if code == 1 and not worked:
+    if code == FAILURE and not worked:
         return "over", "not started again, as it failed before it got anything done; the reason is in the log"
     if fruitless >= limit:
         return "over", f"not started again after {fruitless} starts without a new checkpoint"
-    return "again", "stopped and saved" if code == STOPPED else "failed; goes on from the last checkpoint"
+    return "again", "stopped and saved" if code == REQUEUE else "failed; goes on from the last checkpoint"
 
 
 def run_ranks(job: Job, received: list[int]) -> int:
@@ -180,21 +178,25 @@ def run_ranks(job: Job, received: list[int]) -> int:
 def progress_of(job: Job) -> int:
     """The work that a new start would find done: clips trained on, or groups converted (of a part, its own)."""
     if job.trains:
-        return int((checkpoint_directory.newest_meta(Path(job.folder)) or {}).get("clock", 0))
-    return count_finished(Path(job.folder).resolve(), job.part)  # as convert does: the link may have another name
+        newest = checkpoint_directory.newest_meta(Path(job.folder))
+        return newest.clock if newest else 0
+    return count_finished_groups(
+        Path(job.folder).resolve(), job.part
+    )  # as convert does: the link may have another name
 
 
 def took_a_step(job: Job, began: float, start: int) -> bool:
     """Whether training took a step since then, by a new checkpoint or the heartbeat that it leaves behind."""
     beat = heartbeat.read(Path(job.folder))
-    step = (checkpoint_directory.newest_meta(Path(job.folder)) or {}).get("step", 0)
+    newest = checkpoint_directory.newest_meta(Path(job.folder))
+    step = newest.step if newest else 0
     return progress_of(job) > start or (beat.get("started", 0) >= began and beat["step"] > step)
 
 
 def may_restart(job: Job, number: str, code: int, received: list[int]) -> bool:
     """False where somebody ended the job: it would start again after `scancel`, or twice when Slurm requeues it."""
     if job.cluster != "slurm":
-        return code != STOPPED and not received
+        return code != REQUEUE and not received
     shown = run_slurm_command(["scontrol", "show", "job", "-o", number])
     state = re.search(r"\bJobState=(\w+)", shown.stdout)
     return shown.returncode != 0 or (state is not None and state[1] == "RUNNING")  # unknown: an attempt is harmless
@@ -223,8 +225,8 @@ def end_mlflow_run(job: Job, code: int) -> None:
     """End the MLflow run where the ranks could not: they were killed, and it would be RUNNING for ever. Not if another
     job has taken the run folder while the ranks were starting."""
     beat = heartbeat.read(Path(job.folder))
-    taken = heartbeat.is_fresh(beat, time.time()) and beat["job"] != heartbeat.job_of(os.environ)
-    if job.trains and code not in (0, STOPPED) and not taken:
+    taken = heartbeat.is_fresh(beat, time.time()) and beat["job"] != heartbeat.job_id(os.environ)
+    if job.trains and code not in (0, REQUEUE) and not taken:
         from msc.pretrain.tracking.tracker import settle
 
         if run_id := settle(Path(job.folder), "FAILED"):

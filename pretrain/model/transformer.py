@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..checkpoints.exported_weights import Exported, open_exported
+from ..checkpoints.exported_weights import ExportedWeights, open_exported
 from .attention import still
 from .attention_inputs import View, view_frames
 from .layers import Block, NoiseEmbedding
@@ -237,7 +237,7 @@ class MSCTransformer(nn.Module):
         std = self.config.latent_std or (1.0,) * channels
         return like.new_tensor(mean)[:, None, None], like.new_tensor(std)[:, None, None]
 
-    # Exported weights ------------------------------------------------------------------------------------
+    # ExportedWeights weights ------------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(
@@ -254,7 +254,7 @@ class MSCTransformer(nn.Module):
         return model.eval()
 
     @classmethod
-    def described(cls, exported: Exported) -> MSCTransformer:
+    def described(cls, exported: ExportedWeights) -> MSCTransformer:
         """The model of an exported folder, without its weights; ValueError if config.json does not describe them."""
         try:
             config = ModelConfig.from_dict(exported.facts["model"])

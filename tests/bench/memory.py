@@ -56,10 +56,10 @@ def configure(case: dict[str, Any]) -> Any:
 
 def planned(case: dict[str, Any]) -> float:
     from msc.launch.planning.hardware import KINDS
-    from msc.launch.planning.plan import plan
+    from msc.launch.planning.plan import make_plan
 
     config, index = configure(case)
-    memory = plan(config, index, KINDS["h100"], case.get("ranks", 1)).memory
+    memory = make_plan(config, index, KINDS["h100"], case.get("ranks", 1)).memory
     return sum(size for part, size in memory.items() if part != "reserved")
 
 
@@ -73,9 +73,9 @@ def rank() -> None:
 
     case = json.loads(os.environ["CASE"])
     process_group.keep_freed_memory = lambda: None  # what it keeps is no peak of the model's
-    world = process_group.join(300)
+    world = process_group.join_process_group(300)
     config, index = configure(case)
-    mesh = make_mesh(world.size, config.parallel.sp, "cpu")
+    mesh = make_mesh(world.world_size, config.parallel.sp, "cpu")
     clip = clip_of(config.model, config.parallel, index.frames, index.height, index.width)
     timeline, units = own_timeline(mesh, config.model, config.parallel, clip)
     deepspeed_zero._deepspeed()
@@ -96,7 +96,7 @@ def rank() -> None:
         events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
     allocated = max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]")
     print(f"peak {allocated} {resident}", flush=True)
-    process_group.leave()
+    process_group.leave_process_group()
 
 
 def held(what: str) -> int:
@@ -117,7 +117,7 @@ def main() -> None:
                              stdout=subprocess.PIPE, text=True)
             for number in range(ranks)
         ]  # fmt: skip
-        said = [process_group.communicate()[0] for process_group in processes]
+        said = [process.communicate()[0] for process in processes]
         peaks = [line.split()[1:] for text in said for line in text.splitlines() if line.startswith("peak ")]
         assert len(peaks) == ranks, f"{name}: a rank failed"
         plan, (allocated, resident) = planned(case), (max(map(int, of)) for of in zip(*peaks, strict=True))

@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from msc.parallel import collectives
-from msc.parallel.context_parallel import bounds
+from msc.parallel.context_parallel import shard_bounds
 from msc.pretrain.layout_planner import Clip, choose, halo_values, ring_values, ulysses_values
 from msc.pretrain.model.past_context import Timeline, WholeVideo
 from msc.pretrain.model.scales import Scale, default_scales
@@ -48,7 +48,7 @@ def traffic() -> None:
     scales = default_scales(HEADS)
     for frames in (32, 128, 512):
         for ranks in (2, 4, 8, 16):
-            clip, edges = Clip(frames, 1, GRID, HEAD_WIDTH), bounds(frames, ranks)
+            clip, edges = Clip(frames, 1, GRID, HEAD_WIDTH), shard_bounds(frames, ranks)
             megabytes = clip.value_bytes / 1e6
             halos = [halo_values(scale, edges, clip.unit_values(scale)) for scale in scales]
             ulysses = sum(max(ulysses_values(edges, clip.unit_values(scale))) for scale in scales) * megabytes
@@ -69,7 +69,7 @@ def step_times(rank: int, ranks: int, port: int, name: str, layout: Any, frames:
     config = ModelConfig(width=128, depth=4, scales=scales, patch=2, channels=4)
     torch.manual_seed(0)
     model = MSCTransformer(config)
-    edges = bounds(frames, ranks)
+    edges = shard_bounds(frames, ranks)
     timeline: Timeline = WholeVideo()
     if ranks > 1:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -81,7 +81,7 @@ def step_times(rank: int, ranks: int, port: int, name: str, layout: Any, frames:
             timeline = sharded_timeline(dist.group.WORLD, edges, config, layouts)
     x, t = torch.randn(1, edges[rank + 1] - edges[rank], 4, 32, 32), torch.rand(1, edges[rank + 1] - edges[rank])
     waited = [0.0]
-    wait = collectives.wait
+    wait = collectives.wait_all_to_all
 
     def timed(x, route):
         start = time.perf_counter()
@@ -89,7 +89,7 @@ def step_times(rank: int, ranks: int, port: int, name: str, layout: Any, frames:
         waited[0] += time.perf_counter() - start
         return received
 
-    collectives.wait = timed
+    collectives.wait_all_to_all = timed
     times = []
     for _ in range(RUNS + 2):  # two to warm up
         if ranks > 1:
