@@ -211,7 +211,7 @@ def local_job(tmp_path, monkeypatch):
         monkeypatch.setattr(supervisor, "run_ranks", ranks)
         monkeypatch.setattr(supervisor, "progress_of", lambda made: clock[0])
         monkeypatch.setattr(supervisor, "took_a_step", lambda made, since, start: clock[0] > start)
-        monkeypatch.setattr(supervisor, "end_mlflow_run", lambda made, code: None)
+        monkeypatch.setattr(supervisor, "end_own_mlflow_run", lambda made, code: None)
         made = Job(words, str(tmp_path / "run"), str(tmp_path / "run/jobs"), "local")
         code = supervisor.run_attempts(made, [])
         return code, left
@@ -267,10 +267,10 @@ def test_a_job_does_not_start_beside_another_one_in_its_run(tmp_path, monkeypatc
 def test_only_its_own_run_in_mlflow_is_ended_by_a_job(whose, settled, tmp_path, monkeypatch):
     """Ranks that were killed leave a heartbeat of their job; those that found their run taken that of another."""
     found = []
-    monkeypatch.setattr("msc.pretrain.tracking.tracker.settle", lambda run, state: found.append(state))
+    monkeypatch.setattr("msc.pretrain.tracking.tracker.end_mlflow_run", lambda run, state: found.append(state))
     monkeypatch.setenv(heartbeat.JOB_VARIABLE, "7")
     (tmp_path / "heartbeat.json").write_text(json.dumps({"time": time.time(), "phase": "report", "job": whose}))
-    supervisor.end_mlflow_run(Job(("train",), str(tmp_path), "x", "local"), 137)
+    supervisor.end_own_mlflow_run(Job(("train",), str(tmp_path), "x", "local"), 137)
     assert found == settled
 
 

@@ -21,7 +21,7 @@ from msc.datasets.files import last_jsonl_record
 from msc.datasets.text_table import text_table
 from msc.pretrain.checkpoints import directory as checkpoint_directory
 from msc.pretrain.tracking import heartbeat
-from msc.pretrain.tracking.tracker import settle
+from msc.pretrain.tracking.tracker import end_mlflow_run
 
 from . import job_records, sbatch
 from .job_records import JobRecord
@@ -211,6 +211,6 @@ def cancel(run: Path) -> str:
     if remaining:
         return f"signalled, but not gone yet: {', '.join(record.id for record in remaining)}"
     report = f"ended: {', '.join(record.id for record in active)}"
-    if any(record.arguments[0] == "train" for record in active) and settle(run, "KILLED"):
+    if any(record.arguments[0] == "train" for record in active) and end_mlflow_run(run, "KILLED"):
         report += "; its MLflow run, which was left RUNNING, is now KILLED"
     return report

@@ -117,7 +117,7 @@ def prepare_training(
 
     if request.plan:
         read_planned_step(request.plan)  # may it be read?
-    resolved = validation.check(resolved, run, request.resumes, job_request.tasks)
+    resolved = validation.validate(resolved, run, request.resumes, job_request.tasks)
     heartbeat.check_not_training(run, log.info)
     run.mkdir(parents=True, exist_ok=True)
     write_atomically(run / "config.yaml", dump(resolved).encode())

@@ -121,7 +121,7 @@ def run_attempts(job: Job, received: list[int]) -> int:
         log.info(f"exit code {code}: {reason}")
         if verdict != "again":
             return finish(job, code)
-        end_mlflow_run(job, code)
+        end_own_mlflow_run(job, code)
         if job.cluster == "slurm":
             requeue(number)
             return code
@@ -135,7 +135,7 @@ def slurm_job_id(environment: os._Environ[str] | dict[str, str]) -> str:
 
 
 def finish(job: Job, code: int) -> int:
-    end_mlflow_run(job, code)
+    end_own_mlflow_run(job, code)
     if code not in (0, DETERMINISTIC_FAILURE):  # how to resume after that is in the log: not with the same command
         log.info(f"to go on, where the job is not in the queue again: {job.resume_command}")
     return code
@@ -221,15 +221,15 @@ def requeue(number: str) -> None:
         log.info(f"job {number} is requeued; Slurm starts it again after two minutes at the earliest")
 
 
-def end_mlflow_run(job: Job, code: int) -> None:
+def end_own_mlflow_run(job: Job, code: int) -> None:
     """End the MLflow run where the ranks could not: they were killed, and it would be RUNNING for ever. Not if another
     job has taken the run folder while the ranks were starting."""
     beat = heartbeat.read(Path(job.folder))
     taken = heartbeat.is_fresh(beat, time.time()) and beat["job"] != heartbeat.job_id(os.environ)
     if job.trains and code not in (0, REQUEUE) and not taken:
-        from msc.pretrain.tracking.tracker import settle
+        from msc.pretrain.tracking.tracker import end_mlflow_run
 
-        if run_id := settle(Path(job.folder), "FAILED"):
+        if run_id := end_mlflow_run(Path(job.folder), "FAILED"):
             log.warning(f"MLflow run {run_id} was still RUNNING and is now FAILED")
 
 
