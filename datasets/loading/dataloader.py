@@ -38,9 +38,10 @@ class Batch:
     samples: number of each clip in its split, over all sets and buckets; with `epochs` and the frame it names the
     noise. keys: names in the tars, behind that of the set where there are several. bucket: of all clips.
     video: uint8 [B, Tv, 3, H, W], or latents: [B, T, C, h, w], as stored (float16), not normalised.
-    text: [B, L, E] embeddings, padded with zeros to the longest. labels: int64 [B]. t: noise levels of all frames
-    of the clips, noise: of the frames read, both stacked as `draw_noise` drew them. unreadable: (sample, why) of samples that could not be read. error: why nothing can be read
-    any more; never seen outside of this file.
+    text: [B, L, E] embeddings, padded with zeros to the longest. labels: int64 [B]. t, noise: noise
+    levels of all frames of the clips and noise of the frames read, as `draw_noise` drew them, stacked. unreadable:
+    (sample, why) of samples that could not be read. error: why nothing can be read any more; never seen outside of
+    this file.
     """
 
     samples: list[int]
