@@ -23,7 +23,8 @@ from ..diffusion.autoencoder import to_uint8
 from ..diffusion.rectified_flow import DiffusionConfig, frame_losses, frame_shift
 from ..diffusion.sampler import generate
 from ..inference.video_io import contact_sheet, enlarged, write_mp4
-from ..model.transformer import MSCTransformer, check_clip, precondition
+from ..model.config import check_clip
+from ..model.transformer import MSCTransformer, precondition
 from ..run_folder import Trained, open_run
 from ..tracking.tracker import Tracker
 from .confidence import OTHERS, Table, draw, join
