@@ -20,6 +20,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from msc.datasets.files import free_bytes
+
 GIB = 2**30
 DISTRIBUTION = "msc-video"
 # Distribution and the module that is imported to try it.
@@ -289,22 +291,22 @@ def open_files() -> list[Check]:
     """For how many ranks the first of them could keep connections."""
     if attempt("torch"):
         return []
-    from msc.parallel.process_group import FILES_OF_A_RANK, OPEN_FILES
+    from msc.parallel.process_group import OPEN_FILES_BASE, OPEN_FILES_PER_RANK
 
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if hard == resource.RLIM_INFINITY:
         return [Check("open files", "ok", "no limit")]
-    ranks = max(0, hard - OPEN_FILES) // FILES_OF_A_RANK
+    ranks = max(0, hard - OPEN_FILES_BASE) // OPEN_FILES_PER_RANK
     found = f"{hard:,} for a process at most (ulimit -Hn), enough for {ranks:,} ranks"
     fix = "" if ranks >= 64 else "raise it for jobs: limits.conf, or LimitNOFILE of slurmd"
     return [Check("open files", "problem" if fix else "ok", found, fix)]
 
 
 def free_space(name: str, folder: Path, enough_gib: float, fix: str) -> Check:
-    usage = shutil.disk_usage(folder)
-    found = f"{usage.free / GIB:.1f} GiB free at {folder}"
+    free = free_bytes(folder)
+    found = f"{free / GIB:.1f} GiB free at {folder}"
     if not os.access(folder, os.W_OK):
         return Check(name, "broken", f"{folder} cannot be written to", "work in a folder that is yours")
-    if usage.free < enough_gib * GIB:
+    if free < enough_gib * GIB:
         return Check(name, "problem", found, fix)
     return Check(name, "ok", found)

@@ -18,30 +18,30 @@ Index = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
-class Route:
-    """How many numbers each rank of a group gets from this one, and gives it; `what` names them to the user."""
+class AllToAll:
+    """How many numbers each rank of a group gets from this one, and send_counts it; `what` names them to the user."""
 
     group: str
-    gives: tuple[int, ...]
-    takes: tuple[int, ...]
+    send_counts: tuple[int, ...]
+    receive_counts: tuple[int, ...]
     what: str
 
-    def back(self) -> Route:
-        return Route(self.group, self.takes, self.gives, f"gradient of {self.what}")
+    def back(self) -> AllToAll:
+        return AllToAll(self.group, self.receive_counts, self.send_counts, f"gradient of {self.what}")
 
 
-def post(x: Tensor, route: Route) -> Tensor:
+def start_all_to_all(x: Tensor, route: AllToAll) -> Tensor:
     """Send a flat tensor off, what is for the first rank first. What is returned may be read only after `wait`."""
-    arguments = x.contiguous(), route.takes, route.gives, route.group
+    arguments = x.contiguous(), route.receive_counts, route.send_counts, route.group
     return _named(lambda: torch.ops._c10d_functional.all_to_all_single(*arguments), route)
 
 
-def wait(x: Tensor, route: Route) -> Tensor:
+def wait_all_to_all(x: Tensor, route: AllToAll) -> Tensor:
     """What was posted, arrived. ConnectionError where a rank is gone or too late; of compiled blocks torch's own."""
     return _named(lambda: torch.ops._c10d_functional.wait_tensor(x), route)
 
 
-def _named(action: Any, route: Route) -> Tensor:
+def _named(action: Any, route: AllToAll) -> Tensor:
     if torch.compiler.is_compiling():
         return action()
     try:
@@ -49,7 +49,9 @@ def _named(action: Any, route: Route) -> Tensor:
     except torch.OutOfMemoryError:  # of what is to be received: a RuntimeError, too
         raise
     except RuntimeError as error:  # any rank of the group may be the one that is missed
-        raise ConnectionError(f"{route.what}, exchanged by {len(route.gives)} sp ranks: {first_line(error)}") from None
+        raise ConnectionError(
+            f"{route.what}, exchanged by {len(route.send_counts)} sp ranks: {first_line(error)}"
+        ) from None
 
 
 def first_line(error: BaseException) -> str:
@@ -64,42 +66,44 @@ def first_line(error: BaseException) -> str:
 # the size of what was sent, not of what came, a tensor of that size ties the nodes, which has no memory of its own.
 
 
-def send(x: Tensor, route: Route) -> tuple[Tensor, Tensor]:
+def start_with_grad(x: Tensor, route: AllToAll) -> tuple[Tensor, Tensor]:
     """`post`, with a gradient: what `arrive` wants."""
     return _Send.apply(x, route)
 
 
-def arrive(sent: tuple[Tensor, Tensor], route: Route) -> Tensor:
+def wait_with_grad(sent: tuple[Tensor, Tensor], route: AllToAll) -> Tensor:
     """`wait` for what was sent, with a gradient."""
     return _Arrive.apply(*sent, route)
 
 
 class _Send(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, route: Route) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, route: AllToAll) -> tuple[Tensor, Tensor]:
         ctx.route = route
         ctx.set_materialize_grads(False)
-        on_the_way = post(x, route)
+        on_the_way = start_all_to_all(x, route)
         ctx.mark_non_differentiable(on_the_way)
         return on_the_way, x.new_empty(()).expand(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return wait(grads[1], ctx.route.back()), None
+        return wait_all_to_all(grads[1], ctx.route.back()), None
 
 
 class _Arrive(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, on_the_way: Tensor, tie: Tensor, route: Route) -> Tensor:
+    def forward(ctx: Any, on_the_way: Tensor, tie: Tensor, route: AllToAll) -> Tensor:
         ctx.route = route
-        return wait(on_the_way, route)
+        return wait_all_to_all(on_the_way, route)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
-        return None, post(grads[0], ctx.route.back()), None
+        return None, start_all_to_all(grads[0], ctx.route.back()), None
 
 
-def move(x: Tensor, shape: torch.Size, sends: list[Index], receives: list[Index], group: str, what: str) -> Tensor:
+def redistribute(
+    x: Tensor, shape: torch.Size, sends: list[Index], receives: list[Index], group: str, what: str
+) -> Tensor:
     """Deal `x` out to the ranks of a group and put together what they deal out: a tensor of `shape`.
 
     `sends[r]` is the part of x that rank r gets, `receives[r]` where its part goes in the result. Every element
@@ -114,24 +118,26 @@ class _Move(torch.autograd.Function):
         ctx: Any, x: Tensor, shape: torch.Size, sends: list[Index], receives: list[Index], group: str, what: str
     ) -> Tensor:
         ctx.arguments = x.shape, sends, receives, group, what
-        return deal(x, shape, sends, receives, group, what)
+        return redistribute_no_grad(x, shape, sends, receives, group, what)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         shape, sends, receives, group, what = ctx.arguments
-        grad = deal(grads[0], shape, receives, sends, group, f"gradient of {what}")
+        grad = redistribute_no_grad(grads[0], shape, receives, sends, group, f"gradient of {what}")
         return grad, None, None, None, None, None
 
 
-def deal(x: Tensor, shape: torch.Size, sends: list[Index], receives: list[Index], group: str, what: str) -> Tensor:
+def redistribute_no_grad(
+    x: Tensor, shape: torch.Size, sends: list[Index], receives: list[Index], group: str, what: str
+) -> Tensor:
     """`move` without a gradient; here ranks may be sent the same part."""
     out, parts = x.new_empty(shape), [x[index] for index in sends]
     shapes = [out[index].shape for index in receives]
-    route = Route(group, tuple(part.numel() for part in parts), tuple(part.numel() for part in shapes), what)
-    packed = x.new_empty(sum(route.gives))
-    for place, part in zip(packed.split(route.gives), parts, strict=True):
+    route = AllToAll(group, tuple(part.numel() for part in parts), tuple(part.numel() for part in shapes), what)
+    packed = x.new_empty(sum(route.send_counts))
+    for place, part in zip(packed.split(route.send_counts), parts, strict=True):
         place.view(part.shape).copy_(part)
-    arrived = wait(post(packed, route), route)
-    for index, part, like in zip(receives, arrived.split(route.takes), shapes, strict=True):
+    arrived = wait_all_to_all(start_all_to_all(packed, route), route)
+    for index, part, like in zip(receives, arrived.split(route.receive_counts), shapes, strict=True):
         out[index] = part.view(like)
     return out

@@ -8,12 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .control_plane import gather
+from .control_plane import gather_objects
 
 SHOWN = 5
 
 
-def disagreements(facts: Sequence[Mapping[str, Any]]) -> list[str]:
+def inconsistencies(facts: Sequence[Mapping[str, Any]]) -> list[str]:
     """Where ranks differ from what most of them have (in a tie, from the first of them): one text per rank and fact."""
     found = []
     for name in dict.fromkeys(name for own in facts for name in own):
@@ -28,7 +28,7 @@ def disagreements(facts: Sequence[Mapping[str, Any]]) -> list[str]:
     return found
 
 
-def digest(folders: Iterable[Path]) -> str:
+def source_digest(folders: Iterable[Path]) -> str:
     """Of the Python files in some folders, their names and what is in them: what a rank would run."""
     found = hashlib.sha256()
     for folder in folders:
@@ -37,9 +37,9 @@ def digest(folders: Iterable[Path]) -> str:
     return found.hexdigest()[:12]
 
 
-def agree(facts: Mapping[str, Any]) -> None:
+def check_consistency(facts: Mapping[str, Any]) -> None:
     """ValueError on all ranks of the world if any two differ in a fact, naming the rank and the fact."""
-    found = disagreements(gather(dict(facts)))
+    found = inconsistencies(gather_objects(dict(facts)))
     if found:
         more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
         raise ValueError(f"the ranks do not run the same: {'; '.join(found[:SHOWN])}{more}")

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .collectives import Route, arrive, deal, send
+from .collectives import AllToAll, redistribute_no_grad, start_with_grad, wait_with_grad
 from .ring import Ring
 from .ulysses import Ulysses
 
@@ -24,14 +24,14 @@ Before = Callable[[int], int]
 Message = tuple[int, int, int, int]
 
 
-def bounds(units: int, ranks: int) -> tuple[int, ...]:
+def shard_bounds(units: int, ranks: int) -> tuple[int, ...]:
     """First unit of every rank, and the end: contiguous runs, as even as can be, none empty."""
     if units < ranks:
         raise ValueError(f"{units} units cannot be shared along time by parallel.sp = {ranks} ranks; each needs one")
     return tuple(rank * units // ranks for rank in range(ranks + 1))
 
 
-def transfers(bounds: tuple[int, ...], before: Before, every: int = 1) -> list[Message]:
+def required_transfers(bounds: tuple[int, ...], before: Before, every: int = 1) -> list[Message]:
     """All messages that bring each rank the earlier items it needs: (source, target, first item, end).
 
     An item covers `every` units and belongs to the rank that holds the last of them; a rank that starts
@@ -71,13 +71,13 @@ class ShardedPastContext:
         """Of the whole video: a number a frame."""
         shape = torch.Size((t_BUF.shape[0], self.bounds[-1], *t_BUF.shape[2:]))
         places = [(slice(None), slice(a, b)) for a, b in pairwise(self.bounds)]
-        return deal(t_BUF, shape, [(slice(None),)] * self.ranks, places, self.group, "noise levels"), 0
+        return redistribute_no_grad(t_BUF, shape, [(slice(None),)] * self.ranks, places, self.group, "noise levels"), 0
 
     def exchange(
         self, key: tuple[object, ...], x_BU: Tensor, before: Before, kept: int | None, every: int = 1
     ) -> Callable[[], Tensor | None]:
         """Post the messages at once; the result waits for the earlier items. Differentiable."""
-        messages = transfers(self.bounds, before, every)
+        messages = required_transfers(self.bounds, before, every)
         if not messages:
             return lambda: None
         B, _, *inner = x_BU.shape
@@ -92,14 +92,14 @@ class ShardedPastContext:
                 taken[source] = b - a
         # A compiler would make a block anew for every layer's name
         what = "" if torch.compiler.is_compiling() else _words(key)
-        route = Route(self.group, tuple(n * size for n in given), tuple(n * size for n in taken), what)
+        route = AllToAll(self.group, tuple(n * size for n in given), tuple(n * size for n in taken), what)
         # A copy, which nobody changes while it is sent. Who has nothing to give sends nothing, as a part of the graph:
         # all ranks must go through it alike.
-        sent = send(torch.cat(parts) if parts else x_BU[:, :0].flatten(), route)
+        sent = start_with_grad(torch.cat(parts) if parts else x_BU[:, :0].flatten(), route)
 
         def earlier() -> Tensor:
             counts = [n for n in taken if n] or [0]
-            arrived = arrive(sent, route).split([n * size for n in counts])
+            arrived = wait_with_grad(sent, route).split([n * size for n in counts])
             items = [part.view(B, n, *inner) for n, part in zip(counts, arrived, strict=True)]
             return items[0] if len(items) == 1 else torch.cat(items, 1)
 

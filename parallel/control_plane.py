@@ -20,19 +20,19 @@ POLL_SECONDS = 0.05
 STORE_S = 60.0  # seconds that the store may take to answer
 
 
-def gather(value: T) -> list[T]:
+def gather_objects(value: T) -> list[T]:
     """A picklable value of every rank, in their order. A collective."""
     found: list = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
     return found
 
 
-def on_first(function: Callable[[], T], patient: bool = False) -> T:
+def run_on_rank_0(function: Callable[[], T], patient: bool = False) -> T:
     """What `function` returns on rank 0, which alone calls it; ValueError on all ranks if it failed. A collective.
 
     patient: it may take longer than a collective waits.
     """
-    topic = on_first(lambda: f"msc/first/{uuid.uuid4().hex}") if patient else ""
+    topic = run_on_rank_0(lambda: f"msc/first/{uuid.uuid4().hex}") if patient else ""
     box: list = [None, None]
     if dist.get_rank() == 0:
         try:
@@ -40,14 +40,14 @@ def on_first(function: Callable[[], T], patient: bool = False) -> T:
         except (ValueError, OSError) as error:
             box[1] = str(error)
     if patient:
-        wait_for_all(open_store(STORE_S), topic)
+        store_barrier(connect_store(STORE_S), topic)
     dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
         raise ValueError(box[1])
     return box[0]
 
 
-def wait_for_all(store: dist.Store, key: str) -> None:
+def store_barrier(store: dist.Store, key: str) -> None:
     """Until every rank has called this with `key`, however long that takes: before a collective, after work that may
     take some ranks longer than its timeout. A rank that is lost meanwhile is found by watchdog.py."""
     store.add(key, 1)
@@ -55,7 +55,7 @@ def wait_for_all(store: dist.Store, key: str) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def open_store(timeout_s: float) -> dist.Store:
+def connect_store(timeout_s: float) -> dist.Store:
     """An own connection to the store at MASTER_ADDR and MASTER_PORT, for one thread of this rank."""
     return dist.TCPStore(
         os.environ["MASTER_ADDR"],
@@ -66,7 +66,7 @@ def open_store(timeout_s: float) -> dist.Store:
     )
 
 
-def await_keys(store: dist.Store, keys: Sequence[str], timeout_s: float) -> list[bytes]:
+def wait_for_keys(store: dist.Store, keys: Sequence[str], timeout_s: float) -> list[bytes]:
     """The values of all `keys`, once they are set; TimeoutError names one that is not after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     values = []

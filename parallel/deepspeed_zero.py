@@ -57,7 +57,7 @@ def make_engine(
     return engine
 
 
-def shard(part: nn.Module, config: ZeroConfig, precision: Precision) -> None:
+def shard_parameters(part: nn.Module, config: ZeroConfig, precision: Precision) -> None:
     """At stage 3 keep only this rank's share of a part of the model, so that the whole need never be on any rank.
 
     All ranks must call it for the same parts in the same order; the weights are those of rank 0.
@@ -188,7 +188,7 @@ def step(engine: Any, objection: Callable[[float], str]) -> tuple[float, str]:
 
 
 @dataclass(frozen=True)
-class Piece:
+class LocalSlice:
     """Part of one parameter that lives on this rank: elements [start, start + numel) of it, flattened.
 
     state: fp32 weight, Adam's moments and the average, as flat views of the live tensors.
@@ -204,7 +204,7 @@ class Piece:
         return self.state["weight"].numel()
 
 
-def pieces(engine: Any, share: tuple[int, int] | None = None) -> list[Piece]:
+def local_slices(engine: Any, share: tuple[int, int] | None = None) -> list[LocalSlice]:
     """This rank's parts of all trainable parameters, at any ZeRO stage.
 
     At stage 0 every rank holds everything; `share = (rank, world)` then takes an even part of it.
@@ -218,7 +218,7 @@ def pieces(engine: Any, share: tuple[int, int] | None = None) -> list[Piece]:
         for start, flat, at, numel in _parts(engine, parameter, share):
             if numel:
                 state = {key: value.narrow(0, at, numel) for key, value in _state(optimizer, flat).items()}
-                found.append(Piece(name, start, shape, state))
+                found.append(LocalSlice(name, start, shape, state))
     return found
 
 
@@ -263,23 +263,23 @@ def _state(optimizer: torch.optim.Optimizer, master: Tensor) -> dict[str, Tensor
     return {"weight": master.data.view(-1)} | {key: state[key].data.view(-1) for key in STATE[1:]}
 
 
-def shapes(engine: Any) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(engine: Any) -> dict[str, tuple[int, ...]]:
     """Of all trainable parameters, whole, in the model's order."""
     return {name: tuple(_shape(p)) for name, p in engine.module.named_parameters() if p.requires_grad}
 
 
-def steps_taken(engine: Any) -> int:
+def adam_steps(engine: Any) -> int:
     states = base_optimizer(engine).state.values()
     return int(max((float(state["step"]) for state in states if "step" in state), default=0))
 
 
-def restore_steps(engine: Any, steps: int) -> None:
+def set_adam_steps(engine: Any, steps: int) -> None:
     """Set Adam's step count (its bias correction) after the state was written into `pieces`."""
     for state in base_optimizer(engine).state.values():
         state["step"] = torch.tensor(float(steps), dtype=torch.float32, device=state["exp_avg"].device)
 
 
-def publish_masters(engine: Any) -> None:
+def copy_masters_to_model(engine: Any) -> None:
     """Carry changed fp32 masters over to the parameters that the model computes with, on all ranks."""
     zero = engine.optimizer
     if hasattr(zero, "fp16_partitioned_groups_flat"):
@@ -310,4 +310,4 @@ def _swap(engine: Any) -> None:
         weight = state["weight"].clone()
         state["weight"].copy_(state["ema"])
         state["ema"].copy_(weight)
-    publish_masters(engine)
+    copy_masters_to_model(engine)

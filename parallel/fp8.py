@@ -38,7 +38,7 @@ def check_fp8(stage: int, recompute: bool, tokens: int) -> None:
         raise ValueError(f"parallel.precision fp8 needs units of a multiple of {ROWS} tokens; there are {tokens}")
 
 
-def fitting(block: nn.Module, skip: Collection[str] = ()) -> dict[str, nn.Linear]:
+def convertible_layers(block: nn.Module, skip: Collection[str] = ()) -> dict[str, nn.Linear]:
     """The linear layers of a block, by name, whose both sides divide by 16; without those named in `skip`."""
     return {
         name: layer
@@ -50,7 +50,7 @@ def fitting(block: nn.Module, skip: Collection[str] = ()) -> dict[str, nn.Linear
     }
 
 
-def convert(block: nn.Module, skip: Collection[str] = ()) -> list[str]:
+def convert_linear_layers(block: nn.Module, skip: Collection[str] = ()) -> list[str]:
     """Put TransformerEngine's layers in the place of those that fit; weights and their names stay. Returns the names.
 
     Runs on the GPU only; call `check_fp8` first.
@@ -59,7 +59,7 @@ def convert(block: nn.Module, skip: Collection[str] = ()) -> list[str]:
 
     if not hasattr(te, "autocast"):
         raise ValueError("parallel.precision fp8 needs TransformerEngine 2.20 or later: pip install --upgrade it")
-    layers = fitting(block, skip)
+    layers = convertible_layers(block, skip)
     for name, layer in layers.items():
         new = te.Linear(
             layer.in_features, layer.out_features, bias=layer.bias is not None, params_dtype=layer.weight.dtype,

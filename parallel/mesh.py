@@ -24,7 +24,7 @@ class Mesh:
 
 def make_mesh(world: int, sp: int, device_type: str) -> Mesh:
     """Neighbouring ranks share a video, so that the traffic along time stays inside a node first."""
-    dp = rows(world, sp)
+    dp = data_parallel_size(world, sp)
     mesh = init_device_mesh(device_type, (dp, sp), mesh_dim_names=("dp", "sp"))
     if sp > 1:
         # NCCL connects a group in its first call, which none may miss; messages along time are not for all ranks.
@@ -33,14 +33,14 @@ def make_mesh(world: int, sp: int, device_type: str) -> Mesh:
     return Mesh(dp, sp, mesh.get_local_rank("dp"), mesh.get_local_rank("sp"), mesh.get_group("sp"))
 
 
-def rows(world: int, sp: int) -> int:
+def data_parallel_size(world: int, sp: int) -> int:
     """Data-parallel rows of a world; ValueError if `sp` ranks do not share it out evenly."""
     if world % sp:
         raise ValueError(f"{world} processes do not divide into rows of parallel.sp = {sp}")
     return world // sp
 
 
-def scattered(hosts: Sequence[str], sp: int) -> str:
+def placement_warning(hosts: Sequence[str], sp: int) -> str:
     """What to say where rows lie on more machines than they need to; "" where none does. hosts: of every rank."""
     needed = -(-sp // max(Counter(hosts).values()))
     rows_of_hosts = [set(hosts[first : first + sp]) for first in range(0, len(hosts), sp)]

@@ -12,27 +12,27 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-OPEN_FILES = 500  # that a rank has open besides its connections: libraries, devices, loader workers, shards
-FILES_OF_A_RANK = 6  # that each rank of the world costs the first one; 5 were counted. Any node may be the first's
+OPEN_FILES_BASE = 500  # that a rank has open besides its connections: libraries, devices, loader workers, shards
+OPEN_FILES_PER_RANK = 6  # that each rank of the world costs the first one; 5 were counted. Any node may be the first's
 
 
 @dataclass(frozen=True)
-class World:
+class RankInfo:
     rank: int
-    size: int
+    world_size: int
     device: torch.device
 
     @property
-    def first(self) -> bool:
+    def is_rank_0(self) -> bool:
         return self.rank == 0
 
 
-def patience(timeout_s: float) -> float:
+def collective_timeout(timeout_s: float) -> float:
     """Seconds that a collective may wait, so that what follows a failure is over after `timeout_s`."""
     return max(timeout_s / 2, timeout_s - 16)
 
 
-def join(timeout_s: float) -> World:
+def join_process_group(timeout_s: float) -> RankInfo:
     """Initialise torch.distributed from the environment: NCCL on GPUs, gloo on CPUs.
 
     A collective that some rank does not join in time fails on the others, and they end within `timeout_s`. NCCL's
@@ -42,19 +42,19 @@ def join(timeout_s: float) -> World:
     if missing:
         raise ValueError(f"{', '.join(missing)} not set; start training with `msc train` or under torchrun")
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    allow_open_files(size)
+    raise_open_file_limit(size)
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
         backend, seconds = "cpu:gloo,cuda:nccl", timeout_s + 60
     else:
-        device, backend, seconds = torch.device("cpu"), "gloo", patience(timeout_s)
+        device, backend, seconds = torch.device("cpu"), "gloo", collective_timeout(timeout_s)
         keep_freed_memory()
     dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
-    return World(rank, size, device)
+    return RankInfo(rank, size, device)
 
 
-def allow_open_files(size: int) -> None:
+def raise_open_file_limit(size: int) -> None:
     """Raise this process's limit of open files where it is low; ValueError if that is too few for `size` ranks.
 
     Every process group is a connection to each of its ranks, and the first rank keeps a store to which all others
@@ -62,7 +62,7 @@ def allow_open_files(size: int) -> None:
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = 2**20 if hard == resource.RLIM_INFINITY else hard
-    needed = OPEN_FILES + FILES_OF_A_RANK * size
+    needed = OPEN_FILES_BASE + OPEN_FILES_PER_RANK * size
     if most < needed:
         raise ValueError(
             f"a process may open {most} files here (ulimit -Hn), but {size} ranks need {needed}: raise the limit for "
@@ -85,7 +85,7 @@ def keep_freed_memory() -> None:
         mallopt(mmap_max, 0)
 
 
-def leave() -> None:
+def leave_process_group() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -97,7 +97,7 @@ def total(value: float, device: torch.device) -> float:
     return float(tensor)
 
 
-def total_of(values: torch.Tensor) -> torch.Tensor:
+def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
     """Sum of a small tensor over all ranks, in place."""
     dist.all_reduce(values)
     return values

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import collectives
-from .collectives import Route, move
+from .collectives import AllToAll, redistribute
 
 Blocks = tuple[tuple[int, ...], ...]
 # (q, k, v, blocks, out [B, U, n, h, d], log-sum-exp [B, U, n, h, 1]): merged into the last two, in place
@@ -29,7 +29,7 @@ Grads = tuple[Tensor, Tensor, Tensor]
 Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Blocks, Grads], None]
 
 
-def zigzag(units: int, ranks: int) -> list[tuple[int, ...]]:
+def zigzag_units(units: int, ranks: int) -> list[tuple[int, ...]]:
     """Units that each rank computes, in order: an early and a late run. None is empty where units ≥ ranks."""
     runs = 2 * ranks
     edges = [min(i, units) if units < runs else i * units // runs for i in range(runs + 1)]
@@ -63,7 +63,7 @@ class Ring:
     def __init__(self, group: dist.ProcessGroup, bounds: tuple[int, ...], forward: Forward, backward: Backward):
         ranks, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.group, self.ranks, self.kernels = group.group_name, ranks, (forward, backward)
-        self.held = zigzag(bounds[-1], ranks)
+        self.held = zigzag_units(bounds[-1], ranks)
         self.units = self.held[self.rank]
         first, end = bounds[self.rank], bounds[self.rank + 1]
         self.own = end - first
@@ -81,12 +81,12 @@ class Ring:
     def enter(self, x_BU: Tensor) -> Tensor:
         """`[B, own units, ...] -> [B, zig-zag units, ...]`."""
         shape = torch.Size((x_BU.shape[0], len(self.units), *x_BU.shape[2:]))
-        return move(x_BU, shape, self.sends, self.receives, self.group, "queries, keys and values (ring)")
+        return redistribute(x_BU, shape, self.sends, self.receives, self.group, "queries, keys and values (ring)")
 
     def leave(self, x_BU: Tensor) -> Tensor:
         """The way back of `enter`."""
         shape = torch.Size((x_BU.shape[0], self.own, *x_BU.shape[2:]))
-        return move(x_BU, shape, self.receives, self.sends, self.group, "attention output (ring)")
+        return redistribute(x_BU, shape, self.receives, self.sends, self.group, "attention output (ring)")
 
     def _attend(self, q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, blocks: Blocks) -> Tensor:
         """As backends.attend. Units see all earlier own ones, `blocks[u] == (0, ..., u-1, own)`: the first blocks of
@@ -99,9 +99,9 @@ class Ring:
         shape = torch.Size((*x.shape[:2], len(self.held[source]), *x.shape[3:]))
         gives, takes = [0] * self.ranks, [0] * self.ranks
         gives[(self.rank + 1) % self.ranks], takes[(self.rank - 1) % self.ranks] = x.numel(), shape.numel()
-        route = Route(self.group, tuple(gives), tuple(takes), what)
-        on_the_way = collectives.post(x.flatten(), route)
-        return lambda: collectives.wait(on_the_way, route).view(shape)
+        route = AllToAll(self.group, tuple(gives), tuple(takes), what)
+        on_the_way = collectives.start_all_to_all(x.flatten(), route)
+        return lambda: collectives.wait_all_to_all(on_the_way, route).view(shape)
 
 
 class _Ring(torch.autograd.Function):

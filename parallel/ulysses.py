@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .collectives import move
+from .collectives import redistribute
 
 
 class Ulysses:
@@ -35,10 +35,12 @@ class Ulysses:
         """`[B, own units, ..., heads, d] -> [B, all units, ..., own heads, d]`."""
         B, _, *inner, _, d = x_BUhd.shape
         shape = torch.Size((B, len(self.units), *inner, self.heads.stop - self.heads.start, d))
-        return move(x_BUhd, shape, self.by_heads, self.by_units, self.group, "queries, keys and values (Ulysses)")
+        return redistribute(
+            x_BUhd, shape, self.by_heads, self.by_units, self.group, "queries, keys and values (Ulysses)"
+        )
 
     def leave(self, x_BUhd: Tensor) -> Tensor:
         """The way back of `enter`."""
         B, _, *inner, _, d = x_BUhd.shape
         shape = torch.Size((B, self.own, *inner, self.shares[-1].stop, d))
-        return move(x_BUhd, shape, self.by_units, self.by_heads, self.group, "attention output (Ulysses)")
+        return redistribute(x_BUhd, shape, self.by_units, self.by_heads, self.group, "attention output (Ulysses)")

@@ -40,7 +40,7 @@ VERDICT = f"{PREFIX}/verdict"
 
 
 @dataclass(frozen=True)
-class Place:
+class RankStatus:
     """Where a rank is. count: phases entered so far, the same for all ranks; beat: grows while it lives; stood:
     seconds in this phase, by its own clock."""
 
@@ -61,7 +61,7 @@ class Place:
         return f"step {self.step}, {self.phase}"
 
 
-def verdict(judge: int, before: dict[int, Place], now: dict[int, Place], size: int, timeout: float) -> str:
+def diagnose(judge: int, before: dict[int, RankStatus], now: dict[int, RankStatus], size: int, timeout: float) -> str:
     """Whom rank `judge` finds to keep the others waiting, from two readings some beats apart; "" if nobody stands out.
 
     First ranks that have gone silent; if none has, ranks behind one that has stood for more than `timeout` seconds
@@ -79,7 +79,7 @@ def verdict(judge: int, before: dict[int, Place], now: dict[int, Place], size: i
     return "; ".join(f"{p} is alive but {BEHIND} in {p.where}" for p in others if p.count < most)
 
 
-class Watch:
+class Watchdog:
     """This rank's place, told to the others from a thread; and a second thread that ends a rank that is stuck.
 
     timeout: seconds that a rank may wait for another, or the next rank or the store be silent.
@@ -89,14 +89,14 @@ class Watch:
         self.size, self.timeout, self.interval = size, timeout, min(1.0, timeout / 10)
         self.patience = max(2.0, 2 * self.interval)  # for one answer of the store
         self.silence = min(SILENCE, timeout / 2)
-        self.place = Place(rank, socket.gethostname(), os.getpid())
+        self.place = RankStatus(rank, socket.gethostname(), os.getpid())
         self._moved = self._answered = self._neighbour_beat_at = time.monotonic()
-        self._neighbour: Place | None = None
+        self._neighbour: RankStatus | None = None
         self._beats = 0
         self._heard: tuple[str, float] | None = None  # a verdict in the store, and when it was seen
         self._over = threading.Event()
         # A connection of its own: a blocking call of the process group's must not hold up the beats.
-        self._store = control_plane.open_store(max(timeout, 1.0))
+        self._store = control_plane.connect_store(max(timeout, 1.0))
         self._tell()
         self._threads = [threading.Thread(target=each, daemon=True, name="watch") for each in (self._beat, self._look)]
         for thread in self._threads:
@@ -142,15 +142,15 @@ class Watch:
         place = replace(place, beat=self._beats, stood=time.monotonic() - self._moved)
         self._store.set(f"{PREFIX}/{place.rank}", json.dumps(asdict(place)))
 
-    def _read(self, ranks: Iterable[int]) -> dict[int, Place]:
+    def _read(self, ranks: Iterable[int]) -> dict[int, RankStatus]:
         """Where those ranks are that have ever told: two requests, however many they are."""
         keys = [f"{PREFIX}/{rank}" for rank in ranks]
         if not self._store.check(keys):  # at the start only: each rank tells at once
             keys = [key for key in keys if self._store.check([key])]
-        places = [Place(**json.loads(told)) for told in self._store.multi_get(keys)] if keys else []
+        places = [RankStatus(**json.loads(told)) for told in self._store.multi_get(keys)] if keys else []
         return {place.rank: place for place in places}
 
-    def _read_all(self) -> dict[int, Place]:
+    def _read_all(self) -> dict[int, RankStatus]:
         return self._read(range(self.size))
 
     def _hear(self) -> None:
@@ -202,7 +202,7 @@ class Watch:
         now = self._bounded(self._read_all) if before else None
         if not before or not now:
             return None
-        found = verdict(self.place.rank, before, now, self.size, self.timeout)
+        found = diagnose(self.place.rank, before, now, self.size, self.timeout)
         if found:
             self._announce(found)
         return found
@@ -242,8 +242,8 @@ class Watch:
 
 
 @contextmanager
-def watching(rank: int, size: int, timeout: float) -> Iterator[Callable[[int, str], None]]:
-    """Watch the ranks while the block runs; yields `at(step, phase)`, for all ranks to call in the same order.
+def watch_ranks(rank: int, size: int, timeout: float) -> Iterator[Callable[[int, str], None]]:
+    """Watchdog the ranks while the block runs; yields `at(step, phase)`, for all ranks to call in the same order.
 
     A collective that fails in the block becomes a ConnectionError that names who is missing, the same on all
     ranks; any other error is told to the others and passes through.
@@ -251,11 +251,11 @@ def watching(rank: int, size: int, timeout: float) -> Iterator[Callable[[int, st
     if size == 1:
         yield lambda step, phase: None
         return
-    watch = Watch(rank, size, timeout)
+    watch = Watchdog(rank, size, timeout)
     try:
         yield watch.at
     except BaseException as error:
-        if not of_communication(error):
+        if not is_communication_error(error):
             watch.failed(error)
             raise
         raise ConnectionError(watch.explain(error)) from None
@@ -263,7 +263,7 @@ def watching(rank: int, size: int, timeout: float) -> Iterator[Callable[[int, st
         watch.end()
 
 
-def of_communication(error: BaseException) -> bool:
+def is_communication_error(error: BaseException) -> bool:
     words = ("gloo", "NCCL", "Connection closed", "Timed out waiting", "Broken pipe")
     named = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     return named or isinstance(error, ConnectionError | dist.DistError)

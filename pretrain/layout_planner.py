@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from msc.parallel.context_parallel import bounds, transfers
-from msc.parallel.ring import zigzag
+from msc.parallel.context_parallel import required_transfers, shard_bounds
+from msc.parallel.ring import zigzag_units
 
 from .model.scales import Scale
 
@@ -64,7 +64,9 @@ class Estimate:
 
 def halo_values(scale: Scale, edges: tuple[int, ...], unit_values: int) -> list[int]:
     """Values that each rank sends forward: keys and values of units, and of pooled groups, that later ranks need."""
-    messages = transfers(edges, scale.fresh_before) + transfers(edges, scale.pooled_before, scale.time)
+    messages = required_transfers(edges, scale.fresh_before) + required_transfers(
+        edges, scale.pooled_before, scale.time
+    )
     return [2 * unit_values * sum(b - a for source, _, a, b in messages if source == rank) for rank in _ranks(edges)]
 
 
@@ -77,7 +79,7 @@ def ulysses_values(edges: tuple[int, ...], unit_values: int) -> list[int]:
 
 def ring_values(edges: tuple[int, ...], unit_values: int) -> tuple[list[int], list[int]]:
     """(queries, keys and values to their zig-zag places and output back; keys and values around the ring)."""
-    held = zigzag(edges[-1], len(edges) - 1)
+    held = zigzag_units(edges[-1], len(edges) - 1)
     own = [set(range(edges[rank], edges[rank + 1])) for rank in _ranks(edges)]
     placed = [unit_values * (3 * len(own[r] - set(held[r])) + len(set(held[r]) - own[r])) for r in _ranks(edges)]
     ranks = len(held)
@@ -116,7 +118,7 @@ def estimates(scale: Scale, clip: ClipShape, ranks: int, rates: Rates) -> dict[P
     full, those there and back (Ulysses, and the ring's zig-zag) also with what ranks wait for each other, each scale as
     if it were the only one; halos hide behind the placing of own queries and keys, which is not counted here.
     """
-    edges, size, work = bounds(clip.units, ranks), clip.unit_values(scale), unit_flops(scale, clip)
+    edges, size, work = shard_bounds(clip.units, ranks), clip.unit_values(scale), unit_flops(scale, clip)
     shares = [range(edges[rank], edges[rank + 1]) for rank in range(ranks)]
 
     def compute(blocks: float) -> float:
@@ -138,7 +140,7 @@ def estimates(scale: Scale, clip: ClipShape, ranks: int, rates: Rates) -> dict[P
         found["ulysses"] = Estimate(sent, sum(blocks) * work // ranks, computing, seconds)
     if is_dense(scale):
         placed, passed = (max(values) for values in ring_values(edges, size))
-        most = max(seen_blocks(scale, held) for held in zigzag(clip.units, ranks))
+        most = max(seen_blocks(scale, held) for held in zigzag_units(clip.units, ranks))
         # backward: keys and values once more, their gradients in fp32
         around = travel(passed, 2 + 4 / clip.value_bytes)
         computing = RING * compute(most)

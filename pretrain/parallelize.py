@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import nn
 
 from msc.parallel import fp8
-from msc.parallel.context_parallel import ShardedPastContext, bounds
-from msc.parallel.deepspeed_zero import Precision, ZeroConfig, check_zero, make_engine, shard
-from msc.parallel.mesh import Mesh, make_mesh, rows
+from msc.parallel.context_parallel import ShardedTimeline, shard_bounds
+from msc.parallel.deepspeed_zero import Precision, ZeroConfig, check_zero, make_engine, shard_parameters
+from msc.parallel.mesh import Mesh, data_parallel_size, make_mesh
 from msc.parallel.ring import Ring
 from msc.parallel.ulysses import Ulysses
 
@@ -84,10 +84,10 @@ class ParallelConfig:
 
 def check_parallel(config: ParallelConfig, model: ModelConfig, world: int, units: int) -> int:
     """Data-parallel rows; ValueError if the world, the clip or the heads cannot be shared out so."""
-    bounds(units, config.sp)
+    shard_bounds(units, config.sp)
     if config.sp > 1:
-        check_layout(model.scales, config.sp, config.layout)
-    return rows(world, config.sp)
+        check_choice(model.scales, config.sp, config.layout)
+    return data_parallel_size(world, config.sp)
 
 
 def check_fp8(config: ParallelConfig, tokens: int) -> None:
@@ -102,9 +102,9 @@ def clip_shape(model: ModelConfig, config: ParallelConfig, frames: int, height: 
     return ClipShape(frames // model.frames_per_unit, model.frames_per_unit, grid, model.head_width, value_bytes)
 
 
-def kept_activations(model: ModelConfig, config: ParallelConfig, clip: ClipShape, micro: int, recompute: bool) -> int:
+def peak_activation_bytes(model: ModelConfig, config: ParallelConfig, clip: Clip, micro: int, recompute: bool) -> int:
     """Bytes that the rank with the most keeps for the backward pass of `micro` clips."""
-    edges = bounds(clip.units, config.sp)
+    edges = shard_bounds(clip.units, config.sp)
     runs = [cost.Run(end - first, first, config.sp > 1) for first, end in zip(edges, edges[1:], strict=False)]
     return max(cost.activation_bytes(model, run, *clip.grid, micro, clip.value_bytes, recompute) for run in runs)
 
@@ -115,8 +115,8 @@ def own_past_context(
     """Where this rank's units lie in a clip and where its scales are computed; and which units they are."""
     if mesh.sp == 1:
         return WholeVideo(), range(clip.units)
-    edges = bounds(clip.units, mesh.sp)
-    layouts = choose_layouts(model.scales, clip, mesh.sp, config.layout, config.rates)
+    edges = shard_bounds(clip.units, mesh.sp)
+    layouts = choose(model.scales, clip, mesh.sp, config.layout, config.rates)
     own = range(edges[mesh.sp_rank], edges[mesh.sp_rank + 1])
     return sharded_past_context(mesh.sp_group, edges, model, layouts), own
 
@@ -141,10 +141,10 @@ def build(
     same numbers everywhere, and at ZeRO-3 sharded at once. on_part_built: called with every part while it is still
     whole."""
 
-    def place_part(name: str, part: nn.Module) -> None:
-        if on_part_built is not None:
-            on_part_built(name, part)
-        shard(part.to(device), config.zero, config.precision)
+    def made(name: str, part: nn.Module) -> None:
+        if first is not None:
+            first(name, part)
+        shard_parameters(part.to(device), config.zero, config.precision)
 
     return MSCTransformer(model, config.attention, config.recompute, place_part)
 
@@ -161,7 +161,7 @@ def parallelize(
     for block in model.blocks:
         assert isinstance(block, Block)
         if config.precision == "fp8":
-            fp8.convert(block, skip=["cross_attention.kv"])  # acts on text, of any length
+            fp8.convert_linear_layers(block, skip=["cross_attention.kv"])  # acts on text, of any length
         if config.compile:
             block.compile()
     return make_engine(

@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from msc.datasets.errors import Repeats
-from msc.datasets.files import Forgiving, append_line, write_atomically
+from msc.datasets.errors import REQUEUE, DeterministicFailure
+from msc.datasets.files import Forgiving, append_jsonl, write_atomically
 from msc.datasets.loading.dataloader import loader
-from msc.datasets.loading.mixture import Shards, check_sizes, open_shards
+from msc.datasets.loading.mixture import Shards, check_shard_sizes, open_shards
 from msc.parallel import consistency, control_plane, deepspeed_zero, fp8, process_group
-from msc.parallel.mesh import scattered
-from msc.parallel.watchdog import of_communication, watching
+from msc.parallel.mesh import placement_warning
+from msc.parallel.watchdog import is_communication_error, watch_ranks
 
 from . import cost
-from .batch_inputs import Feed, micro_batches, noise_beside
+from .batch_inputs import InputBuilder, micro_batches, noise_beside
 from .checkpoints import directory as checkpoint_directory
 from .checkpoints import format as checkpoint_format
 from .checkpoints import initialize_from, rollback
@@ -34,92 +34,98 @@ from .checkpoints.async_writer import Writer
 from .config import Config, dump, flat
 from .diffusion.autoencoder import open_autoencoder
 from .diffusion.rectified_flow import frame_losses, frame_shift
-from .evaluation.evaluate import preview
-from .evaluation.held_out_loss import Losses, held_out_losses
-from .kernels.compile_helpers import graph_breaks
+from .evaluation.held_out_loss import LossByNoise, held_out_losses
+from .inference.preview import write_preview
+from .kernels.compile_helpers import pieces
 from .optimizer import set_schedule
-from .parallelize import build, clip_shape, make_mesh, own_past_context, parallelize
-from .run_folder import LatentSpace, write_space
+from .parallelize import build, clip_of, make_mesh, own_timeline, parallelize
+from .run_folder import LatentSpace, RunFolder
 from .tracking import heartbeat, spike_guard
 from .tracking.mlflow_store import code_version, read_identity
-from .tracking.plan_deviation import Expected, deviation, ratios
+from .tracking.plan_deviation import PlannedStep, describe_deviation, plan_ratios
 from .tracking.throughput import DESCRIPTION, Meter
 from .tracking.tracker import State, Tracker
-from .tracking.unreadable_clips import Broken, read_broken
-from .validation import resolve, sizes
+from .tracking.unreadable_clips import UnreadableClips, read_unreadable_clips
+from .validation import latent_sizes, resolve
 
 PACKAGES = [Path(__file__).parents[1] / name for name in ("pretrain", "parallel", "datasets", "launch")]
-REQUEUE = 75  # exit code of a run that was stopped, has saved, and wants to go on (EX_TEMPFAIL)
 
 
 def train(
     config: Config, run: Path, resume: bool, back_to: str | None = None, again: bool = False,
-    expected: Expected | None = None,
+    planned: PlannedStep | None = None,
 ) -> int:  # fmt: skip
     """Train in this process, one of the world that RANK and WORLD_SIZE describe; returns the exit code.
 
     back_to: step or folder of a checkpoint to go back to first, leaving out all clips since. again: also if the run
-    last went back to that one already. expected: what a plan says of a step; the run says once if it is off.
+    last went back to that one already. planned: what a plan says of a step; the run says once if it is off.
     """
     sys.stdout, sys.stderr = Forgiving(sys.stdout), Forgiving(sys.stderr)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2)  # "where are you?": all stacks to stderr, also while a C call never returns
     with stop_signals() as stopping:
-        world = process_group.join(config.parallel.timeout)
+        world = process_group.join_process_group(config.parallel.timeout)
         # Again, and for good: since the command line looked, imports and waiting for all ranks have taken their time.
-        control_plane.on_first(partial(heartbeat.claim, run, world.size, checkpoint_format.say))
+        control_plane.run_on_rank_0(partial(heartbeat.acquire_run, run, world.world_size, checkpoint_format.say))
         with (
-            heartbeat.beating(run if world.first else None, world.size, stall=config.parallel.stall) as beat,
-            watching(world.rank, world.size, process_group.patience(config.parallel.timeout)) as watched,
+            heartbeat.write_heartbeat(
+                run if world.is_rank_0 else None, world.world_size, stall=config.parallel.stall
+            ) as beat,
+            watch_ranks(
+                world.rank, world.world_size, process_group.collective_timeout(config.parallel.timeout)
+            ) as watched,
         ):
 
             def at(step: int, phase: str) -> None:
                 beat(step, phase)
                 watched(step, phase)
 
-            return _train(config, run, resume, back_to, again, expected, stopping, world, at)
+            return _train(config, run, resume, back_to, again, planned, stopping, world, at)
 
 
 def _train(
-    config: Config, run: Path, resume: bool, back_to: str | None, again: bool, expected: Expected | None,
-    stopping: list[int], world: process_group.World, at: Callable[[int, str], None],
+    config: Config, run: Path, resume: bool, back_to: str | None, again: bool, planned: PlannedStep | None,
+    stopping: list[int], world: process_group.RankInfo, at: Callable[[int, str], None],
 ) -> int:  # fmt: skip
     # The world: who we are, and which part of every clip is ours ------------------------------------
     shards = open_shards(config.data)
     config = resolve(config, shards.index)
-    consistency.agree(
-        {**flat(config), **checkpoint_format.versions(), "code": consistency.digest(PACKAGES),
+    consistency.check_consistency(
+        {**flat(config), **checkpoint_format.library_versions(), "code": consistency.source_digest(PACKAGES),
          "run": str(run.absolute()),
          "resume": resume, "back to": back_to, "again": again,
          "index.json": " ".join(found.digest for found in shards.sets)}
     )  # fmt: skip
     versions = {
-        **checkpoint_format.versions(),
-        **control_plane.on_first(code_version),
+        **checkpoint_format.library_versions(),
+        **control_plane.run_on_rank_0(code_version),
     }  # git, on a node that is not in a hurry
-    control_plane.on_first(partial(check_sizes, shards), patient=True)
-    mesh = make_mesh(world.size, config.parallel.sp, world.device.type)
-    if (told := scattered(control_plane.gather(socket.gethostname()), config.parallel.sp)) and world.first:
+    control_plane.run_on_rank_0(partial(check_shard_sizes, shards), patient=True)
+    mesh = make_mesh(world.world_size, config.parallel.sp, world.device.type)
+    if (
+        told := placement_warning(control_plane.gather_objects(socket.gethostname()), config.parallel.sp)
+    ) and world.is_rank_0:
         checkpoint_format.say(told)
     # of every bucket: where our frames lie in its clips, and which those are
-    past_contexts = [
-        own_past_context(mesh, config.model, config.parallel, clip_shape(config.model, config.parallel, *size))
-        for size in sizes(shards)
-    ]
+    timelines = [own_timeline(mesh, config.model, config.parallel, clip_of(config.model, config.parallel, *size))
+                 for size in latent_sizes(shards)]  # fmt: skip
     batch, micro, accumulate = config.train.batch, config.train.micro, config.train.accumulate(mesh.dp)
 
     # The model, the same on every rank until DeepSpeed shards it -------------------------------------
     torch.manual_seed(config.train.seed)
     if config.train.init_from and not (
-        resume and control_plane.on_first(lambda: bool(checkpoint_directory.candidates(run)))
+        resume and control_plane.run_on_rank_0(lambda: bool(checkpoint_directory.resume_candidates(run)))
     ):
         source = Path(config.train.init_from)
-        newest = control_plane.on_first(
+        newest = control_plane.run_on_rank_0(
             partial(checkpoint_directory.latest, source)
         )  # a run that is still training may save meanwhile
-        with initialize_from.start(source, config.model, shards.index.autoencoder, newest) as (begun, fill):
+        with initialize_from.open_initial_weights(source, config.model, shards.index.autoencoder, newest) as (
+            begun,
+            fill,
+        ):
             model = build(config.model, config.parallel, world.device, fill)
-        for line in begun if world.first else []:
+        for line in begun if world.is_rank_0 else []:
             checkpoint_format.say(line)
     else:
         model = build(config.model, config.parallel, world.device)
@@ -128,26 +134,29 @@ def _train(
     # Where we are: the sample clock counts clips over all ranks and is all that order and schedules need
     writer = Writer(run, config.checkpoint, config.parallel.timeout)
     if back_to is not None:
-        control_plane.on_first(partial(rollback.roll_back, run, back_to, again))
-    left_out = control_plane.on_first(partial(rollback.read_left_out, run))
-    before = checkpoint_format.load_newest(run, engine) if resume else {}
-    clock, step, history = before.get("clock", 0), before.get("step", 0), spike_guard.History.read(before.get("guard"))
+        control_plane.run_on_rank_0(partial(rollback.roll_back, run, back_to, again))
+    left_out = control_plane.run_on_rank_0(partial(rollback.read_excluded_ranges, run))
+    before = checkpoint_format.load_newest(run, engine) if resume else None
+    clock, step = (before.clock, before.step) if before else (0, 0)
+    history = spike_guard.History.read(before.guard if before else None)
     if before:
         writer.step = step  # it need not be written again
     writer.reserve(engine)
-    if world.first:
-        for change in checkpoint_format.changes(before, shards.samples("train"), order_settings(config, shards)):
+    if world.is_rank_0:
+        for change in checkpoint_format.resume_differences(
+            before, shards.samples("train"), order_settings(config, shards)
+        ):
             print(f"msc: {change}", file=sys.stderr, flush=True)
         run.mkdir(parents=True, exist_ok=True)
         write_atomically(run / "config.yaml", dump(config).encode())
-        write_space(run, LatentSpace.of(shards.index))
+        RunFolder(run).write_latent_space(LatentSpace.of(shards.index))
         for name in ("log.jsonl", "skipped.jsonl", "broken.jsonl", "held_out.jsonl"):
-            rollback.forget_after(run / name, step)
+            rollback.truncate_jsonl(run / name, step)
 
     # The data: this rank's rows and frames, from this clock on ---------------------------------------
     autoencoder = open_autoencoder(shards.index.autoencoder, world.device)
-    feeds = [
-        Feed(
+    builders = [
+        InputBuilder(
             model=model,
             autoencoder=autoencoder,
             diffusion=config.diffusion,
@@ -159,7 +168,7 @@ def _train(
             device=world.device,
             past_context=past_context,
         )
-        for (frames, height, width), (past_context, units) in zip(sizes(shards), past_contexts, strict=True)
+        for (frames, height, width), (timeline, units) in zip(latent_sizes(shards), timelines, strict=True)
     ]
     clips = loader(
         shards,
@@ -169,30 +178,34 @@ def _train(
         clips=batch,
         rank=mesh.dp_rank,
         ranks=mesh.dp,
-        frames=[(feed.frames.start, feed.frames.stop) for feed in feeds],
+        frames=[(builder.frames.start, builder.frames.stop) for builder in builders],
         workers=config.data.workers,
         prefetch=config.data.prefetch,
         window=config.data.window,
         max_bad=config.data.max_bad,
-        attach=noise_beside(feeds, sizes(shards)),
+        attach=noise_beside(builders, latent_sizes(shards)),
     )
-    known = control_plane.on_first(partial(read_broken, run))
-    broken = Broken(run, shards.samples("train"), config.data.max_bad, known)
+    known = control_plane.run_on_rank_0(partial(read_unreadable_clips, run))
+    broken = UnreadableClips(run, shards.samples("train"), config.data.max_bad, known)
     # What is told, and to whom -----------------------------------------------------------------------
     tracker = Tracker(config.metrics)
-    mlflow = None if read_identity(run) else before.get("mlflow")  # the run folder knows better, if it knows
-    tracker.start(run, flat(config), dump(config), run.name, resume=mlflow, enabled=world.first)
+    mlflow = (
+        None if read_identity(run) else (before.mlflow if before else None)
+    )  # the run folder knows better, if it knows
+    tracker.start(run, flat(config), dump(config), run.name, resume=mlflow, enabled=world.is_rank_0)
     if step == 0:  # later it is the user's
         tracker.tags({"mlflow.note.content": DESCRIPTION})
     meter = Meter(world.device)
-    tokens = [frames * cost.tokens_per_frame(config.model, height, width) for frames, height, width in sizes(shards)]
-    flops = [cost.step_flops(config.model, *size) / world.size for size in sizes(shards)]
+    tokens = [
+        frames * cost.tokens_per_frame(config.model, height, width) for frames, height, width in latent_sizes(shards)
+    ]
+    flops = [cost.step_flops(config.model, *size) / world.world_size for size in latent_sizes(shards)]
     bar = tqdm(
         total=config.train.steps,
         initial=step,
         desc=run.name,
         unit="step",
-        disable=not (world.first and sys.stderr.isatty()),
+        disable=not (world.is_rank_0 and sys.stderr.isatty()),
     )
     state: State = "FAILED"
     reports, off_plan = 0, False
@@ -200,10 +213,12 @@ def _train(
     def save() -> None:
         at(step, "checkpoint")
         # the order of clips is a function of the seed and their number; `clock` is the cursor in it
-        facts = {"clock": clock, "clips": shards.samples("train"), "guard": asdict(history), "mlflow": tracker.run_id,
-                 "config": flat(config), "versions": versions}  # fmt: skip
-        tracker.log(writer.save(engine, step, facts), step)
-        if broken.found and world.first:
+        meta = checkpoint_directory.CheckpointMeta(
+            step=step, clock=clock, clips=shards.samples("train"), guard=asdict(history), mlflow=tracker.run_id,
+            config=flat(config), versions=versions,
+        )  # fmt: skip
+        tracker.log(writer.save(engine, meta), step)
+        if broken.found and world.is_rank_0:
             tracker.artifact(broken.path)
         tracker.keep()
 
@@ -211,36 +226,36 @@ def _train(
         """Held-out loss and a preview from the averaged weights; training does not notice."""
         at(step, "held-out loss")
         with deepspeed_zero.averaged_weights(engine):
-            losses = held_out_losses(engine.module, config, shards, feeds, mesh.dp, mesh.dp_rank)
-            pictures = preview(engine.module, config, shards, feeds, run, step, world.rank) if step else []
+            losses = held_out_losses(engine.module, config, shards, builders, mesh.dp, mesh.dp_rank)
+            pictures = write_preview(engine.module, config, shards, builders, run, step, world.rank) if step else []
         tracker.log(losses.metrics("held_out/"), step)
-        for picture in pictures if world.first else []:
+        for picture in pictures if world.is_rank_0 else []:
             tracker.artifact(picture, "samples")
-        if world.first:
-            append_line(run / "held_out.jsonl", {"step": step, "clock": clock, **losses.metrics("")})
+        if world.is_rank_0:
+            append_jsonl(run / "held_out.jsonl", {"step": step, "clock": clock, **losses.metrics("")})
             bar.write(f"step {step}: held-out loss {losses.mean:.4f} (averaged weights)", file=sys.stderr)
 
     try:
         if step == 0 and config.train.evaluate:
             look()
-        losses = Losses.zeros(world.device)
+        losses = LossByNoise.zeros(world.device)
         while clock < config.train.clips:
             # One step: all its clips, their noise, and how many frames count over all ranks
             at(step, "reading clips")
             with meter.waiting():
                 clips_of_step = next(clips)
             at(step, "counting frames")
-            feed = feeds[clips_of_step.bucket]
-            supervised, unread = (feed.levels(clips_of_step) > 0).sum(), len(clips_of_step.broken)
-            counted, stop, bad = process_group.total_of(
+            builder = builders[clips_of_step.bucket]
+            supervised, unread = (builder.levels(clips_of_step) > 0).sum(), len(clips_of_step.unreadable)
+            counted, stop, bad = process_group.all_reduce_sum(
                 torch.tensor([float(supervised), float(bool(stopping)), float(unread)], device=world.device)
             ).tolist()
             if stop:
                 break
             if bad:
-                met = control_plane.gather(clips_of_step.broken)
-                broken.note(step, (pair for pairs in met for pair in pairs), world.first)
-            if rollback.left_out(left_out, clock, batch):
+                met = control_plane.gather_objects(clips_of_step.unreadable)
+                broken.note(step, (pair for pairs in met for pair in pairs), world.is_rank_0)
+            if rollback.is_excluded(left_out, clock, batch):
                 step, clock = step + 1, clock + batch
                 bar.update()
                 continue
@@ -248,32 +263,32 @@ def _train(
 
             # Forward and backward; a rank's share of the global loss, times the world DeepSpeed averages over
             at(step, "forward and backward")
-            of_step, errors_of_step = Losses.zeros(world.device), []
+            of_step, errors_of_step = LossByNoise.zeros(world.device), []
             for clips_of_part in micro_batches(clips_of_step, micro):
                 with meter.waiting():
-                    part = feed(clips_of_part)
+                    part = builder(clips_of_part)
                 with fp8.autocast(config.parallel.precision == "fp8"):
-                    velocity = engine(part.noisy, part.t, part.text, part.labels, feed.past_context, part.all_t)
+                    velocity = engine(part.noisy, part.t, part.text, part.labels, builder.timeline, part.all_t)
                 errors = frame_losses(velocity, part.x, part.noise)
                 of_step.add(errors.detach(), part.t, part.supervised)
                 errors_of_step.append(errors.detach())
                 share = (errors * part.supervised).sum() / counted
-                deepspeed_zero.backward(engine, share * world.size)
+                deepspeed_zero.backward(engine, share * world.world_size)
 
             # The update, unless loss or gradient norm speak against it: then nothing has changed but the clock
             of_step.reduce()
-            objection = partial(spike_guard.objection, config.guard, history, of_step.mean)
+            objection = partial(spike_guard.skip_reason, config.guard, history, of_step.mean)
             norm, objected = deepspeed_zero.step(engine, objection)
-            history = spike_guard.after(config.guard, history, of_step.mean, norm, objected)
+            history = spike_guard.updated_history(config.guard, history, of_step.mean, norm, objected)
             step, clock = step + 1, clock + batch
             if objected:
-                found = control_plane.gather(rollback.suspects(clips_of_step, errors_of_step))
-                if world.first:
+                found = control_plane.gather_objects(rollback.clip_losses(clips_of_step, errors_of_step))
+                if world.is_rank_0:
                     tracker.log({"skipped": history.skipped}, step)
-                    rollback.note_skipped(run, step, clock - batch, batch, objected, found)
+                    rollback.record_skipped_step(run, step, clock - batch, batch, objected, found)
                 if history.in_a_row >= config.guard.stop_after:
                     writer.leave(others_live=True)  # the last checkpoint is one to go back to, once it is whole
-                    raise Repeats(rollback.too_many(run, step, history.in_a_row, objected))
+                    raise DeterministicFailure(rollback.too_many_skipped_message(run, step, history.in_a_row, objected))
             else:
                 losses.merge(of_step)
             meter.step(batch * tokens[clips_of_step.bucket], batch, batch * flops[clips_of_step.bucket])
@@ -293,21 +308,21 @@ def _train(
                     **meter.read(),
                 }
                 reports += 1  # the first holds compilation and the first allocations
-                if reports == 1 and config.parallel.compile and world.first and (why := graph_breaks()):
+                if reports == 1 and config.parallel.compile and world.is_rank_0 and (why := pieces()):
                     told = f"blocks are compiled in pieces, so that the CPU takes longer to start a step: {why}"
                     bar.write(f"msc: {told}", file=sys.stderr)
-                if expected is not None and reports > 1 and world.first:
-                    tracker.log(ratios(values, expected), step)
-                    if not off_plan and (told := deviation(values, expected)):
+                if planned is not None and reports > 1 and world.is_rank_0:
+                    tracker.log(plan_ratios(values, planned), step)
+                    if not off_plan and (told := describe_deviation(values, planned)):
                         off_plan = True
                         bar.write(f"msc: step {step}: {told}", file=sys.stderr)
                 tracker.log({**values, **losses.metrics("loss/")}, step)
-                if world.first:
-                    append_line(run / "log.jsonl", {"step": step, **values})
+                if world.is_rank_0:
+                    append_jsonl(run / "log.jsonl", {"step": step, **values})
                     bar.set_postfix(loss=f"{losses.mean:.4f}")
                     if bar.disable:
                         print(progress(step, config.train.steps, values), file=sys.stderr, flush=True)
-                losses = Losses.zeros(world.device)
+                losses = LossByNoise.zeros(world.device)
             if step % config.checkpoint.every == 0 and not done:
                 save()
             if config.train.evaluate and step % config.train.evaluate == 0 and not done:
@@ -318,21 +333,21 @@ def _train(
         if clock >= config.train.clips and config.train.evaluate:
             look()
         state = "FINISHED" if clock >= config.train.clips else "KILLED"
-        if world.first and state == "KILLED":
+        if world.is_rank_0 and state == "KILLED":
             print(f"stopped at step {step}, saved; go on with: msc train --resume --run {run}", file=sys.stderr)
         return 0 if state == "FINISHED" else REQUEUE
     except KeyboardInterrupt:
         state = "KILLED"
         raise
     except Exception as error:
-        writer.leave(others_live=not of_communication(error))
+        writer.leave(others_live=not is_communication_error(error))
         raise
     finally:
         bar.close()
         clips.close()
         tracker.finish(state)
         if state != "FAILED":  # after a failure the others may hang in a collective: do not wait for them
-            process_group.leave()
+            process_group.leave_process_group()
 
 
 def order_settings(config: Config, shards: Shards) -> dict[str, Any]:

@@ -18,11 +18,10 @@ from msc.pretrain.checkpoints import directory as checkpoint_directory
 from msc.pretrain.checkpoints import format as checkpoint_format
 from msc.pretrain.optimizer import OptimizerConfig, make_optimizer
 
-FACTS = {
-    "clock": 8,
-    "versions": checkpoint_format.versions(),
-    "config": {"train.clips": 80, "parallel.sp": 1, "parallel.zero.stage": 0},
-}
+
+def meta(step: int) -> checkpoint_directory.CheckpointMeta:
+    config = {"train.clips": 80, "parallel.sp": 1, "parallel.zero.stage": 0}
+    return checkpoint_directory.CheckpointMeta(step, 8, config=config, versions=checkpoint_format.library_versions())
 
 
 def engine(value: float) -> SimpleNamespace:
@@ -48,7 +47,7 @@ def write_beside(rank, ranks, folder):
     out, source = made(run), engine(1.0)
     for step in (1, 2):
         began = time.monotonic()
-        out.save(source, step, FACTS)
+        out.save(source, meta(step))
         seconds.append(time.monotonic() - began)
         with torch.no_grad():
             for parameter in source.module.parameters():
@@ -56,9 +55,9 @@ def write_beside(rank, ranks, folder):
     unfinished = checkpoint_directory.latest(run)  # that of step 1, which the second save has waited for
     out.finish()
     target = engine(0.0)
-    meta = checkpoint_format.load_newest(run, target)
+    step = checkpoint_format.load_newest(run, target).step
     destroy_process_group()
-    return seconds, unfinished.name, meta["step"], values(target)
+    return seconds, unfinished.name, step, values(target)
 
 
 class SlowHash:
@@ -83,7 +82,7 @@ def fail_on_one_rank(rank, ranks, folder):
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000 if full else hard, hard))
         try:
-            out.save(source, step, FACTS)
+            out.save(source, meta(step))
             told.append("")
         except OSError as error:
             told.append(str(error))
@@ -106,7 +105,7 @@ def fail_on_rank_0(rank, ranks, folder):
     for step, name in ((1, "publish"), (2, "prune")):
         before = getattr(checkpoint_directory, name)
         setattr(checkpoint_directory, name, broken)
-        out.save(engine(1.0), step, FACTS)
+        out.save(engine(1.0), meta(step))
         told.append(out._join())
         setattr(checkpoint_directory, name, before)
     destroy_process_group()
@@ -120,9 +119,9 @@ def broken(*_):
 def hash_slowly(rank, ranks, folder):
     """Load where rank 1 takes longer to read its files than a collective waits; the step that was loaded."""
     init_process_group("gloo", timeout=timedelta(seconds=3))
-    digest = checkpoint_directory.digest
-    checkpoint_directory.digest = lambda file: (time.sleep(5.0 if rank == 1 else 0.0), digest(file))[1]
-    step = checkpoint_format.load_newest(Path(folder), engine(0.0))["step"]
+    digest = checkpoint_directory.sha256_of
+    checkpoint_directory.sha256_of = lambda file: (time.sleep(5.0 if rank == 1 else 0.0), digest(file))[1]
+    step = checkpoint_format.load_newest(Path(folder), engine(0.0)).step
     destroy_process_group()
     return step
 
@@ -132,7 +131,7 @@ def go_on_from_damaged(rank, ranks, folder):
     init_process_group("gloo")
     target = engine(0.0)
     try:
-        found = (checkpoint_format.load_newest(Path(folder), target).get("step"), values(target))
+        found = (checkpoint_format.load_newest(Path(folder), target).step, values(target))
     except ValueError as error:
         found = (None, str(error))
     destroy_process_group()
@@ -143,6 +142,6 @@ def write_some(rank, ranks, folder, steps):
     init_process_group("gloo")
     out = made(Path(folder), keep=9)
     for step in range(1, steps + 1):
-        out.save(engine(float(step)), step, FACTS)
+        out.save(engine(float(step)), meta(step))
     out.finish()
     destroy_process_group()

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from msc.parallel import collectives
-from msc.parallel.context_parallel import bounds
+from msc.parallel.context_parallel import shard_bounds
 from msc.pretrain.kernels import rectangle
 from msc.pretrain.model import attention, rope
 from msc.pretrain.model.config import ModelConfig
@@ -110,10 +110,11 @@ def run_case(case, rank, ranks, device):
     return *results, sum(forward), sum(everything)
 
 
-def own_part(case, rank, ranks, device, kernel="auto"):
-    """Model and inputs of a rank; its past_context, and the noise levels of all frames where they are known."""
-    model, *inputs = case.make(kernel)
-    edges = bounds(case.units, ranks)
+def own_part(case, rank, ranks, device):
+    """Model and inputs of a rank; its timeline, and the noise levels of all frames where they are known."""
+    model, *inputs = case.make()
+    model.recompute = case.recompute
+    edges = shard_bounds(case.units, ranks)
     own = slice(edges[rank] * case.frames_per_unit, edges[rank + 1] * case.frames_per_unit)
     x, t, text, labels, direction = (value.to(device) for value in inputs)
     layouts = case.layout.split("+") if "+" in case.layout else [case.layout] * len(case.scales)
@@ -157,23 +158,25 @@ def kept_on_a_rank(rank, ranks, case):
 @contextmanager
 def counted():
     """Sizes in bytes of all tensors that this rank sends along time inside the block."""
-    sizes, post = [], collectives.post
+    sizes, post = [], collectives.start_all_to_all
 
     def counting(x, route):
-        sizes.append(x.element_size() * (sum(route.gives) - route.gives[dist.get_rank()]))  # the groups are the world
+        sizes.append(
+            x.element_size() * (sum(route.send_counts) - route.send_counts[dist.get_rank()])
+        )  # the groups are the world
         return post(x, route)
 
-    collectives.post = counting
+    collectives.start_all_to_all = counting
     try:
         yield sizes
     finally:
-        collectives.post = post
+        collectives.start_all_to_all = post
 
 
 def noise_on_a_rank(rank, ranks, cases):
     """Of every case: how often noise levels travel in a forward pass where a rank knows its own alone and where it
     knows all, and whether the outputs are the same."""
-    posted, post = [], collectives.post
+    posted, post = [], collectives.start_all_to_all
 
     def noting(x, route):
         posted.append(route.what)
@@ -181,7 +184,7 @@ def noise_on_a_rank(rank, ranks, cases):
 
     found = []
     with joined(rank, "gloo") as device, torch.no_grad():
-        collectives.post = noting
+        collectives.start_all_to_all = noting
         for case in cases:
             outs, times = [], []
             for known in (False, True):
@@ -190,7 +193,7 @@ def noise_on_a_rank(rank, ranks, cases):
                 outs.append(model(*inputs, *past))
                 times.append(posted.count("noise levels"))
             found.append((*times, torch.equal(*outs)))
-        collectives.post = post
+        collectives.start_all_to_all = post
     return found
 
 
@@ -209,9 +212,9 @@ def events_on_a_rank(rank, ranks, backend, case):
         setattr(owner, name, noted)
 
     with joined(rank, backend) as device:
-        noting(collectives, "post", "post")
-        noting(collectives, "wait", "wait")
-        noting(attention, "normalise_and_rotate", "place")
+        noting(collectives, "start_all_to_all", "post")
+        noting(collectives, "wait_all_to_all", "wait")
+        noting(attention, "place", "place")
         noting(rope._NormaliseAndRotate, "backward", "place back")
         noting(rectangle, "forward", "attend")
         noting(rectangle, "backward", "differentiate")
@@ -226,7 +229,7 @@ def causal_on_a_rank(rank, ranks, backend, cases, cuts):
         for case in cases:
             model, *inputs = case.make()
             x, t, text, labels, _ = (value.to(device) for value in inputs)
-            edges = bounds(case.units, ranks)
+            edges = shard_bounds(case.units, ranks)
             own = slice(edges[rank], edges[rank + 1])
             past_context = sharded_past_context(
                 dist.group.WORLD, edges, model.to(device).config, [case.layout] * len(case.scales)

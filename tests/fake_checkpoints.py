@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from msc.datasets.files import write_atomically
 from msc.datasets.prepare.statistics import Statistics
 from msc.pretrain.checkpoints import directory as checkpoint_directory
 from msc.pretrain.checkpoints import format as checkpoint_format
@@ -17,8 +16,8 @@ from msc.pretrain.model.config import ModelConfig
 from msc.pretrain.model.scales import Scale
 from msc.pretrain.model.transformer import MSCTransformer
 from msc.pretrain.presets import PRESETS
-from msc.pretrain.run_folder import LatentSpace, write_space
-from msc.pretrain.validation import ASSUMED, resolve
+from msc.pretrain.run_folder import LatentSpace, RunFolder
+from msc.pretrain.validation import ASSUMED_INDEX, resolve
 
 SCALES = (Scale(2, 1, 1, 2, 3), Scale(1, 2, 1, 3), Scale(1, 2, 2, None))
 
@@ -28,7 +27,7 @@ def configured(**model) -> tuple[Config, LatentSpace]:
     base = PRESETS["demo"]()
     made = {"width": 32, "depth": 2, "patch": 2, "scales": SCALES, **model}
     index = replace(
-        ASSUMED, autoencoder="pixels", channels=3, frames=6, height=16, width=24, video_frames=6, video_height=16,
+        ASSUMED_INDEX, autoencoder="pixels", channels=3, frames=6, height=16, width=24, video_frames=6, video_height=16,
         video_width=24, fps=12.0, statistics=Statistics.default(3), classes=made.get("classes", 0),
         has_text=made.get("text_width", 0) or None,
     )  # fmt: skip
@@ -52,7 +51,7 @@ def write_run(run: Path, ranks: int = 1, cut: str = "even", step: int = 40, **mo
     models = {"ema": random_model(config.model, step), "weight": random_model(config.model, step + 1)}
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").write_text(dump(config))
-    write_space(run, space)
+    RunFolder(run).write_latent_space(space)
     write_checkpoint(run, config, models, ranks, cut, step)
     return {"ema": models["ema"], "raw": models["weight"]}
 
@@ -60,7 +59,7 @@ def write_run(run: Path, ranks: int = 1, cut: str = "even", step: int = 40, **mo
 def write_checkpoint(
     run: Path, config: Config, models: dict[str, torch.nn.Module], ranks: int, cut: str, step: int
 ) -> None:  # fmt: skip
-    folder = checkpoint_directory.folder(run) / checkpoint_directory.name_of(step)
+    folder = checkpoint_directory.checkpoints_dir(run) / checkpoint_directory.checkpoint_name(step)
     folder.mkdir(parents=True)
     values = {key: dict(model.named_parameters()) for key, model in models.items()}
     shapes = {name: tuple(p.shape) for name, p in values["ema"].items() if p.requires_grad}
@@ -84,14 +83,12 @@ def write_checkpoint(
             start += part.numel()
         file = f"rank-{rank:05d}.safetensors"
         sizes[file], files[file] = write_slices(folder / file, torch.cat(list(parts.values())), layout)
-    meta = {
-        "format": checkpoint_directory.FORMAT, "step": step, "clock": 8 * step, "clips": 99, "adam_steps": step,
-        "world": ranks,
-        "parameters": shapes, "config": flat(config), "versions": checkpoint_format.versions(),
-        "files": files, "bytes": sizes,
-    }  # fmt: skip
-    write_atomically(folder / "meta.json", checkpoint_directory.sealed(meta))
-    checkpoint_directory.point_to(run, folder)
+    meta = checkpoint_directory.CheckpointMeta(
+        step=step, clock=8 * step, clips=99, adam_steps=step, world=ranks, parameters=shapes, config=flat(config),
+        versions=checkpoint_format.library_versions(), files=files, bytes=sizes,
+    )  # fmt: skip
+    (folder / "meta.json").write_text(meta.to_json())
+    checkpoint_directory.set_latest(run, folder)
 
 
 def model_with(model: MSCTransformer, values: dict[str, torch.Tensor]) -> MSCTransformer:

@@ -44,10 +44,10 @@ def spoiled(rank, stage, precision):
             told.append(deepspeed_zero.step(engine, objection))
         state = {
             f"{piece.name} {key}": value.clone()
-            for piece in deepspeed_zero.pieces(engine)
+            for piece in deepspeed_zero.local_slices(engine)
             for key, value in piece.state.items()
         }
-        state["steps"] = torch.tensor(deepspeed_zero.steps_taken(engine))
+        state["steps"] = torch.tensor(deepspeed_zero.adam_steps(engine))
         with torch.no_grad():
             state["output"] = engine(torch.ones(1, 8, dtype=next(engine.module.parameters()).dtype)).float()
         results.append((state, told))

@@ -14,6 +14,7 @@ import pytest
 from gloo_ranks import run_ranks
 from safetensors.torch import load_file
 
+from msc.datasets import files
 from msc.launch import cli
 from msc.pretrain import cost, validation
 from msc.pretrain.checkpoints import directory as checkpoint_directory
@@ -32,7 +33,7 @@ from msc.pretrain.presets import preset
     ],
 )
 def test_which_checkpoints_go(step, keep, keep_every, gone):
-    assert checkpoint_directory.superseded([10, 20, 30, 40, 50], step, keep, keep_every) == gone
+    assert checkpoint_directory.steps_to_prune([10, 20, 30, 40, 50], step, keep, keep_every) == gone
 
 
 def test_keep_every_must_meet_checkpoints():
@@ -57,17 +58,17 @@ def test_a_failed_write_is_told_tried_again_and_then_raised_on_every_rank(tmp_pa
         for text in (told[2], told[5]):
             assert "earlier ones stay" in text and "rank 1" in text and "File too large" in text
     assert capfd.readouterr().err.count("could not be written") == 3, "once each, by one rank"
-    assert [path.name for path in checkpoint_directory.checkpoints(tmp_path)] == ["step-00000001", "step-00000004"]
+    assert [path.name for path in checkpoint_directory.list_checkpoints(tmp_path)] == ["step-00000001", "step-00000004"]
     assert checkpoint_directory.latest(tmp_path).name == "step-00000004"
-    assert not any(checkpoint_directory.damage(path) for path in checkpoint_directory.checkpoints(tmp_path))
-    assert not list(checkpoint_directory.folder(tmp_path).glob(".*")), "nothing unfinished stays"
+    assert not any(checkpoint_directory.verify(path) for path in checkpoint_directory.list_checkpoints(tmp_path))
+    assert not list(checkpoint_directory.checkpoints_dir(tmp_path).glob(".*")), "nothing unfinished stays"
 
 
 @pytest.mark.gloo
 def test_what_fails_on_rank_0_is_known_to_all(tmp_path, capfd):
     for told in run_ranks(checkpoint_ranks.fail_on_rank_0, 2, str(tmp_path)):
         assert "rank 0: stale handle" in told[0] and told[1] == ""
-    assert [path.name for path in checkpoint_directory.checkpoints(tmp_path)] == ["step-00000002"]
+    assert [path.name for path in checkpoint_directory.list_checkpoints(tmp_path)] == ["step-00000002"]
     assert "cleaning up after the checkpoint of step 2 failed: stale handle" in capfd.readouterr().err
 
 
@@ -135,10 +136,10 @@ def test_files_are_ordinary_safetensors(written):
     slices = load_file(path / "rank-00001.safetensors")
     assert {name.split("|")[2] for name in slices} == {"weight", "exp_avg", "exp_avg_sq", "ema"}
     assert slices["0.weight|32768|weight"].unique().tolist() == [5.0]
-    assert checkpoint_directory.damage(path) == []
-    meta = checkpoint_directory.read_meta(path)
-    assert {"torch", "deepspeed", "python"} <= meta["versions"].keys()
-    assert meta["bytes"] == {file: (path / file).stat().st_size for file in meta["files"]}
+    assert checkpoint_directory.verify(path) == []
+    meta = checkpoint_directory.CheckpointMeta.read(path)
+    assert {"torch", "deepspeed", "python"} <= meta.versions.keys()
+    assert meta.bytes == {file: (path / file).stat().st_size for file in meta.files}
 
 
 @pytest.mark.parametrize("what", DAMAGE)
@@ -146,14 +147,14 @@ def test_damage_is_found(what, written, tmp_path):
     path = shutil.copytree(checkpoint_directory.latest(written), tmp_path / "copy")
     do, said = DAMAGE[what]
     do(path)
-    (problem,) = checkpoint_directory.damage(path)
+    (problem,) = checkpoint_directory.verify(path)
     assert pytest.RaisesExc(ValueError, match=said).matches(ValueError(problem)), problem
 
 
 @pytest.mark.gloo
 def test_the_newest_whole_checkpoint_is_used_and_the_others_are_named(written, tmp_path, capfd):
     run = shutil.copytree(written, tmp_path / "run")
-    for path, what in zip(reversed(checkpoint_directory.checkpoints(run)), ("a flipped byte", "a truncated file",
+    for path, what in zip(reversed(checkpoint_directory.list_checkpoints(run)), ("a flipped byte", "a truncated file",
                           "no meta.json"),
                           strict=False):  # fmt: skip
         DAMAGE[what][0](path)
@@ -163,13 +164,13 @@ def test_the_newest_whole_checkpoint_is_used_and_the_others_are_named(written, t
         (line,) = (line for line in said.splitlines() if f"step-{step:08d}/" in line)
         assert why in line and f"kept as damaged-step-{step:08d}" in line and "goes on from step-00000002" in line
     assert checkpoint_directory.latest(run).name == "step-00000002"
-    assert [path.name for path in checkpoint_directory.checkpoints(run)] == ["step-00000001", "step-00000002"]
+    assert [path.name for path in checkpoint_directory.list_checkpoints(run)] == ["step-00000001", "step-00000002"]
 
-    for path in checkpoint_directory.checkpoints(run):
+    for path in checkpoint_directory.list_checkpoints(run):
         DAMAGE["a missing file"][0](path)
     for step, why in run_ranks(checkpoint_ranks.go_on_from_damaged, 2, str(run)):
         assert step is None and "no checkpoint of" in why and why.count("is missing") == 2
-    assert len(checkpoint_directory.checkpoints(run)) == 2, "nothing is moved where nothing is whole"
+    assert len(checkpoint_directory.list_checkpoints(run)) == 2, "nothing is moved where nothing is whole"
 
 
 @pytest.mark.gloo
@@ -179,14 +180,20 @@ def test_checksums_may_take_longer_than_a_collective_waits(written):
 
 def test_candidates_begin_at_the_one_that_is_named(written, tmp_path):
     run = shutil.copytree(written, tmp_path / "run")
-    (checkpoint_directory.folder(run) / "latest").write_text("step-00000003")
-    assert [checkpoint_directory.step_of(path) for path in checkpoint_directory.candidates(run)] == [3, 2, 1]
-    (checkpoint_directory.folder(run) / "latest").unlink()
-    assert [checkpoint_directory.step_of(path) for path in checkpoint_directory.candidates(run)] == [5, 4, 3, 2, 1]
+    (checkpoint_directory.checkpoints_dir(run) / "latest").write_text("step-00000003")
+    assert [checkpoint_directory.step_of(path) for path in checkpoint_directory.resume_candidates(run)] == [3, 2, 1]
+    (checkpoint_directory.checkpoints_dir(run) / "latest").unlink()
+    assert [checkpoint_directory.step_of(path) for path in checkpoint_directory.resume_candidates(run)] == [
+        5,
+        4,
+        3,
+        2,
+        1,
+    ]
     assert (
         checkpoint_directory.find(run, "4")
-        == checkpoint_directory.find(run, str(checkpoint_directory.folder(run) / "step-00000004"))
-        == checkpoint_directory.candidates(run)[1]
+        == checkpoint_directory.find(run, str(checkpoint_directory.checkpoints_dir(run) / "step-00000004"))
+        == checkpoint_directory.resume_candidates(run)[1]
     )
     with pytest.raises(ValueError, match="7 is not a checkpoint of .*: 1, 2, 3, 4, 5"):
         checkpoint_directory.find(run, "7")
@@ -200,13 +207,13 @@ def test_msc_checkpoints_lists_and_verifies(written, tmp_path, capsys):
     assert rows[5][1:3] == ["8", "80"] and rows[5][5:8] == ["2", "1", "0"] and rows[5][-1] == "next"
     assert cli.main(["checkpoints", str(run), "--verify"]) == 0
     assert capsys.readouterr().out.count("whole") == 5
-    DAMAGE["a truncated file"][0](checkpoint_directory.checkpoints(run)[1])
+    DAMAGE["a truncated file"][0](checkpoint_directory.list_checkpoints(run)[1])
     assert cli.main(["checkpoints", str(run)]) == 0
     capsys.readouterr()
     assert cli.main(["checkpoints", str(run), "--verify"]) == 1
     said = capsys.readouterr().out
     assert said.count("whole") == 4 and "it has 99 of" in said
-    DAMAGE["a truncated meta.json"][0](checkpoint_directory.checkpoints(run)[0])
+    DAMAGE["a truncated meta.json"][0](checkpoint_directory.list_checkpoints(run)[0])
     assert cli.main(["checkpoints", str(run)]) == 1
     assert cli.main(["checkpoints", str(tmp_path)]) == 2
     assert json.loads((checkpoint_directory.latest(run) / "meta.json").read_text())["world"] == 2
@@ -219,8 +226,8 @@ def test_msc_checkpoints_lists_and_verifies(written, tmp_path, capsys):
 def test_room_is_needed_for_the_checkpoints_that_are_still_to_come(there, free, more, clips, tmp_path, monkeypatch):
     config = load(preset("demo"), overrides=["checkpoint.keep=3", "model.channels=3", f"train.clips={clips}"])
     each = 16 * cost.parameters(config.model)
-    monkeypatch.setattr(checkpoint_directory, "candidates", lambda run: [run] * there)
-    monkeypatch.setattr(validation.shutil, "disk_usage", lambda _: SimpleNamespace(free=free * each))
+    monkeypatch.setattr(checkpoint_directory, "resume_candidates", lambda run: [run] * there)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=free * each))
     if not more:
         validation.check_room(config, tmp_path)
         return

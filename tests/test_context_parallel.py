@@ -22,8 +22,9 @@ from gloo_ranks import run_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msc.parallel.context_parallel import bounds, transfers
-from msc.parallel.mesh import scattered
+from msc.parallel.context_parallel import required_transfers, shard_bounds
+from msc.parallel.mesh import placement_warning
+from msc.pretrain.model.noise_gate import ON_KEYS
 from msc.pretrain.model.past_context import WholeVideo
 
 # Units (of how many frames) per video: shared out evenly, unevenly, and one for each rank
@@ -54,9 +55,9 @@ def layouts(name, ranks):
 def test_bounds_share_out_every_unit(units, ranks):
     if units < ranks:
         with pytest.raises(ValueError, match=f"{units} units.*{ranks} ranks"):
-            bounds(units, ranks)
+            shard_bounds(units, ranks)
         return
-    edges = bounds(units, ranks)
+    edges = shard_bounds(units, ranks)
     shares = [b - a for a, b in zip(edges, edges[1:], strict=False)]
     assert edges[0] == 0 and edges[-1] == units and max(shares) - min(shares) <= 1
 
@@ -65,12 +66,12 @@ def test_bounds_share_out_every_unit(units, ranks):
 def test_transfers_bring_exactly_what_is_needed(units, ranks, window, every):
     if units < ranks:
         return
-    edges = bounds(units, ranks)
+    edges = shard_bounds(units, ranks)
 
     def before(first):
         return min(window, first // every)
 
-    messages = transfers(edges, before, every)
+    messages = required_transfers(edges, before, every)
     for target in range(ranks):
         items = [i for source, to, a, b in messages if to == target for i in range(a, b)]
         end = edges[target] // every
@@ -84,10 +85,10 @@ def test_transfers_bring_exactly_what_is_needed(units, ranks, window, every):
 
 def test_rows_that_lie_on_more_machines_than_they_need_are_told():
     blocks, turns = [*"aaaabbbb"], [*"abababab"]
-    assert all(not scattered(blocks, sp) for sp in (1, 2, 4, 8))
-    assert scattered(turns, 2).startswith("4 of 4 rows of parallel.sp = 2 ranks lie on more machines")
-    assert scattered(turns, 4).startswith("2 of 2") and not scattered(turns, 8)
-    assert scattered([*"aaabbb"], 2).startswith("1 of 3")
+    assert all(not placement_warning(blocks, sp) for sp in (1, 2, 4, 8))
+    assert placement_warning(turns, 2).startswith("4 of 4 rows of parallel.sp = 2 ranks lie on more machines")
+    assert placement_warning(turns, 4).startswith("2 of 2") and not placement_warning(turns, 8)
+    assert placement_warning([*"aaabbb"], 2).startswith("1 of 3")
 
 
 @pytest.mark.parametrize("backend, ranks", [*GROUPS, on("nccl", 8)])

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from msc.datasets import files
 from msc.pretrain.checkpoints import directory as checkpoint_directory
 from msc.pretrain.checkpoints import exported_weights
 from msc.pretrain.checkpoints import format as checkpoint_format
@@ -79,13 +80,13 @@ def test_every_checkpoint_gives_the_trained_weights(ranks, cut, dtype, limit, tm
 
 
 def test_never_more_than_a_part_of_a_tensor_is_read(run, tmp_path, monkeypatch):
-    read, asked = checkpoint_format.Slices.read, []
+    read, asked = checkpoint_format.ParameterReader.read, []
 
     def noting(self, name, key, start, numel):
         asked.append(numel)
         return read(self, name, key, start, numel)
 
-    monkeypatch.setattr(checkpoint_format.Slices, "read", noting)
+    monkeypatch.setattr(checkpoint_format.ParameterReader, "read", noting)
     monkeypatch.setattr(exports, "PART", 1000)
     export(run.path, tmp_path / "out", max_shard_size=SMALL)
     numel = sum(p.numel() for p in run.models["ema"].parameters())
@@ -211,7 +212,7 @@ def test_values_too_large_for_fp16_are_named(tmp_path):
 
 
 def test_a_full_disk_is_known_beforehand(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(exports.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(OSError, match="the weights take"):
         export(run.path, tmp_path / "out")
 
@@ -319,9 +320,9 @@ def test_an_export_of_another_format_is_refused(run, tmp_path):
 
 def test_a_header_may_begin_like_a_pickle(tmp_path):
     """The first byte of a safetensors file is of its header's length: no reason to refuse it."""
-    shape = next(n for n in range(1, 500) if exported_weights.header({"x" * n: (1,)})[0] == 0x80)
+    shape = next(n for n in range(1, 500) if exported_weights.safetensors_header({"x" * n: (1,)})[0] == 0x80)
     path = tmp_path / "x.safetensors"
-    path.write_bytes(exported_weights.header({"x" * shape: (1,)}) + b"\0\0\0\0")
+    path.write_bytes(exported_weights.safetensors_header({"x" * shape: (1,)}) + b"\0\0\0\0")
     with exported_weights.open_safetensors(path) as opened:
         assert list(opened.keys()) == ["x" * shape]
 
@@ -367,7 +368,7 @@ def write_evaluation(path, step, against, weights="ema"):
     rows = with_differences({("psnr_by_horizon", name): part for name, part in clips.items()})
     assert ("psnr_by_horizon", "sample - other's") in rows
     result = {
-        "step": step, "weights": exported_weights, "clips": 3, "against": {"run": str(against), "step": 40},
+        "step": step, "weights": weights, "clips": 3, "against": {"run": str(against), "step": 40},
         "tables": {"psnr_by_horizon": table_of("psnr_by_horizon", rows).json()},
     }  # fmt: skip
     path.write_text(json.dumps(result))

@@ -18,12 +18,12 @@ from msc.pretrain.optimizer import OptimizerConfig
 def test_layers_whose_sides_divide_by_16_are_chosen():
     block = Block(64, 160, (Scale(4),), "logits", shifted=False, text=True)
     every = ["attention.qkv", "attention.out", "feed_forward.up", "feed_forward.down"]
-    assert sorted(fp8.fitting(block, skip=["cross_attention.kv"])) == sorted(
+    assert sorted(fp8.convertible_layers(block, skip=["cross_attention.kv"])) == sorted(
         [*every, "cross_attention.q", "cross_attention.out"]
     )
     block = Block(64, 100, (Scale(4),), "logits", shifted=False, text=False)
-    assert sorted(fp8.fitting(block)) == ["attention.out", "attention.qkv"]
-    assert fp8.fitting(nn.ModuleList([nn.Linear(8, 16), nn.Linear(16, 8), nn.LayerNorm(16)])) == {}
+    assert sorted(fp8.convertible_layers(block)) == ["attention.out", "attention.qkv"]
+    assert fp8.convertible_layers(nn.ModuleList([nn.Linear(8, 16), nn.Linear(16, 8), nn.LayerNorm(16)])) == {}
 
 
 @pytest.mark.parametrize(

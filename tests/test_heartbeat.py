@@ -23,7 +23,7 @@ from msc.pretrain.tracking import heartbeat
 def test_a_run_that_stood_still_ends_if_another_has_taken_its_folder(
     stands_still, phase, beats, ends, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(heartbeat, "FRESH", 2.0)
+    monkeypatch.setattr(heartbeat, "TAKEOVER_S", 2.0)
     met = threading.Event()
     monkeypatch.setattr(heartbeat, "_end_taken", lambda run, beat: met.set())
     write, pauses = heartbeat._write, [2.2] if stands_still else []
@@ -34,7 +34,7 @@ def test_a_run_that_stood_still_ends_if_another_has_taken_its_folder(
         write(*arguments)
 
     monkeypatch.setattr(heartbeat, "_write", slow)
-    with heartbeat.beating(tmp_path, 1, seconds=0.2):
+    with heartbeat.write_heartbeat(tmp_path, 1, seconds=0.2):
         while not heartbeat.read(tmp_path):
             time.sleep(0.01)
         other = {**heartbeat.identity(1), "pid": 1, "step": 3, "phase": phase, "since": 0.0, "time": time.time()}

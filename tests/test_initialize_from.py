@@ -31,7 +31,7 @@ def started(place, **model):
     config, _ = fake_checkpoints.configured(**model)
     new = fake_checkpoints.random_model(config.model, seed=7)
     before = {name: value.clone() for name, value in new.state_dict().items()}
-    with initialize_from.start(place, config.model, "pixels") as (told, fill):
+    with initialize_from.open_initial_weights(place, config.model, "pixels") as (told, fill):
         fill("", new)
     return new, told, before
 
@@ -50,9 +50,9 @@ def test_the_checkpoint_that_was_found_first_is_taken_though_a_later_one_appears
     fake_checkpoints.write_run(tmp_path / "run", step=50)
     config, _ = fake_checkpoints.configured()
     new = fake_checkpoints.random_model(config.model, seed=7)
-    with initialize_from.start(tmp_path / "run", config.model, "pixels", found) as ((told,), fill):
+    with initialize_from.open_initial_weights(tmp_path / "run", config.model, "pixels", found) as ((told,), fill):
         fill("", new)
-    assert "of step 40 " in told and "of step 50 " in initialize_from.find(tmp_path / "run").what
+    assert "of step 40 " in told and "of step 50 " in initialize_from.find_weights(tmp_path / "run").what
     assert all(torch.equal(value, models["ema"].state_dict()[name]) for name, value in new.state_dict().items())
 
 
@@ -115,7 +115,7 @@ def test_what_comes_from_the_data_stays_the_new_datas(source):
     assert new.config.gate_constants == other
     assert told[1:] == ["latent_mean are those of the new data", "gate_constants are those of the new data"]
     assert (
-        initialize_from.differences(initialize_from.find(run), new.config, "haar")[-1]
+        initialize_from.describe_differences(initialize_from.find_weights(run), new.config, "haar")[-1]
         == "the latents are of haar, and were of pixels"
     )
 
@@ -137,11 +137,11 @@ def test_another_shape_is_refused_by_name(model, said, source):
 
 def test_what_holds_no_weights_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"neither a run folder \(config.yaml\) nor an exported one"):
-        initialize_from.find(tmp_path)
+        initialize_from.find_weights(tmp_path)
     fake_checkpoints.write_run(tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "latest").unlink()
     with pytest.raises(FileNotFoundError, match="a run without a checkpoint yet"):
-        initialize_from.find(tmp_path / "run")
+        initialize_from.find_weights(tmp_path / "run")
 
 
 def test_the_start_is_recorded_by_its_whole_path_and_not_changed_on_the_way(monkeypatch, tmp_path):
@@ -150,7 +150,7 @@ def test_the_start_is_recorded_by_its_whole_path_and_not_changed_on_the_way(monk
     monkeypatch.chdir(tmp_path)
     config, _ = fake_checkpoints.configured()
     config = load(config, overrides=["train.init_from=export"])
-    index = replace(validation.ASSUMED, channels=3)
+    index = replace(validation.ASSUMED_INDEX, channels=3)
     resolved = validation.resolve(config, index)
     assert flat(resolved)["train.init_from"] == str(tmp_path / "export")
     assert validation.resolve(resolved, index) == resolved
@@ -161,7 +161,7 @@ def test_the_start_is_recorded_by_its_whole_path_and_not_changed_on_the_way(monk
 def test_a_model_that_is_made_part_by_part_takes_the_same(source):
     run, models = source
     config, _ = fake_checkpoints.configured()
-    with initialize_from.start(run, config.model, "pixels") as (_, fill):
+    with initialize_from.open_initial_weights(run, config.model, "pixels") as (_, fill):
         new = MSCTransformer(config.model, fill)
     assert all(torch.equal(value, models["ema"].state_dict()[name]) for name, value in new.state_dict().items())
 

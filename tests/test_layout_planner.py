@@ -12,8 +12,8 @@ from gloo_ranks import run_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msc.parallel.context_parallel import bounds
-from msc.parallel.ring import causal_parts, zigzag
+from msc.parallel.context_parallel import shard_bounds
+from msc.parallel.ring import causal_parts, zigzag_units
 from msc.pretrain.kernels.sdpa import _calls
 from msc.pretrain.layout_planner import (
     RING,
@@ -50,7 +50,7 @@ def test_bytes_sent_equal_the_closed_forms():
     cases = [Case(name, layout, units, gate="none") for name, layout in kinds for units in (8, 11)]
     results = run_ranks(on_a_rank, 4, "gloo", cases)
     for case, *parts in zip(cases, *results, strict=True):
-        clip, edges = ClipShape(case.units, 1, (4, 6), 64 // sum(s.heads for s in case.scales)), bounds(case.units, 4)
+        clip, edges = Clip(case.units, 1, (4, 6), 64 // sum(s.heads for s in case.scales)), shard_bounds(case.units, 4)
         forward, backward = [0] * 4, [0] * 4
         for scale in case.scales:
             size = BATCH * clip.unit_values(scale) * BYTES * LAYERS
@@ -65,7 +65,7 @@ def test_bytes_sent_equal_the_closed_forms():
 @given(st.integers(1, 8), st.integers(1, 6), st.integers(0, 3))
 def test_closed_forms_as_the_documentation_gives_them(ranks, units_each, window):
     units, size = ranks * units_each, 7 * ranks * ranks
-    edges = bounds(units, ranks)
+    edges = shard_bounds(units, ranks)
     if window <= units_each:
         assert halo_values(Scale(1, window=window), edges, size) == [2 * window * size] * (ranks - 1) + [0]
     assert ulysses_values(edges, size) == [4 * units_each * size * (ranks - 1) // ranks] * ranks
@@ -79,7 +79,7 @@ def test_closed_forms_as_the_documentation_gives_them(ranks, units_each, window)
 def test_zigzag_deals_out_every_unit_and_equal_work(ranks, units):
     if units < ranks:
         return
-    held = zigzag(units, ranks)
+    held = zigzag_units(units, ranks)
     assert sorted(unit for own in held for unit in own) == list(range(units))
     assert all(own and list(own) == sorted(own) for own in held)
     if units % (2 * ranks) == 0:

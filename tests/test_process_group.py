@@ -10,11 +10,11 @@ import pytest
 
 PROGRAM = """
 import resource, sys
-from msc.parallel.process_group import allow_open_files
+from msc.parallel.process_group import raise_open_file_limit
 soft, hard, ranks = map(int, sys.argv[1:])
 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 try:
-    allow_open_files(ranks)
+    raise_open_file_limit(ranks)
     print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 except ValueError as error:
     print(error)

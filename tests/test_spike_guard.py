@@ -12,8 +12,14 @@ from gloo_ranks import run_ranks
 from guarded_steps import spoiled_on_a_rank
 
 from msc.pretrain.checkpoints import directory as checkpoint_directory
-from msc.pretrain.checkpoints.rollback import left_out, merged, read_left_out, roll_back, too_many
-from msc.pretrain.tracking.spike_guard import GuardConfig, History, after, objection
+from msc.pretrain.checkpoints.rollback import (
+    is_excluded,
+    merge_ranges,
+    read_excluded_ranges,
+    roll_back,
+    too_many_skipped_message,
+)
+from msc.pretrain.tracking.spike_guard import GuardConfig, History, skip_reason, updated_history
 
 RULE = GuardConfig(sigma=4, window=16)
 CALM = History(tuple(1 + 0.01 * (-1) ** i for i in range(16)), tuple(0.5 + 0.1 * (-1) ** i for i in range(16)))
@@ -32,22 +38,24 @@ CALM = History(tuple(1 + 0.01 * (-1) ** i for i in range(16)), tuple(0.5 + 0.1 *
     ],
 )
 def test_objections(loss, norm, said):
-    assert objection(RULE, CALM, loss, norm).startswith(said) and bool(objection(RULE, CALM, loss, norm)) == bool(said)
+    assert skip_reason(RULE, CALM, loss, norm).startswith(said) and bool(skip_reason(RULE, CALM, loss, norm)) == bool(
+        said
+    )
 
 
 def test_without_the_rule_or_enough_history_only_what_is_not_finite_is_refused():
-    assert not objection(GuardConfig(), CALM, 1e9, 1e9)
-    assert not objection(RULE, History(CALM.losses[:7], CALM.norms[:7]), 1e9, 1e9)
-    assert objection(GuardConfig(), History(), math.inf, 1.0)
+    assert not skip_reason(GuardConfig(), CALM, 1e9, 1e9)
+    assert not skip_reason(RULE, History(CALM.losses[:7], CALM.norms[:7]), 1e9, 1e9)
+    assert skip_reason(GuardConfig(), History(), math.inf, 1.0)
 
 
 def test_history_keeps_the_window_and_counts_what_was_not_taken():
     history = CALM
     for why in ("", "loss nan", "loss nan"):
-        history = after(RULE, history, 3.0, 4.0, why)
+        history = updated_history(RULE, history, 3.0, 4.0, why)
     assert len(history.losses) == 16 and history.losses[-1] == 3.0 and history.norms[-1] == 4.0
     assert (history.skipped, history.in_a_row) == (2, 2)
-    assert after(RULE, history, 1.0, 1.0, "").in_a_row == 0
+    assert updated_history(RULE, history, 1.0, 1.0, "").in_a_row == 0
     assert History.read(asdict(history)) == history and History.read(None) == History()
 
 
@@ -60,11 +68,9 @@ def test_a_rule_that_refuses_good_steps_is_refused(sigma):
 def made_run(run, steps, clock_of_last_report, refused=()):
     """A run folder with checkpoints of these steps, four clips a step."""
     for step in steps:
-        checkpoint_directory.folder(run).joinpath(checkpoint_directory.name_of(step)).mkdir(parents=True)
-        meta = {"format": checkpoint_directory.FORMAT, "step": step, "clock": 4 * step}
-        checkpoint_directory.folder(run).joinpath(checkpoint_directory.name_of(step), "meta.json").write_bytes(
-            checkpoint_directory.sealed(meta)
-        )
+        path = checkpoint_directory.checkpoints_dir(run) / checkpoint_directory.checkpoint_name(step)
+        path.mkdir(parents=True)
+        (path / "meta.json").write_text(checkpoint_directory.CheckpointMeta(step, 4 * step).to_json())
     (run / "log.jsonl").write_text(json.dumps({"step": 1, "clock": clock_of_last_report}) + "\n")
     lines = [{"step": c // 4 + 1, "clock": c, "batch": 4, "clips": [{"sample": c}]} for c in refused]
     (run / "skipped.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -82,38 +88,38 @@ def made_run(run, steps, clock_of_last_report, refused=()):
 def test_a_rollback_leaves_out_everything_since(reported, refused, until, tmp_path):
     made_run(tmp_path, (4, 10, 12), reported, refused)
     roll_back(tmp_path, "4")
-    assert read_left_out(tmp_path) == [(16, until)]
-    assert [checkpoint_directory.step_of(path) for path in checkpoint_directory.candidates(tmp_path)] == [4]
+    assert read_excluded_ranges(tmp_path) == [(16, until)]
+    assert [checkpoint_directory.step_of(path) for path in checkpoint_directory.resume_candidates(tmp_path)] == [4]
 
 
 def test_the_same_rollback_only_happens_again_if_told_so(tmp_path, capfd, monkeypatch):
     """Also where it was cut short, and where the checkpoint has been pruned since."""
     made_run(tmp_path, (4, 10), 60)
     with monkeypatch.context() as patched, pytest.raises(OSError, match="power"):
-        patched.setattr(checkpoint_directory, "set_aside", lambda *_: (_ for _ in ()).throw(OSError("power cut")))
+        patched.setattr(checkpoint_directory, "rename_aside", lambda *_: (_ for _ in ()).throw(OSError("power cut")))
         roll_back(tmp_path, "4")
     roll_back(tmp_path, "4")
-    assert [checkpoint_directory.step_of(path) for path in checkpoint_directory.checkpoints(tmp_path)] == [4]
+    assert [checkpoint_directory.step_of(path) for path in checkpoint_directory.list_checkpoints(tmp_path)] == [4]
     made_run(tmp_path, (12, 16), 72, refused=(68, 72))
     for wanted in ("4", str(checkpoint_directory.find(tmp_path, "4"))):
         roll_back(tmp_path, wanted)
-    assert read_left_out(tmp_path) == [(16, 60)] and len(checkpoint_directory.checkpoints(tmp_path)) == 3
+    assert read_excluded_ranges(tmp_path) == [(16, 60)] and len(checkpoint_directory.list_checkpoints(tmp_path)) == 3
     assert capfd.readouterr().err.count("goes on from the newest checkpoint; --again") == 2
-    checkpoint_directory.point_to(tmp_path, checkpoint_directory.find(tmp_path, "16"))
-    assert "--rollback N, N one of 16, 12, 4 (--again for" in too_many(tmp_path, 19, 2, "loss nan")
+    checkpoint_directory.set_latest(tmp_path, checkpoint_directory.find(tmp_path, "16"))
+    assert "--rollback N, N one of 16, 12, 4 (--again for" in too_many_skipped_message(tmp_path, 19, 2, "loss nan")
     roll_back(tmp_path, "12")
-    assert read_left_out(tmp_path) == [(16, 76)]
+    assert read_excluded_ranges(tmp_path) == [(16, 76)]
     roll_back(tmp_path, "12", again=True)
-    checkpoint_directory.set_aside(checkpoint_directory.find(tmp_path, "12"), "undone")
+    checkpoint_directory.rename_aside(checkpoint_directory.find(tmp_path, "12"), "undone")
     roll_back(tmp_path, "12")
 
 
 def test_ranges_that_are_left_out():
-    assert merged([(40, 48), (0, 4), (46, 50), (4, 8)]) == [(0, 8), (40, 50)]
+    assert merge_ranges([(40, 48), (0, 4), (46, 50), (4, 8)]) == [(0, 8), (40, 50)]
     ranges = [(40, 48)]
-    assert [clock for clock in range(32, 60, 4) if left_out(ranges, clock, 4)] == [40, 44]
-    assert [clock for clock in range(32, 64, 8) if left_out(ranges, clock, 8)] == [40]
-    assert [clock for clock in range(30, 64, 6) if left_out(ranges, clock, 6)] == [36, 42], "another batch size"
+    assert [clock for clock in range(32, 60, 4) if is_excluded(ranges, clock, 4)] == [40, 44]
+    assert [clock for clock in range(32, 64, 8) if is_excluded(ranges, clock, 8)] == [40]
+    assert [clock for clock in range(30, 64, 6) if is_excluded(ranges, clock, 6)] == [36, 42], "another batch size"
 
 
 @pytest.mark.gloo

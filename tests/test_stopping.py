@@ -68,7 +68,7 @@ class Run:
         return steps
 
     def writing(self) -> bool:
-        return any(checkpoint_directory.folder(self.run).glob(".step-*.writing*"))
+        return any(checkpoint_directory.checkpoints_dir(self.run).glob(".step-*.writing*"))
 
 
 def kill_all(launcher: subprocess.Popen[str], chance: random.Random) -> None:
@@ -147,7 +147,7 @@ def test_nan_on_one_rank_costs_that_step_and_nothing_else(shards, tmp_path):
     assert first["clock"] == 8 and len(first["clips"]) == 4
     assert {clip["sample"] for clip in first["clips"] if clip["error"] is None} == set(second_rank)
     assert all(torch.isfinite(value).all() for value in final_weights(run.run).values())
-    assert checkpoint_directory.read_meta(checkpoint_directory.latest(run.run))["adam_steps"] == 6
+    assert checkpoint_directory.newest_meta(run.run).adam_steps == 6
 
 
 @pytest.mark.gloo
@@ -159,18 +159,18 @@ def test_too_many_in_a_row_stop_the_run_and_a_rollback_leaves_out_all_since(shar
     assert all(re.search(rf"Samples: .*\b{sample}\b", said) for sample in samples)
     assert f"msc train --run {run.run} --rollback N, N one of 6, 4, 2" in said
     newest = checkpoint_directory.latest(run.run)
-    assert newest.name == "step-00000006" and not checkpoint_directory.damage(newest)
+    assert newest.name == "step-00000006" and not checkpoint_directory.verify(newest)
     assert run.go("--rollback", "5", code=2).startswith("msc: 5 is not a checkpoint of")
 
     said = run.go("--rollback", "2")
     assert "back to step 2; clips left out from now on, by sample clock: 8-27; 2 later checkpoints" in said
     assert json.loads((run.run / "left_out.json").read_text()) == {"clips": [[8, 28]], "back_to": "step-00000002"}
-    meta = checkpoint_directory.read_meta(checkpoint_directory.latest(run.run))
-    assert (meta["step"], meta["clock"], meta["adam_steps"], meta["guard"]["skipped"]) == (12, 48, 7, 0)
-    assert (checkpoint_directory.folder(run.run) / "undone-step-00000006").is_dir()
+    meta = checkpoint_directory.CheckpointMeta.read(checkpoint_directory.latest(run.run))
+    assert (meta.step, meta.clock, meta.adam_steps, meta.guard["skipped"]) == (12, 48, 7, 0)
+    assert (checkpoint_directory.checkpoints_dir(run.run) / "undone-step-00000006").is_dir()
 
     expected = final_weights(run.run)  # the same command again only resumes, and leaves out the same
-    checkpoint_directory.point_to(run.run, checkpoint_directory.find(run.run, "2"))
+    checkpoint_directory.set_latest(run.run, checkpoint_directory.find(run.run, "2"))
     said = run.go("--rollback", "2")
     assert "goes on from the newest checkpoint" in said and "not taken" not in said
     assert all(torch.equal(value, expected[name]) for name, value in final_weights(run.run).items())
@@ -189,7 +189,9 @@ def test_a_rank_is_lost_while_a_checkpoint_is_written(shards, tmp_path):
                 for name, value in {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}.items():
                     patched.setenv(name, value)
                 ranks.append(run.start())
-        wait_for(lambda: len(list(checkpoint_directory.folder(run.run).glob(".step-*/rank-*"))) == 2, every=0.01)
+        wait_for(
+            lambda: len(list(checkpoint_directory.checkpoints_dir(run.run).glob(".step-*/rank-*"))) == 2, every=0.01
+        )
         ranks[1].kill()
         began = time.monotonic()
         said, _ = ranks[0].communicate(timeout=100)
@@ -232,19 +234,19 @@ def test_a_signal_while_a_checkpoint_is_written(shards, tmp_path):
 
     def started() -> subprocess.Popen[str]:
         process = run.start()
-        before = checkpoint_directory.checkpoints(run.run)
-        wait_for(lambda: checkpoint_directory.checkpoints(run.run) != before and run.writing(), every=0.01)
+        before = checkpoint_directory.list_checkpoints(run.run)
+        wait_for(lambda: checkpoint_directory.list_checkpoints(run.run) != before and run.writing(), every=0.01)
         return process
 
     process = started()
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 75, said
-    meta = checkpoint_directory.read_meta(checkpoint_directory.latest(run.run))
+    meta = checkpoint_directory.CheckpointMeta.read(checkpoint_directory.latest(run.run))
     last = run.consumed()[-1]["clock"]
-    assert meta["clock"] in (last, last + 4), "all steps taken are in it; the batch after them may have been read"
+    assert meta.clock in (last, last + 4), "all steps taken are in it; the batch after them may have been read"
     assert not run.writing() and not any(
-        checkpoint_directory.damage(path) for path in checkpoint_directory.checkpoints(run.run)
+        checkpoint_directory.verify(path) for path in checkpoint_directory.list_checkpoints(run.run)
     )
 
     process = started()
@@ -254,9 +256,12 @@ def test_a_signal_while_a_checkpoint_is_written(shards, tmp_path):
         time.sleep(0.05)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "interrupted: SIGTERM came twice" in said, said
-    assert checkpoint_directory.latest(run.run).name in (newest, checkpoint_directory.name_of(int(newest[-8:]) + 2))
+    assert checkpoint_directory.latest(run.run).name in (
+        newest,
+        checkpoint_directory.checkpoint_name(int(newest[-8:]) + 2),
+    )
     assert checkpoint_directory.step_of(checkpoint_directory.latest(run.run)) % 2 == 0, "no checkpoint of its own"
-    assert not checkpoint_directory.damage(checkpoint_directory.latest(run.run))
+    assert not checkpoint_directory.verify(checkpoint_directory.latest(run.run))
 
 
 @pytest.mark.slow
@@ -267,14 +272,14 @@ def test_a_full_disk(shards, tmp_path):
     run = Run(tmp_path, shards, "checkpoint.keep=1", processes=1, steps=8)
     Run(tmp_path / "whole", shards, processes=1, steps=8).go()
     size = sum(file.stat().st_size for file in checkpoint_directory.latest(tmp_path / "whole" / "run").iterdir())
-    disk = checkpoint_directory.folder(run.run)
+    disk = checkpoint_directory.checkpoints_dir(run.run)
     subprocess.run(["mkdir", "-p", disk], check=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(1.5 * size)}", "tmpfs", disk], check=True)
     (run.run / "config.yaml").touch()
     try:
         said = run.go("--preset=demo", code=2)
         assert said.count("No space left on device") >= 2 and "Traceback" not in said
-        assert [path.name for path in checkpoint_directory.checkpoints(run.run)] == ["step-00000002"]
+        assert [path.name for path in checkpoint_directory.list_checkpoints(run.run)] == ["step-00000002"]
         subprocess.run(["mount", "-o", f"remount,size={4 * size}", disk], check=True)
         run.go()
         expected = final_weights(tmp_path / "whole" / "run")

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from gloo_ranks import free_port
 
 from msc.parallel import control_plane, watchdog
-from msc.parallel.consistency import digest, disagreements
-from msc.parallel.watchdog import Place, Watch, verdict
+from msc.parallel.consistency import inconsistencies, source_digest
+from msc.parallel.watchdog import RankStatus, Watchdog, diagnose
 
 TIMEOUT = 4.0
 SLACK = 8.0  # seconds: the beats to be compared, the grace, a busy machine
@@ -35,7 +35,7 @@ def start(what, ranks=3):
     address = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
         subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("watched.py"), what, str(TIMEOUT)], text=True,
+            [sys.executable, Path(__file__).with_name("watchdog_ranks.py"), what, str(TIMEOUT)], text=True,
             env={**os.environ, **address, "RANK": str(rank), "TORCH_CPP_LOG_LEVEL": "ERROR"},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
@@ -79,9 +79,9 @@ def test_a_phase_longer_than_the_timeout_goes_on():
 LEAVES = """
 import os, time
 import torch.distributed as dist
-from msc.parallel.watchdog import watching
+from msc.parallel.watchdog import watch_ranks
 store = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=True, wait_for_workers=False)
-with watching(0, 2, 60.0) as at:
+with watch_ranks(0, 2, 60.0) as at:
     at.__self__.interval = 0.0  # from the second beat on its thread does nothing but ask the store
     time.sleep(1.3)
 """
@@ -99,8 +99,8 @@ def test_a_process_ends_in_order_while_its_watch_asks_the_store():
 STALLS = """
 import sys, time
 from pathlib import Path
-from msc.pretrain.tracking.heartbeat import beating
-with beating(Path(sys.argv[1]), 1, seconds=0.1, stall=1.5) as at:
+from msc.pretrain.tracking.heartbeat import write_heartbeat
+with write_heartbeat(Path(sys.argv[1]), 1, seconds=0.1, stall=1.5) as at:
     for step in range(3):
         at(step, "forward and backward")
         time.sleep(0.8)
@@ -143,7 +143,9 @@ class Store(dist.HashStore):
         self.most = max(self.most, len(keys))
         self._wait(len(keys))
         ranks = [int(key.rsplit("/", 1)[1]) for key in keys]
-        return [json.dumps(asdict(Place(r, "host", 7, count=1, beat=time.monotonic_ns(), stood=9.0))) for r in ranks]
+        return [
+            json.dumps(asdict(RankStatus(r, "host", 7, count=1, beat=time.monotonic_ns(), stood=9.0))) for r in ranks
+        ]
 
     def get(self, key):
         return self.multi_get([key])[0]
@@ -154,11 +156,11 @@ def test_a_slow_store_ends_nobody_before_it_is_mute_for_the_timeout(monkeypatch)
     cases = [(0, Store(0.0)), (0, Store(0.0125)), (7, Store(0.0))]
     stopped = {}
     monkeypatch.setattr(watchdog, "GRACE", 0.0)
-    monkeypatch.setattr(Watch, "_stop", lambda self, found: stopped.setdefault(self, (found, time.monotonic())))
+    monkeypatch.setattr(Watchdog, "_stop", lambda self, found: stopped.setdefault(self, (found, time.monotonic())))
     watches = []
     for rank, store in cases:
         monkeypatch.setattr(control_plane, "open_store", lambda timeout, store=store: store)
-        watches.append(Watch(rank, 200, 3.0))
+        watches.append(Watchdog(rank, 200, 3.0))
         watches[-1].at(0, "long")
     time.sleep(7.5)  # all ranks are late, and rank 0 has tried to read them twice
     assert not stopped
@@ -188,8 +190,8 @@ def test_ranks_that_differ_are_named_before_anything_starts():
 
 def test_the_majority_is_right():
     facts = [{"a": 1, "b": 2}, {"a": 3, "b": 2}, {"a": 3}]
-    assert disagreements(facts) == ["rank 0 has a = 1, rank 1 has 3", "rank 2 has b = None, rank 0 has 2"]
-    assert disagreements([{"a": 1}] * 4) == []
+    assert inconsistencies(facts) == ["rank 0 has a = 1, rank 1 has 3", "rank 2 has b = None, rank 0 has 2"]
+    assert inconsistencies([{"a": 1}] * 4) == []
 
 
 def test_the_code_that_ranks_compare_is_what_is_in_its_files(tmp_path):
@@ -198,20 +200,20 @@ def test_the_code_that_ranks_compare_is_what_is_in_its_files(tmp_path):
         path = tmp_path / "code" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-        found.append(digest([tmp_path / "code"]))
+        found.append(source_digest([tmp_path / "code"]))
     assert len(set(found)) == 4 and found[-1] == found[-2]
 
 
 def test_a_verdict_names_the_silent_before_the_slow():
     def place(rank, count, beat, stood=9.0):
-        return Place(rank, "host", 7, 1, "here", count, beat, stood)
+        return RankStatus(rank, "host", 7, 1, "here", count, beat, stood)
 
     before = {0: place(0, 5, 1), 1: place(1, 4, 1), 2: place(2, 5, 1)}
     alive = {rank: place(rank, p.count, 2) for rank, p in before.items()}
-    assert verdict(0, before, alive, 3, 8.0) == "rank 1 (process 7 on host) is alive but stays behind in step 1, here"
-    assert verdict(1, before, alive, 3, 8.0) == ""  # not of itself
-    assert verdict(0, before, alive, 3, 10.0) == ""  # nobody has waited so long
-    assert verdict(0, before, {**alive, 2: before[2]}, 3, 8.0).startswith("rank 2 (process 7 on host) is silent")
-    assert verdict(2, before, {**alive, 2: before[2]}, 3, 10.0) == ""
-    assert verdict(0, before, alive, 4, 8.0) == "rank 3 has never been heard of"
-    assert verdict(0, before, {rank: place(rank, 5, 2) for rank in before}, 3, 8.0) == ""
+    assert diagnose(0, before, alive, 3, 8.0) == "rank 1 (process 7 on host) is alive but stays behind in step 1, here"
+    assert diagnose(1, before, alive, 3, 8.0) == ""  # not of itself
+    assert diagnose(0, before, alive, 3, 10.0) == ""  # nobody has waited so long
+    assert diagnose(0, before, {**alive, 2: before[2]}, 3, 8.0).startswith("rank 2 (process 7 on host) is silent")
+    assert diagnose(2, before, {**alive, 2: before[2]}, 3, 10.0) == ""
+    assert diagnose(0, before, alive, 4, 8.0) == "rank 3 has never been heard of"
+    assert diagnose(0, before, {rank: place(rank, 5, 2) for rank in before}, 3, 8.0) == ""

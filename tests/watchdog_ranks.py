@@ -13,17 +13,19 @@ import torch
 import torch.distributed as dist
 
 from msc.parallel import process_group, watchdog
-from msc.parallel.consistency import agree
-from msc.parallel.watchdog import watching
+from msc.parallel.consistency import check_consistency
+from msc.parallel.watchdog import watch_ranks
 
 
 def main(what: str, timeout: float) -> None:
     if what == "slow":
         watchdog.GRACE = 0.5
-    world = process_group.join(60)
+    world = process_group.join_process_group(60)
     group = dist.new_group(timeout=timedelta(seconds=timeout))
-    with watching(world.rank, world.size, timeout) as at:
-        agree({"optimizer.lr": 0.2 if what == "differ" and world.rank == 1 else 0.1, "torch": torch.__version__})
+    with watch_ranks(world.rank, world.world_size, timeout) as at:
+        check_consistency(
+            {"optimizer.lr": 0.2 if what == "differ" and world.rank == 1 else 0.1, "torch": torch.__version__}
+        )
         for step in range(1000):
             at(step, "reading clips")
             if world.rank == 1 and step == 3:
@@ -36,7 +38,7 @@ def main(what: str, timeout: float) -> None:
             dist.all_reduce(torch.ones(1), group=group)
             if what == "slow" and step == 2:
                 break
-    process_group.leave()
+    process_group.leave_process_group()
 
 
 def happen(what: str) -> None:

@@ -14,6 +14,7 @@ import shutil
 import threading
 import time
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from msc.datasets.files import write_atomically
 from msc.parallel import control_plane, deepspeed_zero
 
 from . import directory as checkpoint_directory
-from .exported_weights import header
+from .directory import CheckpointMeta
+from .exported_weights import safetensors_header
 from .format import CheckpointConfig, say
 
 CHUNK = 1 << 23  # bytes written at a time; writing and hashing them lets other threads run
@@ -59,8 +61,8 @@ class Writer:
     def __init__(self, run: Path, config: CheckpointConfig, timeout_s: float):
         self.run, self.config, self.timeout_s = run, config, timeout_s
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.session = control_plane.on_first(self._begin)
-        self.store = control_plane.open_store(timeout_s)
+        self.session = control_plane.run_on_rank_0(self._begin)
+        self.store = control_plane.connect_store(timeout_s)
         self._buffer: Tensor | None = None
         self._thread: threading.Thread | None = None
         self._failure, self._begun = "", 0
@@ -73,33 +75,32 @@ class Writer:
         numel = sum(value.numel() for piece in self._pieces(engine) for value in piece.state.values())
         self._buffer = pinned(numel) if torch.cuda.is_available() and numel else torch.empty(numel)
 
-    def _pieces(self, engine: Any) -> list[deepspeed_zero.Piece]:
-        return deepspeed_zero.pieces(engine, (self.rank, self.world))
+    def _pieces(self, engine: Any) -> list[deepspeed_zero.LocalSlice]:
+        return deepspeed_zero.local_slices(engine, (self.rank, self.world))
 
     def _begin(self) -> str:
         checkpoint_directory.remove_unfinished(self.run)
         return uuid.uuid4().hex[:8]
 
-    def save(self, engine: Any, step: int, facts: dict[str, Any]) -> dict[str, float]:
-        """Begin a checkpoint of the engine's state at `step`, if there is none yet; returns seconds for the metrics."""
+    def save(self, engine: Any, meta: CheckpointMeta) -> dict[str, float]:
+        """Begin a checkpoint of the engine's state at a step, if there is none yet; returns seconds for the metrics."""
         began = time.perf_counter()
         if self.writing and self.rank == 0:
             say(f"the checkpoint of step {self.step} is still being written; training waits for it")
         failed = self._join()
+        step = meta.step
         if step == self.step and not failed:
             return {}
         seconds = {"saving/write_s": self.seconds} if self.seconds else {}
         layout = self._copy(engine)
-        meta = {
-            "format": checkpoint_directory.FORMAT,
-            "step": step,
-            "adam_steps": deepspeed_zero.steps_taken(engine),
-            "world": self.world,
-            "parameters": deepspeed_zero.shapes(engine),
-            **facts,
-        }
+        meta = replace(
+            meta,
+            adam_steps=deepspeed_zero.adam_steps(engine),
+            world=self.world,
+            parameters=deepspeed_zero.parameter_shapes(engine),
+        )
         self.step, self._begun = step, self._begun + 1
-        self._thread = threading.Thread(target=self._work, args=(step, layout, meta), name="checkpoint", daemon=True)
+        self._thread = threading.Thread(target=self._work, args=(layout, meta), name="checkpoint", daemon=True)
         self._thread.start()
         if failed:  # not twice in a row without stopping
             self.wait()
@@ -116,7 +117,7 @@ class Writer:
 
     def finish(self) -> None:
         """`wait` on all ranks together: none may end, and with rank 0 the store, before all know the outcome."""
-        for failure in control_plane.gather(self._join()):
+        for failure in control_plane.gather_objects(self._join()):
             if failure:
                 raise OSError(failure)
 
@@ -152,22 +153,28 @@ class Writer:
 
     # In the thread ---------------------------------------------------------------------------------------
 
-    def _work(self, step: int, layout: dict[str, tuple[int, int]], meta: dict[str, Any]) -> None:
+    def _work(self, layout: dict[str, tuple[int, int]], meta: CheckpointMeta) -> None:
         began = time.perf_counter()
         try:
-            self._failure = self._write(step, layout, meta)
+            self._failure = self._write(layout, meta)
         except Exception as error:  # also the store's, when another rank has ended: whatever it is, it must be told
             self._failure = f"rank {self.rank}: {error}"
         self.seconds = time.perf_counter() - began
         if self._failure:
-            self._failure = f"the checkpoint of step {step} could not be written, earlier ones stay: {self._failure}"
+            self._failure = (
+                f"the checkpoint of step {meta.step} could not be written, earlier ones stay: {self._failure}"
+            )
             if self.rank == 0:
                 say(self._failure)
 
-    def _write(self, step: int, layout: dict[str, tuple[int, int]], meta: dict[str, Any]) -> str:
+    def _write(self, layout: dict[str, tuple[int, int]], meta: CheckpointMeta) -> str:
         """Write this rank's file, and on rank 0 publish all of them; what went wrong, the same on every rank."""
+        step = meta.step
         assert self._buffer is not None
-        aside = checkpoint_directory.folder(self.run) / f".{checkpoint_directory.name_of(step)}.writing-{self.session}"
+        aside = (
+            checkpoint_directory.checkpoints_dir(self.run)
+            / f".{checkpoint_directory.checkpoint_name(step)}.writing-{self.session}"
+        )
         report: dict[str, Any] = {"file": f"rank-{self.rank:05d}.safetensors"}
         try:
             aside.mkdir(parents=True, exist_ok=True)
@@ -177,11 +184,13 @@ class Writer:
         topic = f"msc/checkpoint/{self.session}/{self._begun}"
         self.store.set(f"{topic}/{self.rank}", json.dumps(report))
         if self.rank != 0:
-            (verdict,) = control_plane.await_keys(self.store, [f"{topic}/verdict"], 2 * SLOWEST)  # rank 0 waits for all
+            (verdict,) = control_plane.wait_for_keys(
+                self.store, [f"{topic}/verdict"], 2 * SLOWEST
+            )  # rank 0 waits for all
             return verdict.decode()
         keys, failure = [f"{topic}/{rank}" for rank in range(self.world)], "rank 0 has ended"
         try:
-            failure = self._publish(aside, step, meta, keys)
+            failure = self._publish(aside, meta, keys)
         except Exception as error:
             failure = f"rank 0: {error}"
         finally:  # the others wait for it
@@ -197,14 +206,14 @@ class Writer:
             say(f"cleaning up after the checkpoint of step {step} failed: {error}")
         return failure
 
-    def _publish(self, aside: Path, step: int, meta: dict[str, Any], keys: list[str]) -> str:
+    def _publish(self, aside: Path, meta: CheckpointMeta, keys: list[str]) -> str:
         """On rank 0: once all ranks have reported under `keys`, publish their files, or say what went wrong."""
-        reports = [json.loads(told) for told in control_plane.await_keys(self.store, keys, SLOWEST)]
+        reports = [json.loads(told) for told in control_plane.wait_for_keys(self.store, keys, SLOWEST)]
         if failure := "; ".join(r["error"] for r in reports if "error" in r):
             return failure
         files, sizes = ({r["file"]: r[fact] for r in reports} for fact in ("sha256", "bytes"))
-        write_atomically(aside / "meta.json", checkpoint_directory.sealed({**meta, "files": files, "bytes": sizes}))
-        checkpoint_directory.publish(self.run, aside, step)
+        write_atomically(aside / "meta.json", replace(meta, files=files, bytes=sizes).to_json().encode())
+        checkpoint_directory.publish(self.run, aside, meta.step)
         return ""
 
 
@@ -213,7 +222,7 @@ def write_slices(path: Path, buffer: Tensor, layout: dict[str, tuple[int, int]])
 
     Not safetensors' own writer, which holds on to Python's lock and so would stop the training that goes on.
     """
-    head = header({name: (end - start,) for name, (start, end) in layout.items()})
+    head = safetensors_header({name: (end - start,) for name, (start, end) in layout.items()})
     data = buffer.numpy().view(np.uint8).data
     sha = hashlib.sha256()
     with path.open("wb", buffering=0) as file:

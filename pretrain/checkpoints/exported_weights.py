@@ -27,7 +27,7 @@ FORMAT = 2  # of exports; without one or in 1 rotary embedding paired other chan
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportedWeights:
     """One set of weights of an exported folder, all of whose headers have been read.
 
     facts: its config.json. files: where each tensor is.
@@ -49,7 +49,7 @@ class Exported:
                 if self.shapes.get(name, shape) != shape
             ],
         }
-        wrong = [f"{shortened(names)}, {why}" for why, names in told.items() if names]
+        wrong = [f"{abbreviated(names)}, {why}" for why, names in told.items() if names]
         if wrong:
             raise ValueError(f"config.json in {self.folder} does not match its weights: {'; '.join(wrong)}")
 
@@ -66,12 +66,12 @@ class Exported:
                     yield name, opened.get_tensor(name).to(dtype=dtype, copy=True)
 
 
-def open_exported(folder: Path, weights: str | None = None) -> Exported:
+def open_exported(folder: Path, weights: str | None = None) -> ExportedWeights:
     """Look up the "ema" or "raw" weights of an exported folder (None: the first it has) without loading them.
 
     FileNotFoundError where files are missing, ValueError where they are not what `msc export` wrote.
     """
-    facts = read_facts(folder)
+    facts = read_export_config(folder)
     listed = facts.get("weights")
     if not isinstance(listed, list) or not listed:
         raise ValueError(f"{folder / 'config.json'} does not say which weights there are: export again")
@@ -97,11 +97,11 @@ def open_exported(folder: Path, weights: str | None = None) -> Exported:
     if placed and {name: path.name for name, path in files.items()} != placed:
         odd = sorted(name for name in placed.keys() | files.keys()
                      if name not in files or placed.get(name) != files[name].name)  # fmt: skip
-        raise ValueError(f"{index.name} in {folder} does not match its files: {shortened(odd)}")
-    return Exported(folder, facts, files, shapes)
+        raise ValueError(f"{index.name} in {folder} does not match its files: {abbreviated(odd)}")
+    return ExportedWeights(folder, facts, files, shapes)
 
 
-def read_facts(folder: Path) -> dict[str, Any]:
+def read_export_config(folder: Path) -> dict[str, Any]:
     """The config.json of an exported folder. ValueError if it is none, or of another format."""
     path = folder / "config.json"
     if not path.is_file():
@@ -138,7 +138,7 @@ def open_safetensors(path: Path) -> Any:
         raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from None
 
 
-def header(shapes: Shapes, dtype: torch.dtype = torch.float32) -> bytes:
+def safetensors_header(shapes: Shapes, dtype: torch.dtype = torch.float32) -> bytes:
     """The start of a safetensors file whose tensors follow one another in this order."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
@@ -151,6 +151,6 @@ def header(shapes: Shapes, dtype: torch.dtype = torch.float32) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def shortened(names: list[str]) -> str:
+def abbreviated(names: list[str]) -> str:
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more

@@ -26,9 +26,9 @@ from torch import Tensor
 from msc.parallel import control_plane, deepspeed_zero
 
 from . import directory as checkpoint_directory
-from .directory import latest, read_meta
+from .directory import CheckpointMeta, latest
 
-__all__ = ["CheckpointConfig", "Slices", "latest", "load", "load_newest", "read_meta", "weights"]
+__all__ = ["CheckpointConfig", "ParameterReader", "latest", "load", "load_newest", "weights"]
 
 STORE_S = 60.0  # seconds that the store may take to answer
 
@@ -52,27 +52,29 @@ class CheckpointConfig:
             )
 
 
-def versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
     """Of what takes part in the numbers: bit-identical continuation needs the same."""
     names = ("torch", "deepspeed", "numpy", "safetensors")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
-def changes(before: dict[str, Any], clips: int, order: dict[str, Any] | None = None) -> list[str]:
+def resume_differences(before: CheckpointMeta | None, clips: int, order: dict[str, Any] | None = None) -> list[str]:
     """What keeps a resumed run from being the same to the last bit, or from seeing the same clips.
 
     order: settings that the order of clips depends on, beside the number of clips.
     """
-    then, now, found = before.get("versions", {}), versions(), []
+    if before is None:
+        return []
+    then, now, found = before.versions, library_versions(), []
     if other := [f"{name} {then[name]} -> {now[name]}" for name in now if then.get(name, now[name]) != now[name]]:
         found.append(f"other versions than before, equal to rounding only: {', '.join(other)}")
-    if (held := before.get("clips", clips)) != clips:
+    if (held := before.clips) not in (None, clips):
         found.append(
             f"the shards hold {clips} clips to train on, and held {held} when the checkpoint was written: the order is "
             "another from here on, and clips of this epoch may come again or not at all"
         )
     for name, value in (order or {}).items():
-        if before and (held := before["config"].get(name, value)) != value:
+        if (held := before.config.get(name, value)) != value:
             found.append(
                 f"{name} is {value}, and was {held} when the checkpoint was written: the order of clips is another "
                 "from here on, and clips of this epoch may come again or not at all"
@@ -84,24 +86,24 @@ def say(text: str) -> None:
     print(f"msc: {text}", file=sys.stderr, flush=True)
 
 
-def load_newest(run: Path, engine: Any) -> dict[str, Any]:
-    """Load the newest whole checkpoint on all ranks: what was saved with it; nothing if there is none.
+def load_newest(run: Path, engine: Any) -> CheckpointMeta | None:
+    """Load the newest whole checkpoint on all ranks: what was saved with it; None if there is none.
 
     One that is damaged is named, with the reason, and the one before it is taken. ValueError if none is whole.
     """
     bad: list[tuple[Path, list[str]]] = []
-    topic, there = control_plane.on_first(
-        lambda: (f"msc/load/{uuid.uuid4().hex}", checkpoint_directory.candidates(run))
+    topic, there = control_plane.run_on_rank_0(
+        lambda: (f"msc/load/{uuid.uuid4().hex}", checkpoint_directory.resume_candidates(run))
     )
-    store = control_plane.open_store(STORE_S)
+    store = control_plane.connect_store(STORE_S)
     for path in there:
-        share = checkpoint_directory.damage(path, (dist.get_rank(), dist.get_world_size()))
-        control_plane.wait_for_all(store, f"{topic}/{path.name}")  # hashing may take longer than a collective waits
-        shares = control_plane.gather(share)
+        share = checkpoint_directory.verify(path, (dist.get_rank(), dist.get_world_size()))
+        control_plane.store_barrier(store, f"{topic}/{path.name}")  # hashing may take longer than a collective waits
+        shares = control_plane.gather_objects(share)
         if problems := sorted({problem for share in shares for problem in share}):
             bad.append((path, problems))
             continue
-        control_plane.on_first(lambda: _pass_over(run, bad, path))  # noqa: B023 - called at once
+        control_plane.run_on_rank_0(lambda: _pass_over(run, bad, path))  # noqa: B023 - called at once
         return load(path, engine)
     if bad:
         raise ValueError(
@@ -109,51 +111,51 @@ def load_newest(run: Path, engine: Any) -> dict[str, Any]:
         )
     if dist.get_rank() == 0:
         say(f"{run} has no checkpoint yet: training begins at the first step")
-    return {}
+    return None
 
 
 def _pass_over(run: Path, bad: list[tuple[Path, list[str]]], good: Path) -> None:
     """Say which checkpoints are damaged and what is used instead, and put them out of the way."""
     for path, problems in bad:
-        moved = checkpoint_directory.set_aside(path, "damaged")
+        moved = checkpoint_directory.rename_aside(path, "damaged")
         say(f"{'; '.join(problems)}; kept as {moved.name}, training goes on from {good.name}")
     if bad:
-        checkpoint_directory.point_to(run, good)
+        checkpoint_directory.set_latest(run, good)
 
 
-def load(path: Path, engine: Any) -> dict[str, Any]:
+def load(path: Path, engine: Any) -> CheckpointMeta:
     """Restore weights, moments and averages into an engine of any world size and stage; returns what was saved."""
-    meta = read_meta(path)
-    expected = {name: tuple(shape) for name, shape in meta["parameters"].items()}
+    meta = CheckpointMeta.read(path)
+    expected = meta.parameters
     missing = expected.keys() ^ {name for name, p in engine.module.named_parameters() if p.requires_grad}
     if missing:
         raise ValueError(f"{path} and the model do not have the same parameters: {sorted(missing)[0]}")
-    with Slices(path, meta) as slices:
-        for piece in deepspeed_zero.pieces(engine):
+    with ParameterReader(path, meta) as slices:
+        for piece in deepspeed_zero.local_slices(engine):
             if expected.get(piece.name) != piece.shape:
                 raise ValueError(
                     f"{path} holds {piece.name} with shape {expected.get(piece.name)}, the model has {piece.shape}"
                 )
             for key, value in piece.state.items():
                 value.copy_(slices.read(piece.name, key, piece.start, piece.numel))
-    deepspeed_zero.restore_steps(engine, meta["adam_steps"])
-    deepspeed_zero.publish_masters(engine)
+    deepspeed_zero.set_adam_steps(engine, meta.adam_steps)
+    deepspeed_zero.copy_masters_to_model(engine)
     return meta
 
 
-class Slices:
+class ParameterReader:
     """Random access to a checkpoint's parameters without loading it whole."""
 
-    def __init__(self, path: Path, meta: dict[str, Any]):
+    def __init__(self, path: Path, meta: CheckpointMeta):
         self._stack = ExitStack()
         self._where: dict[tuple[str, str], list[tuple[int, Any, str]]] = defaultdict(list)
-        for file in meta["files"]:
+        for file in meta.files:
             opened = self._stack.enter_context(safe_open(path / file, framework="pt"))
             for tensor in opened.keys():  # noqa: SIM118 - not a dict
                 name, start, key = tensor.split("|")
                 self._where[name, key].append((int(start), opened, tensor))
 
-    def __enter__(self) -> Slices:
+    def __enter__(self) -> ParameterReader:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -175,13 +177,13 @@ class Slices:
 
 
 @contextmanager
-def reading(path: Path, which: str = "ema") -> Iterator[Callable[[str], Tensor]]:
+def open_weights(path: Path, which: str = "ema") -> Iterator[Callable[[str], Tensor]]:
     """While open, reads any whole parameter of a checkpoint in fp32: "ema" averaged or "raw" as trained."""
-    meta = read_meta(path)
-    with Slices(path, meta) as slices:
+    meta = CheckpointMeta.read(path)
+    with ParameterReader(path, meta) as slices:
 
         def read(name: str) -> Tensor:
-            shape = torch.Size(meta["parameters"][name])
+            shape = torch.Size(meta.parameters[name])
             return slices.read(name, {"raw": "weight"}.get(which, which), 0, shape.numel()).view(shape)
 
         yield read
@@ -189,6 +191,6 @@ def reading(path: Path, which: str = "ema") -> Iterator[Callable[[str], Tensor]]
 
 def weights(path: Path, which: str = "ema") -> Iterator[tuple[str, Tensor]]:
     """All parameters of a checkpoint, one at a time, in fp32: "ema" averaged or "raw" as trained."""
-    with reading(path, which) as read:
-        for name in read_meta(path)["parameters"]:
+    with open_weights(path, which) as read:
+        for name in CheckpointMeta.read(path).parameters:
             yield name, read(name)

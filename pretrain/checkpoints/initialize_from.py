@@ -16,19 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.config import ModelConfig
-from ..model.transformer import MSCTransformer, OnPartBuilt
-from ..run_folder import read_run
+from ..inference.load import read_run
+from ..model.transformer import Made, ModelConfig, MSCTransformer
 from . import directory as checkpoint_directory
 from . import format as checkpoint_format
-from .exported_weights import Shapes, open_exported, shortened
+from .exported_weights import Shapes, abbreviated, open_exported
 
 FIXED = ("width", "depth", "heads", "hidden", "patch", "channels")
 OF_THE_DATA = ("latent_mean", "latent_std", "gate_constants")
 
 
 @dataclass(frozen=True)
-class Start:
+class InitialWeights:
     """Weights to start from. opened: while open, reads any of them by name."""
 
     what: str
@@ -38,7 +37,7 @@ class Start:
     opened: Callable[[], AbstractContextManager[Callable[[str], Tensor]]]
 
 
-def find(place: Path, newest: Path | None = None) -> Start:
+def find_weights(place: Path, newest: Path | None = None) -> InitialWeights:
     """Look weights up without loading them; FileNotFoundError or ValueError if there are none that can be used.
 
     newest: the checkpoint to take of a run; None looks for it, as ranks that are to find the same must not."""
@@ -46,10 +45,11 @@ def find(place: Path, newest: Path | None = None) -> Start:
         config, space = read_run(place)
         if (path := newest or checkpoint_directory.latest(place)) is None:
             raise FileNotFoundError(f"train.init_from is {place}, a run without a checkpoint yet")
-        meta = checkpoint_directory.read_meta(path)
-        shapes = {name: tuple(shape) for name, shape in meta["parameters"].items()}
-        what = f"the averaged weights of step {meta['step']:,} of the run {place}"
-        return Start(what, config.model, space.autoencoder, shapes, lambda: checkpoint_format.reading(path))
+        meta = checkpoint_directory.CheckpointMeta.read(path)
+        what = f"the averaged weights of step {meta.step:,} of the run {place}"
+        return InitialWeights(
+            what, config.model, space.autoencoder, meta.parameters, lambda: checkpoint_format.open_weights(path)
+        )
     if not (place / "config.json").is_file():
         raise FileNotFoundError(
             f"train.init_from is {place}, which is neither a run folder (config.yaml) nor an exported one (config.json)"
@@ -58,10 +58,10 @@ def find(place: Path, newest: Path | None = None) -> Start:
     facts, model = exported.facts, MSCTransformer.described(exported).config
     what = f"the exported weights of step {facts.get('training', {}).get('step', '?')} in {place}"
     autoencoder = facts.get("data", {}).get("autoencoder", "?")
-    return Start(what, model, autoencoder, exported.shapes, lambda: nullcontext(exported.read))
+    return InitialWeights(what, model, autoencoder, exported.shapes, lambda: nullcontext(exported.read))
 
 
-def differences(start: Start, config: ModelConfig, autoencoder: str) -> list[str]:
+def describe_differences(start: InitialWeights, config: ModelConfig, autoencoder: str) -> list[str]:
     """What a run with this model takes from `start` and what not, in lines; ValueError if they do not go together."""
     values = [(name, getattr(start.config, name), getattr(config, name)) for name in FIXED]
     if wrong := [f"model.{name} is {here} here and {there} there" for name, there, here in values if there != here]:
@@ -79,13 +79,13 @@ def differences(start: Start, config: ModelConfig, autoencoder: str) -> list[str
     if start.autoencoder != autoencoder:
         told.append(f"the latents are of {autoencoder}, and were of {start.autoencoder}")
     if new := sorted(shapes.keys() - kept):
-        told.append(f"new: {shortened(new)}")
+        told.append(f"new: {abbreviated(new)}")
     if left := sorted(start.shapes.keys() - kept):
-        told.append(f"left behind: {shortened(left)}")
+        told.append(f"left behind: {abbreviated(left)}")
     return told
 
 
-def taken(start: Start, config: ModelConfig, shapes: Shapes) -> set[str]:
+def taken(start: InitialWeights, config: ModelConfig, shapes: Shapes) -> set[str]:
     """Names of the tensors that a model with `shapes` takes over.
 
     Layers of labels and texts begin anew where there were none or others; the gate's offset of a head where it looked
@@ -102,13 +102,13 @@ def taken(start: Start, config: ModelConfig, shapes: Shapes) -> set[str]:
 
 
 @contextmanager
-def start(
+def open_initial_weights(
     place: Path, config: ModelConfig, autoencoder: str, newest: Path | None = None
 ) -> Iterator[tuple[list[str], OnPartBuilt]]:
     """What a new model takes of the weights that `find` finds, in lines; and what copies it into a part of the model,
     given the part's name ("" for all of it). A rank so reads a part at a time."""
-    found = find(place, newest)
-    told = differences(found, config, autoencoder)
+    found = find_weights(place, newest)
+    told = describe_differences(found, config, autoencoder)
     with torch.device("meta"):
         kept = taken(found, config, MSCTransformer(config).shapes())
     with found.opened() as read:

@@ -18,7 +18,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from ..checkpoints.exported_weights import read_facts
+from ..checkpoints.exported_weights import read_export_config
 from ..diffusion.autoencoder import open_autoencoder, to_float
 from ..diffusion.rectified_flow import DiffusionConfig, frame_shift
 from ..diffusion.sampler import generate
@@ -75,7 +75,7 @@ class MSCPipeline(DiffusionPipeline):
         autoencoder: str | None = None,
     ) -> MSCPipeline:
         """Of a folder that `msc export` wrote; arguments and errors are those of `MSCTransformer.from_pretrained`."""
-        facts = read_facts(Path(folder))
+        facts = read_export_config(Path(folder))
         transformer = PipelineTransformer.from_pretrained(folder, weights, dtype)
         return cls(transformer, facts.get("data"), facts.get("diffusion"), autoencoder)
 

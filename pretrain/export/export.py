@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,14 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msc.datasets.files import check_replaceable, partial_folder, publish, write_atomically
+from msc.datasets.files import check_replaceable, free_bytes, partial_folder, publish_folder, write_atomically
 
 from ..checkpoints import directory as checkpoint_directory
 from ..checkpoints import format as checkpoint_format
-from ..checkpoints.exported_weights import FORMAT, Shapes, header, open_safetensors, shortened
+from ..checkpoints.directory import CheckpointMeta
+from ..checkpoints.exported_weights import FORMAT, Shapes, abbreviated, open_safetensors, safetensors_header
 from ..config import Config
+from ..inference.load import read_run
 from ..model.transformer import MSCTransformer
-from ..run_folder import LatentSpace, read_run
+from ..run_folder import LatentSpace
 from . import model_card
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,17 +40,17 @@ class Source:
     """A checkpoint to take weights from. shapes: of everything that the model keeps, in its order."""
 
     path: Path
-    meta: dict[str, Any]
+    meta: CheckpointMeta
     shapes: Shapes
 
-    def parts(self, slices: checkpoint_format.Slices, name: str, which: str) -> Iterator[Tensor]:
+    def parts(self, slices: checkpoint_format.ParameterReader, name: str, which: str) -> Iterator[Tensor]:
         """The flattened fp32 values of a tensor, a part at a time."""
         numel = math.prod(self.shapes[name])
         for start in range(0, numel, PART):
             yield slices.read(name, KEYS[which], start, min(PART, numel - start))
 
-    def open(self) -> checkpoint_format.Slices:
-        return checkpoint_format.Slices(self.path, self.meta)
+    def open(self) -> checkpoint_format.ParameterReader:
+        return checkpoint_format.ParameterReader(self.path, self.meta)
 
 
 def export(
@@ -86,13 +87,13 @@ def export(
             told.append(f"{which:<4} {named} ({size / 1e6:,.1f} MB): {proof}")
         kept = model_card.write_card(aside, run, facts, config, before=out / "README.md", repository=push_to)
         model_card.write_pipeline(aside, facts)
-        publish(aside, out)
+        publish_folder(aside, out)
     count = sum(map(math.prod, source.shapes.values()))
-    told.insert(0, f"{count:,} parameters of step {source.meta['step']:,} in {dtype} written to {out}")
+    told.insert(0, f"{count:,} parameters of step {source.meta.step:,} in {dtype} written to {out}")
     if kept:
         told.append(f"{out / 'README.md'} is not as it was written, and kept: its figures may be of an earlier export")
     if push_to is not None:
-        told.append(model_card.push(out, push_to, f"step {source.meta['step']}"))
+        told.append(model_card.push(out, push_to, f"step {source.meta.step}"))
     return "\n".join(told)
 
 
@@ -101,28 +102,27 @@ def open_source(run: Path, config: Config, step: str | None) -> Source:
     path = checkpoint_directory.latest(run) if step is None else checkpoint_directory.find(run, step)
     if path is None:
         raise FileNotFoundError(f"{run} has no checkpoint yet; train longer, or set checkpoint.every lower")
-    if problems := checkpoint_directory.damage(path):
+    if problems := checkpoint_directory.verify(path):
         raise ValueError(f"{'; '.join(problems)}: export another one with --checkpoint, `msc checkpoints` lists them")
-    meta = checkpoint_directory.read_meta(path)
+    meta = CheckpointMeta.read(path)
     with torch.device("meta"):
         shapes = MSCTransformer(config.model).shapes()
-    held = {name: tuple(shape) for name, shape in meta["parameters"].items()}
+    held = meta.parameters
     if lost := sorted(shapes.keys() ^ held.keys()):  # such as parameters that were frozen: they are not checkpointed
-        raise ValueError(f"{path} and the run's model do not hold the same tensors: {shortened(lost)}")
+        raise ValueError(f"{path} and the run's model do not hold the same tensors: {abbreviated(lost)}")
     if other := [name for name in shapes if shapes[name] != held[name]]:
-        raise ValueError(f"{path} holds {shortened(other)} in another shape than the run's model")
+        raise ValueError(f"{path} holds {abbreviated(other)} in another shape than the run's model")
     return Source(path, meta, shapes)
 
 
 def check_space(out: Path, source: Source, each: int) -> None:
-    there = next(parent for parent in out.absolute().parents if parent.exists())
-    free, needed = shutil.disk_usage(there).free, each * sum(map(math.prod, source.shapes.values()))
+    free, needed = free_bytes(out), each * sum(map(math.prod, source.shapes.values()))
     if free < needed:
-        raise OSError(f"{there} has {free / 1e9:.1f} GB free; the weights take {needed / 1e9:.1f} GB")
+        raise OSError(f"the disk of {out} has {free / 1e9:.1f} GB free; the weights take {needed / 1e9:.1f} GB")
 
 
 def describe(
-    config: Config, space: LatentSpace, meta: dict[str, Any], weights: tuple[str, ...], dtype: str
+    config: Config, space: LatentSpace, meta: CheckpointMeta, weights: tuple[str, ...], dtype: str
 ) -> dict[str, Any]:
     """config.json: what a reader of the weights must know, and where they come from."""
     return {
@@ -134,11 +134,11 @@ def describe(
         "data": asdict(space),
         "diffusion": asdict(config.diffusion),
         "training": {
-            "step": meta["step"],
-            "clips": meta["clock"],
-            "clips_in_set": meta.get("clips"),
+            "step": meta.step,
+            "clips": meta.clock,
+            "clips_in_set": meta.clips,
             "precision": config.parallel.precision,
-            "versions": meta.get("versions", {}),
+            "versions": meta.versions,
         },
     }
 
@@ -179,11 +179,16 @@ def split(sizes: dict[str, int], limit: int) -> list[list[str]]:
 
 
 def write_file(
-    path: Path, source: Source, slices: checkpoint_format.Slices, names: list[str], which: str, dtype: torch.dtype
+    path: Path,
+    source: Source,
+    slices: checkpoint_format.ParameterReader,
+    names: list[str],
+    which: str,
+    dtype: torch.dtype,
 ) -> None:
     """One safetensors file, without holding more than a part of a tensor. (The library's writer takes all at once.)"""
     with path.open("wb") as file:
-        file.write(header({name: source.shapes[name] for name in names}, dtype))
+        file.write(safetensors_header({name: source.shapes[name] for name in names}, dtype))
         for name in names:
             for part in source.parts(slices, name, which):
                 converted = part.to(dtype)
@@ -195,7 +200,12 @@ def write_file(
 
 
 def compare_file(
-    path: Path, source: Source, slices: checkpoint_format.Slices, names: list[str], which: str, dtype: torch.dtype
+    path: Path,
+    source: Source,
+    slices: checkpoint_format.ParameterReader,
+    names: list[str],
+    which: str,
+    dtype: torch.dtype,
 ) -> None:
     """RuntimeError unless the file, read by the safetensors library, holds exactly the checkpoint's tensors."""
     with open_safetensors(path) as opened:

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..checkpoints.exported_weights import Exported, open_exported
-from ..kernels.dispatch import Kernel
-from .attention_inputs import AttentionInputs
-from .config import ModelConfig
+from ..checkpoints.exported_weights import ExportedWeights, open_exported
+from .attention import still
+from .attention_inputs import View, view_frames
 from .layers import Block, NoiseEmbedding
 from .past_context import Layer, PastContext, WholeVideo
 
@@ -134,7 +133,7 @@ class MSCTransformer(nn.Module):
         std = self.config.latent_std or (1.0,) * channels
         return like.new_tensor(mean)[:, None, None], like.new_tensor(std)[:, None, None]
 
-    # Exported weights ------------------------------------------------------------------------------------
+    # ExportedWeights weights ------------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(
@@ -151,7 +150,7 @@ class MSCTransformer(nn.Module):
         return model.eval()
 
     @classmethod
-    def described(cls, exported: Exported) -> MSCTransformer:
+    def described(cls, exported: ExportedWeights) -> MSCTransformer:
         """The model of an exported folder, without its weights; ValueError if config.json does not describe them."""
         try:
             config = ModelConfig.from_dict(exported.facts["model"])

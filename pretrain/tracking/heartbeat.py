@@ -22,20 +22,22 @@ from typing import Any
 
 import psutil
 
-SECONDS = 3.0
-JOB = "MSC_JOB"  # in the environment of ranks that a job started: its id
+from msc.datasets.files import write_atomically
+
+INTERVAL_S = 3.0
+JOB_VARIABLE = "MSC_JOB"  # in the environment of ranks that a job started: its id
 ENDED = "ended"
-SETTLES = 0.5  # seconds from reading that a run is free to having written that it is taken
-FRESH = 60.0  # seconds without a heartbeat after which a rank 0 that says nothing is taken for dead
+SETTLE_S = 0.5  # seconds from reading that a run is free to having written that it is taken
+TAKEOVER_S = 60.0  # seconds without a heartbeat after which a rank 0 that says nothing is taken for dead
 
 
-def job_of(environment: Mapping[str, str]) -> str:
-    return environment.get(JOB) or environment.get("SLURM_JOB_ID", "")
+def job_id(environment: Mapping[str, str]) -> str:
+    return environment.get(JOB_VARIABLE) or environment.get("SLURM_JOB_ID", "")
 
 
 @contextmanager
-def beating(
-    run: Path | None, ranks: int, seconds: float = SECONDS, stall: float = 0.0
+def write_heartbeat(
+    run: Path | None, ranks: int, seconds: float = INTERVAL_S, stall: float = 0.0
 ) -> Iterator[Callable[[int, str], None]]:
     """Write the heartbeat of `run` from a thread while the block runs; yields `at(step, phase)`. None: no heartbeat.
 
@@ -62,7 +64,7 @@ def beating(
         write()
         while not over.wait(seconds):
             now = time.monotonic()
-            if now - began > FRESH:  # stopped, or a file system that stood still: we were taken for dead
+            if now - began > TAKEOVER_S:  # stopped, or a file system that stood still: we were taken for dead
                 doubt = now + 4 * seconds  # in which one who lives has beaten twice
             began = now
             if now < doubt and (beat := other_than(known, read(run))):
@@ -105,7 +107,7 @@ def took(known: Mapping[str, Any], met: Mapping[str, Any], beat: Mapping[str, An
 
 
 def _end_taken(run: Path, beat: Mapping[str, Any]) -> None:
-    said = f"stood still for more than {FRESH:g} s, and meanwhile {taken(run, beat)}"
+    said = f"stood still for more than {TAKEOVER_S:g} s, and meanwhile {taken(run, beat)}"
     print(f"msc: rank 0: {said}", file=sys.stderr, flush=True)
     os._exit(1)
 
@@ -119,15 +121,14 @@ def _end_stalled(step: int, phase: str, stall: float) -> None:
 
 def identity(ranks: int) -> dict[str, Any]:
     """What stays the same in all heartbeats of this process."""
-    return {"started": time.time(), "host": socket.gethostname(), "pid": os.getpid(), "job": job_of(os.environ),
+    return {"started": time.time(), "host": socket.gethostname(), "pid": os.getpid(), "job": job_id(os.environ),
             "ranks": ranks}  # fmt: skip
 
 
 def _write(run: Path, step: int, phase: str, since: float, known: Mapping[str, Any]) -> None:
     run.mkdir(parents=True, exist_ok=True)
-    partial = run / f".heartbeat.{known['host']}.{known['pid']}"  # two processes may claim the run at once
-    partial.write_text(json.dumps({"time": time.time(), "step": step, "phase": phase, "since": since, **known}))
-    os.replace(partial, run / "heartbeat.json")
+    beat = {"time": time.time(), "step": step, "phase": phase, "since": since, **known}
+    write_atomically(run / "heartbeat.json", json.dumps(beat).encode(), sync=False)
 
 
 def read(run: Path) -> dict[str, Any]:
@@ -141,10 +142,10 @@ def read(run: Path) -> dict[str, Any]:
 
 def is_fresh(beat: Mapping[str, Any], now: float) -> bool:
     """Whether it is of a run that goes on, as far as one look can tell."""
-    return bool(beat) and beat["phase"] != ENDED and now - beat["time"] < FRESH
+    return bool(beat) and beat["phase"] != ENDED and now - beat["time"] < TAKEOVER_S
 
 
-def check_free(run: Path, say: Callable[[str], None], seconds: float = 1.0) -> None:
+def check_not_training(run: Path, say: Callable[[str], None], seconds: float = 1.0) -> None:
     """ValueError if somebody is training in `run`: two at once would overwrite each other's checkpoints.
 
     A heartbeat that is fresh may be the last of a run that was killed. If its process was on this machine, that is
@@ -165,18 +166,18 @@ def check_free(run: Path, say: Callable[[str], None], seconds: float = 1.0) -> N
             raise ValueError(taken(run, beat))
 
 
-def claim(run: Path, ranks: int, say: Callable[[str], None]) -> None:
+def acquire_run(run: Path, ranks: int, say: Callable[[str], None]) -> None:
     """Take `run` for this process with a first heartbeat; ValueError if somebody has it, or takes it at the same time.
 
     The last to write has it: who still reads its own heartbeat when all others must have written is alone (Fischer's
     algorithm, in Lamport 1987, A fast mutual exclusion algorithm). Unlike a lock this needs nothing of a shared file
     system but renames. Before `beating`, on rank 0 only.
     """
-    check_free(run, say)
+    check_not_training(run, say)
     known, checked = identity(ranks), time.monotonic()
     _write(run, 0, "starting", time.time(), known)
-    late = time.monotonic() - checked > SETTLES  # then somebody may be training already, whose next heartbeat tells
-    time.sleep(2 * SECONDS if late else SETTLES)
+    late = time.monotonic() - checked > SETTLE_S  # then somebody may be training already, whose next heartbeat tells
+    time.sleep(2 * INTERVAL_S if late else SETTLE_S)
     found = read(run)
     if [found.get(name) for name in ("host", "pid")] != [known["host"], known["pid"]]:
         raise ValueError(taken(run, found))

@@ -6,10 +6,8 @@ Everything here may block or raise; MLflow itself is imported by `Store.connect`
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
-import os
 import re
 import subprocess
 import time
@@ -20,6 +18,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from msc.datasets.files import locked, write_atomically
 
 logger = logging.getLogger("msc.pretrain.tracking.tracker")
 
@@ -185,7 +185,7 @@ class Store:
                     raise
         found = client.search_runs([experiment_id], f"tags.`msc.key` = '{self.key}'", max_results=1)
         if not found and self.wanted:
-            logger.warning("mlflow: run %s is not in %s; a new one is made", self.wanted, shown(self.uri))
+            logger.warning("mlflow: run %s is not in %s; a new one is made", self.wanted, without_credentials(self.uri))
         return found[0] if found else None
 
     def _describe(self, found: Any) -> None:
@@ -202,17 +202,15 @@ class Store:
         self._send(found.info.run_id, [Point({**tags, "msc.starts": self.starts}, None, 0)])
 
     def _write_identity(self, run_id: str | None) -> None:
-        partial = self.run / f".mlflow.json.{os.getpid()}"
         known = {
             "key": self.key,
             "run_id": run_id,
-            "tracking_uri": shown(self.uri),
+            "tracking_uri": without_credentials(self.uri),
             "experiment": self.experiment,
         }
         try:
             self.run.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(known, indent=1) + "\n")
-            os.replace(partial, self.run / "mlflow.json")
+            write_atomically(self.run / "mlflow.json", f"{json.dumps(known, indent=1)}\n".encode(), sync=False)
         except OSError as error:  # a run folder that is only read
             logger.warning("mlflow: the run's id is not kept: %s", error)
 
@@ -246,7 +244,7 @@ def refused(error: Exception) -> bool:
     return getattr(error, "error_code", None) in answers
 
 
-def shown(uri: str) -> str:
+def without_credentials(uri: str) -> str:
     """A tracking URI without the user's name and password."""
     return without_user(uri, uri)
 
@@ -290,7 +288,5 @@ def _first_use(uri: str) -> Iterator[None]:
         yield
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file.with_name(file.name + ".lock"), "w") as lock:
-        with contextlib.suppress(OSError):  # some network file systems have no locks: the caller retries
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(file.with_name(file.name + ".lock"), required=False):  # the caller retries
         yield

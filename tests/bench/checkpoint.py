@@ -35,6 +35,7 @@ def stall(args: argparse.Namespace, folder: Path) -> None:
     from msc.parallel import deepspeed_zero, process_group
     from msc.pretrain import cost
     from msc.pretrain.checkpoints.async_writer import Writer
+    from msc.pretrain.checkpoints.directory import CheckpointMeta
     from msc.pretrain.checkpoints.format import CheckpointConfig
     from msc.pretrain.model.config import ModelConfig
     from msc.pretrain.model.scales import default_scales
@@ -42,7 +43,7 @@ def stall(args: argparse.Namespace, folder: Path) -> None:
     from msc.pretrain.parallelize import ParallelConfig, build, parallelize
 
     os.environ.update(rank_environment(os.environ, 0, 1, free_port()))
-    world = process_group.join(60)
+    world = process_group.join_process_group(60)
     torch.manual_seed(0)
     config = ModelConfig(
         width=args.width, depth=args.depth, scales=default_scales(8, patch_window=None), patch=2, channels=4
@@ -59,17 +60,16 @@ def stall(args: argparse.Namespace, folder: Path) -> None:
         return time.perf_counter() - began
 
     writer = Writer(folder, CheckpointConfig(every=1, keep=1), 600.0)
-    facts: dict[str, Any] = {"clock": 0, "config": {}}
     for _ in range(3):
         step()
-    writer.save(engine, 0, facts)  # makes the host buffer
+    writer.save(engine, CheckpointMeta(step=0, clock=0))  # makes the host buffer
     writer.wait()
     number, rows = 0, []
     for _ in range(args.runs):
         for way in ("before", "beside"):
             plain = statistics.median(step() for _ in range(args.steps))
             number, began = number + 1, time.perf_counter()
-            copied = writer.save(engine, number, facts)["saving/stall_s"]
+            copied = writer.save(engine, CheckpointMeta(step=number, clock=0))["saving/stall_s"]
             steps = 0
             if way == "before":
                 writer.wait()
@@ -95,7 +95,7 @@ def stall(args: argparse.Namespace, folder: Path) -> None:
         print(f"{way:<10} {values} {share:>15.1%}  ({min(stalls[way]):.1%} to {max(stalls[way]):.1%})")
     ratio = statistics.median(stalls["beside"]) / statistics.median(stalls["before"])
     print(f"beside / before: {ratio:.1%} of the stall")
-    process_group.leave()
+    process_group.leave_process_group()
 
 
 # Restart ---------------------------------------------------------------------------------------------------
@@ -127,11 +127,11 @@ def rank() -> int:
         setattr(module, name, marked)
 
     MARKS.append(("ranks: imports", time.time()))
-    timed(training.process_group, "join", "process group")
+    timed(training.process_group, "join_process_group", "process group")
     timed(training, "build", "shards' index, mesh, model")
     timed(training, "parallelize", "DeepSpeed")
     timed(training.checkpoint_format, "load_newest", "checkpoint: verify, load")
-    timed(training.process_group, "total_of", "loader, tracker, first batch")
+    timed(training.process_group, "all_reduce_sum", "loader, tracker, first batch")
     timed(training.deepspeed_zero, "step", "first step")
     taken: list[int] = []
     step = training.deepspeed_zero.step
@@ -165,16 +165,16 @@ def restart(args: argparse.Namespace, folder: Path) -> None:
     for turn in range(args.runs + 1):  # the first compiles and fills caches
         out.unlink(missing_ok=True)
         began = time.time()
-        process_group = subprocess.Popen([*command, "--resume" if turn else "--preset=demo"], stdout=subprocess.DEVNULL,
+        process = subprocess.Popen([*command, "--resume" if turn else "--preset=demo"], stdout=subprocess.DEVNULL,
                                    stderr=subprocess.STDOUT, env={**os.environ, "BENCH_OUT": str(out)})  # fmt: skip
         while not out.exists() or len(list(run.glob("checkpoints/step-*"))) < 2:
-            if process_group.poll() is not None:
+            if process.poll() is not None:
                 raise RuntimeError("training ended by itself")
             time.sleep(0.05)
         if turn:
             found.append([("", began), *map(tuple, json.loads(out.read_text()))])
-        process_group.send_signal(signal.SIGKILL)  # the ranks die with it
-        process_group.wait()
+        process.send_signal(signal.SIGKILL)  # the ranks die with it
+        process.wait()
         time.sleep(1.0)
     print(f"{args.processes} processes, `demo` preset: seconds from the new start after kill -9, median of {args.runs}")
     total = 0.0

@@ -39,7 +39,7 @@ def configure(case: dict[str, Any]) -> Any:
     from msc.datasets.prepare.statistics import Statistics
     from msc.pretrain.model.scales import Scale, default_scales
     from msc.pretrain.presets import PRESETS
-    from msc.pretrain.validation import ASSUMED, resolve
+    from msc.pretrain.validation import ASSUMED_INDEX, resolve
 
     base = PRESETS["demo"]()
     scales = (Scale(8),) if case.get("dense") else default_scales(8, patch_window=8)
@@ -48,7 +48,7 @@ def configure(case: dict[str, Any]) -> Any:
     parallel = replace(base.parallel, sp=case.get("sp", 1), recompute=case.get("recompute", False), zero=deepspeed_zero)
     side, batch = case["side"], case.get("ranks", 1) // case.get("sp", 1)
     index = replace(
-        ASSUMED, channels=4, frames=case["frames"], height=side, width=side, statistics=Statistics.default(4)
+        ASSUMED_INDEX, channels=4, frames=case["frames"], height=side, width=side, statistics=Statistics.default(4)
     )
     train = replace(base.train, batch=batch, micro=1)
     return resolve(replace(base, model=model, parallel=parallel, train=train), index), index
@@ -56,10 +56,10 @@ def configure(case: dict[str, Any]) -> Any:
 
 def planned(case: dict[str, Any]) -> float:
     from msc.launch.planning.hardware import KINDS
-    from msc.launch.planning.plan import plan
+    from msc.launch.planning.plan import make_plan
 
     config, index = configure(case)
-    memory = plan(config, index, KINDS["h100"], case.get("ranks", 1)).memory
+    memory = make_plan(config, index, KINDS["h100"], case.get("ranks", 1)).memory
     return sum(size for part, size in memory.items() if part != "reserved")
 
 
@@ -73,11 +73,11 @@ def rank() -> None:
 
     case = json.loads(os.environ["CASE"])
     process_group.keep_freed_memory = lambda: None  # what it keeps is no peak of the model's
-    world = process_group.join(300)
+    world = process_group.join_process_group(300)
     config, index = configure(case)
-    mesh = make_mesh(world.size, config.parallel.sp, "cpu")
-    clip = clip_shape(config.model, config.parallel, index.frames, index.height, index.width)
-    past_context, units = own_past_context(mesh, config.model, config.parallel, clip)
+    mesh = make_mesh(world.world_size, config.parallel.sp, "cpu")
+    clip = clip_of(config.model, config.parallel, index.frames, index.height, index.width)
+    timeline, units = own_timeline(mesh, config.model, config.parallel, clip)
     deepspeed_zero._deepspeed()
     x = torch.randn(1, len(units) * config.model.frames_per_unit, index.channels, index.height, index.width)
     t = torch.rand(x.shape[:2])
@@ -96,7 +96,7 @@ def rank() -> None:
         events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
     allocated = max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]")
     print(f"peak {allocated} {resident}", flush=True)
-    process_group.leave()
+    process_group.leave_process_group()
 
 
 def held(what: str) -> int:
@@ -117,7 +117,7 @@ def main() -> None:
                              stdout=subprocess.PIPE, text=True)
             for number in range(ranks)
         ]  # fmt: skip
-        said = [process_group.communicate()[0] for process_group in processes]
+        said = [process.communicate()[0] for process in processes]
         peaks = [line.split()[1:] for text in said for line in text.splitlines() if line.startswith("peak ")]
         assert len(peaks) == ranks, f"{name}: a rank failed"
         plan, (allocated, resident) = planned(case), (max(map(int, of)) for of in zip(*peaks, strict=True))

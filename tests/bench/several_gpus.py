@@ -40,7 +40,7 @@ import torch
 import torch.distributed as dist
 
 from msc.launch.planning import hardware
-from msc.launch.planning.plan import plan
+from msc.launch.planning.plan import make_plan
 from msc.launch.processes import launcher
 from msc.parallel import collectives, deepspeed_zero, process_group
 from msc.pretrain import cost
@@ -51,7 +51,7 @@ from msc.pretrain.model.scales import Scale
 from msc.pretrain.model.transformer import MSCTransformer
 from msc.pretrain.parallelize import build, check_parallel, clip_shape, make_mesh, own_past_context, parallelize
 from msc.pretrain.presets import PRESETS
-from msc.pretrain.validation import ASSUMED, resolve
+from msc.pretrain.validation import ASSUMED_INDEX, resolve
 
 RANK = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import several_gpus; several_gpus.rank()"
 COLUMNS = [
@@ -71,7 +71,7 @@ def configure(args: argparse.Namespace, job: dict[str, Any]) -> tuple[Any, Any]:
         precision="fp32" if args.device == "cpu" else "bf16",
         recompute=bool(args.longest) or (base.parallel.recompute and not args.keep),
     )  # fmt: skip
-    index = replace(ASSUMED, frames=job["frames"], height=args.side, width=args.side)
+    index = replace(ASSUMED_INDEX, frames=job["frames"], height=args.side, width=args.side)
     config = replace(base, model=model, parallel=parallel, train=replace(base.train, batch=1, micro=1))
     check_parallel(parallel, model, job["ranks"], job["frames"] // model.frames_per_unit)
     return resolve(config, index), index
@@ -123,13 +123,13 @@ def jobs_of(args: argparse.Namespace) -> list[dict[str, Any]]:
 @contextmanager
 def nothing_sent() -> Iterator[None]:
     """Messages along time stay away inside the block: receivers get random numbers at once, of ordinary size."""
-    post, wait = collectives.post, collectives.wait
-    collectives.post = lambda x, route: x.new_empty(sum(route.takes)).uniform_(0.1, 0.9)
-    collectives.wait = lambda x, route: x
+    post, wait = collectives.start_all_to_all, collectives.wait_all_to_all
+    collectives.start_all_to_all = lambda x, route: x.new_empty(sum(route.receive_counts)).uniform_(0.1, 0.9)
+    collectives.wait_all_to_all = lambda x, route: x
     try:
         yield
     finally:
-        collectives.post, collectives.wait = post, wait
+        collectives.start_all_to_all, collectives.wait_all_to_all = post, wait
 
 
 def awake(name: str, part: torch.nn.Module) -> None:
@@ -139,7 +139,7 @@ def awake(name: str, part: torch.nn.Module) -> None:
 
 
 def training_step(
-    args: argparse.Namespace, world: process_group.World, mesh: Any, job: dict[str, Any]
+    args: argparse.Namespace, world: process_group.RankInfo, mesh: Any, job: dict[str, Any]
 ) -> Callable[[], Any]:
     """A function that takes one step and returns this rank's share of the loss."""
     config, index = configure(args, job)
@@ -170,7 +170,7 @@ def training_step(
         errors = frame_losses(model(noisy, t, None, None, past_context, all_t), x, noise)
         share = errors.sum() / index.frames
         if args.engine:
-            deepspeed_zero.backward(model, share * world.size)
+            deepspeed_zero.backward(model, share * world.world_size)
             deepspeed_zero.step(model, lambda norm: "")
         else:
             share.backward()
@@ -187,7 +187,7 @@ def agreed(yes: bool) -> bool:
     return bool(answer)
 
 
-def measure(args: argparse.Namespace, world: process_group.World, mesh: Any, job: dict[str, Any]) -> dict[str, Any]:
+def measure(args: argparse.Namespace, world: process_group.RankInfo, mesh: Any, job: dict[str, Any]) -> dict[str, Any]:
     """Median seconds of a step, its CPU's and those without messages, memory of the fullest GPU, loss of first and last
     step."""
     on_gpu = world.device.type == "cuda"
@@ -223,16 +223,16 @@ def measure(args: argparse.Namespace, world: process_group.World, mesh: Any, job
     if args.profile and on_gpu:
         from step import kernels
 
-        layouts, place = job["layouts"].replace("+", "-"), f"rank-{world.rank}-of-{world.size}"
+        layouts, place = job["layouts"].replace("+", "-"), f"rank-{world.rank}-of-{world.world_size}"
         depth = args.depth or PRESETS[args.preset]().model.depth
         shape = f"{depth}-layers-{job['frames']}-frames"
         name = "-".join(filter(None, (job["scales"], layouts, shape, place))) + ".json.gz"
         trace = f"{args.trace}/{name}" if args.trace else None
         listed = kernels(lambda: timed(False), args.profile, trace)
-        if world.first:
+        if world.is_rank_0:
             print(f"Kernels of the first rank:\n{listed}", file=sys.stderr, flush=True)
     slowest = torch.tensor(times)
-    by_rank = [torch.zeros_like(slowest[:, 0, 0]) for _ in range(world.size)]
+    by_rank = [torch.zeros_like(slowest[:, 0, 0]) for _ in range(world.world_size)]
     dist.all_gather(by_rank, slowest[:, 0, 0].contiguous())
     memory = torch.tensor(float(torch.cuda.max_memory_allocated() if on_gpu else 0))
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
@@ -240,7 +240,7 @@ def measure(args: argparse.Namespace, world: process_group.World, mesh: Any, job
     ends = torch.stack([losses[0], losses[-1]])
     dist.all_reduce(ends)
     medians = [[statistics.median(runs) for runs in way] for way in slowest.permute(1, 2, 0).tolist()]
-    device = hardware.named_by_driver(torch.cuda.get_device_name()) if on_gpu else None
+    device = hardware.gpu_of_driver_name(torch.cuda.get_device_name()) if on_gpu else None
     return {
         "seconds": medians[0][0],
         "by_rank": [statistics.median(one.tolist()) for one in by_rank],
@@ -255,7 +255,7 @@ def measure(args: argparse.Namespace, world: process_group.World, mesh: Any, job
 
 def planned(args: argparse.Namespace, job: dict[str, Any], device: hardware.Device) -> float:
     config, index = configure(args, job)
-    found = plan(config, index, device, job["ranks"])
+    found = make_plan(config, index, device, job["ranks"])
     alone = () if args.engine else ("gradients", "weights", "update")
     return sum(seconds for part, seconds in found.seconds.items() if part not in alone)
 
@@ -264,12 +264,12 @@ def rank() -> None:
     """Measure one job after the other, and end at the first that fails: the launcher starts the rest anew."""
     given = json.loads(os.environ["SEVERAL_GPUS"])
     args, folder = argparse.Namespace(**given["args"]), Path(given["folder"])
-    world = process_group.join(args.limit)
-    mesh = make_mesh(world.size, given["jobs"][0]["ranks"], world.device.type)
+    world = process_group.join_process_group(args.limit)
+    mesh = make_mesh(world.world_size, given["jobs"][0]["ranks"], world.device.type)
     for job in given["jobs"]:
         if not agreed(time.time() < given["end"]):
             break
-        if world.first:
+        if world.is_rank_0:
             (folder / "at").write_text(json.dumps(job))
         faulthandler.dump_traceback_later(args.limit, exit=True)
         try:
@@ -282,13 +282,13 @@ def rank() -> None:
                 traceback.print_exc()
             sys.stderr.flush()
             os._exit(1)  # the others may wait for this one: nothing here must wait for them
-        if world.first:
+        if world.is_rank_0:
             tell(args, folder, job, found)
         gc.collect()
         if world.device.type == "cuda":
             torch.cuda.empty_cache()
     faulthandler.cancel_dump_traceback_later()
-    process_group.leave()
+    process_group.leave_process_group()
 
 
 # What is printed -------------------------------------------------------------------------------------------
@@ -397,7 +397,7 @@ def main() -> None:
         parser.error("--each is for forward and backward passes: DeepSpeed would add up the gradients of all GPUs")
     args.video, args.engine = args.video or 2 * args.frames, args.engine or bool(args.longest)
     base = PRESETS[args.preset]()
-    model = replace(base.model, depth=args.depth or base.model.depth, channels=ASSUMED.channels)
+    model = replace(base.model, depth=args.depth or base.model.depth, channels=ASSUMED_INDEX.channels)
     name = f"{torch.cuda.get_device_name()}, {gpus} of them" if args.device == "cuda" else "CPU, gloo"
     steps = "whole steps" if args.engine else "forward and backward"
     how = "compiled" if args.compile else "not compiled"

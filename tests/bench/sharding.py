@@ -21,10 +21,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from msc.parallel import collectives
-from msc.parallel.context_parallel import bounds
-from msc.pretrain.layout_planner import ClipShape, choose_layouts, halo_values, ring_values, ulysses_values
-from msc.pretrain.model.config import ModelConfig
-from msc.pretrain.model.past_context import PastContext, WholeVideo
+from msc.parallel.context_parallel import shard_bounds
+from msc.pretrain.layout_planner import Clip, choose, halo_values, ring_values, ulysses_values
+from msc.pretrain.model.past_context import Timeline, WholeVideo
 from msc.pretrain.model.scales import Scale, default_scales
 from msc.pretrain.model.transformer import MSCTransformer
 from msc.pretrain.parallelize import ParallelConfig, sharded_past_context
@@ -49,7 +48,7 @@ def traffic() -> None:
     scales = default_scales(HEADS)
     for frames in (32, 128, 512):
         for ranks in (2, 4, 8, 16):
-            clip, edges = ClipShape(frames, 1, GRID, HEAD_WIDTH), bounds(frames, ranks)
+            clip, edges = Clip(frames, 1, GRID, HEAD_WIDTH), shard_bounds(frames, ranks)
             megabytes = clip.value_bytes / 1e6
             halos = [halo_values(scale, edges, clip.unit_values(scale)) for scale in scales]
             ulysses = sum(max(ulysses_values(edges, clip.unit_values(scale))) for scale in scales) * megabytes
@@ -70,8 +69,8 @@ def step_times(rank: int, ranks: int, port: int, name: str, layout: Any, frames:
     config = ModelConfig(width=128, depth=4, scales=scales, patch=2, channels=4)
     torch.manual_seed(0)
     model = MSCTransformer(config)
-    edges = bounds(frames, ranks)
-    past_context: PastContext = WholeVideo()
+    edges = shard_bounds(frames, ranks)
+    timeline: Timeline = WholeVideo()
     if ranks > 1:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         dist.init_process_group("gloo")
@@ -82,7 +81,7 @@ def step_times(rank: int, ranks: int, port: int, name: str, layout: Any, frames:
             past_context = sharded_past_context(dist.group.WORLD, edges, config, layouts)
     x, t = torch.randn(1, edges[rank + 1] - edges[rank], 4, 32, 32), torch.rand(1, edges[rank + 1] - edges[rank])
     waited = [0.0]
-    wait = collectives.wait
+    wait = collectives.wait_all_to_all
 
     def timed(x, route):
         start = time.perf_counter()
@@ -90,7 +89,7 @@ def step_times(rank: int, ranks: int, port: int, name: str, layout: Any, frames:
         waited[0] += time.perf_counter() - start
         return received
 
-    collectives.wait = timed
+    collectives.wait_all_to_all = timed
     times = []
     for _ in range(RUNS + 2):  # two to warm up
         if ranks > 1:

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from msc.parallel import collectives, fp8
-from msc.parallel.context_parallel import bounds
+from msc.parallel.context_parallel import shard_bounds
 from msc.pretrain import cost
 from msc.pretrain.kernels.dispatch import Kernel
 from msc.pretrain.model.config import ModelConfig
@@ -48,9 +48,9 @@ def past_context_of(config: ModelConfig, frames: int, part: tuple[int, int] | No
     rank, ranks = part
     if not dist.is_initialized():
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
-        collectives.post = lambda x, route: x.new_empty(sum(route.takes)).uniform_(0.1, 0.9)
-        collectives.wait = lambda x, route: x
-    edges = bounds(frames // config.frames_per_unit * ranks, ranks)
+        collectives.start_all_to_all = lambda x, route: x.new_empty(sum(route.receive_counts)).uniform_(0.1, 0.9)
+        collectives.wait_all_to_all = lambda x, route: x
+    edges = shard_bounds(frames // config.frames_per_unit * ranks, ranks)
     assert dist.group.WORLD is not None
     return sharded_past_context(dist.group.WORLD, edges, config, ["halo"] * len(config.scales))
 
@@ -69,7 +69,7 @@ def training_step(
     for block in model.blocks:
         assert isinstance(block, Block)
         if in_fp8:
-            fp8.convert(block)
+            fp8.convert_linear_layers(block)
         if compiled:
             block.compile()
     x = torch.randn(1, frames, config.channels, SIDE, SIDE, device=device)
