@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from msc.parallel import fp8
-from msc.parallel.context_parallel import ShardedTimeline, shard_bounds
+from msc.parallel.context_parallel import ShardedPastContext, shard_bounds
 from msc.parallel.deepspeed_zero import Precision, ZeroConfig, check_zero, make_engine, shard_parameters
 from msc.parallel.mesh import Mesh, data_parallel_size, make_mesh
 from msc.parallel.ring import Ring
@@ -86,7 +86,7 @@ def check_parallel(config: ParallelConfig, model: ModelConfig, world: int, units
     """Data-parallel rows; ValueError if the world, the clip or the heads cannot be shared out so."""
     shard_bounds(units, config.sp)
     if config.sp > 1:
-        check_choice(model.scales, config.sp, config.layout)
+        check_layout(model.scales, config.sp, config.layout)
     return data_parallel_size(world, config.sp)
 
 
@@ -102,7 +102,9 @@ def clip_shape(model: ModelConfig, config: ParallelConfig, frames: int, height: 
     return ClipShape(frames // model.frames_per_unit, model.frames_per_unit, grid, model.head_width, value_bytes)
 
 
-def peak_activation_bytes(model: ModelConfig, config: ParallelConfig, clip: Clip, micro: int, recompute: bool) -> int:
+def peak_activation_bytes(
+    model: ModelConfig, config: ParallelConfig, clip: ClipShape, micro: int, recompute: bool
+) -> int:
     """Bytes that the rank with the most keeps for the backward pass of `micro` clips."""
     edges = shard_bounds(clip.units, config.sp)
     runs = [cost.Run(end - first, first, config.sp > 1) for first, end in zip(edges, edges[1:], strict=False)]
@@ -116,7 +118,7 @@ def own_past_context(
     if mesh.sp == 1:
         return WholeVideo(), range(clip.units)
     edges = shard_bounds(clip.units, mesh.sp)
-    layouts = choose(model.scales, clip, mesh.sp, config.layout, config.rates)
+    layouts = choose_layouts(model.scales, clip, mesh.sp, config.layout, config.rates)
     own = range(edges[mesh.sp_rank], edges[mesh.sp_rank + 1])
     return sharded_past_context(mesh.sp_group, edges, model, layouts), own
 
@@ -124,7 +126,7 @@ def own_past_context(
 def sharded_past_context(
     group: dist.ProcessGroup, edges: tuple[int, ...], model: ModelConfig, layouts: Sequence[ParallelLayout]
 ) -> ShardedPastContext:
-    """The past_context of a rank of `group`, its scales laid out as named."""
+    """The past context of a rank of `group`, its scales laid out as named."""
     placements: dict[int, Ulysses | Ring] = {}
     for index, (scale, layout) in enumerate(zip(model.scales, layouts, strict=True)):
         if layout == "ulysses":
@@ -141,9 +143,9 @@ def build(
     same numbers everywhere, and at ZeRO-3 sharded at once. on_part_built: called with every part while it is still
     whole."""
 
-    def made(name: str, part: nn.Module) -> None:
-        if first is not None:
-            first(name, part)
+    def place_part(name: str, part: nn.Module) -> None:
+        if on_part_built is not None:
+            on_part_built(name, part)
         shard_parameters(part.to(device), config.zero, config.precision)
 
     return MSCTransformer(model, config.attention, config.recompute, place_part)

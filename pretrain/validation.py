@@ -25,10 +25,10 @@ from .checkpoints import directory as checkpoint_directory
 from .checkpoints import initialize_from
 from .config import Config, dump, flat
 from .diffusion.autoencoder import open_autoencoder
-from .layout_planner import table
-from .model.noise_gate import gate_constants
-from .model.transformer import check_clip
-from .parallelize import check_fp8, check_parallel, clip_of, peak_activation_bytes
+from .layout_planner import layout_table
+from .model.config import check_clip
+from .model.noise_gate import gate_constants, without_correlations
+from .parallelize import check_fp8, check_parallel, clip_shape, peak_activation_bytes
 
 # What a run that failed before its first step leaves: logs of its ranks, a last sign of life.
 LEFT_BY_A_START = ("logs", "heartbeat.json", ".heartbeat.*")
@@ -165,7 +165,7 @@ def describe(config: Config, processes: int = 1) -> str:
     count = cost.parameters(config.model)
     tokens = index.frames * cost.tokens_per_frame(config.model, index.height, index.width)
     state = cost.state_bytes(count, config.parallel.zero.stage, processes, bf16)
-    clip = clip_of(config.model, config.parallel, index.frames, index.height, index.width)
+    clip = clip_shape(config.model, config.parallel, index.frames, index.height, index.width)
     activations = peak_activation_bytes(
         config.model, config.parallel, clip, config.train.micro, config.parallel.recompute
     )

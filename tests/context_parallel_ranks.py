@@ -110,10 +110,9 @@ def run_case(case, rank, ranks, device):
     return *results, sum(forward), sum(everything)
 
 
-def own_part(case, rank, ranks, device):
-    """Model and inputs of a rank; its timeline, and the noise levels of all frames where they are known."""
-    model, *inputs = case.make()
-    model.recompute = case.recompute
+def own_part(case, rank, ranks, device, kernel="auto"):
+    """Model and inputs of a rank; its past context, and the noise levels of all frames where they are known."""
+    model, *inputs = case.make(kernel)
     edges = shard_bounds(case.units, ranks)
     own = slice(edges[rank] * case.frames_per_unit, edges[rank + 1] * case.frames_per_unit)
     x, t, text, labels, direction = (value.to(device) for value in inputs)

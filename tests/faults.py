@@ -86,6 +86,6 @@ def install(wanted: dict, rank: int) -> None:
         raise AssertionError("noise levels were asked for")
 
     training.loader, training.InputBuilder.__call__ = watched, spoiled
-    ShardedTimeline.levels = asked
+    ShardedPastContext.noise_levels = asked
     if "chunk_s" in wanted:
         async_writer.CHUNK, async_writer.hashlib = 8192, SimpleNamespace(sha256=SlowHash)

@@ -24,7 +24,6 @@ from hypothesis import strategies as st
 
 from msc.parallel.context_parallel import required_transfers, shard_bounds
 from msc.parallel.mesh import placement_warning
-from msc.pretrain.model.noise_gate import ON_KEYS
 from msc.pretrain.model.past_context import WholeVideo
 
 # Units (of how many frames) per video: shared out evenly, unevenly, and one for each rank

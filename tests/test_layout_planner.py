@@ -50,7 +50,8 @@ def test_bytes_sent_equal_the_closed_forms():
     cases = [Case(name, layout, units, gate="none") for name, layout in kinds for units in (8, 11)]
     results = run_ranks(on_a_rank, 4, "gloo", cases)
     for case, *parts in zip(cases, *results, strict=True):
-        clip, edges = Clip(case.units, 1, (4, 6), 64 // sum(s.heads for s in case.scales)), shard_bounds(case.units, 4)
+        clip = ClipShape(case.units, 1, (4, 6), 64 // sum(s.heads for s in case.scales))
+        edges = shard_bounds(case.units, 4)
         forward, backward = [0] * 4, [0] * 4
         for scale in case.scales:
             size = BATCH * clip.unit_values(scale) * BYTES * LAYERS

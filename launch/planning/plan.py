@@ -23,8 +23,7 @@ from msc.pretrain.config import Config
 from msc.pretrain.layout_planner import ClipShape, ParallelLayout, Rates, choose_layouts, estimates
 from msc.pretrain.model.config import ModelConfig
 from msc.pretrain.model.scales import spatial_windows
-from msc.pretrain.model.transformer import ModelConfig
-from msc.pretrain.parallelize import check_parallel, clip_of, peak_activation_bytes
+from msc.pretrain.parallelize import check_parallel, clip_shape, peak_activation_bytes
 
 from . import hardware
 from .hardware import Device
@@ -103,7 +102,7 @@ def make_plan(config: Config, index: Index, device: Device, gpus: int) -> Plan:
     rates = Rates(rate, attention_rate, parallel.wait_s)
     layouts: tuple[ParallelLayout, ...] = ()
     if parallel.sp > 1:
-        layouts = choose(model.scales, clip, parallel.sp, parallel.layout, rates)
+        layouts = choose_layouts(model.scales, clip, parallel.sp, parallel.layout, rates)
     kept = peak_activation_bytes(model, parallel, clip, config.train.micro, recompute=False)
     count = cost.parameters(model)
     bf16 = parallel.precision != "fp32"

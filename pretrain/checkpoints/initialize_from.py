@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..inference.load import read_run
-from ..model.transformer import Made, ModelConfig, MSCTransformer
+from ..model.config import ModelConfig
+from ..model.transformer import MSCTransformer, OnPartBuilt
 from . import directory as checkpoint_directory
 from . import format as checkpoint_format
 from .exported_weights import Shapes, abbreviated, open_exported

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..checkpoints.exported_weights import ExportedWeights, open_exported
-from .attention import still
-from .attention_inputs import View, view_frames
+from ..kernels.dispatch import Kernel
+from .attention_inputs import AttentionInputs
+from .config import ModelConfig
 from .layers import Block, NoiseEmbedding
 from .past_context import Layer, PastContext, WholeVideo
 

@@ -29,7 +29,7 @@ from msc.pretrain.diffusion.rectified_flow import add_noise, frame_losses
 from msc.pretrain.diffusion.sampler import generate
 from msc.pretrain.evaluation.metrics import psnr
 from msc.pretrain.inference.contact_sheet import write_contact_sheet
-from msc.pretrain.model.layers import Block
+from msc.pretrain.model.config import ModelConfig
 from msc.pretrain.model.noise_gate import gate_constants
 from msc.pretrain.model.scales import Scale, default_scales
 from msc.pretrain.model.transformer import MSCTransformer

@@ -22,8 +22,9 @@ import torch.multiprocessing as mp
 
 from msc.parallel import collectives
 from msc.parallel.context_parallel import shard_bounds
-from msc.pretrain.layout_planner import Clip, choose, halo_values, ring_values, ulysses_values
-from msc.pretrain.model.past_context import Timeline, WholeVideo
+from msc.pretrain.layout_planner import ClipShape, choose_layouts, halo_values, ring_values, ulysses_values
+from msc.pretrain.model.config import ModelConfig
+from msc.pretrain.model.past_context import PastContext, WholeVideo
 from msc.pretrain.model.scales import Scale, default_scales
 from msc.pretrain.model.transformer import MSCTransformer
 from msc.pretrain.parallelize import ParallelConfig, sharded_past_context
@@ -48,7 +49,7 @@ def traffic() -> None:
     scales = default_scales(HEADS)
     for frames in (32, 128, 512):
         for ranks in (2, 4, 8, 16):
-            clip, edges = Clip(frames, 1, GRID, HEAD_WIDTH), shard_bounds(frames, ranks)
+            clip, edges = ClipShape(frames, 1, GRID, HEAD_WIDTH), shard_bounds(frames, ranks)
             megabytes = clip.value_bytes / 1e6
             halos = [halo_values(scale, edges, clip.unit_values(scale)) for scale in scales]
             ulysses = sum(max(ulysses_values(edges, clip.unit_values(scale))) for scale in scales) * megabytes
@@ -70,7 +71,7 @@ def step_times(rank: int, ranks: int, port: int, name: str, layout: Any, frames:
     torch.manual_seed(0)
     model = MSCTransformer(config)
     edges = shard_bounds(frames, ranks)
-    timeline: Timeline = WholeVideo()
+    past_context: PastContext = WholeVideo()
     if ranks > 1:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         dist.init_process_group("gloo")
