@@ -54,7 +54,7 @@ class NoiseLevels:
         last = self.first + x_BUF.shape[1]
         for first, end in runs:
             if not self.first <= first <= end <= last:
-                raise ValueError(f"units {first} to {end} need noise levels; there are those of {self.first} to {last}")
+                raise ValueError(f"noise levels of units {self.first} to {last} are known, not of {first} to {end}")
         return _joined([x_BUF[:, first - self.first : end - self.first] for first, end in runs], 1).flatten(1)
 
 
