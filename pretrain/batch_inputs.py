@@ -14,7 +14,7 @@ from msc.datasets.loading.dataloader import Batch
 from .diffusion.autoencoder import Autoencoder
 from .diffusion.loss import Loss
 from .diffusion.rectified_flow import DiffusionConfig, add_noise, frame_noise, frame_shift, keep_condition, noise_levels
-from .model.past_context import Timeline, WholeVideo
+from .model.past_context import PastContext, WholeVideo
 from .model.transformer import MSCTransformer
 
 
@@ -90,7 +90,7 @@ class InputBuilder:
     noise: NoiseSource
     text_dropout: float
     device: torch.device
-    past_context: Timeline = field(default_factory=WholeVideo)
+    past_context: PastContext = field(default_factory=WholeVideo)
 
     @property
     def frames(self) -> range:

@@ -38,10 +38,10 @@ from .diffusion.autoencoder import open_autoencoder
 from .diffusion.loss import Loss
 from .evaluation.held_out_loss import LossByNoise, held_out_losses
 from .inference.preview import write_preview
-from .kernels.compile_helpers import pieces
+from .kernels.compile_helpers import graph_breaks
 from .model.transformer import MSCTransformer
 from .optimizer import set_schedule
-from .parallelize import build, clip_of, make_mesh, own_timeline, parallelize
+from .parallelize import build, clip_shape, make_mesh, own_past_context, parallelize
 from .requests import TrainingStart
 from .run_folder import LatentSpace, RunFolder
 from .tracking import heartbeat, spike_guard
@@ -135,8 +135,8 @@ def _train(
     autoencoder = open_autoencoder(shards.index.autoencoder, world.device)
     builders, tokens, flops = [], [], []  # of every bucket
     for size in latent_sizes(shards):
-        clip = clip_of(config.model, config.parallel, *size)
-        past_context, units = own_timeline(mesh, config.model, config.parallel, clip)
+        clip = clip_shape(config.model, config.parallel, *size)
+        past_context, units = own_past_context(mesh, config.model, config.parallel, clip)
         noise = NoiseSource(
             config.diffusion, config.train.seed, size, config.model.channels, config.model.frames_per_unit, units
         )
@@ -269,7 +269,7 @@ def _train(
                 reports += 1  # the first holds compilation and the first allocations
                 tracker.log({**values, **since_report.metrics("loss/")}, step)
                 if world.is_rank_0:
-                    if reports == 1 and config.parallel.compile and (breaks := pieces()):
+                    if reports == 1 and config.parallel.compile and (breaks := graph_breaks()):
                         log.info(
                             "compiled blocks have graph breaks, so that the CPU launches a step slower: %s", breaks
                         )

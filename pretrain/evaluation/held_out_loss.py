@@ -17,7 +17,6 @@ from ..config import Config
 from ..diffusion.loss import Loss
 from ..diffusion.rectified_flow import add_noise
 from ..diffusion.sampler import Cache, extend_cache
-from ..model.layers import Block
 from ..model.transformer import MSCTransformer
 from .confidence import Part, summed
 
@@ -147,9 +146,6 @@ def blind(model: MSCTransformer, hidden: Collection[int]) -> MSCTransformer:
         replace(scale, time=1, window=0) if i in hidden else scale for i, scale in enumerate(model.config.scales)
     )
     with torch.device("meta"):
-        other = MSCTransformer(replace(model.config, scales=scales))
+        other = MSCTransformer(replace(model.config, scales=scales), model.attention_inputs.kernel)
     other.load_state_dict(model.state_dict(), assign=True)
-    for block, own in zip(other.blocks, model.blocks, strict=True):
-        assert isinstance(block, Block) and isinstance(own, Block)
-        block.attention.backend = own.attention.backend
     return other.eval()
