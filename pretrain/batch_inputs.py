@@ -126,6 +126,11 @@ class InputBuilder:
         )
 
 
+def draw_noise(sources: Sequence[NoiseSource], sample: int, epoch: int, bucket: int) -> tuple[Tensor, Tensor]:
+    """For the loader, with the `sources` of every bucket: t and noise of a clip."""
+    return sources[bucket](sample, epoch)
+
+
 def micro_batches(batch: Batch, size: int) -> list[Batch]:
     """Split a batch into parts of `size` clips."""
     per_clip = {

@@ -28,7 +28,7 @@ from msc.parallel.signals import STOP_SIGNALS, collect_signals
 from msc.parallel.watchdog import is_communication_error, watch_ranks
 
 from . import cost
-from .batch_inputs import InputBuilder, NoiseSource, micro_batches
+from .batch_inputs import InputBuilder, NoiseSource, draw_noise, micro_batches
 from .checkpoints import directory as checkpoint_directory
 from .checkpoints import format as checkpoint_format
 from .checkpoints import initialize_from, rollback
@@ -147,7 +147,7 @@ def _train(
         shards, "train", seed=config.train.seed, clock=clock, clips=batch_size, rank=mesh.dp_rank, ranks=mesh.dp,
         frames=[(builder.frames.start, builder.frames.stop) for builder in builders],
         workers=config.data.workers, prefetch=config.data.prefetch, window=config.data.window,
-        max_bad=config.data.max_bad, draw_noise=[builder.noise for builder in builders],
+        max_bad=config.data.max_bad, draw=partial(draw_noise, [builder.noise for builder in builders]),
     )  # fmt: skip
     reasons = control_plane.run_on_rank_0(partial(read_unreadable_clips, folder.path))
     unreadable = UnreadableClips(folder.path, shards.samples("train"), config.data.max_bad, reasons)
