@@ -278,11 +278,11 @@ def export(args: Namespace) -> int:
 
 
 def doctor(args: Namespace) -> int:
-    from . import doctor as examination
+    from .doctor import as_json, as_text, is_healthy, run_checks
 
-    checks = examination.examine()
-    print(examination.as_json(checks) if args.json else examination.as_text(checks))
-    return 0 if examination.healthy(checks) else 1
+    checks = run_checks()
+    print(as_json(checks) if args.json else as_text(checks))
+    return 0 if is_healthy(checks) else 1
 
 
 def submit(args: Namespace) -> int:
