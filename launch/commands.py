@@ -199,13 +199,10 @@ def plan(args: Namespace) -> int:
     changes |= {"node": args.node} if args.node else {}
     keys = [override.partition("=")[0] for override in overrides]
     device = dataclasses.replace(device, **changes)
-    print(
-        report_plan(
-            **options_for(
-                report_plan, args, config=config, device=device, given=keys, units=args.roll_out, out=args.json
-            )
-        )
+    options = options_for(
+        report_plan, args, config=config, device=device, given=keys, units=args.roll_out, out=args.json
     )
+    print(report_plan(**options))
     return 0
 
 

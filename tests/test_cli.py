@@ -237,7 +237,7 @@ def calls(monkeypatch, tmp_path: Path) -> Calls:
     stand_in(
         "validation",
         describe=lambda config, processes: f"plan of {config} on {processes}",
-        check=lambda *arguments: made.check.append(arguments) or "checked",
+        validate=lambda *arguments: made.check.append(arguments) or "checked",
     )
     stand_in("train", train=train)
     monkeypatch.setattr(launcher, "run", lambda *arguments: made.launcher.append(arguments) or 7)
