@@ -26,7 +26,7 @@ from msc.parallel.signals import STOP_SIGNALS, collect_signals
 from msc.parallel.watchdog import is_communication_error, watch_ranks
 
 from . import cost
-from .batch_inputs import InputBuilder, micro_batches, noise_beside
+from .batch_inputs import InputBuilder, micro_batches, noise_drawer
 from .checkpoints import directory as checkpoint_directory
 from .checkpoints import format as checkpoint_format
 from .checkpoints import initialize_from, rollback
@@ -188,7 +188,7 @@ def _train(
         prefetch=config.data.prefetch,
         window=config.data.window,
         max_bad=config.data.max_bad,
-        attach=noise_beside(builders, latent_sizes(shards)),
+        draw=noise_drawer(builders, latent_sizes(shards)),
     )
     known = control_plane.run_on_rank_0(partial(read_unreadable_clips, run))
     broken = UnreadableClips(run, shards.samples("train"), config.data.max_bad, known)

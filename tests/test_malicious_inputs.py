@@ -55,7 +55,7 @@ def test_a_member_of_a_claimed_size_is_refused_unread(tmp_path, name):
             file.truncate(2 << 30)  # a hole: the file is as long as a gigabyte of JSON, and takes no space
         before = peak()
         if size == 1 << 40 or name in ("a.json", "a.text.safetensors"):
-            with pytest.raises(ValueError, match=rf"'{name}' claims {size} bytes, at most"):
+            with pytest.raises(ValueError, match=rf"'{name}' claims {size} bytes"):
                 scan(tmp_path / "a.tar")
         else:
             assert len(scan(tmp_path / "a.tar")) == 1

@@ -99,7 +99,7 @@ class ShardReader:
     def _find(self, number: int) -> tuple[Path, Sample]:
         place = bisect.bisect_right(self._ends, number) - 1
         shard = self.index.splits[self.split][place]
-        path = self.folder / shard.name if isinstance(self.folder, Path) else self.folder.file(shard)
+        path = self.folder / shard.name if isinstance(self.folder, Path) else self.folder.fetch(shard)
         found = self._scanned.get(shard.name)
         if found is None:
             try:
