@@ -197,13 +197,10 @@ def plan(args: Namespace) -> int:
     changes |= {"node": args.node} if args.node else {}
     keys = [override.partition("=")[0] for override in overrides]
     device = dataclasses.replace(device, **changes)
-    print(
-        report_plan(
-            **options_for(
-                report_plan, args, config=config, device=device, given=keys, units=args.roll_out, out=args.json
-            )
-        )
+    options = options_for(
+        report_plan, args, config=config, device=device, given=keys, units=args.roll_out, out=args.json
     )
+    print(report_plan(**options))
     return 0
 
 
@@ -276,11 +273,11 @@ def export(args: Namespace) -> int:
 
 
 def doctor(args: Namespace) -> int:
-    from . import doctor as examination
+    from .doctor import as_json, as_text, is_healthy, run_checks
 
-    checks = examination.examine()
-    print(examination.as_json(checks) if args.json else examination.as_text(checks))
-    return 0 if examination.healthy(checks) else 1
+    checks = run_checks()
+    print(as_json(checks) if args.json else as_text(checks))
+    return 0 if is_healthy(checks) else 1
 
 
 def submit(args: Namespace) -> int:
