@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from msc.pretrain.requests import EvaluateConfig, SampleConfig
+from msc.pretrain.requests import EvaluateConfig, SampleConfig, TrainingStart
 
 from .processes import launcher, slurm_env
 from .processes.train_request import TrainRequest, split_items
@@ -141,10 +141,8 @@ def train(args: Namespace) -> int:
         os.environ.update(launcher.rank_environment(os.environ, 0, 1, launcher.free_port()))
     from msc.pretrain import train as training  # a mistake in the settings need not wait for DeepSpeed
 
-    options = {"back_to": request.rollback, "again": request.again or None}
-    options["planned"] = planned_step(request.plan, config, processes)
-    options = {name: value for name, value in options.items() if value is not None}
-    return training.train(config, run, request.resumes, **options)
+    planned = planned_step(request.plan, config, processes)
+    return training.train(TrainingStart(config, run, request.resumes, request.rollback, request.again, planned))
 
 
 def enter_slurm_step(request: TrainRequest) -> None:
@@ -199,13 +197,10 @@ def plan(args: Namespace) -> int:
     changes |= {"node": args.node} if args.node else {}
     keys = [override.partition("=")[0] for override in overrides]
     device = dataclasses.replace(device, **changes)
-    print(
-        report_plan(
-            **options_for(
-                report_plan, args, config=config, device=device, given=keys, units=args.roll_out, out=args.json
-            )
-        )
+    options = options_for(
+        report_plan, args, config=config, device=device, given=keys, units=args.roll_out, out=args.json
     )
+    print(report_plan(**options))
     return 0
 
 
@@ -278,11 +273,11 @@ def export(args: Namespace) -> int:
 
 
 def doctor(args: Namespace) -> int:
-    from . import doctor as examination
+    from .doctor import as_json, as_text, is_healthy, run_checks
 
-    checks = examination.examine()
-    print(examination.as_json(checks) if args.json else examination.as_text(checks))
-    return 0 if examination.healthy(checks) else 1
+    checks = run_checks()
+    print(as_json(checks) if args.json else as_text(checks))
+    return 0 if is_healthy(checks) else 1
 
 
 def submit(args: Namespace) -> int:
