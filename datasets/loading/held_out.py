@@ -18,7 +18,7 @@ def held_out_batches(
     rank: int = 0,
     frames: Sequence[tuple[int, int]] | None = None,
 ) -> Iterator[tuple[Batch, int]]:
-    """The first held-out clips, in order, `each` at a time per rank; and how many clips of a batch count, from its first.
+    """The first held-out clips, in order, `each` at a time per rank; and how many of a batch count, from its first.
 
     All ranks get the same number of whole batches, as a forward pass is collective. Padding clips are read but do not
     count, so that the clips measured are the same for any number of ranks. frames: of every bucket.
