@@ -20,6 +20,7 @@ import yaml
 from msc.datasets.files import last_jsonl_record
 from msc.datasets.text_table import text_table
 from msc.pretrain.checkpoints import directory as checkpoint_directory
+from msc.pretrain.run_folder import RunFolder
 from msc.pretrain.tracking import heartbeat
 from msc.pretrain.tracking.tracker import end_mlflow_run
 
@@ -54,12 +55,12 @@ def read_status(run: Path) -> RunStatus:
     jobs = job_records.jobs_folder(run)
     records = job_records.training_records(jobs) or job_records.read_records(jobs)
     record = records[-1] if records else None
-    config = run / "config.yaml"
-    if not config.is_file():
+    folder = RunFolder(run)
+    if not folder.exists():
         if record is None:
             raise FileNotFoundError(f"{run} is not a run folder: it has no config.yaml, and no job was sent for it")
         return RunStatus(run, record=record)
-    train = yaml.safe_load(config.read_text())["train"]
+    train = yaml.safe_load(folder.config.read_text())["train"]
     saved = None
     for path in checkpoint_directory.resume_candidates(run)[:1]:
         try:
@@ -68,7 +69,7 @@ def read_status(run: Path) -> RunStatus:
         except (ValueError, OSError):  # being pruned, or damaged
             pass
     beat = heartbeat.read(run) or None
-    return RunStatus(run, train["clips"], train["batch"], last_jsonl_record(run / "log.jsonl"), beat, saved, record)
+    return RunStatus(run, train["clips"], train["batch"], last_jsonl_record(folder.log), beat, saved, record)
 
 
 def describe_state(status: RunStatus, queue: Sequence[JobState], alive: bool, now: float) -> str:
@@ -153,13 +154,13 @@ def log_path(run: Path, rank: int | None) -> Path:
     if arrays and rank is not None:
         path = Path(part_log(arrays[-1], rank))
     elif rank:
-        path = run / "logs" / f"rank_{rank}.log"
+        path = RunFolder(run).rank_log(rank)
     elif records:
         path = Path(records[-1].log)
     else:
         raise FileNotFoundError(f"{run} has no job: rank 0 of `msc train` writes to its terminal")
     if not path.is_file():
-        others = ", ".join(sorted(p.name for p in (run / "logs").glob("rank_*.log"))) or "none"
+        others = ", ".join(sorted(p.name for p in RunFolder(run).logs.glob("rank_*.log"))) or "none"
         raise FileNotFoundError(f"{path} is not there (yet); logs of other ranks: {others}")
     return path
 

@@ -7,7 +7,6 @@ ranks themselves get the signals and agree to save (train.py); their exit codes 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -15,11 +14,14 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pydantic import TypeAdapter
+
 from msc.datasets.errors import DETERMINISTIC_FAILURE, FAILURE, INTERRUPTED, REQUEUE, USER_ERROR
+from msc.datasets.files import retry
 from msc.datasets.prepare.progress import count_finished_groups
 from msc.parallel.console import configure_logging
 from msc.parallel.signals import collect_signals
@@ -72,14 +74,8 @@ class Job:
         return self.arguments[0] in ("train", "convert")
 
 
-def to_json(job: Job) -> str:
-    return json.dumps(asdict(job))
-
-
 def from_json(text: str) -> Job:
-    values = json.loads(text)
-    lists = {name: tuple(values[name]) for name in ("arguments", "container", "srun")}
-    return Job(**{**values, **lists, "code": tuple((name, value) for name, value in values["code"])})
+    return TypeAdapter(Job).validate_json(text)
 
 
 def supervise(job: Job) -> None:
@@ -197,28 +193,29 @@ def may_restart(job: Job, number: str, code: int, received: list[int]) -> bool:
     """False where somebody ended the job: it would start again after `scancel`, or twice when Slurm requeues it."""
     if job.cluster != "slurm":
         return code != REQUEUE and not received
-    shown = run_slurm_command(["scontrol", "show", "job", "-o", number])
-    state = re.search(r"\bJobState=(\w+)", shown.stdout)
-    return shown.returncode != 0 or (state is not None and state[1] == "RUNNING")  # unknown: an attempt is harmless
-
-
-def run_slurm_command(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run one of Slurm's programs, retried where it fails: many jobs may end at once."""
-    for pause in (*RETRY_SECONDS, None):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode == 0 or pause is None:
-            break
-        time.sleep(pause)
-    return done
+    try:
+        state = re.search(r"\bJobState=(\w+)", scontrol("show", "job", "-o", number))
+        return state is not None and state[1] == "RUNNING"
+    except subprocess.CalledProcessError:
+        return True  # unknown: an attempt is harmless
 
 
 def requeue(number: str) -> None:
     """Back into the queue under the same number. Slurm ends this process while or after it answers."""
-    done = run_slurm_command(["scontrol", "requeue", number])
-    if done.returncode:
-        log.error(f"could not be requeued: {done.stderr.strip()}")
-    else:
+    try:
+        scontrol("requeue", number)
         log.info(f"job {number} is requeued; Slurm starts it again after two minutes at the earliest")
+    except subprocess.CalledProcessError as error:
+        log.error(f"could not be requeued: {error.stderr.strip()}")
+
+
+def scontrol(*arguments: str) -> str:
+    """What `scontrol` prints; retried where it fails, as many jobs may end at once. CalledProcessError."""
+
+    def call() -> str:
+        return subprocess.run(["scontrol", *arguments], check=True, capture_output=True, text=True).stdout
+
+    return retry(call, RETRY_SECONDS, lambda error: isinstance(error, subprocess.CalledProcessError))
 
 
 def end_own_mlflow_run(job: Job, code: int) -> None:
