@@ -84,7 +84,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         args.inner = parse(rest if rest and rest[0] in SUBMITTABLE else ["train", *rest])
         rest = []
     name = REPEATABLE.get(args.command)
-    if name and not any(word.startswith("-") for word in rest):
+    if name and not any(argument.startswith("-") for argument in rest):
         setattr(args, name, [*getattr(args, name), *rest])
     elif rest:
         parsers[args.command].error(f"unrecognized arguments: {' '.join(rest)}")

@@ -45,7 +45,7 @@ class RunStatus:
     clips: int = 0
     batch: int = 1
     line: Mapping[str, Any] | None = None
-    beat: Mapping[str, Any] | None = None
+    heartbeat: Mapping[str, Any] | None = None
     saved: tuple[int, int, float] | None = None
     record: JobRecord | None = None
 
@@ -68,14 +68,14 @@ def read_status(run: Path) -> RunStatus:
             saved = meta.step, meta.clock, (path / "meta.json").stat().st_mtime
         except (ValueError, OSError):  # being pruned, or damaged
             pass
-    beat = heartbeat.read(run) or None
-    return RunStatus(run, train["clips"], train["batch"], last_jsonl_record(folder.log), beat, saved, record)
+    last = heartbeat.read(run) or None
+    return RunStatus(run, train["clips"], train["batch"], last_jsonl_record(folder.log), last, saved, record)
 
 
 def describe_state(status: RunStatus, queue: Sequence[JobState], alive: bool, now: float) -> str:
     """One phrase on what the run is doing. queue: what Slurm says of its job; alive: its process, for a local one."""
-    record, beat = status.record, status.beat
-    fresh = beat is not None and heartbeat.is_fresh(beat, now)
+    record, last = status.record, status.heartbeat
+    fresh = last is not None and heartbeat.is_fresh(last, now)
     if status.saved is not None and status.saved[1] >= status.clips and not fresh:
         return "FINISHED"
     if record is not None and record.cluster == "slurm" and queue:
@@ -86,15 +86,15 @@ def describe_state(status: RunStatus, queue: Sequence[JobState], alive: bool, no
             return f"PENDING ({job.reason}{f', starts {job.start}' if job.start else ''})"
         if job.name != "RUNNING":
             return job.name + (f" (exit {job.exit})" if job.exit not in ("", "0:0") else "")
-    if beat is None or (not fresh and beat["phase"] == heartbeat.ENDED):
+    if last is None or (not fresh and last["phase"] == heartbeat.ENDED):
         waiting = alive or any(s.name == "RUNNING" for s in queue)
-        return "STARTING" if waiting else "STOPPED" if status.saved or beat else "NOT STARTED"
+        return "STARTING" if waiting else "STOPPED" if status.saved or last else "NOT STARTED"
     if not fresh:
-        return f"LOST (silent for {duration(now - beat['time'])} in step {beat['step']}, {beat['phase']})"
-    if beat["phase"] == "starting":
+        return f"LOST (silent for {duration(now - last['time'])} in step {last['step']}, {last['phase']})"
+    if last["phase"] == "starting":
         return "STARTING"
-    seconds = now - beat["since"]
-    return "RUNNING" + (f" ({beat['phase']} for {duration(seconds)})" if seconds > LONG_PHASE else "")
+    seconds = now - last["since"]
+    return "RUNNING" + (f" ({last['phase']} for {duration(seconds)})" if seconds > LONG_PHASE else "")
 
 
 HEADER = ["run", "job", "step", "loss", "tokens/s", "left", "checkpoint", "state"]
