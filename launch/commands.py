@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from msc.pretrain.requests import EvaluateConfig, SampleConfig
+from msc.pretrain.requests import EvaluateConfig, SampleConfig, TrainingStart
 from msc.pretrain.run_folder import RunFolder
 
 from .processes import launcher, slurm_env
@@ -141,10 +141,8 @@ def train(args: Namespace) -> int:
         os.environ.update(launcher.rank_environment(os.environ, 0, 1, launcher.free_port()))
     from msc.pretrain import train as training  # a mistake in the settings need not wait for DeepSpeed
 
-    options = {"back_to": request.rollback, "again": request.again or None}
-    options["planned"] = planned_step(request.plan, config, processes)
-    options = {name: value for name, value in options.items() if value is not None}
-    return training.train(config, run, request.resumes, **options)
+    planned = planned_step(request.plan, config, processes)
+    return training.train(TrainingStart(config, run, request.resumes, request.rollback, request.again, planned))
 
 
 def enter_slurm_step(request: TrainRequest) -> None:

@@ -17,7 +17,7 @@ import msc.pretrain
 from msc.launch import cli, commands
 from msc.launch.processes import launcher
 from msc.pretrain.presets import preset
-from msc.pretrain.requests import EvaluateConfig, SampleConfig
+from msc.pretrain.requests import EvaluateConfig, SampleConfig, TrainingStart
 
 MSC = Path(sys.executable).with_name("msc")
 
@@ -202,9 +202,8 @@ class Calls:
 
     load: list[tuple] = field(default_factory=list)
     check: list[tuple] = field(default_factory=list)
-    train: list[tuple] = field(default_factory=list)
+    train: list[TrainingStart] = field(default_factory=list)
     launcher: list[tuple] = field(default_factory=list)
-    options: list[dict] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -227,9 +226,8 @@ def calls(monkeypatch, tmp_path: Path) -> Calls:
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setattr(msc.pretrain, name, module, raising=False)
 
-    def train(*arguments: Any, **options: Any) -> int:
-        calls.train.append(arguments)
-        calls.options.append(options)
+    def train(start: TrainingStart) -> int:
+        calls.train.append(start)
         calls.environment.update(os.environ)
         return 5
 
@@ -250,7 +248,7 @@ def test_train_in_this_process(calls: Calls) -> None:
     assert cli.main(["train", "c.yaml", "--preset", "demo", "a.b=1"]) == 5
     assert calls.load == [(preset("demo"), Path("c.yaml"), ["a.b=1"])]
     assert calls.check == [("config", Path("runs/c"), False, 1)]
-    assert calls.train == [("checked", Path("runs/c"), False)]
+    assert calls.train == [TrainingStart("checked", Path("runs/c"), False)]
     assert calls.environment["RANK"] == calls.environment["LOCAL_RANK"] == "0"
     assert calls.environment["WORLD_SIZE"] == "1"
     assert int(calls.environment["MASTER_PORT"]) > 0
@@ -276,7 +274,7 @@ def test_every_visible_gpu_gets_a_rank(calls: Calls, monkeypatch) -> None:
 def test_a_rank_trains_and_starts_nothing(calls: Calls) -> None:
     os.environ.update(launcher.rank_environment({}, 1, 2, 4321), **{launcher.LAUNCHED: "1"})
     assert cli.main(["train", "--preset", "demo", "--processes", "2"]) == 5
-    assert calls.train == [("config", Path("runs/demo"), False)]
+    assert calls.train == [TrainingStart("config", Path("runs/demo"), False)]
     assert not calls.check, "the launcher has checked before it calls the run folder"
     assert not calls.launcher
     assert calls.environment["MASTER_PORT"] == "4321"
@@ -286,7 +284,7 @@ def test_a_rank_of_another_launcher_checks_for_itself(calls: Calls) -> None:
     os.environ.update(launcher.rank_environment({}, 1, 8, 4321))
     assert cli.main(["train", "--preset", "demo"]) == 5
     assert calls.check == [("config", Path("runs/demo"), False, 8)]
-    assert calls.train == [("checked", Path("runs/demo"), False)]
+    assert calls.train == [TrainingStart("checked", Path("runs/demo"), False)]
 
 
 def test_incomplete_rank_environment_is_refused(calls: Calls, capsys) -> None:
@@ -311,7 +309,7 @@ def test_resume_reads_the_configuration_of_the_run(calls: Calls, capsys) -> None
     Path("x/config.yaml").touch()
     assert cli.main(["train", "--resume", "--run", "x", "a.b=1"]) == 5
     assert calls.load == [(None, Path("x/config.yaml"), ["a.b=1"])]
-    assert calls.train == [("checked", Path("x"), True)]
+    assert calls.train == [TrainingStart("checked", Path("x"), True)]
 
 
 def test_a_rollback_is_a_resume(calls: Calls, capsys) -> None:
@@ -330,9 +328,8 @@ def test_a_rollback_is_a_resume(calls: Calls, capsys) -> None:
     assert cli.main(["train", "--run", "x", "--resume", "--again"]) == 2
     assert "--rollback N" in capsys.readouterr().err
     assert [arguments[2] for arguments in calls.check] == [True] * 4
-    five = {"back_to": "5"}
-    expected = [five, {"back_to": "x/checkpoints/step-00000005"}, {"back_to": "6"}, {**five, "again": True}]
-    assert calls.options == expected
+    expected = [("5", False), ("x/checkpoints/step-00000005", False), ("6", False), ("5", True)]
+    assert [(start.rollback, start.again) for start in calls.train] == expected
 
 
 @pytest.mark.parametrize(
