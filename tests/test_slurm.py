@@ -132,11 +132,11 @@ def test_read_cluster_config(tmp_path):
         ("a: [", "is not valid YAML"),
     ],
 )  # fmt: skip
-def test_invalid_cluster_config(text, output, tmp_path):
+def test_invalid_cluster_config(text, message, tmp_path):
     (tmp_path / "site.yaml").write_text(text)
     with pytest.raises(ValueError) as error:
         cluster_config.read_cluster_config(tmp_path / "site.yaml")
-    assert output in str(error.value)
+    assert message in str(error.value)
     assert str(tmp_path / "site.yaml") in str(error.value)
 
 
@@ -670,7 +670,7 @@ def test_job_states_from_squeue_and_sacct(fake_slurm):
     assert got["7"] == [JobState("CANCELLED", exit="0:15")] and not got["7"][0].active
     assert [s.name for s in got["8"]] == ["FAILED", "COMPLETED"] and "9" not in got
     assert sbatch.job_states(["8_1"]) == {"8_1": [JobState("COMPLETED", exit="0:0")]}
-    queries = (fake_slurm / "asked").read_text().splitlines()
+    queries = (fake_slurm / "queries").read_text().splitlines()
     assert len(queries) == 2 and "--jobs=5,6,7,8,9 " in queries[0] and "--jobs=8 " in queries[1]
 
 

@@ -108,9 +108,9 @@ def run_attempts(job: Job, received: list[int]) -> int:
         job_records.append_event(jobs, number, **{"from": start}, host=os.uname().nodename)
         code = run_ranks(job, received)
         end = progress_of(job)
-        without_progress = job_records.starts_without_progress([*starts, start], end)
+        stalled = job_records.starts_without_progress([*starts, start], end)
         worked = start > 0 or (took_a_step(job, began, start) if job.trains else end > 0)
-        verdict, reason = decide(code, without_progress, job.starts, worked, job.resumable)
+        verdict, reason = decide(code, stalled, job.starts, worked, job.resumable)
         if verdict == "again" and not may_restart(job, number, code, received):
             verdict, reason = "over", "stopped from outside: cancelled, or put back into the queue"
         job_records.append_event(jobs, number, code=code, to=end, verdict=verdict, why=reason)
@@ -137,10 +137,10 @@ def finish(job: Job, code: int) -> int:
     return code
 
 
-def decide(code: int, without_progress: int, limit: int, worked: bool, resumable: bool = True) -> tuple[Verdict, str]:
+def decide(code: int, stalled: int, limit: int, worked: bool, resumable: bool = True) -> tuple[Verdict, str]:
     """What becomes of a job whose ranks ended with `code` (their highest, 128 + signal), and the reason.
 
-    without_progress: starts in a row, this one included, since the last new checkpoint. worked: whether the job has ever made
+    stalled: starts in a row, this one included, since the last new checkpoint. worked: whether the job has ever made
     progress; if so, a start that fails, also for want of a file, is more likely the machine's fault. resumable: whether
     another start would have less to do than this one.
     """
@@ -148,12 +148,12 @@ def decide(code: int, without_progress: int, limit: int, worked: bool, resumable
         return "done", "finished"
     if code == SIGNALLED and not resumable:
         return "over", "not started again, as its time is over and it would begin anew: raise --time"
-    if code == INTERRUPTED or (code == USER_ERROR and not worked) or (code == DETERMINISTIC_FAILURE and without_progress):
+    if code == INTERRUPTED or (code == USER_ERROR and not worked) or (code == DETERMINISTIC_FAILURE and stalled):
         return "over", "not started again, as it would end the same; the reason is in the log"
     if code == FAILURE and not worked:
         return "over", "not started again, as it failed before it got anything done; the reason is in the log"
-    if without_progress >= limit:
-        return "over", f"not started again after {without_progress} starts without a new checkpoint"
+    if stalled >= limit:
+        return "over", f"not started again after {stalled} starts without a new checkpoint"
     return "again", "stopped and saved" if code == REQUEUE else "failed; goes on from the last checkpoint"
 
 
