@@ -220,7 +220,7 @@ def sweep(args: Namespace) -> int:
     if args.status:
         code = 0
     elif args.cluster == "slurm":
-        code = sweep_array.send(folder, plan, args.file, job_request, args.jobs or 0)
+        code = sweep_array.submit_sweep(folder, plan, args.file, job_request, args.jobs or 0)
     else:
         code = sweeping.run_all(folder, plan, args.jobs or 1)
     print(sweeping.table(folder, plan))
@@ -228,11 +228,11 @@ def sweep(args: Namespace) -> int:
 
 
 def fit(args: Namespace) -> int:
-    from .scaling.fit import fit_file
+    from .scaling.report import report_fit
 
-    text, complete = fit_file(**options_for(fit_file, args, path=args.points))
+    text, usable = report_fit(**options_for(report_fit, args, path=args.points))
     print(text)
-    return 0 if complete else 1
+    return 0 if usable else 1
 
 
 def checkpoints(args: Namespace) -> int:

@@ -259,7 +259,7 @@ def test_sweep_array(shards, tmp_path):
     plan, environment = read_sweep_spec(file), {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def states() -> list[str]:
-        queue = sweep.in_queue(folder, plan)
+        queue = sweep.slurm_states(folder, plan)
         return [sweep.state(folder, plan, run, queue) for run in plan.runs]
 
     msc(*words, "--jobs", "2", environment=environment)

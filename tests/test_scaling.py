@@ -15,10 +15,11 @@ import pytest
 from scipy.optimize import least_squares
 
 from msc.launch import cli
-from msc.launch.scaling.data import Point, Points, diverged, read_points
-from msc.launch.scaling.fit import fit_file, results, study
-from msc.launch.scaling.isoflop import iso_flop, learning_rate_and_batch
-from msc.launch.scaling.law import PARAMETERS, Law, best, fit, huber
+from msc.launch.scaling.data import RunResult, ScalingData, divergence, read_scaling_data
+from msc.launch.scaling.fit import as_json, fit_study
+from msc.launch.scaling.isoflop import fit_isoflop, fit_learning_rate_and_batch
+from msc.launch.scaling.law import PARAMETERS, Law, best_of_restarts, fit_law, huber
+from msc.launch.scaling.report import report_fit
 from msc.pretrain.config import dump, load
 from msc.pretrain.run_folder import LatentSpace
 
@@ -39,7 +40,7 @@ def covered(times, draws):
     asked |= {"exponent": lambda law: law.exponent, "larger": lambda law: law.loss(*larger)}
     inside = dict.fromkeys((*asked, "one more run"), 0)
     for seed in range(times):
-        found = fit(N, D, noisy(N, D, seed), draws=draws, seed=seed)
+        found = fit_law(N, D, noisy(N, D, seed), draws=draws, seed=seed)
         for name, of in asked.items():
             low, high = found.interval(of(found.draws))
             inside[name] += bool(low <= of(TRUTH) <= high)
@@ -60,7 +61,7 @@ def test_ninety_percent_intervals_cover_between_85_and_95_percent():
 
 
 def test_without_noise_the_law_is_exact():
-    found = fit(*GRID, TRUTH.loss(*GRID), draws=20, delta=1e-3)
+    found = fit_law(*GRID, TRUTH.loss(*GRID), draws=20, delta=1e-3)
     for name in PARAMETERS:
         assert getattr(found.law, name) == pytest.approx(getattr(TRUTH, name), rel=1e-5)
 
@@ -70,7 +71,7 @@ def test_the_fit_is_scipys():
     N, D = GRID
     L, delta = noisy(N, D, 3, 0.02), 0.01
     x, y, z = np.log(N) - np.log(N).mean(), np.log(D) - np.log(D).mean(), np.log(L)
-    theta, objective = best(x, y, z, delta)
+    theta, objective = best_of_restarts(x, y, z, delta)
 
     def residuals(t):
         return np.log(np.exp(t[0]) + np.exp(t[1] - t[2] * x) + np.exp(t[3] - t[4] * y)) - z
@@ -84,7 +85,7 @@ def test_outliers_do_not_move_the_law():
     N, D = GRID
     L = noisy(N, D, 0)
     L[[3, 17]] *= 1.5
-    found = fit(N, D, L, draws=20)
+    found = fit_law(N, D, L, draws=20)
     assert found.law.alpha == pytest.approx(TRUTH.alpha, abs=0.1)
     assert found.law.loss(4e6, 4e7) == pytest.approx(TRUTH.loss(4e6, 4e7), rel=0.03)
 
@@ -108,18 +109,18 @@ def test_the_optimum_is_one():
 )
 def test_degenerate_points_are_refused_with_the_reason(N, D, said):
     with pytest.raises(ValueError, match=said):
-        fit(N, D, TRUTH.loss(N, D))
+        fit_law(N, D, TRUTH.loss(N, D))
 
 
 def test_a_law_that_shows_nothing_and_far_runs_are_refused():
     N, D = GRID
-    flat = Points(tuple(Point(f"{i}", n, d, 6 * n * d, 1 + 30 / d**0.4 + 0.01 * (i % 3)) for i, (n, d) in enumerate(
-        zip(N, D, strict=True))))  # fmt: skip
-    found = study(flat, draws=100)
+    losses = 1 + 30 / D**0.4 + 0.01 * (np.arange(len(D)) % 3)
+    flat = ScalingData(tuple(RunResult("", n, d, 6 * n * d, loss) for n, d, loss in zip(N, D, losses, strict=True)))
+    found = fit_study(flat, draws=100)
     assert any("do not show that size matters" in reason for reason in found.refused)
-    assert "optimal" not in results(found, [1e15])
-    good = fit(N, D, noisy(N, D, 0), draws=20)
-    with pytest.raises(ValueError, match="beyond 100 times"):
+    assert "optimal" not in as_json(found, [1e15])
+    good = fit_law(N, D, noisy(N, D, 0), draws=20)
+    with pytest.raises(ValueError, match="predictions stop at 100 times"):
         good.predict(1e9, 1e9)
 
 
@@ -130,27 +131,27 @@ def test_parabolas_of_equal_compute_find_the_optimum():
     points = []
     for C in (1e13, 1e14, 1e15):
         N, D = TRUTH.optimal(C, 6.0)
-        points += [Point("", N * f, D / f, C, float(TRUTH.loss(N * f, D / f))) for f in (0.5, 0.7, 1.0, 1.4, 2.0)]
-    found = iso_flop(Points(tuple(points)))
+        points += [RunResult("", N * f, D / f, C, float(TRUTH.loss(N * f, D / f))) for f in (0.5, 0.7, 1.0, 1.4, 2.0)]
+    found = fit_isoflop(ScalingData(tuple(points)))
     assert [m.place["N"] for m in found.minima] == pytest.approx(
         [TRUTH.optimal(C, 6.0)[0] for C in (1e13, 1e14, 1e15)], rel=0.05
     )
     assert found.powers["N"].exponents["C"] == pytest.approx(TRUTH.exponent, abs=0.01)
-    edge = iso_flop(Points(tuple(p for i, p in enumerate(points[:5]) if i < 3)))
+    edge = fit_isoflop(ScalingData(tuple(p for i, p in enumerate(points[:5]) if i < 3)))
     assert not edge.minima and "try larger ones" in edge.refused[0]
 
 
 def test_runs_that_learned_nothing_do_not_bend_the_parabola():
     """At 1 when untrained: with those points in it the parabola's minimum would lie beyond the sizes tried."""
     losses = {1e5 / 3: 0.60, 1e5: 0.55, 3e5: 0.60, 1e6: 0.98, 3e6: 1.0, 1e7: 1.0}
-    found = iso_flop(Points(tuple(Point("", n, 1e13 / n, 1e13, loss) for n, loss in losses.items())))
+    found = fit_isoflop(ScalingData(tuple(RunResult("", n, 1e13 / n, 1e13, loss) for n, loss in losses.items())))
     assert found.minima[0].place["N"] == pytest.approx(1e5, rel=0.05) and found.minima[0].points == 3
 
 
 def test_a_size_that_was_repeated_leaves_room_for_others():
     losses = {3e4: (0.8,), 1e5: (0.5, 0.501, 0.502, 0.503), 3e5: (0.8,)}
-    points = (Point("", n, 1e13 / n, 1e13, loss) for n, seeds in losses.items() for loss in seeds)
-    found = iso_flop(Points(tuple(points)))
+    points = (RunResult("", n, 1e13 / n, 1e13, loss) for n, seeds in losses.items() for loss in seeds)
+    found = fit_isoflop(ScalingData(tuple(points)))
     assert found.minima[0].place["N"] == pytest.approx(1e5, rel=0.1), found.refused
 
 
@@ -158,12 +159,12 @@ def test_an_exponent_that_is_not_pinned_down_is_refused():
     """Sizes that matter only where they are smallest: any steep power says so as well as another."""
     rng, sizes, budgets = np.random.default_rng(0), (3e4, 1e5, 3e5, 1e6), (1e5, 3e5, 1e6)
     points = [
-        Point("", n, d, 6 * n * d, (0.2 + 0.3 * (n < 5e4) + 30 / d**0.4) * math.exp(rng.normal(0, 0.03)))
+        RunResult("", n, d, 6 * n * d, (0.2 + 0.3 * (n < 5e4) + 30 / d**0.4) * math.exp(rng.normal(0, 0.03)))
         for n in sizes for d in budgets
     ]  # fmt: skip
-    found = study(Points(tuple(points)), draws=100)
+    found = fit_study(ScalingData(tuple(points)), draws=100)
     assert any("do not pin it down" in reason for reason in found.refused), found.refused
-    assert "optimal" not in results(found, [1e12])
+    assert "optimal" not in as_json(found, [1e12])
 
 
 def bowls(batches):
@@ -174,34 +175,36 @@ def bowls(batches):
             for f in (0.25, 0.5, 1.5, 3.0):
                 for g in batches:
                     loss = 0.5 * math.exp(0.1 * math.log(f * 1.1) ** 2 + 0.05 * math.log(g * 0.9) ** 2)
-                    yield Point("", n, d, 6 * n * d, loss, rate * f * 1.1, batch * g * 0.9 if len(batches) > 1 else 8)
+                    yield RunResult(
+                        "", n, d, 6 * n * d, loss, rate * f * 1.1, batch * g * 0.9 if len(batches) > 1 else 8
+                    )
 
 
 def test_best_learning_rate_and_batch_follow_their_powers():
-    found = learning_rate_and_batch(Points(tuple(bowls((0.3, 0.7, 1.5, 4.0)))))
+    found = fit_learning_rate_and_batch(ScalingData(tuple(bowls((0.3, 0.7, 1.5, 4.0)))))
     assert len(found.minima) == 6 and not found.refused
     assert found.powers["lr"].exponents == pytest.approx({"N": -0.5, "D": 0.25}, abs=1e-6)
     assert found.powers["batch"].exponents == pytest.approx({"N": 0.0, "D": 0.5}, abs=1e-6)
-    one = learning_rate_and_batch(Points(tuple(bowls((1.0,)))))
+    one = fit_learning_rate_and_batch(ScalingData(tuple(bowls((1.0,)))))
     assert one.powers["lr"](N=1e5, D=1e6) == pytest.approx(0.2 * 1e5**-0.5 * 1e6**0.25)
-    few = learning_rate_and_batch(Points(tuple(p for p in bowls((1.0,)) if p.N == 1e4 and p.D == 1e6)))
+    few = fit_learning_rate_and_batch(ScalingData(tuple(p for p in bowls((1.0,)) if p.N == 1e4 and p.D == 1e6)))
     assert few.minima and "are needed for a power law" in few.refused[0]
 
 
-# Points ----------------------------------------------------------------------------------------------------
+# ScalingData ----------------------------------------------------------------------------------------------------
 
 
 def test_runs_that_diverged_are_named(tmp_path):
     falling = [1.0 - 0.01 * i for i in range(40)]
-    assert diverged(tmp_path, falling, 10) == ""
-    assert "not finite" in diverged(tmp_path, [*falling, math.nan], 10)
-    assert "no better than it began" in diverged(tmp_path, falling[::-1], 10)
-    assert diverged(tmp_path, falling[:10:-1][:19], 10) == ""  # too few reports to tell
-    assert "after it had been at" in diverged(tmp_path, [*falling, *[0.9] * 10], 10)
+    assert divergence(tmp_path, falling, 10) == ""
+    assert "not finite" in divergence(tmp_path, [*falling, math.nan], 10)
+    assert "no better than it began" in divergence(tmp_path, falling[::-1], 10)
+    assert divergence(tmp_path, falling[:10:-1][:19], 10) == ""  # too few reports to tell
+    assert "after it had been at" in divergence(tmp_path, [*falling, *[0.9] * 10], 10)
     lines = "".join(json.dumps({"step": step}) + "\n" for step in range(30, 40))
     (tmp_path / "skipped.jsonl").write_text(lines)
-    assert "10 steps in a row" in diverged(tmp_path, falling, 10)
-    assert diverged(tmp_path, falling, 11) == ""
+    assert "10 steps in a row" in divergence(tmp_path, falling, 10)
+    assert divergence(tmp_path, falling, 11) == ""
 
 
 def table(path: Path, N, D, L) -> Path:
@@ -216,7 +219,7 @@ def test_a_table_is_fitted_and_nothing_is_lost_silently(tmp_path):
     N, D = GRID
     L = noisy(N, D, 1)
     L[4] = math.nan
-    text, found = fit_file(table(tmp_path / "losses.csv", N, D, L), draws=100, tracking="none")
+    text, found = report_fit(table(tmp_path / "losses.csv", N, D, L), draws=100, tracking="none")
     assert found and "left out: r4: diverged" in text and "held out r29" in text
     values = json.loads((tmp_path / "losses-fit" / "fit.json").read_text())
     assert len(values["points"]) == 29
@@ -242,7 +245,7 @@ def test_a_table_is_fitted_and_nothing_is_lost_silently(tmp_path):
 def test_rows_of_no_law_are_left_out(row, said, tmp_path):
     rows = [{"N": n, "D": d, "L": law} for n, d, law in zip(*GRID, TRUTH.loss(*GRID), strict=True)]
     (tmp_path / "runs.json").write_text(json.dumps([row, *rows]))
-    points = read_points(tmp_path / "runs.json")
+    points = read_scaling_data(tmp_path / "runs.json")
     assert points.left_out == (("row 1", said),) and len(points.used) == len(rows)
 
 
@@ -257,8 +260,8 @@ def test_a_table_that_is_none_is_named(name, content, tmp_path, capsys):
 
 def test_a_held_out_run_that_is_too_far_away_is_refused_and_the_law_stays(tmp_path):
     N, D = (np.append(values, 30 * values.max()) for values in GRID)
-    text, found = fit_file(table(tmp_path / "losses.csv", N, D, noisy(N, D, 1)), draws=50, tracking="none")
-    assert found and "refused: held out r30: N·D = " in text and "beyond 100 times nothing is said" in text
+    text, found = report_fit(table(tmp_path / "losses.csv", N, D, noisy(N, D, 1)), draws=50, tracking="none")
+    assert found and "refused: held out r30: N·D = " in text and "predictions stop at 100 times" in text
     values = json.loads((tmp_path / "losses-fit" / "fit.json").read_text())
     assert values["held_out"] == [] and "law" in values and len(values["optimal"]) == 2
 
@@ -266,7 +269,7 @@ def test_a_held_out_run_that_is_too_far_away_is_refused_and_the_law_stays(tmp_pa
 def test_the_best_learning_rate_of_a_size_and_budget_is_taken(tmp_path):
     rows = [{"N": n, "D": d, "L": 1 + f, "lr": f} for n in (1e4, 1e5) for d in (1e6, 1e7) for f in (0.3, 0.1, 0.2)]
     (tmp_path / "runs.json").write_text(json.dumps([*rows, {"N": 1e4, "L": 2}]))
-    points = read_points(tmp_path / "runs.json")
+    points = read_scaling_data(tmp_path / "runs.json")
     assert [point.lr for point in points.used] == [0.1] * 4 and len(points.others) == 8
     assert points.left_out[0][0] == "row 13" and "no D" in points.left_out[0][1]
     assert all(a.N <= b.N for a, b in pairwise(points.used))
@@ -295,7 +298,7 @@ SIZED = {
 
 
 def test_a_law_spans_sizes_budgets_and_what_follows_from_them(tmp_path):
-    points = read_points(trained(tmp_path, SIZED))
+    points = read_scaling_data(trained(tmp_path, SIZED))
     assert len(points.used) == 2 and points.left_out == (("later", "not started"),)
 
 
@@ -303,7 +306,7 @@ def test_a_run_that_was_trained_twice_counts_once(tmp_path):
     """Another seed is another run, another number of ranks or parent in MLflow is not."""
     small = SIZED["small"]
     twins = {"again": [*small, "metrics.parent=y", "parallel.sp=2"], "seed2": [*small, "train.seed=2"]}
-    points = read_points(trained(tmp_path, SIZED | twins))
+    points = read_scaling_data(trained(tmp_path, SIZED | twins))
     assert [point.name for point in points.used] == ["small", "seed2", "large"]
     assert points.left_out[0] == ("again", "the same run as small: no setting differs, nor does the seed")
 
@@ -318,7 +321,7 @@ def test_a_run_that_was_trained_twice_counts_once(tmp_path):
 )  # fmt: skip
 def test_runs_of_different_models_are_refused(settings, said, tmp_path):
     with pytest.raises(ValueError, match=said):
-        read_points(trained(tmp_path, SIZED | {"other": [HEADS.format(2, 2), *settings]}))
+        read_scaling_data(trained(tmp_path, SIZED | {"other": [HEADS.format(2, 2), *settings]}))
 
 
 def test_one_model_of_several_is_chosen(tmp_path, capsys):
@@ -326,7 +329,7 @@ def test_one_model_of_several_is_chosen(tmp_path, capsys):
     folder = trained(tmp_path, {f"{name}-gate{gate}": [*own, f"model.gate={gate}"] for name, own, gate in each})
 
     def chosen(*only):
-        points = read_points(folder, only=only)
+        points = read_scaling_data(folder, only=only)
         return {point.name for point in (*points.used, *points.others)}, dict(points.left_out)
 
     assert chosen("model.gate=none") == ({"small-gatenone", "large-gatenone"}, {"later": "not started"})
@@ -337,7 +340,7 @@ def test_one_model_of_several_is_chosen(tmp_path, capsys):
         with pytest.raises(ValueError, match=said):
             chosen(word)
     with pytest.raises(ValueError, match="is a table"):
-        read_points(table(tmp_path / "losses.csv", *GRID, TRUTH.loss(*GRID)), only=["x"])
+        read_scaling_data(table(tmp_path / "losses.csv", *GRID, TRUTH.loss(*GRID)), only=["x"])
     assert cli.main(["fit", str(folder), "--tracking", "none"]) == 2
     assert "differ in model.gate (logits, none)" in capsys.readouterr().err
     assert cli.main(["fit", str(folder), "--tracking", "none", "--only", "model.gate=none"]) == 1
@@ -348,8 +351,8 @@ def test_one_model_of_several_is_chosen(tmp_path, capsys):
 @pytest.mark.skipif("CHINCHILLA_CSV" not in os.environ, reason="names no table of Besiroglu et al.; docs/scaling.md")
 def test_published_points_give_published_constants():
     """Besiroglu et al. 2024 (arXiv 2404.10102): 240 points, all but the five of highest loss; Huber threshold 1e-3."""
-    points = sorted(read_points(Path(os.environ["CHINCHILLA_CSV"])).used, key=lambda point: point.L)[:240]
-    found = fit(*(np.array([getattr(point, name) for point in points]) for name in "NDL"), draws=50, delta=1e-3)
+    points = sorted(read_scaling_data(Path(os.environ["CHINCHILLA_CSV"])).used, key=lambda point: point.L)[:240]
+    found = fit_law(*(np.array([getattr(point, name) for point in points]) for name in "NDL"), draws=50, delta=1e-3)
     published = Law(1.8172, 482.01, 2085.43, 0.3478, 0.3658)
     errors = {"E": 0.005, "A": 0.05, "B": 0.05, "alpha": 0.01, "beta": 0.01}
     for name, error in errors.items():

@@ -20,7 +20,7 @@ from test_training import SMALL, shards  # noqa: F401
 from msc.datasets.shards.index import read_index
 from msc.launch import cli
 from msc.launch.scaling import sweep
-from msc.launch.scaling.data import read_points
+from msc.launch.scaling.data import read_scaling_data
 from msc.launch.scaling.sweep_spec import RunSpec, SweepSpec, nearest_power, read_sweep_spec
 from msc.launch.slurm import job_records, sbatch
 from msc.pretrain import cost
@@ -228,17 +228,17 @@ def test_what_was_trained_keeps_its_name_when_one_more_key_varies(shards, tmp_pa
     assert sorted(json.loads((tmp_path / "s/sweep.json").read_text())) == sorted(names)
     for known in (more, plan):
         assert f"{len(known.runs)} finished" in sweep.table(tmp_path / "s", known)
-    assert [run.name for run in sweep.prepare(tmp_path / "s", plan).runs] == ["seed0", "seed2"]
+    assert [run.name for run in sweep.register_runs(tmp_path / "s", plan).runs] == ["seed0", "seed2"]
 
 
 def test_a_run_of_another_base_is_another_run(shards, tmp_path):  # noqa: F811
     plan = read_sweep_spec(write(tmp_path / "s.yaml", shards, grid={"train.clips": [8, 16]}))
-    sweep.prepare(tmp_path, plan)
+    sweep.register_runs(tmp_path, plan)
     (tmp_path / "clips8").mkdir()
     record = load(plan.resolved(plan.runs[0]), overrides=["diffusion.shift=7"])
     (tmp_path / "clips8/config.yaml").write_text(dump(record))
     more = read_sweep_spec(write(tmp_path / "s.yaml", shards, grid={"train.clips": [8, 16], "train.seed": [0, 1]}))
-    names = [run.name for run in sweep.prepare(tmp_path, more).runs]
+    names = [run.name for run in sweep.register_runs(tmp_path, more).runs]
     assert names == ["clips8-seed0", "clips8-seed1", "clips16", "clips16-seed1"]
 
 
@@ -246,12 +246,12 @@ def test_a_name_stands_for_one_run(shards, tmp_path):  # noqa: F811
     """Tables are numbered in order of appearance: one more in front would take the name of the first."""
     dense, near = [{"heads": 4}], [{"heads": 4, "window": 2}]
     one, two = ({"grid": {"model.scales": scales}} for scales in ([near, SCALES], [dense, near, SCALES]))
-    sweep.prepare(tmp_path, read_sweep_spec(write(tmp_path / "s.yaml", shards, **one)))
-    for look in (sweep.prepare, sweep.table):
+    sweep.register_runs(tmp_path, read_sweep_spec(write(tmp_path / "s.yaml", shards, **one)))
+    for look in (sweep.register_runs, sweep.table):
         with pytest.raises(ValueError, match="scales0 has model.scales = "):
             look(tmp_path, read_sweep_spec(write(tmp_path / "s.yaml", shards, **two)))
     two["grid"]["model.scales"].append(two["grid"]["model.scales"].pop(0))
-    plan = sweep.prepare(tmp_path, read_sweep_spec(write(tmp_path / "s.yaml", shards, **two)))
+    plan = sweep.register_runs(tmp_path, read_sweep_spec(write(tmp_path / "s.yaml", shards, **two)))
     assert [run.name for run in plan.runs] == ["scales0", "scales1", "scales2"]
 
 
@@ -280,7 +280,7 @@ def test_the_command_shows_what_would_run_and_where_it_is(shards, tmp_path, caps
     assert [line.partition(":")[0] for line in lines] == ["seed0", "seed1"] and "train.seed=1" in lines[1]
     assert cli.main(["sweep", str(file), "--out", str(tmp_path / "none"), "--status"]) == 2
     assert "holds no sweep yet" in capsys.readouterr().err
-    sweep.prepare(tmp_path / "some", read_sweep_spec(file))
+    sweep.register_runs(tmp_path / "some", read_sweep_spec(file))
     assert cli.main(["sweep", str(file), "--out", str(tmp_path / "some"), "--status"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "2 waiting"
 
@@ -335,7 +335,7 @@ def test_where_runs_that_were_sent_are(shards, tmp_path, monkeypatch):  # noqa: 
         "7_2": [sbatch.JobState("FAILED")],
     }
     monkeypatch.setattr(sbatch, "job_states", lambda numbers: {number: states[number] for number in numbers})
-    queue = sweep.in_queue(tmp_path, plan)
+    queue = sweep.slurm_states(tmp_path, plan)
     assert [sweep.state(tmp_path, plan, run, queue) for run in plan.runs] == ["queued", "running", "failed"]
     assert [run.name for run in sweep.pending(tmp_path, plan)] == ["seed2"]
 
@@ -352,15 +352,15 @@ def test_other_jobs_of_a_run_are_not_its_training(shards, tmp_path, monkeypatch)
     for running, said in {"0": "running", "1": "stopped"}.items():
         queue = {running: [sbatch.JobState("RUNNING")]}
         monkeypatch.setattr(sbatch, "job_states", lambda numbers, q=queue: {n: q[n] for n in numbers if n in q})
-        assert sweep.state(tmp_path, plan, run, sweep.in_queue(tmp_path, plan)) == said
+        assert sweep.state(tmp_path, plan, run, sweep.slurm_states(tmp_path, plan)) == said
     assert [attempt["code"] for attempt in sweep.attempts(tmp_path, run)] == [75]
 
 
 def test_a_run_that_somebody_has_is_left_to_them(shards, tmp_path, stand_in):  # noqa: F811
     plan = read_sweep_spec(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 2]}))
-    sweep.prepare(tmp_path, plan)
-    lock = sweep.take(tmp_path, plan.runs[0])
-    assert lock is not None and sweep.take(tmp_path, plan.runs[0]) is None
+    sweep.register_runs(tmp_path, plan)
+    lock = sweep.lock_run(tmp_path, plan.runs[0])
+    assert lock is not None and sweep.lock_run(tmp_path, plan.runs[0]) is None
     assert sweep.state(tmp_path, plan, plan.runs[0]) == "running"
     assert sweep.run_all(tmp_path, plan) == 0
     assert not (tmp_path / "seed0").exists() and (tmp_path / "seed2").exists()
@@ -368,13 +368,13 @@ def test_a_run_that_somebody_has_is_left_to_them(shards, tmp_path, stand_in):  #
 
 def test_other_settings_for_a_run_that_was_begun_are_refused(shards, tmp_path):  # noqa: F811
     plan = read_sweep_spec(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1]}))
-    sweep.prepare(tmp_path, plan)
+    sweep.register_runs(tmp_path, plan)
     (tmp_path / "seed0").mkdir()
     changed = read_sweep_spec(
         write(tmp_path / "t.yaml", shards, set={"optimizer.lr": 0.5}, grid={"train.seed": [0, 1]})
     )
     with pytest.raises(ValueError, match=r"optimizer\.lr = 1e-3, the sweep file now says 0\.5"):
-        sweep.prepare(tmp_path, changed)
+        sweep.register_runs(tmp_path, changed)
 
 
 def test_sweeps_that_start_at_once_are_all_written_down(shards, tmp_path, monkeypatch):  # noqa: F811
@@ -383,7 +383,7 @@ def test_sweeps_that_start_at_once_are_all_written_down(shards, tmp_path, monkey
     at_once = sweep.write_atomically
     monkeypatch.setattr(sweep, "write_atomically", lambda *given: time.sleep(0.05) or at_once(*given))
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(partial(sweep.prepare, tmp_path / "sweep"), plans))
+        list(pool.map(partial(sweep.register_runs, tmp_path / "sweep"), plans))
     assert len(json.loads((tmp_path / "sweep/sweep.json").read_text())) == 8
 
 
@@ -392,7 +392,7 @@ def test_a_torn_last_line_of_the_log_does_not_hide_what_was_reached(shards, tmp_
     own = tmp_path / plan.runs[0].name
     own.mkdir()
     (own / "log.jsonl").write_text('torn by a crash{"clock": 4}\n{"clock": 8, "loss": 0.5}\n{"clo')
-    assert sweep.reached(tmp_path, plan, plan.runs[0]) == "finished" and sweep.last_loss(own) == 0.5
+    assert sweep.state_on_disk(tmp_path, plan, plan.runs[0]) == "finished" and sweep.last_loss(own) == 0.5
 
 
 def test_a_password_of_the_store_reaches_runs_and_nothing_that_is_read(shards, tmp_path, monkeypatch, capfd):  # noqa: F811
@@ -436,7 +436,7 @@ def test_a_real_sweep_is_nested_in_mlflow_and_can_be_fitted(shards, tmp_path):  
     )  # fmt: skip
     folder = tmp_path / "runs" / "s"
     assert cli.main(["sweep", str(file), "--out", str(folder)]) == 0
-    points = read_points(folder)
+    points = read_scaling_data(folder)
     assert len(points.used) == 4 and not points.left_out
     assert {point.D for point in points.used} == {16 * 5 * 24, 32 * 5 * 24}
     parent = json.loads((folder / "mlflow.json").read_text())["run_id"]

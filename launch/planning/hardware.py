@@ -1,7 +1,6 @@
-"""What machines can do: data sheets' figures, and how much of them a step was measured to reach.
+"""Hardware: GPU data sheets, and the share of their rates that a training step reaches.
 
-Of an efficiency it is said whether it was MEASURED (docs/benchmarks.md) or is an ESTIMATE: a plan repeats that. Those
-measured come from steps with FlexAttention on one H100 SXM:
+Every efficiency is marked MEASURED (docs/benchmarks.md) or ESTIMATE, and so in every plan. The measured ones come from steps with FlexAttention on one H100 SXM:
 
     products    of the kernels of a compiled step of `base` with 8 layers and 65,536 tokens: 51.3 ms
     attention   compiled dense steps of `base`: 8 layers, 65,536 tokens 0.8221 s; 4 layers, 262,144 tokens 6.1814 s
@@ -9,7 +8,7 @@ measured come from steps with FlexAttention on one H100 SXM:
                 eager, recomputed: `base` with 4 layers, 131,072 tokens 0.1972 s
     launches    compiled: `pilot`, 16,384 tokens 0.0397 s; eager: the same 0.185 s, with the kernels of November 23
 
-More steps, from which nothing was taken, test them (tests/test_plan.py): -19 to +10 %.
+Further steps, not used for these constants, test them (tests/test_plan.py): -19 to +10 %.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class Device:
 
 
 def _peak(name: str) -> float:
-    return next(peak for known, peak in PEAK_FLOPS if known == name)
+    return next(peak for prefix, peak in PEAK_FLOPS if prefix == name)
 
 
 # Links: half of the data sheets' "bidirectional" figures. Network: one adapter per GPU as in NVIDIA's DGX machines,

@@ -1,14 +1,13 @@
-"""What a training run or a roll-out would take on given GPUs: memory, traffic, time, and its limit. Pure functions.
+"""Plan of a training run or a rollout on given GPUs: memory, traffic, time and the limiting part. Pure functions.
 
 A step is `accumulate` micro-batches and an update. Of the slowest rank,
 
     micro = products / (peak · e_p) + attention / (peak · e_a) + passes · kept / bandwidth + exchanges not hidden
     step  = accumulate · max(micro, launches) + gradients and weights not hidden + update
 
-with FLOPs, kept activations and messages from the closed forms of cost.py and layout_planner.py, which tests
-count, and rates from hardware.py, which says of each whether it was measured. Recomputation repeats the forward pass.
-docs/scaling.md
-has it all. Left out: reading and encoding of data, checkpoints, evaluations, restarts.
+with FLOPs, kept activations and messages from the closed forms of cost.py and layout_planner.py, which tests compare with
+counted ones, and rates from hardware.py, measured or estimated. Recomputation repeats the forward pass; docs/scaling.md
+explains the rest. Not included: reading and encoding of data, checkpoints, evaluations, restarts.
 """
 
 from __future__ import annotations
@@ -78,7 +77,7 @@ class Plan:
 
 
 def attention_calls(model: ModelConfig, grid: tuple[int, int]) -> float:
-    """Scales of a block by what the CPU has to start for them: windows in space are so many regions of equal ones."""
+    """Kernel launches of a block, in units of those of one scale without spatial windows; each window is a region."""
     calls = 0.0
     for scale in model.scales:
         for shifted in (False, True):  # every second layer
@@ -88,15 +87,15 @@ def attention_calls(model: ModelConfig, grid: tuple[int, int]) -> float:
 
 
 def make_plan(config: Config, index: Index, device: Device, gpus: int) -> Plan:
-    """What a resolved configuration takes as it is. ValueError where it cannot run on that many GPUs."""
+    """Plan of a resolved configuration, nothing searched. ValueError where it cannot run on that many GPUs."""
     model, parallel = config.model, config.parallel
     units = index.frames // model.frames_per_unit
     dp = check_parallel(parallel, model, gpus, units)
     accumulate = config.train.accumulate(dp)
     clip = clip_shape(model, parallel, index.frames, index.height, index.width)
-    speed = hardware.COMPILED if parallel.compile else hardware.EAGER
+    efficiency = hardware.COMPILED if parallel.compile else hardware.EAGER
     peak = device.fp32 if parallel.precision == "fp32" else device.peak
-    attention_rate = peak * speed.attention
+    attention_rate = peak * efficiency.attention
     inside = parallel.sp <= device.node and device.node % parallel.sp == 0
     rate = (device.link if inside else device.network) * hardware.LINKS
     rates = Rates(rate, attention_rate, parallel.wait_s)
@@ -107,40 +106,40 @@ def make_plan(config: Config, index: Index, device: Device, gpus: int) -> Plan:
     count = cost.parameters(model)
     bf16 = parallel.precision != "fp32"
 
-    # One micro-batch of the slowest rank, forward and backward; `again`: once more the forward pass
-    again = 4 / 3 if parallel.recompute else 1.0
+    # One micro-batch of the slowest rank, forward and backward; `recompute_factor`: once more the forward pass
+    recompute_factor = 4 / 3 if parallel.recompute else 1.0
     share = -(-units // parallel.sp) / units
     flops = config.train.micro * 3 * share * cost.linear_flops(model, index.frames, index.height, index.width)
     attention = 3.0 * cost.attention_flops(model, index.frames, index.height, index.width)
     attending = config.train.micro * attention / attention_rate
-    sent = hidden_not = 0.0
+    sent = exposed = 0.0
     if layouts:
         each = [estimates(scale, clip, parallel.sp, rates)[layout]
                 for scale, layout in zip(model.scales, layouts, strict=True)]  # fmt: skip
         attending = config.train.micro * model.depth * sum(e.computing for e in each)
-        hidden_not = config.train.micro * model.depth * sum(e.seconds - e.computing for e in each)
-        hidden_not *= 3 / 2 if parallel.recompute else 1
+        exposed = config.train.micro * model.depth * sum(e.seconds - e.computing for e in each)
+        exposed *= 3 / 2 if parallel.recompute else 1
         times = 3 if parallel.recompute else 2  # forward, backward, and forward again
         sent = times * sum(e.sent for e in each) * clip.value_bytes * model.depth * config.train.micro * accumulate
     micro = {
-        "matrix products": again * flops / (peak * speed.products),
-        "attention": again * attending,
-        "memory traffic": again * speed.passes * kept / device.bandwidth,
+        "matrix products": recompute_factor * flops / (peak * efficiency.products),
+        "attention": recompute_factor * attending,
+        "memory traffic": recompute_factor * efficiency.passes * kept / device.bandwidth,
     }
-    launches = again * speed.launches * attention_calls(model, clip.grid) * model.depth
+    launches = recompute_factor * efficiency.launches * attention_calls(model, clip.grid) * model.depth
     launches *= hardware.SHARDED if parallel.sp > 1 else 1.0
     micro["launches"] = max(0.0, launches - sum(micro.values()))
     computing = sum(micro.values())
     seconds = {name: accumulate * value for name, value in micro.items()}
-    seconds["exchanges along time"] = accumulate * hidden_not
+    seconds["exchanges along time"] = accumulate * exposed
 
     # Gradients and weights over all ranks
     wide = gpus > device.node
     far = (device.network if wide else device.link) * hardware.LINKS
     reduced, gathered = zero_bytes(count, parallel.zero.stage, gpus, bf16, accumulate, parallel.recompute)
-    often = accumulate if parallel.zero.stage >= 2 else 1
+    reductions = accumulate if parallel.zero.stage >= 2 else 1
     backward = computing * (3 / 4 if parallel.recompute else 2 / 3)
-    seconds["gradients"] = often * max(0.0, reduced / often / far - hardware.OVERLAP * backward)
+    seconds["gradients"] = reductions * max(0.0, reduced / reductions / far - hardware.OVERLAP * backward)
     behind = hardware.OVERLAP * computing * accumulate if parallel.zero.stage == 3 else 0.0
     seconds["weights"] = max(0.0, gathered / far - behind)
     own = count / (gpus if parallel.zero.stage else 1)
@@ -175,8 +174,7 @@ def memory(config: Config, clip: ClipShape, count: int, gpus: int) -> dict[str, 
 def zero_bytes(count: int, stage: int, ranks: int, bf16: bool, accumulate: int, recompute: bool) -> tuple[float, float]:
     """Bytes that a rank sends in a step for (gradients, weights). Gradients travel in fp32, as deepspeed_zero.py
     asks, and from stage 2 on with every micro-batch; up to stage 2 by all-reduce (DeepSpeed 0.19 all-reduces its
-    buckets also where a
-    rank keeps a share only). Stage 3 fetches weights for every pass over the model, stages 1 and 2 after the update."""
+    buckets also where a rank keeps a share only). Stage 3 fetches weights for every pass over the model, stages 1 and 2 after the update."""
     if ranks == 1:
         return 0.0, 0.0
     once = count * (ranks - 1) / ranks
@@ -186,25 +184,25 @@ def zero_bytes(count: int, stage: int, ranks: int, bf16: bool, accumulate: int, 
     return (accumulate if stage == 2 else 1) * 2 * 4 * once, weight * once if stage else 0.0
 
 
-# Which way is best -----------------------------------------------------------------------------------------
+# Search ----------------------------------------------------------------------------------------------------
 
 
 def search_plans(config: Config, index: Index, device: Device, gpus: int, fixed: Sequence[str] = ()) -> list[Plan]:
-    """Every way to run a resolved configuration on that many GPUs, those that fit first, fastest first.
+    """Plans of all layouts of a resolved configuration on that many GPUs, those that fit first, fastest first.
 
     fixed: settings that stay as they are ("parallel.sp", "parallel.zero.stage", "parallel.recompute", "train.micro").
     ValueError, with the reason, if there is none.
     """
-    found, reasons = [], []
+    feasible, reasons = [], []
     for variant in _variants(config, index, gpus, fixed):
         try:
-            found.append(make_plan(variant, index, device, gpus))
+            feasible.append(make_plan(variant, index, device, gpus))
         except ValueError as error:
             reasons.append(str(error))
-    if not found:
-        raise ValueError(reasons[0] if reasons else _no_way(config, index, gpus))
+    if not feasible:
+        raise ValueError(reasons[0] if reasons else _no_layout_message(config, index, gpus))
     return sorted(
-        found, key=lambda one: (not one.fits, one.step_s if one.fits else one.memory_bytes, one.config.train.micro)
+        feasible, key=lambda one: (not one.fits, one.step_s if one.fits else one.memory_bytes, one.config.train.micro)
     )
 
 
@@ -229,7 +227,7 @@ def _variants(config: Config, index: Index, gpus: int, fixed: Sequence[str]) -> 
                     )  # fmt: skip
 
 
-def _no_way(config: Config, index: Index, gpus: int) -> str:
+def _no_layout_message(config: Config, index: Index, gpus: int) -> str:
     units = index.frames // config.model.frames_per_unit
     least = gpus // max(sp for sp in range(1, units + 1) if gpus % sp == 0)
     return (
@@ -238,7 +236,7 @@ def _no_way(config: Config, index: Index, gpus: int) -> str:
     )
 
 
-# A roll-out ------------------------------------------------------------------------------------------------
+# Rollout --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

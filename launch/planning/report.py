@@ -1,4 +1,4 @@
-"""`msc plan`: a plan as a table for people and as JSON, and what a training run is to be compared with."""
+"""`msc plan`: the report on a plan as text and JSON, and the planned step that a training run is compared with."""
 
 from __future__ import annotations
 
@@ -25,33 +25,32 @@ SEARCHED = ("parallel.sp", "parallel.zero.stage", "parallel.recompute", "train.m
 
 
 def report_plan(
-    config: Config, gpus: int, device: Device, given: Sequence[str] = (), price: float | None = None,
+    config: Config, gpus: int, device: Device, fixed: Sequence[str] = (), price: float | None = None,
     units: int | None = None, steps: int = 16, out: Path | None = None,
 ) -> str:  # fmt: skip
-    """The report on a configuration. given: keys that were set by hand and stay. price: per GPU and hour, in any
+    """The report on a configuration. fixed: keys set by the user, which stay. price: per GPU and hour, in any
     currency. units: also plan a roll-out of that many units, each denoised in `steps`. out: JSON file to write."""
     shards = open_shards(config.data) if config.data.sets else single_set("", ASSUMED_INDEX)
     config = resolve(config, shards.index)
     index = costliest_index(config, shards)
     check_clip(config.model, index.frames, index.height, index.width)
-    fixed = [key for key in SEARCHED if key in given]
-    ways = search_plans(config, index, device, gpus, fixed)
-    text = describe(ways, index, price)
-    values = as_json(ways[0])
+    plans = search_plans(config, index, device, gpus, [key for key in SEARCHED if key in fixed])
+    text = describe(plans, index, price)
+    values = as_json(plans[0])
     if units:
         grid = (index.height // config.model.patch, index.width // config.model.patch)
-        made = plan_rollout(config.model, grid, device, units, steps)
-        text += "\n\n" + describe_roll_out(made, config, index, device)
-        values["roll_out"] = {"units": units, "steps": steps, "memory": made.memory,
-                              "seconds_per_frame": made.seconds_per_frame}  # fmt: skip
+        rollout = plan_rollout(config.model, grid, device, units, steps)
+        text += "\n\n" + describe_rollout(rollout, config, index, device)
+        values["roll_out"] = {"units": units, "steps": steps, "memory": rollout.memory,
+                              "seconds_per_frame": rollout.seconds_per_frame}  # fmt: skip
     if out is not None:
         write_atomically(out, json.dumps(values, indent=1).encode())
     return text
 
 
-def describe(ways: Sequence[Plan], index: Index, price: float | None) -> str:
-    """The best way in full, the runners-up in a line each."""
-    best = ways[0]
+def describe(plans: Sequence[Plan], index: Index, price: float | None) -> str:
+    """The best plan in full, a line for each runner-up."""
+    best = plans[0]
     clips, model = best.config.train.clips, best.config.model
     hours = best.days * 24 * best.gpus
     size = f"{index.frames} × {index.height} × {index.width} latents"
@@ -62,11 +61,11 @@ def describe(ways: Sequence[Plan], index: Index, price: float | None) -> str:
         ("training", f"{clips:,} clips, {best.tokens * clips:.3g} tokens, {best.flops * best.config.train.steps:.3g} "
                      f"FLOPs, {best.config.train.steps:,} steps of {best.config.train.batch} clips"),
         ("on", f"{best.gpus} × {best.device.name} ({best.device.source})"),
-        ("best way", f"{way(best)}{'' if best.fits else '  DOES NOT FIT; it needs least memory'}"),
+        ("best way", f"{parallel_layout(best)}{'' if best.fits else '  DOES NOT FIT; it needs least memory'}"),
         ("time", f"{best.step_s:.3g} s per step, {best.config.train.batch / best.step_s:.3g} clips/s, "
                  f"MFU {best.mfu:.0%}, {best.days:.3g} days"),
         ("cost", f"{hours:,.0f} GPU hours" + ("" if price is None else f", {hours * price:,.0f} at {price:g} each")),
-        ("limited by", limited(best)),
+        ("limited by", limiting_part(best)),
     ]  # fmt: skip
     lines = [f"{name:<12}{value}" for name, value in facts]
     lines += ["", f"memory per GPU: {best.memory_bytes / 1e9:.1f} of {best.device.memory / 1e9:.0f} GB"]
@@ -79,11 +78,11 @@ def describe(ways: Sequence[Plan], index: Index, price: float | None) -> str:
         lines += [f"  {what:<24}{sent / 1e9:8.2f} GB  {link}" for (what, link), sent in best.traffic.items()]
     if best.layouts:
         lines.append(f"  layouts of the scales: {', '.join(best.layouts)}")
-    others = [other for other in ways[1:] if other.fits] or list(ways[1:])
+    others = [other for other in plans[1:] if other.fits] or list(plans[1:])
     if others:
         lines += ["", "runners-up:"]
         lines += [f"  {other.step_s:8.3g} s  {other.memory_bytes / 1e9:6.1f} GB{'' if other.fits else ' (too much)'}  "
-                  f"MFU {other.mfu:4.0%}  {way(other)}" for other in others[:RUNNERS_UP]]  # fmt: skip
+                  f"MFU {other.mfu:4.0%}  {parallel_layout(other)}" for other in others[:RUNNERS_UP]]  # fmt: skip
     if not best.config.parallel.compile:
         compiled = replace(best.config, parallel=replace(best.config.parallel, compile=True))
         faster = make_plan(compiled, index, best.device, best.gpus)
@@ -97,16 +96,16 @@ def describe(ways: Sequence[Plan], index: Index, price: float | None) -> str:
     return "\n".join(lines)
 
 
-def way(one: Plan) -> str:
-    parallel = one.config.parallel
+def parallel_layout(plan: Plan) -> str:
+    parallel = plan.config.parallel
     return (
-        f"dp {one.dp} × sp {parallel.sp}, ZeRO {parallel.zero.stage}, "
-        f"recompute {'on' if parallel.recompute else 'off'}, micro {one.config.train.micro} × {one.accumulate}"
+        f"dp {plan.dp} × sp {parallel.sp}, ZeRO {parallel.zero.stage}, "
+        f"recompute {'on' if parallel.recompute else 'off'}, micro {plan.config.train.micro} × {plan.accumulate}"
     )
 
 
-def limited(one: Plan) -> str:
-    """What a step waits for most, and what to do about it."""
+def limiting_part(plan: Plan) -> str:
+    """The part of a step that takes longest, and how to shorten it."""
     advice = {
         "matrix products": "the GPUs' arithmetic",
         "attention": "attention's arithmetic",
@@ -117,26 +116,26 @@ def limited(one: Plan) -> str:
         "weights": "their gathering over the network; ZeRO 2, or a larger train.batch per GPU",
         "update": "the optimizer's memory traffic; a higher ZeRO stage or a larger train.batch",
     }
-    return f"{one.limit} ({one.seconds[one.limit] / one.step_s:.0%} of a step): {advice[one.limit]}"
+    return f"{plan.limit} ({plan.seconds[plan.limit] / plan.step_s:.0%} of a step): {advice[plan.limit]}"
 
 
-def describe_roll_out(made: RolloutPlan, config: Config, index: Index, device: Device) -> str:
-    frames = made.units * config.model.frames_per_unit
-    total = sum(made.memory.values())
-    first, last = made.seconds_per_frame
+def describe_rollout(rollout: RolloutPlan, config: Config, index: Index, device: Device) -> str:
+    frames = rollout.units * config.model.frames_per_unit
+    total = sum(rollout.memory.values())
+    first, last = rollout.seconds_per_frame
     seconds = frames * index.temporal_factor / index.fps
     lines = [
-        f"a roll-out of {made.units} units ({frames} latent frames, about {seconds:.0f} s of video) in fp32 on one "
+        f"a roll-out of {rollout.units} units ({frames} latent frames, about {seconds:.0f} s of video) in fp32 on one "
         f"GPU: {total / 1e9:.2f} of {device.memory / 1e9:.0f} GB{'' if total < device.memory else ', DOES NOT FIT'}",
-        *(f"  {name:<24}{size / 1e9:8.2f} GB" for name, size in made.memory.items()),
-        f"  {made.steps} denoising steps: {first:.3g} s per latent frame at the start, {last:.3g} s at the end "
+        *(f"  {name:<24}{size / 1e9:8.2f} GB" for name, size in rollout.memory.items()),
+        f"  {rollout.steps} denoising steps: {first:.3g} s per latent frame at the start, {last:.3g} s at the end "
         "(ESTIMATE; no roll-out was timed on a GPU; decoding not included)",
     ]
     return "\n".join(lines)
 
 
 def as_json(best: Plan) -> dict[str, Any]:
-    """For programs, and for `msc train --plan`."""
+    """For programs, and for `msc train --plan`; keys are stable."""
     parallel = best.config.parallel
     return {
         "settings": {"parallel.sp": parallel.sp, "parallel.zero.stage": parallel.zero.stage,
@@ -149,7 +148,7 @@ def as_json(best: Plan) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# What a run is compared with ---------------------------------------------------------------------------------
+# Planned step of a run ---------------------------------------------------------------------------------------
 
 
 def read_planned_step(path: Path) -> PlannedStep:
@@ -162,7 +161,7 @@ def read_planned_step(path: Path) -> PlannedStep:
 
 
 def planned_step(config: Config, processes: int, name: str) -> PlannedStep | None:
-    """For a run on GPUs that the driver calls `name`; None where nothing is known of them."""
+    """For a run on GPUs that the driver calls `name`; None for GPUs that have no entry in hardware.py."""
     device = hardware.gpu_of_driver_name(name)
     if device is None or not config.data.sets:
         return None
@@ -170,5 +169,5 @@ def planned_step(config: Config, processes: int, name: str) -> PlannedStep | Non
     if len(shards.shapes) > 1:  # a plan is of one; a run's mean step is of all
         return None
     config = resolve(config, shards.index)
-    found = make_plan(config, costliest_index(config, shards), device, processes)
-    return PlannedStep(found.step_s, found.memory_bytes / 2**30, f"msc plan, {device.name}")
+    plan = make_plan(config, costliest_index(config, shards), device, processes)
+    return PlannedStep(plan.step_s, plan.memory_bytes / 2**30, f"msc plan, {device.name}")

@@ -1,5 +1,4 @@
-"""What a fit is made of: one point per run, from a sweep folder or from a file; and which runs are left out, and
-why."""
+"""Scaling data: one result per training run, from a sweep folder or a table, and which runs are left out and why."""
 
 from __future__ import annotations
 
@@ -18,19 +17,19 @@ from msc.datasets.files import last_jsonl_record, read_jsonl
 from msc.pretrain import cost, run_folder
 from msc.pretrain.config import Config, flat, load
 
-LEAST_REPORTS = 20  # of a run whose curve is judged: fewer are too noisy
-UP_AGAIN = 1.2  # a run whose last tenth lies that much above its best tenth did not recover
-SAME = 0.02  # sizes, and budgets, that differ by less (relative) are the same
+MIN_REPORTS = 20  # of a run whose curve is judged: fewer are too noisy
+REBOUND = 1.2  # a run whose last tenth lies that much above its best tenth did not recover
+TOLERANCE = 0.02  # sizes, and budgets, that differ by less (relative) are the same
 # Settings, by how they begin, that change no result but by rounding: runs that differ in nothing else are one run.
-ROUNDING = (
+NUMERICS_ONLY = (
     "train.micro", "train.report", "train.evaluate", "data.workers", "data.prefetch", "data.cache", "parallel.",
     "checkpoint.", "metrics.",
 )  # fmt: skip
 # Those that may differ within a law: size and budget, and what a ladder lets follow from them or tries. Of
 # `model.scales` the heads, if they are shared out alike.
-WITHIN = (
+MAY_DIFFER = (
     "model.width", "model.depth", "model.mlp_ratio", "train.clips", "train.batch", "train.seed", "optimizer.lr",
-    "optimizer.warmup", "optimizer.ema_halflife", *ROUNDING,
+    "optimizer.warmup", "optimizer.ema_halflife", *NUMERICS_ONLY,
 )  # fmt: skip
 # Columns that other people's tables use.
 ALIASES = {
@@ -40,8 +39,8 @@ ALIASES = {
 
 
 @dataclass(frozen=True)
-class Point:
-    """A trained model. N parameters, D training tokens, C training FLOPs, L loss; lr and batch where known."""
+class RunResult:
+    """A trained model. N parameters, D training tokens, C training FLOPs, L loss; lr and batch where columns."""
 
     name: str
     N: float
@@ -53,35 +52,35 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Points:
+class ScalingData:
     """used: what the law is fitted to. others: runs of the same size and budget with a higher loss, which only show
     where learning rate and batch are best. left_out: (run, why)."""
 
-    used: tuple[Point, ...]
-    others: tuple[Point, ...] = ()
+    used: tuple[RunResult, ...]
+    others: tuple[RunResult, ...] = ()
     left_out: tuple[tuple[str, str], ...] = ()
 
 
-def read_points(path: Path, loss: str = "held out", only: Sequence[str] = ()) -> Points:
+def read_scaling_data(path: Path, loss: str = "held out", only: Sequence[str] = ()) -> ScalingData:
     """From a sweep folder, or a .csv, .json or .jsonl file with columns N, D and L (and C, lr, batch, name). only: of a
     sweep the runs with all these settings `section.key=value`, and names of these patterns."""
     if path.is_dir():
-        return of_sweep(path, loss, only)
+        return read_sweep_folder(path, loss, only)
     if only:
         raise ValueError(f"--only chooses among the runs of a sweep folder; {path} is a table")
     rows = read_csv(path) if path.suffix == ".csv" else read_json(path)
-    found, left_out = [], []
+    results, left_out = [], []
     for number, row in enumerate(rows, 1):
         try:
-            point = of_row(row, f"row {number}")
+            result = parse_row(row, f"row {number}")
         except (TypeError, ValueError, OverflowError) as error:
             left_out.append((f"row {number}", str(error)))
             continue
-        if reason := unusable(point.L):
-            left_out.append((point.name, reason))
+        if reason := invalid_loss(result.L):
+            left_out.append((result.name, reason))
         else:
-            found.append(point)
-    return sorted_out(found, left_out)
+            results.append(result)
+    return keep_best(results, left_out)
 
 
 def read_csv(path: Path) -> list[dict[str, Any]]:
@@ -102,15 +101,15 @@ def read_json(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def of_row(row: Mapping[str, Any], name: str) -> Point:
+def parse_row(row: Mapping[str, Any], name: str) -> RunResult:
     """ValueError where a number is missing, or none that a law is made of. C is 6 N D, or D is C / (6 N), where only
     one is given."""
-    known = {key.strip().lower(): value for key, value in row.items() if key and value not in ("", None)}
+    columns = {key.strip().lower(): value for key, value in row.items() if key and value not in ("", None)}
     values = {}
     for key, aliases in ALIASES.items():
         for alias in (key.lower(), *aliases):
-            if alias in known:
-                values[key] = known[alias]
+            if alias in columns:
+                values[key] = columns[alias]
                 break
     name = str(values.pop("name", name))
     numbers = {key: float(value) for key, value in values.items()}
@@ -122,10 +121,10 @@ def of_row(row: Mapping[str, Any], name: str) -> Point:
     if missing := [key for key in ("N", "D", "L") if key not in numbers]:
         raise ValueError(f"no {' and no '.join(missing)}; the columns are {', '.join(map(str, row))}")
     numbers.setdefault("C", 6 * numbers["N"] * numbers["D"])
-    return Point(name, **numbers)
+    return RunResult(name, **numbers)
 
 
-def of_sweep(folder: Path, loss: str, only: Sequence[str] = ()) -> Points:
+def read_sweep_folder(folder: Path, loss: str, only: Sequence[str] = ()) -> ScalingData:
     """loss: "held out" (of the averaged weights) or "train" (mean of the last tenth). ValueError if the runs are of
     different models."""
     path = folder / "sweep.json"
@@ -134,28 +133,28 @@ def of_sweep(folder: Path, loss: str, only: Sequence[str] = ()) -> Points:
     for word in only:
         if "=" in word and word.partition("=")[0] not in flat(Config()):
             raise ValueError(f"--only {word}: there is no setting {word.partition('=')[0]}")
-    found, left_out, settings = [], [], []
+    results, left_out, settings = [], [], []
     seen: dict[str, str] = {}
-    for name, asked in json.loads(path.read_text()).items():
+    for name, overrides in json.loads(path.read_text()).items():
         run = folder / name
         config = load(file=run / "config.yaml") if (run / "config.yaml").is_file() else None
-        if not all(is_chosen(word, name, flat(config) if config else asked) for word in only):
+        if not all(matches(word, name, flat(config) if config else overrides) for word in only):
             continue
-        point, reason = of_run(run, config, loss) if config else (None, "not started")
-        if point is None or config is None:
+        result, reason = result_of_run(run, config, loss) if config else (None, "not started")
+        if result is None or config is None:
             left_out.append((name, reason))
-        elif (twin := seen.setdefault(json.dumps(without(flat(config), ROUNDING)), name)) != name:
-            left_out.append((name, f"the same run as {twin}: no setting differs, nor does the seed"))
+        elif (duplicate := seen.setdefault(json.dumps(without(flat(config), NUMERICS_ONLY)), name)) != name:
+            left_out.append((name, f"the same run as {duplicate}: no setting differs, nor does the seed"))
         else:
-            found.append(point)
+            results.append(result)
             settings.append(flat(config))
-    if only and not (found or left_out):
+    if only and not (results or left_out):
         raise ValueError(f"no run of {folder} is of --only {' --only '.join(only)}")
     check_one_model(folder, settings)
-    return sorted_out(found, left_out)
+    return keep_best(results, left_out)
 
 
-def is_chosen(word: str, name: str, settings: Mapping[str, Any]) -> bool:
+def matches(word: str, name: str, settings: Mapping[str, Any]) -> bool:
     """Whether a run has a setting `section.key=value`, or a name of a pattern."""
     key, sign, text = word.partition("=")
     if not sign:
@@ -170,10 +169,10 @@ def is_chosen(word: str, name: str, settings: Mapping[str, Any]) -> bool:
 
 def check_one_model(folder: Path, settings: Sequence[Mapping[str, Any]]) -> None:
     """ValueError if runs differ in more than one law can span."""
-    found = [essential(one) for one in settings]
+    results = [model_settings(one) for one in settings]
     different = []
-    for key in found[0] if found else ():
-        values = list(dict.fromkeys(str(one[key]) for one in found))
+    for key in results[0] if results else ():
+        values = list(dict.fromkeys(str(one[key]) for one in results))
         if len(values) > 1:
             different.append(f"{key} ({', '.join(values)})" if max(map(len, values)) < 20 else key)
     if different:
@@ -184,9 +183,9 @@ def check_one_model(folder: Path, settings: Sequence[Mapping[str, Any]]) -> None
         )
 
 
-def essential(settings: Mapping[str, Any]) -> dict[str, Any]:
+def model_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What of a run's flat settings must be the same for all runs of a law."""
-    kept = without(settings, WITHIN)
+    kept = without(settings, MAY_DIFFER)
     heads = sum(scale["heads"] for scale in settings["model.scales"])
     kept["model.scales"] = [{**scale, "heads": scale["heads"] / heads} for scale in settings["model.scales"]]
     return kept
@@ -197,35 +196,35 @@ def without(settings: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any
     return {key: value for key, value in settings.items() if not key.startswith(keys) or key == "parallel.precision"}
 
 
-def of_run(run: Path, config: Config, loss: str) -> tuple[Point | None, str]:
-    """The point of a finished run, or None and why there is none."""
+def result_of_run(run: Path, config: Config, loss: str) -> tuple[RunResult | None, str]:
+    """The result of a finished run, or None and why there is none."""
     curve = [(line["clock"], line["loss"]) for line in read_jsonl(run / "log.jsonl")]
-    if reason := diverged(run, [value for _, value in curve], config.guard.stop_after):
+    if reason := divergence(run, [value for _, value in curve], config.guard.stop_after):
         return None, reason
     if not curve or curve[-1][0] < config.train.clips:
         return None, f"not finished: {curve[-1][0] if curve else 0} of {config.train.clips} clips"
     tenth = [value for clock, value in curve if clock > 0.9 * config.train.clips]
     held_out = last_jsonl_record(run / "held_out.jsonl")
     if loss == "train":
-        reached = sum(tenth) / len(tenth)
+        final_loss = sum(tenth) / len(tenth)
     elif held_out.get("clock", 0) < config.train.clips:
         return None, "no held-out loss at its end (train.evaluate is 0?); use --loss train"
     else:
-        reached = held_out["mean"]
-    if reason := unusable(reached):
+        final_loss = held_out["mean"]
+    if reason := invalid_loss(final_loss):
         return None, reason
     space = run_folder.RunFolder(run).read_latent_space()
     size = space.frames, space.height, space.width
     tokens = space.frames * cost.tokens_per_frame(config.model, space.height, space.width)
     clips = config.train.steps * config.train.batch
-    point = Point(
-        run.name, cost.parameters(config.model), clips * tokens, clips * cost.step_flops(config.model, *size), reached,
-        config.optimizer.lr, config.train.batch,
+    result = RunResult(
+        run.name, cost.parameters(config.model), clips * tokens, clips * cost.step_flops(config.model, *size),
+        final_loss, config.optimizer.lr, config.train.batch,
     )  # fmt: skip
-    return point, ""
+    return result, ""
 
 
-def diverged(run: Path, losses: Sequence[float], stop_after: int) -> str:
+def divergence(run: Path, losses: Sequence[float], stop_after: int) -> str:
     """Why a run counts as diverged, or nothing."""
     skipped = read_jsonl(run / "skipped.jsonl")
     if any(not math.isfinite(value) for value in losses):
@@ -233,47 +232,47 @@ def diverged(run: Path, losses: Sequence[float], stop_after: int) -> str:
     steps = [line["step"] for line in skipped][-stop_after:]
     if len(steps) == stop_after and steps[-1] - steps[0] == stop_after - 1:
         return f"diverged: {stop_after} steps in a row could not be taken"
-    if len(losses) < LEAST_REPORTS:
+    if len(losses) < MIN_REPORTS:
         return ""
     each = max(1, len(losses) // 10)
     tenths = [sum(losses[i : i + each]) / each for i in range(0, len(losses) - each + 1, each)]
     ends = sum(losses[-each:]) / each
     if ends >= tenths[0]:
         return f"diverged: it ended at {ends:.4g}, no better than it began ({tenths[0]:.4g})"
-    if ends > UP_AGAIN * min(tenths):
+    if ends > REBOUND * min(tenths):
         return f"diverged: it ended at {ends:.4g} after it had been at {min(tenths):.4g}"
     return ""
 
 
-def unusable(loss: float) -> str:
+def invalid_loss(loss: float) -> str:
     return "" if math.isfinite(loss) and loss > 0 else f"diverged: its loss is {loss}"
 
 
-def sorted_out(found: Sequence[Point], left_out: Sequence[tuple[str, str]]) -> Points:
+def keep_best(results: Sequence[RunResult], left_out: Sequence[tuple[str, str]]) -> ScalingData:
     """Of runs of one size and budget that differ in learning rate or batch, the law takes the best."""
-    groups = grouped(found, lambda point: (point.N, point.D))
+    groups = group_similar(results, lambda result: (result.N, result.D))
     used, others = [], []
     for group in groups:
-        rest = sorted(group, key=lambda point: point.L)
-        if len({(point.lr, point.batch) for point in rest}) > 1:
+        rest = sorted(group, key=lambda result: result.L)
+        if len({(result.lr, result.batch) for result in rest}) > 1:
             used.append(rest[0])
             others += rest[1:]
         else:
             used += rest  # repeats
-    used.sort(key=lambda point: (point.N, point.D))
-    return Points(tuple(used), tuple(others), tuple(left_out))
+    used.sort(key=lambda result: (result.N, result.D))
+    return ScalingData(tuple(used), tuple(others), tuple(left_out))
 
 
-def grouped(points: Sequence[Point], key: Any, same: float = SAME) -> list[list[Point]]:
-    """Points whose `key` (a number, or several) agrees within `same`, relative to the group's first."""
-    groups: list[tuple[tuple[float, ...], list[Point]]] = []
-    for point in points:
-        values = key(point)
+def group_similar(points: Sequence[RunResult], key: Any, same: float = TOLERANCE) -> list[list[RunResult]]:
+    """ScalingData whose `key` (a number, or several) agrees within `same`, relative to the group's first."""
+    groups: list[tuple[tuple[float, ...], list[RunResult]]] = []
+    for result in points:
+        values = key(result)
         values = values if isinstance(values, tuple) else (values,)
         for first, group in groups:
             if all(abs(v / f - 1) <= same for v, f in zip(values, first, strict=True)):
-                group.append(point)
+                group.append(result)
                 break
         else:
-            groups.append((values, [point]))
+            groups.append((values, [result]))
     return [group for _, group in groups]

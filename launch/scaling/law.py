@@ -1,7 +1,7 @@
 """The law L(N, D) = E + A/N^α + B/D^β: fitted to losses, with intervals, and what follows from it. Pure functions.
 
 N parameters, D training tokens, L loss (Hoffmann et al. 2022, arXiv 2203.15556, approach 3). The fit minimises the
-Huber loss of log L, from many starts; its threshold is 1.345 robust standard deviations of the residuals, where a
+Huber loss of log L, from many restarts; its threshold is 1.345 robust standard deviations of the residuals, where a
 Huber fit is nearly as sharp as least squares on clean data (Huber 1964), unless one is given. Intervals come from a
 bootstrap that draws residuals, each divided by √(1 - its leverage) as fitted residuals are too small (Davison &
 Hinkley 1997, 6.2.3), with tails as wide as Student's t of n - 5 degrees asks (Hesterberg 2015); they assume equal
@@ -11,6 +11,7 @@ relative noise of all runs.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +56,7 @@ class Law:
 
 
 @dataclass(frozen=True)
-class Fit:
+class LawFit:
     """law: the best fit. draws: the law of every bootstrap draw. residuals: of log L. noise: what the bootstrap drew
     from. delta: the Huber threshold. level: of intervals. compute: largest N · D of the fit's points."""
 
@@ -68,11 +69,16 @@ class Fit:
     compute: float
 
     def interval(self, values: Array) -> tuple[float, float]:
-        """Of something computed from `draws`."""
+        """Of a value computed from `draws`."""
         freedom = len(self.residuals) - len(PARAMETERS)
         edge = norm.cdf(student.ppf((1 - self.level) / 2, freedom))
         low, high = np.quantile(values, (edge, 1 - edge))
         return float(low), float(high)
+
+    def with_interval(self, value: Callable[[Law], Any]) -> dict[str, float]:
+        """`value` of the law, and its interval over the draws."""
+        low, high = self.interval(value(self.draws))
+        return {"value": float(value(self.law)), "low": low, "high": high}
 
     def predict(self, N: float, D: float, seed: int = 0) -> tuple[float, float, float]:
         """Loss of one more run, and the interval it should lie in: the law's uncertainty and a run's own noise.
@@ -80,51 +86,49 @@ class Fit:
         ValueError where N · D is too far from what was fitted."""
         if FARTHEST * self.compute < N * D:
             raise ValueError(
-                f"N·D = {N * D:.2e} is {N * D / self.compute:.0f} times the largest of the fit's runs; beyond "
-                f"{FARTHEST:g} times nothing is said: train larger runs first"
+                f"N·D = {N * D:.2e} is {N * D / self.compute:.0f} times the largest of the fit's runs; predictions "
+                f"stop at {FARTHEST:g} times: train larger runs first"
             )
-        own = np.random.default_rng(seed).choice(self.noise, len(self.draws.E))
-        low, high = self.interval(np.exp(np.log(self.draws.loss(N, D)) + own))
+        run_noise = np.random.default_rng(seed).choice(self.noise, len(self.draws.E))
+        low, high = self.interval(np.exp(np.log(self.draws.loss(N, D)) + run_noise))
         return float(self.law.loss(N, D)), low, high
 
 
-def fit(
+def fit_law(
     N: Array, D: Array, L: Array, draws: int = 500, level: float = 0.9, delta: float | None = None, seed: int = 0
-) -> Fit:
+) -> LawFit:
     """Fit the law to losses L of runs with N parameters and D tokens. ValueError if they cannot carry it."""
-    check_points(N, D, L)
+    check_runs(N, D, L)
     x, y, z = np.log(N) - np.log(N).mean(), np.log(D) - np.log(D).mean(), np.log(L)
-    theta, _ = best(x, y, z, delta or 1e-3)
+    theta, _ = best_of_restarts(x, y, z, delta or 1e-3)
     if delta is None:
         for _ in range(2):  # the residuals' spread and the threshold settle together
             residuals = z - _model(x, y, theta[None])[0][0]
             spread = np.median(np.abs(residuals)) / 0.6745 * np.sqrt(len(z) / (len(z) - 5))
             delta = max(1.345 * float(spread), 1e-9)
-            theta = solve(x, y, z[None], theta[None], delta)[0][0]
+            theta = minimise_huber(x, y, z[None], theta[None], delta)[0][0]
     assert delta is not None
     fitted, J = (value[0] for value in _model(x, y, theta[None]))
     residuals = z - fitted
     leverage = np.einsum("ni,ij,nj->n", J, np.linalg.pinv(J.T @ J), J)
     noise = residuals / np.sqrt(np.clip(1 - leverage, 0.05, None))
     noise -= noise.mean()
-    drawn = fitted + np.random.default_rng(seed).choice(noise, (draws, len(z)))
-    thetas = solve(x, y, drawn, np.repeat(theta[None], draws, 0), delta)[0]
+    resampled = fitted + np.random.default_rng(seed).choice(noise, (draws, len(z)))
+    thetas = minimise_huber(x, y, resampled, np.repeat(theta[None], draws, 0), delta)[0]
     centre = np.log(N).mean(), np.log(D).mean()
-    return Fit(_law(theta, *centre), _law(thetas.T, *centre), residuals, noise, delta, level, float((N * D).max()))
+    return LawFit(_law(theta, *centre), _law(thetas.T, *centre), residuals, noise, delta, level, float((N * D).max()))
 
 
-def check_points(N: Array, D: Array, L: Array) -> None:
-    """ValueError where the points cannot tell the law's five constants."""
+def check_runs(N: Array, D: Array, L: Array) -> None:
+    """ValueError where the runs cannot determine the law's five constants."""
     if len(L) < LEAST_POINTS:
         raise ValueError(f"{len(L)} runs cannot carry a law of 5 constants; at least {LEAST_POINTS} are needed")
     if not (np.isfinite(L).all() and (L > 0).all()):
         raise ValueError("every loss must be finite and positive")
     for name, values in (("sizes N", N), ("budgets D", D)):
-        different = len(np.unique(values.round(-int(np.log10(values.max())) + 3)))
-        if different < LEAST_VALUES:
-            raise ValueError(
-                f"the runs have {different} different {name}; {LEAST_VALUES} are needed to see an exponent"
-            )
+        distinct = len(np.unique(values.round(-int(np.log10(values.max())) + 3)))
+        if distinct < LEAST_VALUES:
+            raise ValueError(f"the runs have {distinct} different {name}; {LEAST_VALUES} are needed to see an exponent")
         if values.max() < LEAST_RATIO * values.min():
             raise ValueError(
                 f"the {name} reach from {values.min():.3g} to {values.max():.3g} only; they must differ by a factor of "
@@ -138,14 +142,14 @@ def check_points(N: Array, D: Array, L: Array) -> None:
         )
 
 
-def check_fit(found: Fit) -> None:
-    """ValueError where the fit is no ground for statements about other runs."""
+def check_fit(fit: LawFit) -> None:
+    """ValueError where the fit does not support statements about other runs."""
     for name in ("alpha", "beta"):
-        low, high = found.interval(getattr(found.draws, name))
+        low, high = fit.interval(getattr(fit.draws, name))
         if low <= 0:
-            what = "size" if name == "alpha" else "the number of tokens"
+            variable = "size" if name == "alpha" else "the number of tokens"
             raise ValueError(
-                f"the interval of {name} is {low:.3f} to {high:.3f}: these runs do not show that {what} matters; "
+                f"the interval of {name} is {low:.3f} to {high:.3f}: these runs do not show that {variable} matters; "
                 "vary it more, or repeat runs with other seeds"
             )
         if high > MOST_SPREAD * low:
@@ -155,32 +159,33 @@ def check_fit(found: Fit) -> None:
             )
 
 
-# Least Huber loss, for many starts or many draws at once ----------------------------------------------------
+# Least Huber loss, for many restarts or many draws at once ----------------------------------------------------
 
 
-def best(x: Array, y: Array, z: Array, delta: float) -> tuple[Array, float]:
-    """The best fit from a grid of starts: (constants, objective)."""
+def best_of_restarts(x: Array, y: Array, z: Array, delta: float) -> tuple[Array, float]:
+    """The best fit of restarts from a grid: (constants, objective)."""
     floors, exponents, shares = (0.3, 0.7, 0.95), (0.1, 0.3, 0.7, 1.2), (0.05, 0.3, 1.0)
     grid = itertools.product(floors, shares, exponents, shares, exponents)
     low, middle = z.min(), np.median(z)
     starts = np.array([
         (low + np.log(floor), middle + np.log(a), alpha, middle + np.log(b), beta) for floor, a, alpha, b, beta in grid
     ])  # fmt: skip
-    rough, objective = solve(x, y, z[None], starts, delta, steps=30)
+    rough, objective = minimise_huber(x, y, z[None], starts, delta, steps=30)
     leading = rough[np.argsort(objective)[:20]]
-    thetas, objective = solve(x, y, z[None], leading, delta, steps=500)
+    thetas, objective = minimise_huber(x, y, z[None], leading, delta, steps=500)
     return thetas[objective.argmin()], float(objective.min())
 
 
-def solve(x: Array, y: Array, z: Array, theta: Array, delta: float, steps: int = 300) -> tuple[Array, Array]:
+def minimise_huber(x: Array, y: Array, z: Array, theta: Array, delta: float, steps: int = 300) -> tuple[Array, Array]:
     """Levenberg-Marquardt on the Huber loss of `model - z`, weights renewed in every step.
 
-    x, y: centred log N and log D [n]. z: log L [R or 1, n]. theta: starts [R, 5]. Returns (constants [R, 5], mean
-    Huber loss [R]). scipy solves one such problem at a time; a bootstrap has hundreds (tests compare the two).
+    x, y: centred log N and log D [n]. z: log L [R or 1, n]. theta: initial values [R, 5]. Returns (constants [R, 5],
+    mean Huber loss [R]). scipy.optimize.least_squares solves one problem at a time, which takes 25 times as long for a
+    bootstrap of hundreds; tests compare the two.
     """
     theta, damping = theta.copy(), np.full(len(theta), 1e-2)
     f, J = _model(x, y, theta)
-    objective, quiet = huber(f - z, delta), 0
+    objective, stalled = huber(f - z, delta), 0
     for _ in range(steps):
         r = f - z
         weight = np.minimum(1.0, delta / np.maximum(np.abs(r), 1e-300))
@@ -195,8 +200,8 @@ def solve(x: Array, y: Array, z: Array, theta: Array, delta: float, steps: int =
         theta[better], f[better], J[better] = new[better], new_f[better], new_J[better]
         objective = np.where(better, new_objective, objective)
         damping = np.clip(np.where(better, damping / 4, damping * 5), 1e-12, 1e12)
-        quiet = quiet + 1 if gained.max() < 1e-9 else 0
-        if quiet == 8:
+        stalled = stalled + 1 if gained.max() < 1e-9 else 0
+        if stalled == 8:
             break
     return theta, objective
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 import numpy as np
 
-if TYPE_CHECKING:
-    from .fit import Study
+from .data import group_similar
+from .fit import Study
+from .isoflop import EQUAL_COMPUTE
 
 STYLE: Any = {
     "font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
@@ -21,24 +21,20 @@ STYLE: Any = {
 MOST_NAMES = 10  # in a legend
 
 
-def draw(found: Study, folder: Path) -> list[Path]:
+def plot_study(study: Study, folder: Path) -> list[Path]:
     """Write fit.png and fit.pdf: losses and the law over compute, predicted against measured, the compute-optimal
     size and tokens, and the losses that learning rates, batches or equal compute were tried for."""
-    from .fit import usable
-
-    if not usable(found):
-        found = replace(found, fit=None)  # a law that was refused
     with matplotlib.rc_context(STYLE):
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(7, 5.2), layout="constrained")  # no pyplot: no window, nothing global
         (curves, parity), (best, minima) = figure.subplots(2, 2)
-        _curves(curves, found)
-        _parity(parity, found)
-        _best(best, found)
-        _minima(minima, found)
+        _loss_curves(curves, study)
+        _parity(parity, study)
+        _optima(best, study)
+        _minima(minima, study)
         written = [folder / "fit.png", folder / "fit.pdf"]
-        _losses(curves.yaxis, parity.xaxis, parity.yaxis, minima.yaxis)
+        _plain_loss_ticks(curves.yaxis, parity.xaxis, parity.yaxis, minima.yaxis)
         for axes in (curves, best, minima):
             axes.xaxis.set_minor_formatter("")  # over less than a decade they would be written over each other
         for path in written:
@@ -50,9 +46,9 @@ def _colours(sizes: list[float]) -> dict[float, Any]:
     return dict(zip(sizes, matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(sizes))), strict=True))
 
 
-def _curves(axes: Any, found: Study) -> None:
-    points = found.points.used
-    held_out = set(found.held_out)
+def _loss_curves(axes: Any, study: Study) -> None:
+    points = study.data.used
+    held_out = set(study.held_out)
     colours = _colours(sorted({point.N for point in points}))
     many = len(colours) > MOST_NAMES
     for N, colour in colours.items():
@@ -63,63 +59,67 @@ def _curves(axes: Any, found: Study) -> None:
         new = [point for point in own if point in held_out]
         axes.plot([p.C for p in new], [p.L for p in new], "*", ms=8, color=colour,
                   label=f"{name}, held out" if new and name else None)  # fmt: skip
-        if found.fit is not None and not many:
+        if study.usable_fit is not None and not many:
             D = np.geomspace(min(p.D for p in own) / 2, max(p.D for p in own) * 2, 50)
             per_token = np.mean([p.C / p.N / p.D for p in own])
-            axes.plot(per_token * N * D, found.fit.law.loss(N, D), color=colour, lw=0.8)
-    if found.fit is not None:
+            axes.plot(per_token * N * D, study.usable_fit.law.loss(N, D), color=colour, lw=0.8)
+    if study.usable_fit is not None:
         C = np.geomspace(min(p.C for p in points), max(p.C for p in points) * 3, 50)
         axes.plot(
-            C, found.fit.law.loss(*found.fit.law.optimal(C, found.per_token[0])), "k--", lw=0.8, label="best size"
+            C,
+            study.usable_fit.law.loss(*study.usable_fit.law.optimal(C, study.flops_per_token[0])),
+            "k--",
+            lw=0.8,
+            label="best size",
         )
     axes.set(
         xscale="log",
         yscale="log",
         xlabel="training compute C (FLOPs)",
         ylabel="loss L",
-        title="losses and the law" if found.fit else "losses",
+        title="losses and the law" if study.usable_fit else "losses",
     )
     axes.set_ylim(top=2 * max(point.L for point in points))
     axes.legend(loc="upper right", ncols=2)
 
 
-def _parity(axes: Any, found: Study) -> None:
+def _parity(axes: Any, study: Study) -> None:
     axes.set(xlabel="measured loss", ylabel="predicted loss", title="law against runs")
-    if found.fit is None:
-        _nothing(axes, "no law: see fit.json")
+    if study.usable_fit is None:
+        _no_data(axes, "no law: see fit.json")
         return
-    held_out = set(found.held_out)
-    law = found.fit.law
+    held_out = set(study.held_out)
+    law = study.usable_fit.law
     for chosen, mark, name in ((False, "o", "fitted"), (True, "*", "held out")):
-        own = [point for point in found.points.used if (point in held_out) is chosen]
+        own = [point for point in study.data.used if (point in held_out) is chosen]
         size = 8 if chosen else 4
         if own:
             axes.plot([p.L for p in own], [law.loss(p.N, p.D) for p in own], mark, ms=size, label=name, alpha=0.8)
-    ends = [min(p.L for p in found.points.used), max(p.L for p in found.points.used)]
+    ends = [min(p.L for p in study.data.used), max(p.L for p in study.data.used)]
     axes.plot(ends, ends, "k-", lw=0.6)
     axes.set(xscale="log", yscale="log")
     axes.legend()
 
 
-def _best(axes: Any, found: Study) -> None:
+def _optima(axes: Any, study: Study) -> None:
     axes.set(
         xlabel="training compute C (FLOPs)",
         ylabel="N (parameters), D (tokens)",
         title="compute-optimal size and tokens",
     )
-    if found.fit is not None:
-        C = np.geomspace(min(p.C for p in found.points.used), max(p.C for p in found.points.used) * 10, 40)
-        best = found.fit.law.optimal(C, found.per_token[0])
-        each = found.fit.draws.optimal(C[:, None], found.per_token[0])
+    if study.usable_fit is not None:
+        C = np.geomspace(min(p.C for p in study.data.used), max(p.C for p in study.data.used) * 10, 40)
+        best = study.usable_fit.law.optimal(C, study.flops_per_token[0])
+        each = study.usable_fit.draws.optimal(C[:, None], study.flops_per_token[0])
         for name, line, draws, colour in zip("ND", best, each, ("C0", "C1"), strict=True):
             axes.plot(C, line, color=colour, label=f"{name}, from the law")
-            low, high = np.array([found.fit.interval(row) for row in draws]).T
+            low, high = np.array([study.usable_fit.interval(row) for row in draws]).T
             axes.fill_between(C, low, high, color=colour, alpha=0.2, lw=0)
     for index, (name, colour) in enumerate(zip("ND", ("C0", "C1"), strict=True)):
-        if minima := found.flops.minima:
+        if minima := study.isoflop.minima:
             at, values = [m.at[2] for m in minima], [m.at[index] for m in minima]
             axes.plot(at, values, "s", color=colour, label=f"{name}, IsoFLOP")
-            if power := found.flops.powers.get(name):
+            if power := study.isoflop.powers.get(name):
                 label = f"{name} ∝ C^{power.exponents['C']:.2f}"
                 axes.plot(at, [power(C=C) for C in at], ":", color=colour, label=label)
     axes.set(xscale="log", yscale="log")
@@ -127,25 +127,24 @@ def _best(axes: Any, found: Study) -> None:
         axes.legend()
 
 
-def _minima(axes: Any, found: Study) -> None:
+def _minima(axes: Any, study: Study) -> None:
     """Parabolas: over size at equal compute, or over learning rate or batch."""
-    from .data import grouped
-    from .isoflop import EQUAL_COMPUTE
-
-    if found.flops.minima:
+    if study.isoflop.minima:
         groups = [
-            g for g in grouped(sorted(found.points.used, key=lambda p: p.C), lambda p: p.C, EQUAL_COMPUTE) if len(g) > 2
+            g
+            for g in group_similar(sorted(study.data.used, key=lambda p: p.C), lambda p: p.C, EQUAL_COMPUTE)
+            if len(g) > 2
         ]
         lines = [("N", f"C = {g[0].C:.1e}", [(p.N, p.L) for p in g]) for g in groups]
-        minima, title = found.flops.minima, "equal compute"
+        minima, title = study.isoflop.minima, "equal compute"
     else:
-        everything = [p for p in (*found.points.used, *found.points.others) if p.lr and p.batch]
-        groups = [g for g in grouped(everything, lambda p: (p.N, p.D)) if len({p.lr for p in g}) > 2]
+        everything = [p for p in (*study.data.used, *study.data.others) if p.lr and p.batch]
+        groups = [g for g in group_similar(everything, lambda p: (p.N, p.D)) if len({p.lr for p in g}) > 2]
         lines = [("lr", f"N = {_short(g[0].N)}, batch {batch:g}", [(p.lr, p.L) for p in g if p.lr and p.batch == batch])
                  for g in groups for batch in sorted({p.batch for p in g if p.batch})]  # fmt: skip
-        minima, title = found.rates.minima, "learning rates"
+        minima, title = study.tuning.minima, "learning rates"
     if not lines:
-        _nothing(axes, "neither equal compute nor learning rates were tried")
+        _no_data(axes, "neither equal compute nor learning rates were tried")
         return
     axes.set(title=title, ylabel="loss L", xscale="log", yscale="log")
     axes.set_xlabel({"N": "N (parameters)", "lr": "learning rate"}[lines[0][0]])
@@ -165,12 +164,12 @@ def _minima(axes: Any, found: Study) -> None:
         axes.legend()
 
 
-def _nothing(axes: Any, why: str) -> None:
+def _no_data(axes: Any, text: str) -> None:
     axes.set_axis_off()
-    axes.text(0.5, 0.5, why, ha="center", transform=axes.transAxes)
+    axes.text(0.5, 0.5, text, ha="center", transform=axes.transAxes)
 
 
-def _losses(*axes: Any) -> None:
+def _plain_loss_ticks(*axes: Any) -> None:
     """Plain numbers at 1, 2, 3, 5, 7 of every power of ten: losses rarely span one."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 

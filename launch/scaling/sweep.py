@@ -1,8 +1,8 @@
-"""`msc sweep`: start the runs of a sweep file on this machine, and say where all of them are.
+"""Sweep folder: register the runs of a sweep file, run them on this machine, and tabulate their states.
 
-A sweep folder holds the runs' folders, `sweep.json` (which runs, with which settings), `attempts.jsonl` (what became of
-each start) and `logs/`. Where a run stands is read from its own folder, whoever ran it: `pending` says which still need
-a process and `words` what to run, which is all that an array of Slurm jobs (sweep_array.py) needs besides.
+A sweep folder holds the runs' folders, `sweep.json` (which runs, with which settings), `attempts.jsonl` (the end of
+each attempt) and `logs/`. The state of a run is read from its own folder, whoever trained it: `pending` lists the runs
+that need a process, `train_request` is what that trains; an array of Slurm jobs (sweep_array.py) is made of these.
 """
 
 from __future__ import annotations
@@ -38,35 +38,35 @@ log = logging.getLogger(__name__)
 State = Literal["finished", "running", "queued", "failed", "stopped", "waiting"]
 
 
-def prepare(folder: Path, sweep: SweepSpec) -> SweepSpec:
-    """Write down which runs the folder is for; the sweep with the names by which the folder knows them. ValueError if a
-    name there stands for another run."""
+def register_runs(folder: Path, sweep: SweepSpec) -> SweepSpec:
+    """Record the runs in sweep.json; the sweep with the names under which the folder has them. ValueError if a recorded
+    name is of another run."""
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / "sweep.lock"):
-        known = written(folder)
-        sweep = renamed(folder, sweep, known)
-        known |= {run.name: run.settings for run in sweep.runs}
-        write_atomically(folder / "sweep.json", json.dumps(known, indent=1).encode())
+        recorded = recorded_runs(folder)
+        sweep = with_recorded_names(folder, sweep, recorded)
+        recorded |= {run.name: run.settings for run in sweep.runs}
+        write_atomically(folder / "sweep.json", json.dumps(recorded, indent=1).encode())
     return sweep
 
 
-def written(folder: Path) -> dict[str, dict[str, Any]]:
-    """The runs that the folder is for, with their settings over the base."""
+def recorded_runs(folder: Path) -> dict[str, dict[str, Any]]:
+    """The runs in sweep.json, with their settings over the base."""
     path = folder / "sweep.json"
     return dict(json.loads(path.read_text())) if path.is_file() else {}
 
 
-def known_names(folder: Path, sweep: SweepSpec, known: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """Of the runs that the folder knows already, by their names in the sweep, the names there. A name holds only what
-    varies, so that one more key in a grid gives every run another, also those that are as before."""
-    names = {run.name: run.name for run in sweep.runs if known.get(run.name) == run.settings}
-    if not known or len(names) == len(sweep.runs):
+def recorded_names(folder: Path, sweep: SweepSpec, recorded: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Names in the folder by names in the sweep file, of runs that are recorded already. A name holds only what varies,
+    so one more key in a grid changes every name, also of runs whose settings are unchanged."""
+    names = {run.name: run.name for run in sweep.runs if recorded.get(run.name) == run.settings}
+    if not recorded or len(names) == len(sweep.runs):
         return names
     others = {}
-    for name in (name for name in reversed(known) if name not in names):
+    for name in (name for name in reversed(recorded) if name not in names):
         record = folder / name / "config.yaml"  # once it has begun that counts, whatever the base says today
         try:
-            config = load(file=record) if record.is_file() else sweep.resolved(RunSpec(name, known[name]))
+            config = load(file=record) if record.is_file() else sweep.resolved(RunSpec(name, recorded[name]))
         except ValueError:  # it goes with another base, or another version
             continue
         others[identity(config)] = name
@@ -77,17 +77,17 @@ def known_names(folder: Path, sweep: SweepSpec, known: dict[str, dict[str, Any]]
 
 
 def identity(config: Config) -> str:
-    """The same for runs that are to do the same, wherever they are shown."""
+    """Equal for runs with equal settings, whatever MLflow store they log to."""
     return json.dumps({key: value for key, value in flat(config).items() if not key.startswith("metrics.")})
 
 
-def renamed(folder: Path, sweep: SweepSpec, known: dict[str, dict[str, Any]]) -> SweepSpec:
-    """With the names by which the folder knows its runs; ValueError if a name there stands for another run."""
-    names = known_names(folder, sweep, known)
+def with_recorded_names(folder: Path, sweep: SweepSpec, recorded: dict[str, dict[str, Any]]) -> SweepSpec:
+    """With the names that the folder has; ValueError if a recorded name is of another run."""
+    names = recorded_names(folder, sweep, recorded)
     for run in sweep.runs:
         taken = (folder / run.name).exists() or run.name in names.values()
-        if run.name in known and run.name not in names and taken:
-            old, new = known[run.name], run.settings
+        if run.name in recorded and run.name not in names and taken:
+            old, new = recorded[run.name], run.settings
             key = min(key for key in old | new if old.get(key, ...) != new.get(key, ...))
             raise ValueError(
                 f"{folder / run.name} has {key} = {old.get(key)}, the sweep file now says {new.get(key)}; put what "
@@ -99,14 +99,15 @@ def renamed(folder: Path, sweep: SweepSpec, known: dict[str, dict[str, Any]]) ->
 def state(
     folder: Path, sweep: SweepSpec, run: RunSpec, queue: Mapping[str, sbatch.JobState] = MappingProxyType({})
 ) -> State:
-    """Where a run stands: finished means trained to its last clip, and evaluated if it is to be. queue: `in_queue`."""
+    """Where a run stands: finished means trained to its last clip, and evaluated if it is to be. queue: of
+    `slurm_states`."""
     if (job := queue.get(run.name)) is not None and job.active:
         return "queued" if job.name == "PENDING" else "running"
-    return "running" if is_held(folder, run) else reached(folder, sweep, run)
+    return "running" if is_locked(folder, run) else state_on_disk(folder, sweep, run)
 
 
-def in_queue(folder: Path, sweep: SweepSpec) -> dict[str, sbatch.JobState]:
-    """What Slurm says of the runs that were sent to it; one question for all. ConnectionError if it does not answer."""
+def slurm_states(folder: Path, sweep: SweepSpec) -> dict[str, sbatch.JobState]:
+    """Slurm's states of the submitted runs, from one query. ConnectionError if Slurm does not answer."""
     sent = {}
     for run in sweep.runs:
         if records := [r for r in job_records.training_records(folder / run.name / "jobs") if r.cluster == "slurm"]:
@@ -115,8 +116,8 @@ def in_queue(folder: Path, sweep: SweepSpec) -> dict[str, sbatch.JobState]:
     return {name: states[number][0] for name, number in sent.items() if number in states}
 
 
-def reached(folder: Path, sweep: SweepSpec, run: RunSpec) -> State:
-    """`state`, if nobody is at the run."""
+def state_on_disk(folder: Path, sweep: SweepSpec, run: RunSpec) -> State:
+    """`state` of a run that no process is training."""
     config = sweep.configured(run)
     own = folder / run.name
     clock = last_jsonl_record(own / "log.jsonl").get("clock", 0)
@@ -131,8 +132,8 @@ def reached(folder: Path, sweep: SweepSpec, run: RunSpec) -> State:
 
 
 def pending(folder: Path, sweep: SweepSpec) -> list[RunSpec]:
-    """The runs that need a process: not finished, and nobody is at them."""
-    queue = in_queue(folder, sweep)
+    """The runs that need a process: neither finished, running nor queued."""
+    queue = slurm_states(folder, sweep)
     return [run for run in sweep.runs if state(folder, sweep, run, queue) not in ("finished", "running", "queued")]
 
 
@@ -156,48 +157,48 @@ def command(
 
 
 @dataclass
-class Started:
+class RunProcess:
     run: RunSpec
-    process: subprocess.Popen[bytes]
+    popen: subprocess.Popen[bytes]
     began: float
     lock: int
-    gpus: str  # "": it was given none of its own
+    gpus: str  # CUDA_VISIBLE_DEVICES; "": inherited
 
 
 def run_all(folder: Path, sweep: SweepSpec, jobs: int = 1) -> int:
-    """Run what is pending, `jobs` at a time on GPUs of their own, until all have been tried once. Returns an exit code.
+    """Run what is pending, `jobs` at a time on GPUs of their own, until each had one attempt. Returns an exit code.
 
-    Several of these may work on one folder: a run is taken by whoever locks it first. A signal is handed on to the
-    runs, which save and stop; what is left is done when the sweep is started again.
+    Several of these may work on one folder: a run belongs to the process that locks it first. Signals are forwarded
+    to the runs, which save and stop; the same command resumes the sweep.
     """
     free = launcher.gpu_shares(os.environ, jobs, sweep.processes)
-    sweep = prepare(folder, sweep)
-    tracker, uri = open_parent(folder, sweep)
-    waiting, running, failed = pending(folder, sweep), list[Started](), 0
+    sweep = register_runs(folder, sweep)
+    tracker, uri = start_parent_run(folder, sweep)
+    waiting, running, failed = pending(folder, sweep), list[RunProcess](), 0
     log.info(f"{len(sweep.runs)} runs, {len(sweep.runs) - len(waiting)} of them done or under way; {folder}")
     with collect_signals() as received:
-        handed_on: set[int] = set()
+        forwarded: set[int] = set()
         while waiting or running:
             while waiting and free and not received:
                 run = waiting.pop(0)
-                if (lock := take(folder, run)) is None:
+                if (lock := lock_run(folder, run)) is None:
                     continue  # another sweep on this folder was quicker
-                if reached(folder, sweep, run) == "finished":
+                if state_on_disk(folder, sweep, run) == "finished":
                     os.close(lock)
                     continue
                 running.append(start(folder, sweep, run, jobs, lock, tracker.run_id, uri, free.pop(0)))
-            for number in set(received) - handed_on:
-                handed_on.add(number)
-                for one in running:
-                    one.process.send_signal(number)  # to it alone: its loader workers must live until it has saved
+            for number in set(received) - forwarded:
+                forwarded.add(number)
+                for process in running:
+                    process.popen.send_signal(number)  # to it alone: its loader workers must live until it has saved
             if received.count(signal.SIGINT) > 1:
-                for one in running:
-                    one.process.kill()
-            for one in [one for one in running if one.process.poll() is not None]:
-                running.remove(one)
-                free.append(one.gpus)
-                failed += finish(folder, one) not in (0, REQUEUE)
-                log.info(f"{one.run.name}: {outcome(folder, sweep, one)}")
+                for process in running:
+                    process.popen.kill()
+            for process in [process for process in running if process.popen.poll() is not None]:
+                running.remove(process)
+                free.append(process.gpus)
+                failed += record_end(folder, process) not in (0, REQUEUE)
+                log.info(f"{process.run.name}: {describe_outcome(folder, sweep, process)}")
             if received and not running:
                 break
             time.sleep(0.1)
@@ -207,7 +208,7 @@ def run_all(folder: Path, sweep: SweepSpec, jobs: int = 1) -> int:
     return 1 if failed else 0
 
 
-def open_parent(folder: Path, sweep: SweepSpec) -> tuple[Tracker, str | None]:
+def start_parent_run(folder: Path, sweep: SweepSpec) -> tuple[Tracker, str | None]:
     """The MLflow run that all runs of the sweep are shown under, and the store that it is in, if there is one. A user's
     name and password are not in its address: anybody may read words of a command, and runs inherit the environment."""
     tracker = Tracker(sweep.configured(sweep.runs[0]).metrics)
@@ -223,7 +224,7 @@ def open_parent(folder: Path, sweep: SweepSpec) -> tuple[Tracker, str | None]:
 
 def start(
     folder: Path, sweep: SweepSpec, run: RunSpec, jobs: int, lock: int, parent: str | None, uri: str | None, gpus: str
-) -> Started:
+) -> RunProcess:
     log = folder / "logs" / f"{run.name}.log"
     cores = len(os.sched_getaffinity(0)) // jobs
     threads = {"OMP_NUM_THREADS": str(max(1, cores // sweep.processes))}
@@ -234,36 +235,43 @@ def start(
             command(folder, sweep, run, parent, uri), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
             env=environment, start_new_session=True, preexec_fn=launcher.die_with_parent(),
         )  # fmt: skip
-    return Started(run, process, time.time(), lock, gpus)
+    return RunProcess(run, process, time.time(), lock, gpus)
 
 
-def finish(folder: Path, one: Started) -> int:
-    """Note what became of a run, and let go of it."""
-    code = one.process.wait()
-    entry = {"run": one.run.name, "code": code, "began": one.began, "seconds": round(time.time() - one.began, 1)}
+def record_end(folder: Path, process: RunProcess) -> int:
+    """Append the attempt to attempts.jsonl and unlock the run."""
+    code = process.popen.wait()
+    entry = {
+        "run": process.run.name,
+        "code": code,
+        "began": process.began,
+        "seconds": round(time.time() - process.began, 1),
+    }
     append_jsonl(folder / "attempts.jsonl", entry, required=True)
-    os.close(one.lock)
+    os.close(process.lock)
     return code
 
 
-def outcome(folder: Path, sweep: SweepSpec, one: Started) -> str:
-    found = state(folder, sweep, one.run)
-    if found == "finished":
-        loss = last_jsonl_record(folder / one.run.name / "held_out.jsonl").get("mean", last_loss(folder / one.run.name))
-        return f"finished in {time.time() - one.began:.0f} s, loss {loss:.4f}"
-    log = folder / "logs" / f"{one.run.name}.log"
-    words = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
-    return f"{found} (exit code {one.process.returncode}): {words[0]}; see {log}"
+def describe_outcome(folder: Path, sweep: SweepSpec, process: RunProcess) -> str:
+    now = state(folder, sweep, process.run)
+    if now == "finished":
+        loss = last_jsonl_record(folder / process.run.name / "held_out.jsonl").get(
+            "mean", last_loss(folder / process.run.name)
+        )
+        return f"finished in {time.time() - process.began:.0f} s, loss {loss:.4f}"
+    log = folder / "logs" / f"{process.run.name}.log"
+    words = log.read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
+    return f"{now} (exit code {process.popen.returncode}): {words[0]}; see {log}"
 
 
 # One process per run, also of several sweeps on one folder ------------------------------------------------
 
 
-def take(folder: Path, run: RunSpec) -> int | None:
-    """Lock a run for as long as this process lives; None if somebody else has it."""
+def lock_run(folder: Path, run: RunSpec) -> int | None:
+    """Lock a run until the descriptor is closed or this process ends; None if another process holds it."""
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     lock = os.open(folder / "logs" / f"{run.name}.lock", os.O_CREAT | os.O_RDWR, 0o666)
-    for _ in range(3):  # somebody who asks for the state holds it for a moment
+    for _ in range(3):  # `is_locked` of another process holds it for a moment
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return lock
@@ -273,10 +281,10 @@ def take(folder: Path, run: RunSpec) -> int | None:
     return None
 
 
-def is_held(folder: Path, run: RunSpec) -> bool:
+def is_locked(folder: Path, run: RunSpec) -> bool:
     if not (folder / "logs" / f"{run.name}.lock").exists():
         return False
-    lock = take(folder, run)
+    lock = lock_run(folder, run)
     if lock is not None:
         os.close(lock)
     return lock is None
@@ -286,14 +294,14 @@ def is_held(folder: Path, run: RunSpec) -> bool:
 
 
 def table(folder: Path, sweep: SweepSpec) -> str:
-    """Where every run stands, and what it has reached."""
+    """State, progress and losses of every run."""
     if not (folder / "sweep.json").is_file():
         raise FileNotFoundError(f"{folder} holds no sweep yet; start it with msc sweep FILE")
-    sweep = renamed(folder, sweep, written(folder))
+    sweep = with_recorded_names(folder, sweep, recorded_runs(folder))
     rows = [["run", "state", "clips", "loss", "held out", "seconds"]]
     counts: dict[str, int] = {}
     try:
-        queue = in_queue(folder, sweep)
+        queue = slurm_states(folder, sweep)
     except ConnectionError as error:
         queue = {}
         log.info(f"{error}; states are those of the run folders")

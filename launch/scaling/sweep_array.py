@@ -1,4 +1,4 @@
-"""`msc sweep --cluster slurm`: the runs of a sweep that are to do, as an array of jobs.
+"""`msc sweep --cluster slurm`: submit the pending runs of a sweep as an array of jobs.
 
 Each of them is what `msc submit` sends for a single run: it saves, requeues and goes on by itself, and `msc status`,
 `logs` and `cancel` know its folder. The sweep's folder knows the array.
@@ -22,46 +22,48 @@ from .sweep_spec import SweepSpec
 log = logging.getLogger(__name__)
 
 
-def send(folder: Path, plan: SweepSpec, file: Path, job_request: JobRequest, parallel: int = 0) -> int:
-    """Send an array with a job for every run that is neither finished nor under way; ValueError, and nothing sent, if
-    one of them cannot be. Where it was sent is in the folders of the sweep and of every run."""
+def submit_sweep(folder: Path, spec: SweepSpec, file: Path, job_request: JobRequest, parallel: int = 0) -> int:
+    """Submit an array with a job for every run that is neither finished nor under way; ValueError, and nothing
+    submitted, if one of them is invalid. The folders of the sweep and of every run record the job."""
     config = job_request.cluster_config()
     if job_request.tasks_per_node is None and job_request.gpus_per_node is None:
-        job_request = replace(job_request, tasks_per_node=max(1, plan.processes // (job_request.nodes or 1)))
-    if (tasks := job_request.tasks) != plan.processes:
-        raise ValueError(f"the sweep file says processes: {plan.processes}, but {tasks} tasks are asked for")
+        job_request = replace(job_request, tasks_per_node=max(1, spec.processes // (job_request.nodes or 1)))
+    if (tasks := job_request.tasks) != spec.processes:
+        raise ValueError(f"the sweep file says processes: {spec.processes}, but {tasks} tasks are asked for")
     folder = folder.absolute()
     sbatch.check_folder(folder)
-    plan = sweep.prepare(folder, plan)
-    todo = sweep.pending(folder, plan)
-    held = {run.name: lock for run in todo if (lock := sweep.take(folder, run)) is not None}
-    todo = [run for run in todo if run.name in held]
-    if not todo:
+    spec = sweep.register_runs(folder, spec)
+    pending = sweep.pending(folder, spec)
+    locks = {run.name: lock for run in pending if (lock := sweep.lock_run(folder, run)) is not None}
+    pending = [run for run in pending if run.name in locks]
+    if not pending:
         log.info("every run is finished or under way: nothing is sent")
         return 0
-    fresh = [folder / run.name for run in todo if not (folder / run.name / "config.yaml").is_file()]
-    tracker, uri = sweep.open_parent(folder, plan)
+    new_folders = [folder / run.name for run in pending if not (folder / run.name / "config.yaml").is_file()]
+    tracker, uri = sweep.start_parent_run(folder, spec)
     state: State = "FAILED"
     try:
         parts = []
-        for run in todo:
-            request = sweep.train_request(folder, plan, run, tracker.run_id, uri)
+        for run in pending:
+            request = sweep.train_request(folder, spec, run, tracker.run_id, uri)
             parts.append(submit.prepare_training(request, job_request, config, check_active=False))
         record = submit.submit_array(parts, folder / "jobs", job_request, config, folder.name, parallel=parallel)
     except (ValueError, OSError):
-        for own in fresh:  # they are still to be begun
+        for own in new_folders:  # their runs have not begun
             with suppress(OSError):
                 (own / "config.yaml").unlink()
                 own.rmdir()
         raise
     else:  # Slurm has it: whatever fails now, its number is known and the runs keep their folders
-        log.info(f"job {record.id}: {len(todo)} of {len(plan.runs)} runs, others are finished or under way; {folder}")
+        log.info(
+            f"job {record.id}: {len(pending)} of {len(spec.runs)} runs, others are finished or under way; {folder}"
+        )
         job_records.write_record(folder / "jobs", replace(record, arguments=("sweep", str(file))))
         for part, own_record in zip(parts, submit.part_records(record, parts), strict=True):
             job_records.write_record(Path(part.jobs), own_record)
         state = "FINISHED"
     finally:
         tracker.finish(state)
-        for lock in held.values():
+        for lock in locks.values():
             os.close(lock)
     return 0
