@@ -198,7 +198,7 @@ def plan(args: Namespace) -> None:
     keys = [override.partition("=")[0] for override in overrides]
     device = dataclasses.replace(device, **changes)
     options = options_for(
-        report_plan, args, config=config, device=device, given=keys, units=args.roll_out, out=args.json
+        report_plan, args, config=config, device=device, fixed=keys, units=args.roll_out, out=args.json
     )
     print(report_plan(**options))
 

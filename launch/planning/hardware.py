@@ -1,6 +1,7 @@
 """Hardware: GPU data sheets, and the share of their rates that a training step reaches.
 
-Every efficiency is marked MEASURED (docs/benchmarks.md) or ESTIMATE, and so in every plan. The measured ones come from steps with FlexAttention on one H100 SXM:
+Every efficiency is marked MEASURED (docs/benchmarks.md) or ESTIMATE, and so in every plan. The measured ones come
+from steps with FlexAttention on one H100 SXM:
 
     products    of the kernels of a compiled step of `base` with 8 layers and 65,536 tokens: 51.3 ms
     attention   compiled dense steps of `base`: 8 layers, 65,536 tokens 0.8221 s; 4 layers, 262,144 tokens 6.1814 s

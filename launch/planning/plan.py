@@ -5,8 +5,8 @@ A step is `accumulate` micro-batches and an update. Of the slowest rank,
     micro = products / (peak · e_p) + attention / (peak · e_a) + passes · kept / bandwidth + exchanges not hidden
     step  = accumulate · max(micro, launches) + gradients and weights not hidden + update
 
-with FLOPs, kept activations and messages from the closed forms of cost.py and layout_planner.py, which tests compare with
-counted ones, and rates from hardware.py, measured or estimated. Recomputation repeats the forward pass; docs/scaling.md
+with FLOPs, kept activations and messages from the closed forms of cost.py and layout_planner.py, which tests compare
+with counted ones, and rates from hardware.py, measured or estimated. Recomputation repeats the forward pass; docs/scaling.md
 explains the rest. Not included: reading and encoding of data, checkpoints, evaluations, restarts.
 """
 
@@ -174,7 +174,8 @@ def memory(config: Config, clip: ClipShape, count: int, gpus: int) -> dict[str, 
 def zero_bytes(count: int, stage: int, ranks: int, bf16: bool, accumulate: int, recompute: bool) -> tuple[float, float]:
     """Bytes that a rank sends in a step for (gradients, weights). Gradients travel in fp32, as deepspeed_zero.py
     asks, and from stage 2 on with every micro-batch; up to stage 2 by all-reduce (DeepSpeed 0.19 all-reduces its
-    buckets also where a rank keeps a share only). Stage 3 fetches weights for every pass over the model, stages 1 and 2 after the update."""
+    buckets also where a rank keeps a share only). Stage 3 fetches weights for every pass over the model, stages 1
+    and 2 after the update."""
     if ranks == 1:
         return 0.0, 0.0
     once = count * (ranks - 1) / ranks
