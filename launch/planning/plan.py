@@ -6,8 +6,8 @@ A step is `accumulate` micro-batches and an update. Of the slowest rank,
     step  = accumulate · max(micro, launches) + gradients and weights not hidden + update
 
 with FLOPs, kept activations and messages from the closed forms of cost.py and layout_planner.py, which tests compare
-with counted ones, and rates from hardware.py, measured or estimated. Recomputation repeats the forward pass; docs/scaling.md
-explains the rest. Not included: reading and encoding of data, checkpoints, evaluations, restarts.
+with counted ones, and rates from hardware.py, measured or estimated. Recomputation repeats the forward pass;
+docs/scaling.md explains the rest. Not included: reading and encoding of data, checkpoints, evaluations, restarts.
 """
 
 from __future__ import annotations
