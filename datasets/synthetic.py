@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .files import write_atomically
-from .video import to_mp4
+from .video import encode_mp4
 
 
 def gaussian_fields(
@@ -118,5 +118,5 @@ def write_videos(
     paths = []
     for i, video in enumerate(moving_textures(seed, clips, frames, height, width)):
         paths.append(folder / f"synthetic-{i:03d}.mp4")
-        write_atomically(paths[-1], to_mp4(video, fps))
+        write_atomically(paths[-1], encode_mp4(video, fps))
     return paths

@@ -77,8 +77,8 @@ def probe(source: Source, name: str = "") -> Video:
 def _probed(
     container: InputContainer, stream: VideoStream, name: str, ours: bool = False, most: int | None = None
 ) -> Video:
-    """`ours`: written by `to_mp4`, so that the header can be believed and no picture need be looked at. `most` frames
-    that it may have, MAX_FRAMES if not said.
+    """`ours`: written by `encode_mp4`, so that the header can be believed and no frame need be decoded. `most`
+    frames that it may have, MAX_FRAMES if not said.
     """
     most = MAX_FRAMES if most is None else most
     if stream.frames > most + 1:  # as below, before any is read
@@ -115,7 +115,7 @@ def _probed(
     return Video(name, width, height, Fraction(fps), Fraction(time_base), tuple(stamps), aspect)
 
 
-def timeline(video: Video, fps: float | Fraction | None = None) -> list[int]:
+def frame_indices(video: Video, fps: float | Fraction | None = None) -> list[int]:
     """Which frame of `video` shows at each tick of a clock of `fps`: the latest that has begun by then.
 
     `fps` None: every frame once. Ascending; frames repeat where the clock is faster than the video.
@@ -133,7 +133,7 @@ def timeline(video: Video, fps: float | Fraction | None = None) -> list[int]:
     return (np.searchsorted(np.array(video.pts), times, side="right") - 1).tolist()
 
 
-def frames(
+def decode_frames(
     source: Source,
     fps: float | Fraction | None = None,
     start: int = 0,
@@ -156,7 +156,7 @@ def frames(
         found = (len(video.pts), video.height, video.width)
         if expected and found != expected:
             raise ValueError(f"{name}: video is {found}, the index says {expected}")
-        shown = timeline(video, fps)
+        shown = frame_indices(video, fps)
         stop = len(shown) if stop is None else stop
         if not 0 <= start < stop <= len(shown):
             raise ValueError(f"{video.name}: frames {start} to {stop} asked for, it has {len(shown)}")
@@ -165,7 +165,7 @@ def frames(
         if needed > MAX_BYTES:
             raise ValueError(f"{video.name}: frames {start} to {stop} take {needed} bytes, at most {MAX_BYTES}")
         out = torch.empty(stop - start, height, width, 3, dtype=torch.uint8)
-        decoded = pictures(source, video, shown[start:stop], size, threads, opened=opened if ours else None)
+        decoded = iterate_frames(source, video, shown[start:stop], size, threads, opened=opened if ours else None)
         for i, picture in enumerate(decoded):
             if picture.shape != (height, width, 3):
                 raise ValueError(f"{video.name}: changes its size to {picture.shape[1]}x{picture.shape[0]}")
@@ -173,7 +173,7 @@ def frames(
     return out.permute(0, 3, 1, 2).contiguous()
 
 
-def pictures(
+def iterate_frames(
     source: Source,
     video: Video,
     shown: Sequence[int],
@@ -217,7 +217,7 @@ def pictures(
             raise ValueError(f"{video.name}: has no readable frame at {_time(video, wanted[position])}")
 
 
-def to_mp4(video: Tensor, fps: float | Fraction, crf: int = 10) -> bytes:
+def encode_mp4(video: Tensor, fps: float | Fraction, crf: int = 10) -> bytes:
     """Encode uint8 [T, 3, H, W] as H.264 4:4:4 in mp4; `crf` 10 is near lossless. Equal input, equal bytes.
 
     One thread and no look-ahead across key pictures (every 16 frames), so that the bytes do not depend on the

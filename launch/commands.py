@@ -4,9 +4,11 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from msc.pretrain.requests import EvaluateConfig, SampleConfig
 
 # What a rank runs. Not `-m msc.launch.cli`: under -m cloudpickle sends classes by value.
 PROGRAM = "import sys; from msc.launch.cli import main; sys.exit(main())"
@@ -14,7 +16,7 @@ PROGRAM = "import sys; from msc.launch.cli import main; sys.exit(main())"
 # What torch.distributed and DeepSpeed read in every rank.
 DISTRIBUTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 CONTACT_CLIPS = 6
-EVALUATE_OPTIONS = ("clips", "weights", "steps", "samples", "checkpoint", "against", "features")
+EVALUATE_OPTIONS = tuple(field.name for field in fields(EvaluateConfig))
 
 
 def given(**options: Any) -> dict[str, Any]:
@@ -60,14 +62,14 @@ def convert(args: Namespace) -> int:
 
 
 def inspect(args: Namespace) -> int:
-    from msc.datasets.prepare.summary import damaged, describe
+    from msc.datasets.prepare.summary import damaged_shards, describe
     from msc.datasets.shards.index import check_shards, read_index
     from msc.pretrain.diffusion.autoencoder import open_autoencoder
 
     index = read_index(args.shards)
     check_shards(args.shards, index)
     print(describe(args.shards, index))
-    bad = damaged(args.shards, index) if args.verify else []
+    bad = damaged_shards(args.shards, index) if args.verify else []
     if args.verify:
         print("\n".join(bad) if bad else "every shard is whole and what was written")
     picture = args.picture or args.shards / "contact.png"
@@ -83,7 +85,7 @@ def write_contact_sheet(folder: Path, autoencoder: Any, path: Path) -> Path:
     from msc.datasets.loading.mixture import only
     from msc.datasets.shards.index import read_index
     from msc.pretrain.diffusion.autoencoder import to_uint8
-    from msc.pretrain.inference.video_io import contact_sheet
+    from msc.pretrain.inference.contact_sheet import write_contact_sheet
 
     rows = []
     buckets = [one for one in read_index(folder).each() if one.samples("train")]
@@ -95,7 +97,7 @@ def write_contact_sheet(folder: Path, autoencoder: Any, path: Path) -> Path:
             videos = to_uint8(autoencoder.decode(batch.latents.float()))
         assert videos is not None
         rows += list(zip(batch.keys, videos, strict=True))
-    contact_sheet(rows, path)
+    write_contact_sheet(rows, path)
     return path
 
 
@@ -149,7 +151,7 @@ def train(args: Namespace) -> int:
     if launcher.LAUNCHED not in os.environ:
         config = validation.check(config, run, resume, processes)
         if os.environ.get("RANK", "0") == "0":
-            heartbeat.check_not_training(run, said)
+            heartbeat.check_not_training(run)
         if 0 < launcher.visible_gpus(os.environ) < processes and not started:
             raise ValueError(
                 f"{processes} processes but {launcher.visible_gpus(os.environ)} GPUs: start one per GPU, or hide "
@@ -161,8 +163,8 @@ def train(args: Namespace) -> int:
         os.environ.update(launcher.rank_environment(os.environ, 0, 1, launcher.free_port()))
     from msc.pretrain import train as training  # a mistake in the settings need not wait for DeepSpeed
 
-    expected = expectation(args.plan, config, processes)
-    how = given(back_to=asked.back_to, again=args.again or None, expected=expected)
+    planned = planned_step(args.plan, config, processes)
+    how = given(back_to=asked.back_to, again=args.again or None, planned=planned)
     return training.train(config, run, resume, **how)
 
 
@@ -189,7 +191,7 @@ def enter_step(args: Namespace) -> None:
     print(slurm_env.told(os.environ), file=sys.stderr, flush=True)
 
 
-def expectation(plan: Path | None, config: Any, processes: int) -> Any:
+def planned_step(plan: Path | None, config: Any, processes: int) -> Any:
     """What a plan says of the run: the one named, else the one for this GPU, if it is a known one."""
     from .processes import launcher
 
@@ -198,11 +200,11 @@ def expectation(plan: Path | None, config: Any, processes: int) -> Any:
     from .planning import report as plan_report
 
     if plan is not None:
-        return plan_report.read_expected(plan)
+        return plan_report.read_planned_step(plan)
     import torch
 
     try:
-        return plan_report.expected(config, processes, torch.cuda.get_device_name())
+        return plan_report.planned_step(config, processes, torch.cuda.get_device_name())
     except (RuntimeError, ValueError):  # no GPU after all, or a mesh that the run itself will object to
         return None
 
@@ -213,22 +215,22 @@ def plan(args: Namespace) -> int:
     from msc.pretrain.config import load
     from msc.pretrain.presets import PRESETS, preset
 
-    from .planning.hardware import kind_of
-    from .planning.report import plan_run
+    from .planning.hardware import gpu_kind
+    from .planning.report import report_plan
 
     file, overrides = split_items(args.items)
     if file is None and not overrides:
         raise ValueError(f"nothing to plan: name a configuration file, or a preset ({', '.join(PRESETS)})")
     named = str(file) if str(file) in PRESETS else None
     config = load(preset(named) if named else None, None if named else file, overrides)
-    device = kind_of(args.kind)
+    device = gpu_kind(args.kind)
     if any(value is not None and value <= 0 for value in (args.memory, args.network)):
         raise ValueError(f"--memory {args.memory} and --network {args.network} must be positive")
     giga = {"memory": args.memory, "network": args.network}
     changes = {**{name: value * 1e9 for name, value in given(**giga).items()}, **given(node=args.node)}
     keys = [override.partition("=")[0] for override in overrides]
     options = given(price=args.price, units=args.roll_out, steps=args.steps, out=args.json)
-    print(plan_run(config, args.gpus, replace(device, **changes), keys, **options))
+    print(report_plan(config, args.gpus, replace(device, **changes), keys, **options))
     return 0
 
 
@@ -268,10 +270,10 @@ def default_run(preset: str | None, file: Path | None) -> Path:
 def sweep(args: Namespace) -> int:
     from .scaling import sweep as sweeping
     from .scaling import sweep_array
-    from .scaling.sweep_spec import read_sweep
+    from .scaling.sweep_spec import read_sweep_spec
     from .slurm.submit import OPTIONS
 
-    plan = read_sweep(args.file)
+    plan = read_sweep_spec(args.file)
     folder = args.out or Path("runs") / args.file.stem
     if args.dry_run:
         print("\n".join(f"{run.name}: {' '.join(run.overrides)}" for run in plan.runs))
@@ -308,42 +310,22 @@ def checkpoints(args: Namespace) -> int:
 def evaluate(args: Namespace) -> int:
     from msc.pretrain.evaluation.evaluate import evaluate as evaluate_run
 
-    options = given(**{name: getattr(args, name) for name in EVALUATE_OPTIONS})
+    request = EvaluateConfig(**given(**{name: getattr(args, name) for name in EVALUATE_OPTIONS}))
     for run in args.run:
-        print(evaluate_run(run, **options))
+        print(evaluate_run(run, request))
     return 0
 
 
 def sample(args: Namespace) -> int:
-    if args.nothing and args.context:
-        raise ValueError(f"--nothing starts without context, but --context is {args.context}")
+    values = {field.name: getattr(args, field.name) for field in fields(SampleConfig)}
+    for name in ("prompt", "label"):
+        values[name] = tuple(values[name] or ())
+    request = SampleConfig(**given(**values))
 
-    if args.prompts is not None and args.prompt:
-        raise ValueError("--prompts names a file, --prompt is one itself: give one of them")
-    prompts = args.prompt
-    if args.prompts is not None:
-        prompts = read_prompts(args.prompts)
+    from msc.pretrain.inference.sample import sample as sample_run
 
-    from msc.pretrain.inference.sample import sample_run
-
-    # words alone make a new video; without any there is a clip to continue
-    something = args.nothing or prompts or args.label or args.video is not None or args.clip is not None
-    names = ["units", "context", "steps", "seed", "out", "weights", "text", "count", "batch", "solver", "guidance"]
-    names += ["context_level", "reach"]
-    options = given(prompts=prompts, labels=args.label, **{name: getattr(args, name) for name in names})
-    print(sample_run(args.run, video=args.video, clip=args.clip if something else 0, **options))
+    print(sample_run(args.run, request))
     return 0
-
-
-def read_prompts(file: Path) -> list[str]:
-    """Lines of a text file, without empty ones."""
-    try:
-        prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not a text file in UTF-8: {error}") from None
-    if not prompts:
-        raise ValueError(f"{file} holds no prompt: write one in every line")
-    return prompts
 
 
 def export(args: Namespace) -> int:

@@ -20,6 +20,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from msc.datasets.files import free_bytes
+
 GIB = 2**30
 DISTRIBUTION = "msc-video"
 # Distribution and the module that is imported to try it.
@@ -301,10 +303,10 @@ def open_files() -> list[Check]:
 
 
 def free_space(name: str, folder: Path, enough_gib: float, fix: str) -> Check:
-    usage = shutil.disk_usage(folder)
-    found = f"{usage.free / GIB:.1f} GiB free at {folder}"
+    free = free_bytes(folder)
+    found = f"{free / GIB:.1f} GiB free at {folder}"
     if not os.access(folder, os.W_OK):
         return Check(name, "broken", f"{folder} cannot be written to", "work in a folder that is yours")
-    if usage.free < enough_gib * GIB:
+    if free < enough_gib * GIB:
         return Check(name, "problem", found, fix)
     return Check(name, "ok", found)

@@ -144,7 +144,7 @@ class Watchdog:
         """Write this rank's heartbeat and read the next rank's, until the end of the run or of the store."""
         with suppress(RuntimeError):
             while not self._over.wait(self.interval):
-                # A C call that keeps the interpreter lock for ever stops these threads as well. This timer needs no lock.
+                # A C call that never returns the interpreter lock stops these threads, too. This timer needs no lock.
                 faulthandler.dump_traceback_later(self.timeout)
                 self._write()
                 rank = (self.rank + 1) % self.world_size

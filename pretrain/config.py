@@ -7,7 +7,6 @@ Nothing is ignored silently: an unknown key is an error that names the nearest k
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from msc.datasets.files import describe_validation_error, nearest
 from msc.datasets.loading.mixture import DataConfig, ShardsFrom
 
 from .checkpoints.format import CheckpointConfig
@@ -115,13 +115,7 @@ def build(values: Mapping[str, Any]) -> Config:
     try:
         return pydantic.TypeAdapter(Config).validate_python(values)
     except pydantic.ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            where = ".".join(str(part) for part in problem["loc"])
-            message = problem["msg"].removeprefix("Value error, ")
-            given = "" if problem["type"] == "value_error" else f" (given: {problem['input']!r})"
-            lines.append(message if problem["type"] == "value_error" else f"{where}: {message}{given}")
-        raise ValueError("configuration: " + "; ".join(lines)) from None
+        raise ValueError(f"configuration: {describe_validation_error(error)}") from None
 
 
 def dump(config: Config) -> str:
@@ -167,6 +161,5 @@ def _merge(values: dict[str, Any], new: Any, kind: type, source: str, prefix: st
 def _nearest(name: str) -> str:
     known = list(flat(Config())) + [section.name for section in dataclasses.fields(Config)]
     leaves = {path.rsplit(".", 1)[-1]: path for path in known}
-    near = difflib.get_close_matches(name, known, 1, 0.6)
-    near = near or [leaves[leaf] for leaf in difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves, 1, 0.6)]
-    return f"; did you mean {near[0]}?" if near else ""
+    near = nearest(name, known) or leaves.get(nearest(name.rsplit(".", 1)[-1], leaves))
+    return f"; did you mean {near}?" if near else ""

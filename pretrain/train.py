@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from msc.datasets.errors import Repeats
-from msc.datasets.files import Forgiving, append_line, write_atomically
+from msc.datasets.errors import REQUEUE, DeterministicFailure
+from msc.datasets.files import Forgiving, append_jsonl, write_atomically
 from msc.datasets.loading.dataloader import loader
 from msc.datasets.loading.mixture import Shards, check_sizes, open_shards
 from msc.parallel import consistency, control_plane, deepspeed_zero, fp8, process_group
 from msc.parallel.mesh import placement_warning
+from msc.parallel.progress import Progress
 from msc.parallel.watchdog import is_communication_error, watch_ranks
 
 from . import cost
@@ -34,32 +35,31 @@ from .checkpoints.async_writer import Writer
 from .config import Config, dump, flat
 from .diffusion.autoencoder import open_autoencoder
 from .diffusion.rectified_flow import frame_losses, frame_shift
-from .evaluation.evaluate import preview
-from .evaluation.held_out_loss import Losses, held_out_losses
+from .evaluation.held_out_loss import LossByNoise, held_out_losses
+from .inference.preview import write_preview
 from .kernels.compile_helpers import pieces
 from .optimizer import set_schedule
 from .parallelize import build, clip_of, make_mesh, own_timeline, parallelize
-from .run_folder import LatentSpace, write_space
+from .run_folder import LatentSpace, RunFolder
 from .tracking import heartbeat, spike_guard
 from .tracking.mlflow_store import code_version, read_identity
-from .tracking.plan_deviation import Expected, deviation, ratios
+from .tracking.plan_deviation import PlannedStep, describe_deviation, plan_ratios
 from .tracking.throughput import DESCRIPTION, Meter
 from .tracking.tracker import State, Tracker
 from .tracking.unreadable_clips import Broken, read_broken
 from .validation import resolve, sizes
 
 PACKAGES = [Path(__file__).parents[1] / name for name in ("pretrain", "parallel", "datasets", "launch")]
-REQUEUE = 75  # exit code of a run that was stopped, has saved, and wants to go on (EX_TEMPFAIL)
 
 
 def train(
     config: Config, run: Path, resume: bool, back_to: str | None = None, again: bool = False,
-    expected: Expected | None = None,
+    planned: PlannedStep | None = None,
 ) -> int:  # fmt: skip
     """Train in this process, one of the world that RANK and WORLD_SIZE describe; returns the exit code.
 
     back_to: step or folder of a checkpoint to go back to first, leaving out all clips since. again: also if the run
-    last went back to that one already. expected: what a plan says of a step; the run says once if it is off.
+    last went back to that one already. planned: what a plan says of a step; the run says once if it is off.
     """
     sys.stdout, sys.stderr = Forgiving(sys.stdout), Forgiving(sys.stderr)
     faulthandler.enable()
@@ -67,25 +67,19 @@ def train(
     with stop_signals() as stopping:
         world = process_group.join_process_group(config.parallel.timeout)
         # Again, and for good: since the command line looked, imports and waiting for all ranks have taken their time.
-        control_plane.run_on_rank_0(partial(heartbeat.acquire_run, run, world.world_size, checkpoint_format.say))
+        control_plane.run_on_rank_0(partial(heartbeat.acquire_run, run, world.world_size))
+        progress, timeout = Progress(), process_group.collective_timeout(config.parallel.timeout)
         with (
-            heartbeat.write_heartbeat(
-                run if world.is_rank_0 else None, world.world_size, stall=config.parallel.stall
-            ) as beat,
+            heartbeat.write_heartbeat(run if world.is_rank_0 else None, world.world_size, progress),
             watch_ranks(
-                world.rank, world.world_size, process_group.collective_timeout(config.parallel.timeout)
-            ) as watched,
+                world.rank, world.world_size, timeout, progress, config.parallel.stall if world.is_rank_0 else 0.0
+            ),
         ):
-
-            def at(step: int, phase: str) -> None:
-                beat(step, phase)
-                watched(step, phase)
-
-            return _train(config, run, resume, back_to, again, expected, stopping, world, at)
+            return _train(config, run, resume, back_to, again, planned, stopping, world, progress.at)
 
 
 def _train(
-    config: Config, run: Path, resume: bool, back_to: str | None, again: bool, expected: Expected | None,
+    config: Config, run: Path, resume: bool, back_to: str | None, again: bool, planned: PlannedStep | None,
     stopping: list[int], world: process_group.RankInfo, at: Callable[[int, str], None],
 ) -> int:  # fmt: skip
     # The world: who we are, and which part of every clip is ours ------------------------------------
@@ -150,7 +144,7 @@ def _train(
             print(f"msc: {change}", file=sys.stderr, flush=True)
         run.mkdir(parents=True, exist_ok=True)
         write_atomically(run / "config.yaml", dump(config).encode())
-        write_space(run, LatentSpace.of(shards.index))
+        RunFolder(run).write_latent_space(LatentSpace.of(shards.index))
         for name in ("log.jsonl", "skipped.jsonl", "broken.jsonl", "held_out.jsonl"):
             rollback.truncate_jsonl(run / name, step)
 
@@ -226,18 +220,18 @@ def _train(
         at(step, "held-out loss")
         with deepspeed_zero.averaged_weights(engine):
             losses = held_out_losses(engine.module, config, shards, feeds, mesh.dp, mesh.dp_rank)
-            pictures = preview(engine.module, config, shards, feeds, run, step, world.rank) if step else []
+            pictures = write_preview(engine.module, config, shards, feeds, run, step, world.rank) if step else []
         tracker.log(losses.metrics("held_out/"), step)
         for picture in pictures if world.is_rank_0 else []:
             tracker.artifact(picture, "samples")
         if world.is_rank_0:
-            append_line(run / "held_out.jsonl", {"step": step, "clock": clock, **losses.metrics("")})
+            append_jsonl(run / "held_out.jsonl", {"step": step, "clock": clock, **losses.metrics("")})
             bar.write(f"step {step}: held-out loss {losses.mean:.4f} (averaged weights)", file=sys.stderr)
 
     try:
         if step == 0 and config.train.evaluate:
             look()
-        losses = Losses.zeros(world.device)
+        losses = LossByNoise.zeros(world.device)
         while clock < config.train.clips:
             # One step: all its clips, their noise, and how many frames count over all ranks
             at(step, "reading clips")
@@ -262,7 +256,7 @@ def _train(
 
             # Forward and backward; a rank's share of the global loss, times the world DeepSpeed averages over
             at(step, "forward and backward")
-            of_step, errors_of_step = Losses.zeros(world.device), []
+            of_step, errors_of_step = LossByNoise.zeros(world.device), []
             for clips_of_part in micro_batches(clips_of_step, micro):
                 with meter.waiting():
                     part = feed(clips_of_part)
@@ -287,7 +281,7 @@ def _train(
                     rollback.record_skipped_step(run, step, clock - batch, batch, objected, found)
                 if history.in_a_row >= config.guard.stop_after:
                     writer.leave(others_live=True)  # the last checkpoint is one to go back to, once it is whole
-                    raise Repeats(rollback.too_many_skipped_message(run, step, history.in_a_row, objected))
+                    raise DeterministicFailure(rollback.too_many_skipped_message(run, step, history.in_a_row, objected))
             else:
                 losses.merge(of_step)
             meter.step(batch * tokens[clips_of_step.bucket], batch, batch * flops[clips_of_step.bucket])
@@ -310,18 +304,18 @@ def _train(
                 if reports == 1 and config.parallel.compile and world.is_rank_0 and (why := pieces()):
                     told = f"blocks are compiled in pieces, so that the CPU takes longer to start a step: {why}"
                     bar.write(f"msc: {told}", file=sys.stderr)
-                if expected is not None and reports > 1 and world.is_rank_0:
-                    tracker.log(ratios(values, expected), step)
-                    if not off_plan and (told := deviation(values, expected)):
+                if planned is not None and reports > 1 and world.is_rank_0:
+                    tracker.log(plan_ratios(values, planned), step)
+                    if not off_plan and (told := describe_deviation(values, planned)):
                         off_plan = True
                         bar.write(f"msc: step {step}: {told}", file=sys.stderr)
                 tracker.log({**values, **losses.metrics("loss/")}, step)
                 if world.is_rank_0:
-                    append_line(run / "log.jsonl", {"step": step, **values})
+                    append_jsonl(run / "log.jsonl", {"step": step, **values})
                     bar.set_postfix(loss=f"{losses.mean:.4f}")
                     if bar.disable:
                         print(progress(step, config.train.steps, values), file=sys.stderr, flush=True)
-                losses = Losses.zeros(world.device)
+                losses = LossByNoise.zeros(world.device)
             if step % config.checkpoint.every == 0 and not done:
                 save()
             if config.train.evaluate and step % config.train.evaluate == 0 and not done:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from msc.datasets.files import free_bytes
 from msc.datasets.loading.mixture import DataConfig, Shards, check_sizes, only, open_shards, rounds
 from msc.datasets.prepare.statistics import Statistics
 from msc.datasets.shards.index import Index
@@ -115,12 +115,11 @@ def check_room(config: Config, run: Path) -> None:
     saved = config.checkpoint
     each, most = 16 * cost.parameters(config.model), min(saved.keep + 1, -(-config.train.steps // saved.every))
     more = max(1, most - len(checkpoint_directory.resume_candidates(run)))
-    there = next(parent for parent in (run.absolute(), *run.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(there).free
+    free = free_bytes(run)
     if free < more * each:
         raise OSError(
-            f"{there} has {free / 1e9:.1f} GB free; a checkpoint takes {each / 1e9:.1f} GB, and {more} more are to "
-            f"come before the oldest goes (checkpoint.keep is {saved.keep}): free some, or keep fewer"
+            f"the disk of {run} has {free / 1e9:.1f} GB free; a checkpoint takes {each / 1e9:.1f} GB, and {more} more "
+            f"are to come before the oldest goes (checkpoint.keep is {saved.keep}): free some, or keep fewer"
         )
 
 

@@ -119,8 +119,8 @@ def broken(*_):
 def hash_slowly(rank, ranks, folder):
     """Load where rank 1 takes longer to read its files than a collective waits; the step that was loaded."""
     init_process_group("gloo", timeout=timedelta(seconds=3))
-    digest = checkpoint_directory.digest
-    checkpoint_directory.digest = lambda file: (time.sleep(5.0 if rank == 1 else 0.0), digest(file))[1]
+    digest = checkpoint_directory.sha256_of
+    checkpoint_directory.sha256_of = lambda file: (time.sleep(5.0 if rank == 1 else 0.0), digest(file))[1]
     step = checkpoint_format.load_newest(Path(folder), engine(0.0)).step
     destroy_process_group()
     return step

@@ -14,16 +14,16 @@ from msc.pretrain.train import train
 def each_for_itself(rank: int, ranks: int, run: Path) -> str:
     """All have found the run free before the first of them writes."""
     heartbeat.SETTLE_S = 2.0  # on a busy machine
-    check_free = heartbeat.check_not_training
+    check_not_training = heartbeat.check_not_training
 
-    def check_and_meet(run: Path, say: Callable[[str], None]) -> None:
-        check_free(run, say)
+    def check_and_meet(run: Path) -> None:
+        check_not_training(run)
         run.with_name(f"{rank}.checked").touch()
         while len(list(run.parent.glob("*.checked"))) < ranks:
             time.sleep(0.01)
 
     heartbeat.check_not_training = check_and_meet
-    return told(lambda: heartbeat.acquire_run(run, 1, print))
+    return told(lambda: heartbeat.acquire_run(run, 1))
 
 
 def as_one_run(rank: int, ranks: int, run: Path) -> str:

@@ -16,7 +16,7 @@ from msc.pretrain.model.noise_gate import GateConstants
 from msc.pretrain.model.scales import Scale
 from msc.pretrain.model.transformer import ModelConfig, MSCTransformer
 from msc.pretrain.presets import PRESETS
-from msc.pretrain.run_folder import LatentSpace, write_space
+from msc.pretrain.run_folder import LatentSpace, RunFolder
 from msc.pretrain.validation import ASSUMED, resolve
 
 SCALES = (Scale(2, 1, 1, 2, 3), Scale(1, 2, 1, 3), Scale(1, 2, 2, None))
@@ -51,7 +51,7 @@ def write_run(run: Path, ranks: int = 1, cut: str = "even", step: int = 40, **mo
     models = {"ema": random_model(config.model, step), "weight": random_model(config.model, step + 1)}
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").write_text(dump(config))
-    write_space(run, space)
+    RunFolder(run).write_latent_space(space)
     write_checkpoint(run, config, models, ranks, cut, step)
     return {"ema": models["ema"], "raw": models["weight"]}
 

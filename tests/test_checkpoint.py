@@ -14,6 +14,7 @@ import pytest
 from gloo_ranks import run_ranks
 from safetensors.torch import load_file
 
+from msc.datasets import files
 from msc.launch import cli
 from msc.pretrain import cost, validation
 from msc.pretrain.checkpoints import directory as checkpoint_directory
@@ -226,7 +227,7 @@ def test_room_is_needed_for_the_checkpoints_that_are_still_to_come(there, free, 
     config = load(preset("demo"), overrides=["checkpoint.keep=3", "model.channels=3", f"train.clips={clips}"])
     each = 16 * cost.parameters(config.model)
     monkeypatch.setattr(checkpoint_directory, "resume_candidates", lambda run: [run] * there)
-    monkeypatch.setattr(validation.shutil, "disk_usage", lambda _: SimpleNamespace(free=free * each))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=free * each))
     if not more:
         validation.check_room(config, tmp_path)
         return

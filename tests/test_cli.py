@@ -15,6 +15,7 @@ import msc.pretrain
 from msc.launch import cli, commands
 from msc.launch.processes import launcher
 from msc.pretrain.presets import preset
+from msc.pretrain.requests import EvaluateConfig, SampleConfig
 
 MSC = Path(sys.executable).with_name("msc")
 
@@ -352,59 +353,63 @@ def test_train_says_what_is_missing(words: list[str], said: str, calls: Calls, c
 @pytest.mark.parametrize(
     ("words", "module", "function", "expected"),
     [
-        ("evaluate x", "evaluation.evaluate", "evaluate", ((Path("x"),), {})),
+        ("evaluate x", "evaluation.evaluate", "evaluate", ((Path("x"), EvaluateConfig()), {})),
         (
             "evaluate x --clips 3 --weights raw",
             "evaluation.evaluate",
             "evaluate",
-            ((Path("x"),), {"clips": 3, "weights": "raw"}),
+            ((Path("x"), EvaluateConfig(clips=3, weights="raw")), {}),
         ),
         (
             "evaluate x --steps 8 --samples 2 --checkpoint 400 --against y --features f.pt2",
             "evaluation.evaluate",
             "evaluate",
             (
-                (Path("x"),),
-                {"steps": 8, "samples": 2, "checkpoint": "400", "against": Path("y"), "features": Path("f.pt2")},
+                (
+                    Path("x"),
+                    EvaluateConfig(steps=8, samples=2, checkpoint="400", against=Path("y"), features=Path("f.pt2")),
+                ),
+                {},
             ),
         ),
-        ("sample x", "inference.sample", "sample_run", ((Path("x"),), {"video": None, "clip": 0})),
+        ("sample x", "inference.sample", "sample", ((Path("x"), SampleConfig()), {})),
         (
-            "sample x --video a.mp4 --units 8 --seed 0 --out o",
+            f"sample x --video {__file__} --units 8 --seed 0 --out o",
             "inference.sample",
-            "sample_run",
-            ((Path("x"),), {"video": Path("a.mp4"), "clip": None, "units": 8, "seed": 0, "out": Path("o")}),
+            "sample",
+            ((Path("x"), SampleConfig(video=Path(__file__), units=8, seed=0, out=Path("o"))), {}),
         ),
         (
             "sample x --prompt a --prompt b --text t --guidance 3 --solver heun --batch 2 --reach 9 --context-level .1",
             "inference.sample",
-            "sample_run",
+            "sample",
             (
-                (Path("x"),),
-                {
-                    "video": None,
-                    "clip": None,
-                    "prompts": ["a", "b"],
-                    "text": Path("t"),
-                    "guidance": 3.0,
-                    "solver": "heun",
-                    "batch": 2,
-                    "reach": 9,
-                    "context_level": 0.1,
-                },
+                (
+                    Path("x"),
+                    SampleConfig(
+                        prompt=("a", "b"),
+                        text=Path("t"),
+                        guidance=3.0,
+                        solver="heun",
+                        batch=2,
+                        reach=9,
+                        context_level=0.1,
+                    ),
+                ),
+                {},
             ),
         ),
         (
             "sample x --clip 3 --label cat --count 5",
             "inference.sample",
-            "sample_run",
-            ((Path("x"),), {"video": None, "clip": 3, "labels": ["cat"], "count": 5}),
+            "sample",
+            ((Path("x"), SampleConfig(clip=3, label=("cat",), count=5)), {}),
         ),
         (
             "sample x --nothing --steps 4 --weights ema",
             "inference.sample",
-            "sample_run",
-            ((Path("x"),), {"video": None, "clip": None, "steps": 4, "weights": "ema"}),
+            "sample",
+            ((Path("x"), SampleConfig(nothing=True, steps=4)), {}),
         ),
         ("export x", "export.export", "export", ((Path("x"), None), {})),
         (

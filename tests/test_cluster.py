@@ -24,7 +24,7 @@ from test_tracking import free_port, server
 from test_training import MSC, SMALL, curve, final_weights, shards, wait_for  # noqa: F401
 
 from msc.launch.scaling import sweep
-from msc.launch.scaling.sweep_spec import read_sweep
+from msc.launch.scaling.sweep_spec import read_sweep_spec
 from msc.launch.slurm import job_records, sbatch
 from msc.pretrain.tracking.mlflow_store import read_identity
 
@@ -211,7 +211,7 @@ def test_what_goes_wrong(what, sent, tmp_path):
     log = run.log()
     if what == "hung":
         others = (run.run / "logs/rank_1.log").read_text()
-        assert re.search(r"rank 1 .* is alive but stays behind in step", log), log
+        assert re.search(r"rank 1 .* is alive but lags behind in step", log), log
         assert "in all_reduce" in log or "in all_reduce_sum" in log, "where rank 0 stood"
         assert "Current thread" in others and "in watched" in others, "and where rank 1 did"
     if what == "killed":
@@ -256,7 +256,7 @@ def test_a_sweep_as_an_array(shards, tmp_path):
     settings |= {"data.shards": str(shards), "train.clips": 16, "metrics.tracking_uri": f"sqlite:///{tmp_path}/m.db"}
     file.write_text(yaml.safe_dump({"preset": "demo", "set": settings, "grid": {"train.seed": [0, 1, 2]}}))
     words = ["sweep", file, "--out", folder, "--cluster", "slurm", "--site", site]
-    plan, environment = read_sweep(file), {**os.environ, "OMP_NUM_THREADS": "1"}
+    plan, environment = read_sweep_spec(file), {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def states() -> list[str]:
         queue = sweep.in_queue(folder, plan)

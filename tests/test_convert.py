@@ -21,13 +21,13 @@ from msc.datasets.prepare import clip_extraction, shard_writer
 from msc.datasets.prepare import convert as converting
 from msc.datasets.prepare.clip_ranges import border, pieces, runs
 from msc.datasets.prepare.convert import ConvertConfig, convert
-from msc.datasets.prepare.progress import count_finished
+from msc.datasets.prepare.progress import count_finished_groups
 from msc.datasets.prepare.sources import find_sources
-from msc.datasets.prepare.statistics import measure
+from msc.datasets.prepare.statistics import measure_statistics
 from msc.datasets.shards import tar
 from msc.datasets.shards.index import read_index, read_part, scan, verify
 from msc.datasets.synthetic import write_videos
-from msc.datasets.video import frames, to_mp4
+from msc.datasets.video import decode_frames, encode_mp4
 from msc.launch import cli
 from msc.pretrain.diffusion import autoencoder
 
@@ -161,8 +161,8 @@ def test_samples_are_the_clips_they_say(tmp_path, videos):
                 about = json.loads(read_part(out / shard.name, sample, "json"))
                 seen.add(about["source"])
                 start = about["start"]
-                want = frames(named[about["source"]], fps=12, start=start, stop=start + 8, size=(16, 24))
-                got = frames(read_part(out / shard.name, sample, "mp4"))
+                want = decode_frames(named[about["source"]], fps=12, start=start, stop=start + 8, size=(16, 24))
+                got = decode_frames(read_part(out / shard.name, sample, "mp4"))
                 assert (got.float() - want.float()).abs().mean() < 3
                 assert (about["fps"], about["frames"], about["size"]) == (12, 8, [16, 24])
     assert seen == set(named)
@@ -174,7 +174,7 @@ def test_held_out_and_train_share_no_frame(tmp_path, fps):
     numbers = torch.arange(100)
     digits = torch.stack([numbers % 6, numbers // 6 % 6, numbers // 36, numbers * 0], 1).view(-1, 2, 2)
     video = (digits * 45 + 10).to(torch.uint8).repeat_interleave(16, 1).repeat_interleave(16, 2)
-    (tmp_path / "numbered.mp4").write_bytes(to_mp4(video[:, None].repeat(1, 3, 1, 1), 12, crf=0))
+    (tmp_path / "numbered.mp4").write_bytes(encode_mp4(video[:, None].repeat(1, 3, 1, 1), 12, crf=0))
     config = settings(tmp_path, tmp_path / "numbered.mp4", fps=fps, stride=3, width=16, held_out=0.3)
     convert(config, pixels, 1)
     index = read_index(tmp_path / "out")
@@ -197,7 +197,7 @@ def test_statistics_are_those_of_the_training_clips(tmp_path, videos):
     convert(settings(tmp_path, videos), blocks, 2)
     index = read_index(tmp_path / "out")
     samples = Samples(tmp_path / "out", index, "train")
-    assert measure(blocks(samples.read(i)[1]) for i in range(len(samples))) == index.statistics
+    assert measure_statistics(blocks(samples.read(i)[1]) for i in range(len(samples))) == index.statistics
 
 
 def test_statistics_open_only_the_shards_of_the_clips_they_take(tmp_path, videos, monkeypatch):
@@ -207,7 +207,7 @@ def test_statistics_open_only_the_shards_of_the_clips_they_take(tmp_path, videos
     convert(settings(tmp_path, videos), blocks, 2)
     index = read_index(tmp_path / "out")
     samples = Samples(tmp_path / "out", index, "train")
-    assert measure(blocks(samples.read(i)[1]) for i in (0, len(samples) // 2)) == index.statistics
+    assert measure_statistics(blocks(samples.read(i)[1]) for i in (0, len(samples) // 2)) == index.statistics
     assert len(scanned) == 2 < len(index.splits["train"])
 
 
@@ -217,7 +217,7 @@ def test_latents_are_stored_in_their_place(tmp_path, videos):
     assert index.store == "latent"
     samples = Samples(tmp_path / "out", index, "train")
     source = next(iter(sorted(videos.glob("deep/er/*.mp4"))))
-    want = blocks(frames(source, fps=12, stop=8, size=(16, 24)))
+    want = blocks(decode_frames(source, fps=12, stop=8, size=(16, 24)))
     got = samples.read(0)[1]
     assert got.dtype == torch.float16
     assert (got - want).abs().max() < 0.03  # 16-bit floats, and one step of colour conversion
@@ -306,7 +306,7 @@ def test_a_passing_trouble_is_not_recorded(tmp_path, videos, monkeypatch, troubl
         message = {"gone": "is gone, and all beside it", "unreadable": "Stale file handle: .*synthetic-001.mp4"}
         with pytest.raises(OSError, match=message[trouble]):
             convert(config, blocks, 2)
-    assert count_finished(tmp_path / "out") == (trouble != "gone")
+    assert count_finished_groups(tmp_path / "out") == (trouble != "gone")
     if trouble == "gone":
         (tmp_path / "away").rename(videos)
     report = convert(config, blocks, 2)

@@ -26,7 +26,7 @@ from msc.datasets.prepare.convert import ConvertConfig, convert
 from msc.datasets.prepare.statistics import Statistics
 from msc.datasets.shards.index import Index, ShardInfo, read_index, scan, write_index, write_shard
 from msc.datasets.synthetic import moving_textures, write_videos
-from msc.datasets.video import to_mp4
+from msc.datasets.video import encode_mp4
 
 KINDS = ("video", "latent")
 
@@ -348,7 +348,7 @@ def small_index(folder: Path, samples: list[tuple[str, dict[str, bytes]]], **cha
 def video_samples(count: int, **about) -> list[tuple[str, dict[str, bytes]]]:
     found = []
     for i, video in enumerate(moving_textures(0, count, 8, 16, 16)):
-        content = to_mp4(video, 12)
+        content = encode_mp4(video, 12)
         fields = {"crc32": zlib.crc32(content), **{name: value(i) for name, value in about.items()}}
         found.append((f"clip-{i}", {"json": json.dumps(fields).encode(), "mp4": content}))
     return found
@@ -367,7 +367,7 @@ def damaged(sample: tuple[str, dict[str, bytes]], how: str) -> tuple[str, dict[s
     elif how == "no checksum":
         about = b"{}"
     elif how == "other size":
-        video = bytearray(to_mp4(moving_textures(0, 1, 8, 24, 16)[0], 12))
+        video = bytearray(encode_mp4(moving_textures(0, 1, 8, 24, 16)[0], 12))
         about = json.dumps({"crc32": zlib.crc32(video)}).encode()
     parts = {"json": about, "mp4": bytes(video)} if how != "no video" else {"json": about}
     return key, parts

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from msc.datasets import files
 from msc.launch import doctor
 
 Usage = namedtuple("Usage", "total used free")
@@ -111,7 +112,7 @@ def test_no_compiler_is_fatal_where_ranks_are_on_the_cpu(monkeypatch) -> None:
 def test_little_space_is_a_problem_with_its_folder(monkeypatch, tmp_path: Path) -> None:
     for free, state in ((0.5, "problem"), (500, "ok")):
         usage = Usage(2**50, 0, int(free * doctor.GIB))
-        monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder, usage=usage: usage)
+        monkeypatch.setattr(files.shutil, "disk_usage", lambda folder, usage=usage: usage)
         disk, shared, *_ = doctor.space_checks(tmp_path)
         assert (disk.state, shared.state) == (state, state)
         assert str(tmp_path) in disk.found

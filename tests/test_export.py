@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from msc.datasets import files
 from msc.pretrain.checkpoints import directory as checkpoint_directory
 from msc.pretrain.checkpoints import exported_weights
 from msc.pretrain.checkpoints import format as checkpoint_format
@@ -211,7 +212,7 @@ def test_values_too_large_for_fp16_are_named(tmp_path):
 
 
 def test_a_full_disk_is_known_beforehand(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(exports.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(OSError, match="the weights take"):
         export(run.path, tmp_path / "out")
 
@@ -368,7 +369,7 @@ def write_evaluation(path, step, against, weights="ema"):
     rows = with_differences({("psnr_by_horizon", name): part for name, part in clips.items()})
     assert ("psnr_by_horizon", "sample - other's") in rows
     result = {
-        "step": step, "weights": exported_weights, "clips": 3, "against": {"run": str(against), "step": 40},
+        "step": step, "weights": weights, "clips": 3, "against": {"run": str(against), "step": 40},
         "tables": {"psnr_by_horizon": table_of("psnr_by_horizon", rows).json()},
     }  # fmt: skip
     path.write_text(json.dumps(result))

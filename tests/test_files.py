@@ -8,7 +8,6 @@ import sys
 import pytest
 
 from msc.datasets import files
-from msc.pretrain.checkpoints.rollback import read_lines
 
 
 def test_of_two_that_write_a_file_at_once_both_write_it_whole(tmp_path, monkeypatch):
@@ -35,24 +34,24 @@ def test_a_line_that_finds_no_room_is_lost_as_a_whole(tmp_path):
     """In a process that may write no more than 120 bytes to a file: the system writes a part of the second line."""
     program = """
 import pathlib, resource, sys
-from msc.datasets.files import append_line
+from msc.datasets.files import append_jsonl
 resource.setrlimit(resource.RLIMIT_FSIZE, (120, 120))
 path = pathlib.Path(sys.argv[1])
 for step in range(3):
-    append_line(path, {"step": step, "text": "x" * (0 if step == 2 else 60)})
+    append_jsonl(path, {"step": step, "text": "x" * (0 if step == 2 else 60)})
 """
     path = tmp_path / "log.jsonl"
     done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, f"msc: a line of {path} is lost: No space left on device\n")
-    assert [line["step"] for line in read_lines(path)] == [0, 2]
+    assert (done.returncode, done.stderr) == (0, f"a line of {path} is lost: No space left on device\n")
+    assert [line["step"] for line in files.read_jsonl(path)] == [0, 2]
 
 
 def test_a_log_on_a_full_disk_ends_nothing():
     program = """
 import pathlib, sys
-from msc.datasets.files import Forgiving, append_line
+from msc.datasets.files import Forgiving, append_jsonl
 sys.stderr = Forgiving(sys.stderr)
-append_line(pathlib.Path("/dev/full"), {"step": 1})
+append_jsonl(pathlib.Path("/dev/full"), {"step": 1})
 print("step 1", file=sys.stderr, flush=True)
 assert sys.stderr.fileno() == 2
 """
@@ -64,9 +63,9 @@ def test_a_lock_on_a_file_that_was_removed_is_none(tmp_path):
     """Who opened it before the last holder removed it, with its folder, may not believe to have it."""
     path = tmp_path / "lock"
     with open(path, "a+") as one, open(path, "a+") as two:
-        assert files.lock_now(one) and not files.lock_now(two)
+        assert files.try_lock(one) and not files.try_lock(two)
         path.unlink()
         one.close()
-        assert not files.lock_now(two)
+        assert not files.try_lock(two)
     with open(path, "a+") as other:
-        assert files.lock_now(other)
+        assert files.try_lock(other)

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from msc.parallel.progress import Progress
 from msc.pretrain.tracking import heartbeat
 
 
@@ -34,7 +35,7 @@ def test_a_run_that_stood_still_ends_if_another_has_taken_its_folder(
         write(*arguments)
 
     monkeypatch.setattr(heartbeat, "_write", slow)
-    with heartbeat.write_heartbeat(tmp_path, 1, seconds=0.2):
+    with heartbeat.write_heartbeat(tmp_path, 1, Progress(), interval=0.2):
         while not heartbeat.read(tmp_path):
             time.sleep(0.01)
         other = {**heartbeat.identity(1), "pid": 1, "step": 3, "phase": phase, "since": 0.0, "time": time.time()}

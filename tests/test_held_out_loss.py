@@ -8,9 +8,9 @@ from context_parallel_ranks import SCALES, make
 
 from msc.pretrain.batch_inputs import Inputs
 from msc.pretrain.diffusion.rectified_flow import frame_losses
-from msc.pretrain.diffusion.sampler import Cache, remember
-from msc.pretrain.evaluation.confidence import over_clips
-from msc.pretrain.evaluation.held_out_loss import BINS, Losses, blind, by_context, by_noise, by_position
+from msc.pretrain.diffusion.sampler import Cache, extend_cache
+from msc.pretrain.evaluation.confidence import ratio_over_clips
+from msc.pretrain.evaluation.held_out_loss import BINS, LossByNoise, blind, by_context, by_noise, by_position
 
 
 def test_parts_of_the_loss_make_up_the_loss():
@@ -20,12 +20,12 @@ def test_parts_of_the_loss_make_up_the_loss():
     inputs = Inputs(torch.zeros(()), torch.zeros(()), t, None, None)
     mean = float(errors[t > 0].double().mean())
     for sums, counts in (by_noise(errors, inputs), by_position(errors, inputs)):
-        assert float(over_clips(sums, counts)[0][0]) == pytest.approx(mean)
+        assert float(ratio_over_clips(sums, counts)[0][0]) == pytest.approx(mean)
         assert float(sums[:, 1:].sum() / counts[:, 1:].sum()) == pytest.approx(mean)
     assert by_noise(errors, inputs)[0].shape == (5, 1 + BINS) and by_position(errors, inputs)[0].shape == (5, 1 + 7)
-    in_training = Losses.zeros(torch.device("cpu"))
+    in_training = LossByNoise.zeros(torch.device("cpu"))
     in_training.add(errors, inputs.t, inputs.supervised)
-    expected = over_clips(*by_noise(errors, inputs))[0][1:].tolist()
+    expected = ratio_over_clips(*by_noise(errors, inputs))[0][1:].tolist()
     assert [v for k, v in in_training.metrics("").items() if k != "mean"] == pytest.approx(expected)
 
 
@@ -60,7 +60,7 @@ def test_what_is_hidden_has_no_influence_and_the_rest_has(name, gate):
 
     def last(seeing, *changed):
         cache = Elsewhere(changed, len(scales))
-        remember(model, cache, x[:, :-1], text, labels)
+        extend_cache(model, cache, x[:, :-1], text, labels)
         with torch.no_grad():
             return seeing(x[:, -1:], t[:, -1:], text, labels, cache)
 

@@ -26,7 +26,7 @@ from msc.datasets.prepare.sources import find_sources
 from msc.datasets.prepare.statistics import Statistics
 from msc.datasets.shards.index import Index, read_index, scan, write_shard
 from msc.datasets.synthetic import write_videos
-from msc.datasets.video import frames, probe, to_mp4
+from msc.datasets.video import decode_frames, encode_mp4, probe
 
 
 def peak() -> int:
@@ -154,7 +154,7 @@ def test_a_video_that_claims_a_hundred_thousand_pixels_a_side_is_refused(tmp_pat
     path = tmp_path / "huge.avi"
     path.write_bytes(content.replace(small, huge))
     before = peak()
-    for call in (probe, frames):
+    for call in (probe, decode_frames):
         with pytest.raises(ValueError, match=r"huge.avi: (100000x100000 pixels|is not readable|has no frames)"):
             call(path)
     # The pictures themselves may claim it, where the file does not: here the height and width in a JPEG.
@@ -162,7 +162,7 @@ def test_a_video_that_claims_a_hundred_thousand_pixels_a_side_is_refused(tmp_pat
     start = content.index(b"\xff\xc0") + 5
     path.write_bytes(content[:start] + b"\xff\xff\xff\xff" + content[start + 4 :])
     with pytest.raises(ValueError, match=r"huge.avi: "):
-        frames(path)
+        decode_frames(path)
     assert peak() - before < 200
 
 
@@ -180,12 +180,12 @@ def test_a_video_that_never_ends_is_refused(tmp_path):
         container.mux(stream.encode())
     before = peak()
     with pytest.raises(ValueError, match=r"long.mkv: has 36\d{6} frames at 12 fps, at most"):
-        frames(path, fps=12)
+        decode_frames(path, fps=12)
     assert peak() - before < 100
 
 
 def claiming(content: bytes, frames: int) -> bytes:
-    """An mp4 of `to_mp4` whose tables speak of so many frames, of a byte each."""
+    """An mp4 of `encode_mp4` whose tables speak of so many frames, of a byte each."""
     changed = bytearray(content)
     for box, offset, values in ((b"stsz", 8, (1, frames)), (b"stts", 12, (frames,)), (b"stsc", 16, (frames,))):
         struct.pack_into(f">{len(values)}I", changed, content.index(box) + offset, *values)
@@ -200,7 +200,7 @@ def claiming(content: bytes, frames: int) -> bytes:
 ])  # fmt: skip
 def test_a_clip_that_is_not_what_the_index_says_is_not_decoded(tmp_path, monkeypatch, kind, message):
     frames, size = {"a frame more": 5, "a frame less": 3}.get(kind, 4), (256, 128) if kind == "size" else (32, 32)
-    content = to_mp4(torch.zeros(frames, 3, *size, dtype=torch.uint8), 12)
+    content = encode_mp4(torch.zeros(frames, 3, *size, dtype=torch.uint8), 12)
     if kind == "frames":
         content = claiming(content, 200_000)
     about = json.dumps({"crc32": zlib.crc32(content)}).encode()

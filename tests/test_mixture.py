@@ -15,17 +15,17 @@ from gloo_ranks import run_ranks
 
 from msc.datasets.loading import shuffling as order_module
 from msc.datasets.loading.dataloader import Batch, loader
+from msc.datasets.loading.held_out import held_out_batches
 from msc.datasets.loading.mixture import DataConfig, ShardsFrom, open_shards, rounds, slots
 from msc.datasets.loading.shard_reader import Samples
 from msc.datasets.loading.shuffling import SLOTS, Turns, Windows, apportion, order, set_at
 from msc.datasets.prepare.clip_ranges import best_buckets, pieces
 from msc.datasets.prepare.convert import ConvertConfig, convert
-from msc.datasets.prepare.statistics import Statistics, measure, mix
+from msc.datasets.prepare.statistics import Statistics, measure_statistics, mix_statistics
 from msc.datasets.shards.index import read_index
 from msc.datasets.synthetic import write_videos
 from msc.pretrain import validation
 from msc.pretrain.config import load
-from msc.pretrain.evaluation.held_out_loss import held_out_batches
 
 BUCKETS = ((8, 16, 24), (4, 16, 24), (8, 24, 16))
 
@@ -83,7 +83,7 @@ def test_at_each_place_the_longest_that_fits():
         (720, 1280, 20, {32: 0, 8: 1}),  # the longer does not fit anywhere, and is not asked for
         (1280, 720, 100, {32: 2}),
         (1280, 720, 20, {16: 3, 4: 5}),  # too short for the portrait bucket: the square is nearest
-        (500, 500, 100, {16: 3, 4: 5}),  # square: the largest that is not enlarged
+        (500, 500, 100, {16: 3, 4: 5}),  # square: the largest that is not upscaled
         (200, 200, 100, {16: 4}),
         (60, 60, 100, {16: 4}),  # none without enlarging: the smallest
         (720, 1280, 3, {}),
@@ -258,7 +258,7 @@ def test_a_mixture_is_seen_by_weight_and_names_its_sets(data, plain):
 def test_statistics_are_mixed_by_weight(data):
     shards = open_shards(data)
     parts = [(found.weight, found.index.statistics) for found in shards.sets]
-    assert shards.index.statistics == mix(parts)
+    assert shards.index.statistics == mix_statistics(parts)
     # Against one pass over clips that are there as often as the weights say; all their turns in time and both signs,
     # so that every stretch of them has the same moments and nothing is left to chance.
     torch.manual_seed(0)
@@ -267,13 +267,14 @@ def test_statistics_are_mixed_by_weight(data):
         return [sign * clip.roll(by, 0) + mean for by in range(len(clip)) for sign in (1, -1)]
 
     few, many = turns(torch.randn(8, 1, 8, 8) * 2, 1.0), turns(torch.randn(8, 1, 1, 1).expand(8, 1, 8, 8), 0.0)
-    found, want = mix([(1, measure(few)), (2, measure(many))]), measure(few + many + many)
+    found = mix_statistics([(1, measure_statistics(few)), (2, measure_statistics(many))])
+    want = measure_statistics(few + many + many)
     for name in ("mean", "std", "ratios", "correlations"):
         torch.testing.assert_close(torch.tensor(getattr(found, name)), torch.tensor(getattr(want, name)), msg=name)
-    assert mix([(3, measure(few))]) == measure(few)
+    assert mix_statistics([(3, measure_statistics(few))]) == measure_statistics(few)
     # An image has no lags: those are the video's; sides that only the larger clips have are theirs.
-    image, video = measure([torch.randn(1, 2, 16, 16)]), measure([torch.randn(8, 2, 8, 8)])
-    both = mix([(1, image), (1, video)])
+    image, video = measure_statistics([torch.randn(1, 2, 16, 16)]), measure_statistics([torch.randn(8, 2, 8, 8)])
+    both = mix_statistics([(1, image), (1, video)])
     assert (both.lags, both.times) == (video.lags, video.times)
     assert both.spaces == video.spaces
     assert isinstance(both, Statistics) and both.clips == 2

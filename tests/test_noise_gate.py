@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from msc.datasets.prepare.statistics import Statistics, measure
+from msc.datasets.prepare.statistics import Statistics, measure_statistics
 from msc.datasets.synthetic import gaussian_fields
 from msc.pretrain.model.noise_gate import (
     effective_log_snr,
@@ -56,7 +56,7 @@ def test_mixed_noise_in_a_group_matches_drawn_noise():
 def test_the_gate_is_the_recoverable_share_of_variance(space, t):
     """sigmoid(λ + b) equals the share of a pooled field's variance that the best linear estimate recovers."""
     x = gaussian_fields(seed=3, clips=64, frames=1, height=64, width=64, beta=2.0)
-    statistics = measure(x)
+    statistics = measure_statistics(x)
     x = (x - statistics.mean[0]) / statistics.std[0]
     noisy = (1 - t) * x + t * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
 

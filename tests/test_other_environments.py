@@ -167,10 +167,10 @@ def test_torch_export_of_a_denoising_step(gate):
 
 
 def test_torch_export_of_a_step_with_a_cached_past():
-    from msc.pretrain.diffusion.sampler import Cache, remember
+    from msc.pretrain.diffusion.sampler import Cache, extend_cache
 
     model, cache = fake_checkpoints.random_model(fake_checkpoints.configured(width=64)[0].model), Cache()
-    remember(model, cache, torch.randn(1, 6, 3, 16, 24))
+    extend_cache(model, cache, torch.randn(1, 6, 3, 16, 24))
     step, past = Step(model, cache), list(cache._kept.values())
     graph = torch.export.export(step, (torch.randn(1, 1, 3, 16, 24), torch.rand(1, 1), past))
     x, t = torch.randn(1, 1, 3, 16, 24), torch.rand(1, 1)

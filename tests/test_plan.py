@@ -13,17 +13,17 @@ from test_training import curve, msc_train, shards  # noqa: F401
 from torch.utils.flop_counter import FlopCounterMode
 
 from msc.launch import cli
-from msc.launch.planning.hardware import KINDS, kind_of, named_by_driver
-from msc.launch.planning.plan import plan, plans, roll_out, zero_bytes
-from msc.launch.planning.report import describe, read_expected
+from msc.launch.planning.hardware import KINDS, gpu_kind, gpu_of_driver_name
+from msc.launch.planning.plan import make_plan, plan_rollout, search_plans, zero_bytes
+from msc.launch.planning.report import describe, read_planned_step
 from msc.parallel.deepspeed_zero import ZeroConfig
 from msc.pretrain import cost
-from msc.pretrain.diffusion.sampler import Cache, remember
+from msc.pretrain.diffusion.sampler import Cache, extend_cache
 from msc.pretrain.model.scales import Scale
 from msc.pretrain.model.transformer import ModelConfig, MSCTransformer
 from msc.pretrain.optimizer import OptimizerConfig, make_optimizer, set_schedule
 from msc.pretrain.presets import PRESETS
-from msc.pretrain.tracking.plan_deviation import Expected, deviation, ratios
+from msc.pretrain.tracking.plan_deviation import PlannedStep, describe_deviation, plan_ratios
 from msc.pretrain.validation import ASSUMED, resolve
 
 H100 = KINDS["h100"]
@@ -36,7 +36,7 @@ def test_parameters_flops_and_state_are_those_of_a_real_step():
     """Products forward and backward, counted; what a model and its optimizer, without DeepSpeed, hold after a step."""
     config, index = small(zero=ZeroConfig(stage=0))
     config = replace(config, train=replace(config.train, batch=2, micro=2), parallel=replace(config.parallel))
-    found = plan(config, index, H100, 1)
+    found = make_plan(config, index, H100, 1)
     model = MSCTransformer(config.model)
     optimizer = make_optimizer(model, OptimizerConfig())
     set_schedule(optimizer.param_groups, OptimizerConfig(), 0, 8, 2)
@@ -68,9 +68,9 @@ def test_caches_of_a_roll_out_hold_what_is_planned(units, per_unit):
     )
     cache = Cache()
     for _ in range(units):
-        remember(model, cache, torch.randn(2, per_unit, 3, 8, 12))
+        extend_cache(model, cache, torch.randn(2, per_unit, 3, 8, 12))
     assert cost.cache_bytes(model.config, units, 4, 6, batch=2) == cache.bytes
-    assert roll_out(model.config, (4, 6), H100, units).memory["caches"] == cache.bytes / 2
+    assert plan_rollout(model.config, (4, 6), H100, units).memory["caches"] == cache.bytes / 2
 
 
 def test_a_units_flops_add_up_to_the_clips():
@@ -86,7 +86,7 @@ def test_a_units_flops_add_up_to_the_clips():
 def test_traffic_along_time_is_what_ranks_send(ranks):
     config, index = small(sp=ranks)
     config = replace(config, train=replace(config.train, batch=1, micro=1))
-    planned = plan(config, index, H100, ranks)
+    planned = make_plan(config, index, H100, ranks)
     assert set(planned.layouts) == {"halo"}
     sent = run_ranks(sent_on_a_rank, ranks)
     # the plan is of the rank that sends the most; gradients come back along the same ways
@@ -106,7 +106,7 @@ def one_step(model, frames, compiled, recompute=False):
     config = PRESETS["pilot"]()
     parallel = replace(config.parallel, compile=compiled, recompute=recompute)
     config = replace(config, model=model, train=replace(config.train, batch=1), parallel=parallel)
-    return plan(resolve(config, index), index, H100, 1)
+    return make_plan(resolve(config, index), index, H100, 1)
 
 
 def layers(model, depth):
@@ -134,7 +134,7 @@ def test_the_steps_that_constants_were_taken_from_are_predicted(model, frames, c
 def test_a_step_of_the_demo_with_its_windows_in_space_is_predicted():
     """From which the cost of their regions was taken."""
     index = replace(ASSUMED, channels=3, frames=12, height=48, width=64)
-    assert plan(resolve(PRESETS["demo"](), index), index, H100, 1).step_s == pytest.approx(0.135, rel=0.02)
+    assert make_plan(resolve(PRESETS["demo"](), index), index, H100, 1).step_s == pytest.approx(0.135, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_steps_on_several_gpus_are_foretold(model, gpus, frames, compiled, recom
     config = PRESETS["pilot"]()
     parallel = replace(config.parallel, sp=gpus, recompute=recompute, compile=compiled)
     config = replace(config, model=model, train=replace(config.train, batch=1), parallel=parallel)
-    seconds = plan(resolve(config, index), index, H100, gpus).seconds
+    seconds = make_plan(resolve(config, index), index, H100, gpus).seconds
     found = sum(value for part, value in seconds.items() if part not in ("gradients", "weights", "update"))
     assert found == pytest.approx(measured, rel=within)
 
@@ -209,7 +209,7 @@ def two_b(**changes):
 
 
 def test_the_best_way_is_the_fastest_that_fits_and_stays_so():
-    ways = plans(two_b(), ASSUMED, H100, 1024)
+    ways = search_plans(two_b(), ASSUMED, H100, 1024)
     assert ways[0].fits and len(ways) > 10
     fitting = [way for way in ways if way.fits]
     assert ways[: len(fitting)] == fitting and ways[0].step_s == min(way.step_s for way in fitting)
@@ -217,48 +217,51 @@ def test_the_best_way_is_the_fastest_that_fits_and_stays_so():
         assert way.dp * way.config.parallel.sp == 1024
         assert way.config.train.micro * way.accumulate * way.dp == way.config.train.batch
         assert way.mfu < 0.6 and all(part >= 0 for part in way.seconds.values())
-    again = plan(ways[0].config, ASSUMED, H100, 1024)
+    again = make_plan(ways[0].config, ASSUMED, H100, 1024)
     assert again == ways[0]
 
 
 def test_less_memory_asks_for_recomputation_or_sharding():
     config = two_b()
-    plenty, little = (plans(config, ASSUMED, replace(H100, memory=size), 64)[0] for size in (200e9, 40e9))
+    plenty, little = (search_plans(config, ASSUMED, replace(H100, memory=size), 64)[0] for size in (200e9, 40e9))
     assert plenty.fits and little.fits and little.memory_bytes < 40e9 < plenty.memory_bytes
     assert little.step_s >= plenty.step_s
-    nothing = plans(config, ASSUMED, replace(H100, memory=5e9), 64)
+    nothing = search_plans(config, ASSUMED, replace(H100, memory=5e9), 64)
     assert not nothing[0].fits and nothing[0].memory_bytes == min(way.memory_bytes for way in nothing)
     assert "DOES NOT FIT" in describe(nothing, ASSUMED, None)
 
 
 def test_better_hardware_is_never_slower():
-    base = plans(two_b(), ASSUMED, H100, 256)[0].step_s
+    base = search_plans(two_b(), ASSUMED, H100, 256)[0].step_s
     for better in ("peak", "memory", "bandwidth", "link", "network"):
         device = replace(H100, **{better: 2 * getattr(H100, better)})
         # the layout of a scale is chosen without regard to what else travels: a hair of slack
-        assert plans(two_b(), ASSUMED, device, 256)[0].step_s <= base * 1.001
+        assert search_plans(two_b(), ASSUMED, device, 256)[0].step_s <= base * 1.001
 
 
 def test_what_limits_is_named():
     slow = replace(H100, network=1e9)
-    assert plans(two_b(), ASSUMED, slow, 1024, fixed=["parallel.zero.stage"])[0].limit in ("gradients", "weights")
+    assert search_plans(two_b(), ASSUMED, slow, 1024, fixed=["parallel.zero.stage"])[0].limit in (
+        "gradients",
+        "weights",
+    )
     eager = replace(PRESETS["pilot"](), train=replace(PRESETS["pilot"]().train, batch=8))
-    assert "parallel.compile=true" in describe(plans(resolve(eager, ASSUMED), ASSUMED, H100, 8), ASSUMED, None)
+    assert "parallel.compile=true" in describe(search_plans(resolve(eager, ASSUMED), ASSUMED, H100, 8), ASSUMED, None)
     config = two_b()
     with pytest.raises(ValueError, match="a batch of a multiple of 67"):
-        plans(config, ASSUMED, H100, 67)
+        search_plans(config, ASSUMED, H100, 67)
 
 
 def test_fp32_takes_longer_and_holds_more():
     config = two_b(sp=8)
     slow = replace(config, parallel=replace(config.parallel, precision="fp32"))
-    fast, slow = (plan(one, ASSUMED, H100, 1024) for one in (config, slow))
+    fast, slow = (make_plan(one, ASSUMED, H100, 1024) for one in (config, slow))
     assert slow.seconds["matrix products"] == pytest.approx(989 / 67 * fast.seconds["matrix products"])
     assert slow.memory["activations"] == pytest.approx(2 * fast.memory["activations"], rel=0.1)
 
 
 def test_given_settings_stay():
-    ways = plans(two_b(sp=8), ASSUMED, H100, 1024, fixed=["parallel.sp", "parallel.recompute"])
+    ways = search_plans(two_b(sp=8), ASSUMED, H100, 1024, fixed=["parallel.sp", "parallel.recompute"])
     assert {way.config.parallel.sp for way in ways} == {8} and {way.config.parallel.recompute for way in ways} == {True}
 
 
@@ -272,13 +275,13 @@ def test_traffic_of_zero():
 
 
 def test_drivers_names():
-    assert named_by_driver("NVIDIA H100 80GB HBM3") is KINDS["h100"]
-    assert named_by_driver("NVIDIA H200") is KINDS["h200"]
-    assert named_by_driver("NVIDIA A100-SXM4-80GB") is KINDS["a100"]
+    assert gpu_of_driver_name("NVIDIA H100 80GB HBM3") is KINDS["h100"]
+    assert gpu_of_driver_name("NVIDIA H200") is KINDS["h200"]
+    assert gpu_of_driver_name("NVIDIA A100-SXM4-80GB") is KINDS["a100"]
     for other in ("NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA A100-SXM4-40GB", "NVIDIA GB200", "NVIDIA L40S"):
-        assert named_by_driver(other) is None
+        assert gpu_of_driver_name(other) is None
     with pytest.raises(ValueError, match="a100, h100, h200, b200"):
-        kind_of("h300")
+        gpu_kind("h300")
 
 
 def test_the_command_says_everything(tmp_path, capsys):
@@ -290,14 +293,14 @@ def test_the_command_says_everything(tmp_path, capsys):
         assert name in said, name
     values = json.loads((tmp_path / "plan.json").read_text())
     assert values["dp"] * values["settings"]["parallel.sp"] == 64
-    assert read_expected(tmp_path / "plan.json").step_s == values["step_s"]
+    assert read_planned_step(tmp_path / "plan.json").step_s == values["step_s"]
     assert cli.main(["plan", "2b", "--gpus", "64", "--kind", "h100", "--network", "0"]) == 2
     assert cli.main(["plan", "--gpus", "64", "--kind", "h100"]) == 2
 
 
 def test_a_longer_roll_out_holds_more_and_takes_longer():
     model = replace(PRESETS["2b"]().model, channels=16)
-    short, long = (roll_out(model, (32, 32), H100, units) for units in (100, 3600))
+    short, long = (plan_rollout(model, (32, 32), H100, units) for units in (100, 3600))
     assert short.memory["caches"] < long.memory["caches"]
     assert long.seconds_per_frame[0] <= long.seconds_per_frame[1]
 
@@ -306,16 +309,21 @@ def test_a_longer_roll_out_holds_more_and_takes_longer():
 
 
 def test_deviations_are_said():
-    expected = Expected(1.0, 40.0, "plan.json")
+    expected = PlannedStep(1.0, 40.0, "plan.json")
     fine = {"step_s": 1.4, "data_wait": 0.0, "memory_reserved_gib": 20.0}
-    assert deviation(fine, expected) == "" and ratios(fine, expected) == {"plan/step_s": 1.4, "plan/memory": 0.5}
-    slow = deviation({**fine, "step_s": 3.0, "data_wait": 0.6}, expected)
+    assert describe_deviation(fine, expected) == "" and plan_ratios(fine, expected) == {
+        "plan/step_s": 1.4,
+        "plan/memory": 0.5,
+    }
+    slow = describe_deviation({**fine, "step_s": 3.0, "data_wait": 0.6}, expected)
     assert slow == "off its plan (plan.json): a step takes 3 s, 3 times the 1 s planned, waiting for data 60% of it"
-    assert "0.5 times" in deviation({**fine, "step_s": 0.5}, expected)
-    assert "70 GiB are held, 1.8 times the 40 planned" in deviation({**fine, "memory_reserved_gib": 70.0}, expected)
-    assert ratios({"step_s": 2.0, "memory_gib": 99.0}, expected) == {"plan/step_s": 2.0}
+    assert "0.5 times" in describe_deviation({**fine, "step_s": 0.5}, expected)
+    assert "70 GiB are held, 1.8 times the 40 planned" in describe_deviation(
+        {**fine, "memory_reserved_gib": 70.0}, expected
+    )
+    assert plan_ratios({"step_s": 2.0, "memory_gib": 99.0}, expected) == {"plan/step_s": 2.0}
     with pytest.raises(ValueError, match="expects nothing"):
-        Expected(0.0, 1.0, "x")
+        PlannedStep(0.0, 1.0, "x")
 
 
 @pytest.mark.slow
@@ -327,4 +335,4 @@ def test_a_run_says_once_that_it_is_off_its_plan(shards, tmp_path):  # noqa: F81
     assert len(curve(tmp_path / "run")) == 3
     plan_file.write_text("{}")
     with pytest.raises(ValueError, match="has no step_s"):
-        read_expected(plan_file)
+        read_planned_step(plan_file)

@@ -19,15 +19,16 @@ from msc.launch import cli
 from msc.pretrain import config as configuration
 from msc.pretrain.diffusion.autoencoder import open_autoencoder
 from msc.pretrain.inference import sample
+from msc.pretrain.inference.load import TrainedModel
 from msc.pretrain.model.scales import Scale
 from msc.pretrain.model.transformer import ModelConfig, MSCTransformer
 from msc.pretrain.presets import preset
-from msc.pretrain.run_folder import LatentSpace, Trained, write_space
+from msc.pretrain.run_folder import LatentSpace, RunFolder
 
 WORDS = {"red disc": 3, "two blue bars": 5}
 
 
-def untrained(run: Path, **model) -> Trained:
+def untrained(run: Path, **model) -> TrainedModel:
     """A run folder of a model with random weights, as `open_run` would open it."""
     scales = (Scale(2, 1, 1, 2), Scale(2, 2, 2, None))
     base = preset("demo")
@@ -39,12 +40,12 @@ def untrained(run: Path, **model) -> Trained:
     run.mkdir(exist_ok=True)
     (run / "config.yaml").write_text(configuration.dump(settings))
     space = LatentSpace("pixels", 8, 8, 16, 8, 16, 10.0)
-    write_space(run, space)
+    RunFolder(run).write_latent_space(space)
     torch.manual_seed(0)
     network = MSCTransformer(settings.model).eval()
     for parameter in network.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
-    return Trained(network, settings, space, open_autoencoder("pixels"), 7, 28, torch.device("cpu"))
+    return TrainedModel(network, settings, space, open_autoencoder("pixels"), 7, 28, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def knowing(tmp_path, monkeypatch):
 
 
 def made(folder: Path) -> dict[str, torch.Tensor]:
-    return {path.stem: decode.frames(path) for path in sorted(folder.glob("*.mp4"))}
+    return {path.stem: decode.decode_frames(path) for path in sorted(folder.glob("*.mp4"))}
 
 
 def test_many_prompts_and_labels_make_the_same_videos_in_any_batch(knowing, tmp_path, capsys):
@@ -88,7 +89,7 @@ def test_a_video_is_continued_under_a_prompt(knowing, tmp_path):
     assert cli.main([*words, "--out", str(tmp_path / "out")]) == 0
     (frames,) = made(tmp_path / "out").values()
     assert len(frames) == 18
-    truth = decode.frames(video, fps=10.0, stop=6, size=(8, 16))
+    truth = decode.decode_frames(video, fps=10.0, stop=6, size=(8, 16))
     assert (frames[:6].int() - truth.int()).abs().float().mean() < 12, "the context comes first, as H.264 keeps it"
 
 
@@ -167,7 +168,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_sample import untrained
 from msc.launch import cli
-from msc.pretrain import sample
+from msc.pretrain.inference import sample
 run = Path(sys.argv[2])
 trained = untrained(run)
 sample.open_run = lambda *_: trained
@@ -189,7 +190,7 @@ def test_what_was_made_before_an_end_can_be_played(ending, tmp_path):
         _, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert len(decode.frames(partial)) > 20
+    assert len(decode.decode_frames(partial)) > 20
     assert [path.name for path in partial.parent.iterdir()] == [partial.name]
     if ending == signal.SIGINT:
         assert process.returncode == 130 and f"made so far: {partial}" in err, err

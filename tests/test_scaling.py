@@ -15,11 +15,10 @@ import pytest
 from scipy.optimize import least_squares
 
 from msc.launch import cli
-from msc.launch.scaling import fit
 from msc.launch.scaling.data import Point, Points, diverged, read_points
 from msc.launch.scaling.fit import fit_file, results, study
 from msc.launch.scaling.isoflop import iso_flop, learning_rate_and_batch
-from msc.launch.scaling.law import PARAMETERS, Law, best, huber
+from msc.launch.scaling.law import PARAMETERS, Law, best, fit, huber
 from msc.pretrain.config import dump, load
 from msc.pretrain.run_folder import LatentSpace
 

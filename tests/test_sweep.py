@@ -21,7 +21,7 @@ from msc.datasets.shards.index import read_index
 from msc.launch import cli
 from msc.launch.scaling import sweep
 from msc.launch.scaling.data import read_points
-from msc.launch.scaling.sweep_spec import Run, Sweep, nearest_power, read_sweep
+from msc.launch.scaling.sweep_spec import RunSpec, SweepSpec, nearest_power, read_sweep_spec
 from msc.launch.slurm import job_records, sbatch
 from msc.pretrain import cost
 from msc.pretrain.config import dump, load
@@ -40,7 +40,7 @@ def write(path: Path, shards, **values) -> Path:  # noqa: F811
     return path
 
 
-def sizes(plan: Sweep, index):
+def sizes(plan: SweepSpec, index):
     """(parameters, tokens, FLOPs, configuration) of every run."""
     for run in plan.runs:
         config = resolve(plan.configured(run), index)
@@ -54,17 +54,17 @@ def test_a_grid_is_all_combinations_with_a_list(shards, tmp_path):  # noqa: F811
         tmp_path / "s.yaml", shards, grid={"optimizer.lr": [1e-3, 2e-3], "train.seed": [0, 1]},
         list=[{"model.gate": "logits"}, {"model.gate": "none"}],
     )  # fmt: skip
-    plan = read_sweep(file)
+    plan = read_sweep_spec(file)
     assert len(plan.runs) == 8
     assert plan.runs[0].name == "gatelogits-lr0.001-seed0" and plan.runs[-1].name == "gatenone-lr0.002-seed1"
     assert plan.configured(plan.runs[-1]).optimizer.lr == 2e-3
-    assert read_sweep(file) == plan
+    assert read_sweep_spec(file) == plan
 
 
 @pytest.mark.parametrize("kind, budgets", [("tokens", [3e3, 3e4]), ("flops", [3e8, 3e9]), ("clips", [40, 400])])
 def test_ladders_spend_what_they_say(shards, tmp_path, kind, budgets):  # noqa: F811
     ladder = {"sizes": [{"width": 32, "depth": 2}, {"width": 64, "depth": 3, "heads": 8}], kind: budgets}
-    plan = read_sweep(write(tmp_path / "s.yaml", shards, ladder=ladder))
+    plan = read_sweep_spec(write(tmp_path / "s.yaml", shards, ladder=ladder))
     found = list(sizes(plan, read_index(shards)))
     for (_, tokens, flops, config), budget in zip(found, budgets * 2, strict=True):
         spent = {"tokens": tokens, "flops": flops, "clips": config.train.clips}[kind]
@@ -80,7 +80,7 @@ def test_every_model_of_a_list_or_grid_spends_the_budget(shards, tmp_path, kind)
     dense, scales = [{"heads": 4}], SCALES
     varied = {"list": [{"model.scales": dense}, {"model.scales": scales}], "grid": {"model.scales": [dense, scales]}}
     ladder = {"sizes": [{"width": 32}, {"width": 64}], "flops": [3e9]}
-    plan = read_sweep(write(tmp_path / "s.yaml", shards, ladder=ladder, **{kind: varied[kind]}))
+    plan = read_sweep_spec(write(tmp_path / "s.yaml", shards, ladder=ladder, **{kind: varied[kind]}))
     found = list(sizes(plan, read_index(shards)))
     assert [(config.model.width, len(config.model.scales)) for *_, config in found] == [
         (32, 1), (32, len(scales)), (64, 1), (64, len(scales))
@@ -95,7 +95,7 @@ def test_the_rules_for_learning_rate_and_batch_are_those_stated(shards, tmp_path
         "sizes": [{"width": 32, "depth": 2}, {"width": 64, "depth": 8}], "clips": [100, 400],
         "base": {"width": 32, "depth": 2, "batch": 4, "lr": 0.01, "tokens": 100 * 5 * 24}, "lr": [1, 2],
     }  # fmt: skip
-    plan = read_sweep(write(tmp_path / "s.yaml", shards, ladder=ladder))
+    plan = read_sweep_spec(write(tmp_path / "s.yaml", shards, ladder=ladder))
     found = {
         (config.model.width, config.train.clips, i % 2): (config.train.batch, config.optimizer.lr)
         for i, (*_, config) in enumerate(sizes(plan, read_index(shards)))
@@ -105,9 +105,9 @@ def test_the_rules_for_learning_rate_and_batch_are_those_stated(shards, tmp_path
     assert found[32, 400, 0] == (8, pytest.approx(0.01 * math.sqrt(2), rel=1e-3))  # four times the tokens
     assert found[64, 100, 0] == (4, pytest.approx(0.01 / 2 / 2))  # twice as wide, four times as deep
     ladder |= {"rules": {"width": 0, "depth": 0, "tokens": 0, "batch": 0}, "lr": [1]}
-    plain = read_sweep(write(tmp_path / "s.yaml", shards, ladder=ladder))
+    plain = read_sweep_spec(write(tmp_path / "s.yaml", shards, ladder=ladder))
     assert {config.optimizer.lr for *_, config in sizes(plain, read_index(shards))} == {0.01}
-    over = read_sweep(write(tmp_path / "s.yaml", shards, ladder=ladder, grid={"optimizer.lr": [0.5]}))
+    over = read_sweep_spec(write(tmp_path / "s.yaml", shards, ladder=ladder, grid={"optimizer.lr": [0.5]}))
     assert {config.optimizer.lr for *_, config in sizes(over, read_index(shards))} == {0.5}
 
 
@@ -118,7 +118,7 @@ def test_numbers_of_a_ladder_may_be_written_as_people_do(shards, tmp_path):  # n
          "warmup": of("5e-2"), "ema": of("1e-1"), "base": {"lr": of("1e-2"), "tokens": of("1e4")},
          "rules": {"batch": of("5e-1")}} for of in (str, float)
     )  # fmt: skip
-    plans = [read_sweep(write(tmp_path / "s.yaml", shards, ladder=ladder)) for ladder in (texts, floats)]
+    plans = [read_sweep_spec(write(tmp_path / "s.yaml", shards, ladder=ladder)) for ladder in (texts, floats)]
     assert plans[0] == plans[1] and plans[0].runs[0].settings["optimizer.lr"] < 0.01
 
 
@@ -165,7 +165,7 @@ def test_batches_are_powers_of_two_of_a_micro_batch():
 )
 def test_mistakes_are_named(shards, tmp_path, values, said):  # noqa: F811
     with pytest.raises(ValueError, match=said):
-        read_sweep(write(tmp_path / "s.yaml", shards, **values))
+        read_sweep_spec(write(tmp_path / "s.yaml", shards, **values))
 
 
 def test_a_file_that_is_no_text_is_named(tmp_path, capsys):
@@ -199,7 +199,7 @@ def stand_in(monkeypatch):
 
 
 def test_finished_runs_are_not_repeated_and_failed_ones_are(shards, tmp_path, stand_in):  # noqa: F811
-    plan = read_sweep(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1, 2]}))
+    plan = read_sweep_spec(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1, 2]}))
     folder = tmp_path / "sweep"
     folder.mkdir()
     (folder / "broken").touch()
@@ -215,12 +215,12 @@ def test_finished_runs_are_not_repeated_and_failed_ones_are(shards, tmp_path, st
 
 def test_what_was_trained_keeps_its_name_when_one_more_key_varies(shards, tmp_path, stand_in, capsys):  # noqa: F811
     """Also where the sweep file leaves out a setting that is the default, or writes a number in another way."""
-    plan = read_sweep(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 2]}))
+    plan = read_sweep_spec(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 2]}))
     assert sweep.run_all(tmp_path / "s", plan) == 0
     record = load(plan.resolved(plan.runs[0]), overrides=["metrics.parent=x", "metrics.tracking_uri=sqlite:///x.db"])
     (tmp_path / "s/seed0/config.yaml").write_text(dump(record))  # of the other only sweep.json knows
     file = write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 2], "optimizer.lr": [1e-3, 2e-3]})
-    more, names = read_sweep(file), ["seed0", "lr0.002-seed0", "seed2", "lr0.002-seed2"]
+    more, names = read_sweep_spec(file), ["seed0", "lr0.002-seed0", "seed2", "lr0.002-seed2"]
     assert sweep.run_all(tmp_path / "s", more) == 0
     assert "4 runs, 2 of them done or under way" in capsys.readouterr().err
     assert [(tmp_path / "s" / name / "started").read_text() for name in names] == ["x"] * 4
@@ -232,12 +232,12 @@ def test_what_was_trained_keeps_its_name_when_one_more_key_varies(shards, tmp_pa
 
 
 def test_a_run_of_another_base_is_another_run(shards, tmp_path):  # noqa: F811
-    plan = read_sweep(write(tmp_path / "s.yaml", shards, grid={"train.clips": [8, 16]}))
+    plan = read_sweep_spec(write(tmp_path / "s.yaml", shards, grid={"train.clips": [8, 16]}))
     sweep.prepare(tmp_path, plan)
     (tmp_path / "clips8").mkdir()
     record = load(plan.resolved(plan.runs[0]), overrides=["diffusion.shift=7"])
     (tmp_path / "clips8/config.yaml").write_text(dump(record))
-    more = read_sweep(write(tmp_path / "s.yaml", shards, grid={"train.clips": [8, 16], "train.seed": [0, 1]}))
+    more = read_sweep_spec(write(tmp_path / "s.yaml", shards, grid={"train.clips": [8, 16], "train.seed": [0, 1]}))
     names = [run.name for run in sweep.prepare(tmp_path, more).runs]
     assert names == ["clips8-seed0", "clips8-seed1", "clips16", "clips16-seed1"]
 
@@ -246,12 +246,12 @@ def test_a_name_stands_for_one_run(shards, tmp_path):  # noqa: F811
     """Tables are numbered in order of appearance: one more in front would take the name of the first."""
     dense, near = [{"heads": 4}], [{"heads": 4, "window": 2}]
     one, two = ({"grid": {"model.scales": scales}} for scales in ([near, SCALES], [dense, near, SCALES]))
-    sweep.prepare(tmp_path, read_sweep(write(tmp_path / "s.yaml", shards, **one)))
+    sweep.prepare(tmp_path, read_sweep_spec(write(tmp_path / "s.yaml", shards, **one)))
     for look in (sweep.prepare, sweep.table):
         with pytest.raises(ValueError, match="scales0 has model.scales = "):
-            look(tmp_path, read_sweep(write(tmp_path / "s.yaml", shards, **two)))
+            look(tmp_path, read_sweep_spec(write(tmp_path / "s.yaml", shards, **two)))
     two["grid"]["model.scales"].append(two["grid"]["model.scales"].pop(0))
-    plan = sweep.prepare(tmp_path, read_sweep(write(tmp_path / "s.yaml", shards, **two)))
+    plan = sweep.prepare(tmp_path, read_sweep_spec(write(tmp_path / "s.yaml", shards, **two)))
     assert [run.name for run in plan.runs] == ["scales0", "scales1", "scales2"]
 
 
@@ -264,7 +264,7 @@ def test_runs_at_a_time_have_gpus_of_their_own(shards, tmp_path, monkeypatch):  
 
     monkeypatch.setattr(sweep, "command", command)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1,0,2,5")
-    plan = read_sweep(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1, 2, 3]}, processes=2))
+    plan = read_sweep_spec(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1, 2, 3]}, processes=2))
     sweep.run_all(tmp_path / "s", plan, jobs=2)
     given = [(tmp_path / "s" / f"{run.name}.gpus").read_text() for run in plan.runs]
     assert given[:2] == ["3,1", "0,2"] and sorted(given[2:]) == ["0,2", "3,1"]
@@ -280,7 +280,7 @@ def test_the_command_shows_what_would_run_and_where_it_is(shards, tmp_path, caps
     assert [line.partition(":")[0] for line in lines] == ["seed0", "seed1"] and "train.seed=1" in lines[1]
     assert cli.main(["sweep", str(file), "--out", str(tmp_path / "none"), "--status"]) == 2
     assert "holds no sweep yet" in capsys.readouterr().err
-    sweep.prepare(tmp_path / "some", read_sweep(file))
+    sweep.prepare(tmp_path / "some", read_sweep_spec(file))
     assert cli.main(["sweep", str(file), "--out", str(tmp_path / "some"), "--status"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "2 waiting"
 
@@ -323,7 +323,7 @@ def test_slurm_is_asked_once_for_all_runs_that_are_sent_again(shards, tmp_path, 
 
 def test_where_runs_that_were_sent_are(shards, tmp_path, monkeypatch):  # noqa: F811
     """By Slurm while it has them; by what they left behind, as here, once it has not."""
-    plan = read_sweep(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1, 2]}))
+    plan = read_sweep_spec(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1, 2]}))
     for number, run in enumerate(plan.runs):
         jobs = tmp_path / run.name / "jobs"
         job_records.write(jobs, job_records.Record(f"7_{number}", "slurm", ("train",), "x"))
@@ -338,7 +338,7 @@ def test_where_runs_that_were_sent_are(shards, tmp_path, monkeypatch):  # noqa: 
 
 def test_other_jobs_of_a_run_are_not_its_training(shards, tmp_path, monkeypatch):  # noqa: F811
     """An evaluation that was sent later, and failed, says nothing of where training stands."""
-    plan = read_sweep(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1]}))
+    plan = read_sweep_spec(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1]}))
     run = plan.runs[0]
     jobs = tmp_path / run.name / "jobs"
     for number, (word, code) in enumerate({"train": 75, "evaluate": 1}.items()):
@@ -353,7 +353,7 @@ def test_other_jobs_of_a_run_are_not_its_training(shards, tmp_path, monkeypatch)
 
 
 def test_a_run_that_somebody_has_is_left_to_them(shards, tmp_path, stand_in):  # noqa: F811
-    plan = read_sweep(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 2]}))
+    plan = read_sweep_spec(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 2]}))
     sweep.prepare(tmp_path, plan)
     lock = sweep.take(tmp_path, plan.runs[0])
     assert lock is not None and sweep.take(tmp_path, plan.runs[0]) is None
@@ -363,17 +363,19 @@ def test_a_run_that_somebody_has_is_left_to_them(shards, tmp_path, stand_in):  #
 
 
 def test_other_settings_for_a_run_that_was_begun_are_refused(shards, tmp_path):  # noqa: F811
-    plan = read_sweep(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1]}))
+    plan = read_sweep_spec(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1]}))
     sweep.prepare(tmp_path, plan)
     (tmp_path / "seed0").mkdir()
-    changed = read_sweep(write(tmp_path / "t.yaml", shards, set={"optimizer.lr": 0.5}, grid={"train.seed": [0, 1]}))
+    changed = read_sweep_spec(
+        write(tmp_path / "t.yaml", shards, set={"optimizer.lr": 0.5}, grid={"train.seed": [0, 1]})
+    )
     with pytest.raises(ValueError, match=r"optimizer\.lr = 1e-3, the sweep file now says 0\.5"):
         sweep.prepare(tmp_path, changed)
 
 
 def test_sweeps_that_start_at_once_are_all_written_down(shards, tmp_path, monkeypatch):  # noqa: F811
     """None overwrites what another has added since it looked."""
-    plans = [read_sweep(write(tmp_path / "s.yaml", shards, grid={"train.seed": [i, i + 4]})) for i in range(4)]
+    plans = [read_sweep_spec(write(tmp_path / "s.yaml", shards, grid={"train.seed": [i, i + 4]})) for i in range(4)]
     at_once = sweep.write_atomically
     monkeypatch.setattr(sweep, "write_atomically", lambda *given: time.sleep(0.05) or at_once(*given))
     with ThreadPoolExecutor(4) as pool:
@@ -382,7 +384,7 @@ def test_sweeps_that_start_at_once_are_all_written_down(shards, tmp_path, monkey
 
 
 def test_a_torn_last_line_of_the_log_does_not_hide_what_was_reached(shards, tmp_path):  # noqa: F811
-    plan = read_sweep(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1]}))
+    plan = read_sweep_spec(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1]}))
     own = tmp_path / plan.runs[0].name
     own.mkdir()
     (own / "log.jsonl").write_text('torn by a crash{"clock": 4}\n{"clock": 8, "loss": 0.5}\n{"clo')
@@ -399,7 +401,7 @@ def test_a_password_of_the_store_reaches_runs_and_nothing_that_is_read(shards, t
     monkeypatch.setattr(sweep, "command", command)
     monkeypatch.setattr(sweep.Tracker, "flush", lambda tracker: False)  # nobody answers: no need to wait
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:swordfish@127.0.0.1:9")
-    plan = read_sweep(write(tmp_path / "s.yaml", shards, set={"metrics.tracking_uri": ""}))
+    plan = read_sweep_spec(write(tmp_path / "s.yaml", shards, set={"metrics.tracking_uri": ""}))
     assert sweep.run_all(tmp_path / "sweep", plan) == 0
     words, inherited = json.loads((tmp_path / "told").read_text())
     assert words[-1] == "metrics.tracking_uri=http://127.0.0.1:9"
@@ -410,7 +412,7 @@ def test_a_password_of_the_store_reaches_runs_and_nothing_that_is_read(shards, t
 
 
 def test_a_run_that_has_begun_goes_on(tmp_path):
-    plan, run = Sweep((), "demo", None, 2), Run("a", {"train.seed": 3})
+    plan, run = SweepSpec((), "demo", None, 2), RunSpec("a", {"train.seed": 3})
     fresh = sweep.command(tmp_path, plan, run, "abc", "sqlite:///x.db")
     assert fresh[3:] == [
         "train", "--run", str(tmp_path / "a"), "--preset", "demo", "train.seed=3", "metrics.parent=abc",
@@ -453,7 +455,7 @@ def test_a_signal_stops_the_sweep_and_what_was_not_run_waits(shards, tmp_path, m
         return [sys.executable, "-c", program, str(folder / run.name), *run.overrides]
 
     monkeypatch.setattr(sweep, "command", command)
-    plan = read_sweep(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1, 2]}))
+    plan = read_sweep_spec(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1, 2]}))
     killer = subprocess.Popen([sys.executable, "-c", WHEN_BEGUN, str(tmp_path / "seed1.began"), str(os.getpid())])
     assert sweep.run_all(tmp_path, plan) == 75
     assert killer.wait() == 0

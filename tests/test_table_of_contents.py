@@ -12,7 +12,7 @@ import torch
 from msc.datasets.loading import shard_reader as module
 from msc.datasets.loading.shard_reader import Samples
 from msc.datasets.prepare.convert import ConvertConfig, convert
-from msc.datasets.prepare.summary import damaged
+from msc.datasets.prepare.summary import damaged_shards
 from msc.datasets.shards.index import read_index, scan
 from msc.datasets.shards.table_of_contents import read_table, table_of
 from msc.datasets.synthetic import write_videos
@@ -34,7 +34,7 @@ def test_a_table_says_what_the_headers_say_in_one_read(folder, monkeypatch):
     index = read_index(folder)
     for shard in (shard for shards in index.splits.values() for shard in shards):
         assert read_table(folder / shard.name, shard) == scan(folder / shard.name)
-    assert damaged(folder, index) == []
+    assert damaged_shards(folder, index) == []
     scanned = []
     monkeypatch.setattr(module, "scan", lambda path: scanned.append(path) or scan(path))
     with_tables = [Samples(folder, index, "train").read(i) for i in range(index.samples("train"))]
@@ -110,7 +110,7 @@ def test_a_table_that_lies_within_the_shard_is_found_by_inspection(folder):
     first, second = (sample[1] for sample in fields["samples"][:2])
     first["mp4"], second["mp4"] = second["mp4"], first["mp4"]
     path.write_text(json.dumps(fields))
-    (line,) = damaged(folder, index)
+    (line,) = damaged_shards(folder, index)
     assert line.startswith(f"{path.name}: is not the contents of {shard.name}")
     with pytest.raises(ValueError, match="checksum of the video differs"):
         Samples(folder, index, "train").read(0)

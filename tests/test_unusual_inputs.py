@@ -158,7 +158,7 @@ INPUTS: list[tuple[str, str, Callable[[Path, list], object], str]] = [
     ("pixels that are not square", "anamorphic.mp4", coded("libx264", aspect=Fraction(2)), "of the right shape"),
     ("odd height and width", "odd.mp4", shaped(33, 47, pixels="yuv444p"), ""),
     ("2 x 512 pixels", "line.mkv", lambda p, v: write(p, pictures(36, 2, 512), "ffv1", "bgr0"), "scaled to cover"),
-    ("16 x 16 pixels, smaller than the clips", "tiny.mp4", shaped(16, 16), "enlarged"),
+    ("16 x 16 pixels, smaller than the clips", "tiny.mp4", shaped(16, 16), "upscaled"),
     ("its size changes on the way", "sizes.ts", two_sizes, "all are scaled to the clips' size"),
     ("two video streams", "two.mkv", coded("libx264", streams=2), "the first"),
     ("sound before the video", "sound_first.mp4", coded("libx264", sound=True), ""),

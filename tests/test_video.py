@@ -15,7 +15,7 @@ import torch
 
 from msc.datasets import video as decode
 from msc.datasets.synthetic import moving_textures
-from msc.datasets.video import frames, probe, timeline, to_mp4
+from msc.datasets.video import decode_frames, encode_mp4, frame_indices, probe
 
 
 def real_video(name: str) -> Path:
@@ -81,16 +81,16 @@ def test_probe_tells_what_is_there(path, size, count, fps):
     assert (video.height, video.width) == size
     assert (len(video.pts), video.fps) == (count, fps)
     assert video.seconds == pytest.approx(count / fps)
-    assert len(timeline(video)) == count
-    assert len(timeline(video, fps)) == count
-    assert len(timeline(video, 12)) == int(count / fps * 12)
+    assert len(frame_indices(video)) == count
+    assert len(frame_indices(video, fps)) == count
+    assert len(frame_indices(video, 12)) == int(count / fps * 12)
 
 
 def test_frames_are_the_latest_that_had_begun():
     with av.open(str(BIKES)) as container:
         every = [frame.reformat(640, 272, "rgb24").to_ndarray() for frame in container.decode(video=0)]
     for fps in (25, 12, 10, 7.5):
-        got = frames(BIKES, fps=fps)
+        got = decode_frames(BIKES, fps=fps)
         want = [every[int(i * 25 / fps + 1e-9)] for i in range(int(250 * fps / 25))]
         assert got.shape == (len(want), 3, 272, 640)
         assert torch.equal(got.permute(0, 2, 3, 1), torch.from_numpy(np.stack(want)))
@@ -99,9 +99,9 @@ def test_frames_are_the_latest_that_had_begun():
 def test_variable_frame_rates_follow_the_time_stamps(tmp_path):
     levels, pts = [20, 60, 100, 140, 180, 220], [0, 40, 500, 520, 1000, 1900]
     path = write_video(tmp_path / "vfr.mkv", grey(levels), pts, base=Fraction(1, 1000))
-    shown = timeline(probe(path), 10)
+    shown = frame_indices(probe(path), 10)
     assert shown == [0] + [1] * 4 + [2] + [3] * 4 + [4] * 9  # no tick ends within the last frame
-    got = levels_of(frames(path, fps=10))
+    got = levels_of(decode_frames(path, fps=10))
     assert all(abs(a - levels[i]) <= 3 for a, i in zip(got, shown, strict=True))
 
 
@@ -109,44 +109,45 @@ def test_rounded_time_stamps_do_not_shift_frames(tmp_path):
     # 29.97 fps in milliseconds: 0, 33, 67, 100, ...
     pts = [round(i * 1001 / 30) for i in range(30)]
     path = write_video(tmp_path / "ms.mkv", grey(range(0, 240, 8)), pts, base=Fraction(1, 1000))
-    assert timeline(probe(path), Fraction(30000, 1001))[:29] == list(range(29))
+    assert frame_indices(probe(path), Fraction(30000, 1001))[:29] == list(range(29))
 
 
 @pytest.mark.parametrize("fps", [None, 12, 40])
 def test_slices_equal_slices_of_the_whole(fps):
-    whole = frames(PHONE, fps=fps, size=(48, 48))
+    whole = decode_frames(PHONE, fps=fps, size=(48, 48))
     for start, stop in ((0, 1), (0, 7), (5, 20), (31, 33), (len(whole) - 3, len(whole))):
-        assert torch.equal(frames(PHONE, fps=fps, start=start, stop=stop, size=(48, 48)), whole[start:stop])
-        assert torch.equal(frames(PHONE, fps=fps, start=start, stop=stop, size=(48, 48), threads=1), whole[start:stop])
+        assert torch.equal(decode_frames(PHONE, fps=fps, start=start, stop=stop, size=(48, 48)), whole[start:stop])
+        part = decode_frames(PHONE, fps=fps, start=start, stop=stop, size=(48, 48), threads=1)
+        assert torch.equal(part, whole[start:stop])
 
 
 def test_what_is_written_is_read_back():
-    video = frames(BUNNY, fps=12, size=(64, 96))[:40]
-    content = to_mp4(video, 12, crf=8)
-    assert content == to_mp4(video, 12, crf=8)
-    back = frames(content)
+    video = decode_frames(BUNNY, fps=12, size=(64, 96))[:40]
+    content = encode_mp4(video, 12, crf=8)
+    assert content == encode_mp4(video, 12, crf=8)
+    back = decode_frames(content)
     assert back.shape == video.shape
     error = (back.float() - video.float()).square().mean()
     assert 10 * torch.log10(255**2 / error) > 39  # dB
     assert abs((back.float() - video.float()).mean()) < 0.5  # no shift of colours
-    almost = frames(to_mp4(video, 12, crf=0)).float() - video.float()
+    almost = decode_frames(encode_mp4(video, 12, crf=0)).float() - video.float()
     assert almost.abs().max() <= 3
     for start, stop in ((0, 16), (15, 17), (16, 32), (33, 40)):
-        assert torch.equal(frames(content, start=start, stop=stop, threads=1), back[start:stop])
+        assert torch.equal(decode_frames(content, start=start, stop=stop, threads=1), back[start:stop])
     video = probe(content)
     assert (video.fps, len(video.pts)) == (12, 40)
     for shape in ((4, 1, 8, 8), (0, 3, 8, 8), (3, 8, 8)):
         with pytest.raises(ValueError, match="expected uint8"):
-            to_mp4(torch.zeros(shape, dtype=torch.uint8), 12)
+            encode_mp4(torch.zeros(shape, dtype=torch.uint8), 12)
 
 
 @pytest.mark.parametrize("size", [(16, 24), (8, 8), (40, 72)])
 def test_equal_frames_give_equal_bytes(size):
-    video = frames(BIKES, fps=12, size=size, stop=16)
-    want = to_mp4(video, 12)
+    video = decode_frames(BIKES, fps=12, size=size, stop=16)
+    want = encode_mp4(video, 12)
     for i in range(60):
         clutter = [bytes([i]) * (997 * j) for j in range(50)]  # other memory around each time
-        assert to_mp4(video, 12) == want
+        assert encode_mp4(video, 12) == want
         del clutter
 
 
@@ -155,11 +156,11 @@ def test_scaling_covers_and_crops_the_centre(tmp_path):
     picture[:, 32:96] = 200  # the middle square
     path = write_video(tmp_path / "wide.mp4", [picture] * 3)
     for size in ((32, 32), (64, 64), (100, 100)):
-        got = frames(path, size=size)
+        got = decode_frames(path, size=size)
         assert got.shape == (3, 3, *size)
         assert got[:, :, :, 2:-2].float().mean() > 190
-    assert frames(path, size=(32, 64))[0, 0, :, :14].max() < 20
-    tall = frames(path, size=(60, 20))
+    assert decode_frames(path, size=(32, 64))[0, 0, :, :14].max() < 20
+    tall = decode_frames(path, size=(60, 20))
     assert tall.float().mean() > 190
 
 
@@ -167,7 +168,7 @@ def test_pixels_need_not_be_square(tmp_path):
     picture = np.zeros((64, 64, 3), np.uint8)
     picture[16:48, 24:40] = 255  # a square when pixels are twice as wide as high
     path = write_video(tmp_path / "wide.mp4", [picture] * 3, aspect=Fraction(2))
-    got = frames(path, size=(64, 128))[0, 0] > 128
+    got = decode_frames(path, size=(64, 128))[0, 0] > 128
     assert (got.any(0).sum(), got.any(1).sum()) == (32, 32)
 
 
@@ -180,12 +181,12 @@ def test_rotation_is_undone(tmp_path, turn):
         angle = next(container.decode(video=0)).rotation  # counterclockwise, to be applied
     video = probe(path)
     assert (video.width, video.height) == ((64, 48) if turn == 180 else (48, 64))
-    upright = frames(path)[0, 0].numpy()
+    upright = decode_frames(path)[0, 0].numpy()
     assert upright.shape == (video.height, video.width)
     want = np.rot90(picture[..., 0], round(angle / 90))
     assert np.abs(upright.astype(int) - want).mean() < 3
     size = (32, 32)
-    small = frames(path, size=size)[0, 0].numpy() > 128
+    small = decode_frames(path, size=size)[0, 0].numpy() > 128
     rows = slice(0, 14) if want[0].max() > 0 else slice(18, 32)
     columns = slice(0, 10) if want[:, 0].max() > 0 else slice(22, 32)
     assert small[rows, columns].mean() > 0.95
@@ -193,7 +194,7 @@ def test_rotation_is_undone(tmp_path, turn):
 
 def test_avi_without_presentation_times(tmp_path):
     path = write_video(tmp_path / "old.avi", grey(range(10, 250, 10)), codec="mpeg4")
-    got = levels_of(frames(path))
+    got = levels_of(decode_frames(path))
     assert got == sorted(got)
     assert len(got) == 24
 
@@ -240,23 +241,23 @@ def broken_files(folder: Path) -> dict[str, Path]:
 )
 def test_broken_files_are_named(tmp_path, name, message):
     path = broken_files(tmp_path)[name]
-    for call in (probe, frames):
+    for call in (probe, decode_frames):
         with pytest.raises(ValueError, match=message) as error:
             call(path)
         assert str(error.value).startswith(f"{path}: ")
     with pytest.raises(ValueError, match=r"^clip 7: "):
-        frames(path.read_bytes(), name="clip 7")
+        decode_frames(path.read_bytes(), name="clip 7")
 
 
 @pytest.mark.parametrize("tag", [b"encv", b"drmi", b"xxxx"])
 def test_a_codec_without_decoder_is_named(tmp_path, tag):
     path = tmp_path / "strange.mp4"
     path.write_bytes(PHONE.read_bytes().replace(b"avc1", tag))
-    for call in (probe, frames):
+    for call in (probe, decode_frames):
         with pytest.raises(ValueError, match=r"strange.mp4: is in a codec that FFmpeg cannot decode"):
             call(path)
     with pytest.raises(ValueError, match=r"^clip 7: is in a codec"):
-        frames(path.read_bytes(), name="clip 7")
+        decode_frames(path.read_bytes(), name="clip 7")
 
 
 @pytest.mark.parametrize("good", [0, 40_000, 200_000])
@@ -269,7 +270,7 @@ def test_what_cannot_be_read_is_not_called_broken(monkeypatch, good, code):
             return super().readinto(buffer)
 
     monkeypatch.setattr(decode, "open_bytes", lambda path: io.BufferedReader(Failing(path)))
-    for call in (probe, frames):
+    for call in (probe, decode_frames):
         with pytest.raises(OSError, match=os.strerror(code)) as error:
             call(BIKES)
         assert (error.value.errno, error.value.filename) == (code, str(BIKES))
@@ -295,12 +296,12 @@ def test_only_local_files_are_opened(tmp_path):
 
 def test_sizes_are_bounded_before_anything_is_allocated(monkeypatch):
     with pytest.raises(ValueError, match=r"take \d+ bytes, at most"):
-        frames(PHONE, size=(8192, 8192), fps=1000)
+        decode_frames(PHONE, size=(8192, 8192), fps=1000)
     with pytest.raises(ValueError, match="fps is 0"):
-        frames(PHONE, fps=0)
+        decode_frames(PHONE, fps=0)
     for start, stop in ((0, 121), (-1, 5), (7, 7), (9, 3)):
         with pytest.raises(ValueError, match=rf"frames {start} to {stop} asked for, it has 120"):
-            frames(PHONE, start=start, stop=stop)
+            decode_frames(PHONE, start=start, stop=stop)
     monkeypatch.setattr(decode, "MAX_FRAMES", 100)
     with pytest.raises(ValueError, match="has 120 frames, at most 100"):
         probe(PHONE)
@@ -310,16 +311,16 @@ def test_sizes_are_bounded_before_anything_is_allocated(monkeypatch):
 
 
 def test_nothing_stays_open_and_memory_does_not_grow(tmp_path):
-    content = to_mp4(frames(PHONE, size=(64, 64))[:16], 12)
+    content = encode_mp4(decode_frames(PHONE, size=(64, 64))[:16], 12)
     bad = tmp_path / "bad.mp4"
     bad.write_bytes(content[:-2000])
 
     def use(times: int) -> None:
         for _ in range(times):
-            frames(content, start=3, stop=9, threads=1)
-            next(decode.pictures(content, probe(content), range(16), None))  # left before its end
+            decode_frames(content, start=3, stop=9, threads=1)
+            next(decode.iterate_frames(content, probe(content), range(16), None))  # left before its end
             with pytest.raises(ValueError, match="bad"):
-                frames(bad)
+                decode_frames(bad)
 
     use(20)
     files, before = len(os.listdir("/proc/self/fd")), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

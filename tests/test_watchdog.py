@@ -18,15 +18,16 @@ from gloo_ranks import free_port
 
 from msc.parallel import control_plane, watchdog
 from msc.parallel.consistency import inconsistencies, source_digest
+from msc.parallel.progress import Progress
 from msc.parallel.watchdog import RankStatus, Watchdog, diagnose
 
 TIMEOUT = 4.0
 SLACK = 8.0  # seconds: the beats to be compared, the grace, a busy machine
 SAID = {
-    "killed": r"rank 1 \(process \d+ on .*\) is silent, last heard of in step 3, reading clips",
-    "stopped": r"rank 1 \(process \d+ on .*\) is silent, last heard of in step 3, reading clips",
-    "held": r"rank 1 \(process \d+ on .*\) is silent, last heard of in step 3, reading clips",
-    "stuck": r"rank 1 \(process \d+ on .*\) is alive but stays behind in step 3, reading clips",
+    "killed": r"rank 1 \(process \d+ on .*\) is silent, its last heartbeat was in step 3, reading clips",
+    "stopped": r"rank 1 \(process \d+ on .*\) is silent, its last heartbeat was in step 3, reading clips",
+    "held": r"rank 1 \(process \d+ on .*\) is silent, its last heartbeat was in step 3, reading clips",
+    "stuck": r"rank 1 \(process \d+ on .*\) is alive but lags behind in step 3, reading clips",
     "failed": r"rank 1 \(process \d+ on .*\) failed in step 3, reading clips: ValueError: clip 17 is broken",
 }
 
@@ -54,14 +55,14 @@ def test_the_others_end_in_time_and_name_the_rank(what):
             assert processes[rank].returncode == 1
             *stacks, line = said.splitlines()
             assert bool(stacks) == (what == "stuck"), said
-            assert re.match(f"msc: rank {rank}: {SAID[what]}; waited for in step 3, backward", line), said
+            assert re.match(f"msc: {SAID[what]}; this rank waited in step 3, backward", line), said
         if what == "held":
             processes[1].kill()
             assert re.search(r"Timeout \(0:00:04\)!(.*\n)*.* in happen", processes[1].communicate()[1])
         if what == "stuck":  # and every rank says where it stood
             assert any("all_reduce" in line for line in stacks)
             _, said = processes[1].communicate(timeout=60)
-            assert re.search(r"rank 1 .* stays behind.*(\n.*)*, line \d+ in happen", said), said
+            assert re.search(r"rank 1 .* lags behind.*(\n.*)*, line \d+ in happen", said), said
         assert time.time() - began < TIMEOUT + SLACK
     finally:
         for process in processes:
@@ -79,10 +80,11 @@ def test_a_phase_longer_than_the_timeout_goes_on():
 LEAVES = """
 import os, time
 import torch.distributed as dist
+from msc.parallel.progress import Progress
 from msc.parallel.watchdog import watch_ranks
 store = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=True, wait_for_workers=False)
-with watch_ranks(0, 2, 60.0) as at:
-    at.__self__.interval = 0.0  # from the second beat on its thread does nothing but ask the store
+with watch_ranks(0, 2, 60.0, Progress()) as watchdog:
+    watchdog.interval = 0.0  # from the second beat on its thread does nothing but ask the store
     time.sleep(1.3)
 """
 
@@ -97,25 +99,28 @@ def test_a_process_ends_in_order_while_its_watch_asks_the_store():
 
 
 STALLS = """
-import sys, time
-from pathlib import Path
-from msc.pretrain.tracking.heartbeat import write_heartbeat
-with write_heartbeat(Path(sys.argv[1]), 1, seconds=0.1, stall=1.5) as at:
+import time
+from msc.parallel.console import configure_logging
+from msc.parallel.progress import Progress
+from msc.parallel.watchdog import watch_ranks
+configure_logging()
+progress = Progress()
+with watch_ranks(0, 1, 2.0, progress, stall=1.5):
     for step in range(3):
-        at(step, "forward and backward")
+        progress.at(step, "forward and backward")
         time.sleep(0.8)
-    at(7, "reading clips")
+    progress.at(7, "reading clips")
     time.sleep(60)
 """
 
 
-def test_a_run_in_which_nothing_moves_ends_with_its_stacks(tmp_path):
+def test_a_run_in_which_nothing_moves_ends_with_its_stacks():
     began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", STALLS, tmp_path], capture_output=True, text=True, timeout=50)
+    done = subprocess.run([sys.executable, "-c", STALLS], capture_output=True, text=True, timeout=50)
     assert done.returncode == 1
-    said = "msc: rank 0: nothing has moved for 1.5 s (parallel.stall) in step 7, reading clips; the run ends"
+    said = "msc: no progress for 1.5 s (parallel.stall) in step 7, reading clips; the run ends"
     assert done.stderr.startswith(said)
-    assert "line 10 in <module>" in done.stderr
+    assert "line 13 in <module>" in done.stderr
     assert 3 < time.monotonic() - began < 30
 
 
@@ -137,15 +142,13 @@ class Store(dist.HashStore):
 
     def check(self, keys):
         self._wait()
-        return keys != [watchdog.VERDICT]
+        return keys != [watchdog.DIAGNOSIS]
 
     def multi_get(self, keys):
         self.most = max(self.most, len(keys))
         self._wait(len(keys))
         ranks = [int(key.rsplit("/", 1)[1]) for key in keys]
-        return [
-            json.dumps(asdict(RankStatus(r, "host", 7, count=1, beat=time.monotonic_ns(), stood=9.0))) for r in ranks
-        ]
+        return [json.dumps(asdict(RankStatus(r, "host", 7, 0, "long", 1, time.monotonic_ns(), 9.0))) for r in ranks]
 
     def get(self, key):
         return self.multi_get([key])[0]
@@ -156,12 +159,15 @@ def test_a_slow_store_ends_nobody_before_it_is_mute_for_the_timeout(monkeypatch)
     cases = [(0, Store(0.0)), (0, Store(0.0125)), (7, Store(0.0))]
     stopped = {}
     monkeypatch.setattr(watchdog, "GRACE", 0.0)
-    monkeypatch.setattr(Watchdog, "_stop", lambda self, found: stopped.setdefault(self, (found, time.monotonic())))
+    monkeypatch.setattr(
+        Watchdog, "_end_process", lambda self, message: stopped.setdefault(self, (message, time.monotonic()))
+    )
     watches = []
     for rank, store in cases:
-        monkeypatch.setattr(control_plane, "open_store", lambda timeout, store=store: store)
-        watches.append(Watchdog(rank, 200, 3.0))
-        watches[-1].at(0, "long")
+        monkeypatch.setattr(control_plane, "connect_store", lambda timeout, store=store: store)
+        progress = Progress()
+        watches.append(Watchdog(rank, 200, 3.0, progress))
+        progress.at(0, "long")
     time.sleep(7.5)  # all ranks are late, and rank 0 has tried to read them twice
     assert not stopped
     assert [store.most for _, store in cases] == [200, 200, 1]
@@ -173,10 +179,10 @@ def test_a_slow_store_ends_nobody_before_it_is_mute_for_the_timeout(monkeypatch)
         store.mute.clear()
     for watched in watches:
         watched.end()
-    assert not any(thread.name == "watch" for thread in threading.enumerate())
+    assert not any(thread.name == "watchdog" for thread in threading.enumerate())
     for watched in watches:
         found, at = stopped[watched]
-        assert found == watchdog.UNANSWERED
+        assert found.startswith(watchdog.STORE_LOST)
         assert at - began > 2.0
 
 
@@ -209,11 +215,11 @@ def test_a_verdict_names_the_silent_before_the_slow():
         return RankStatus(rank, "host", 7, 1, "here", count, beat, stood)
 
     before = {0: place(0, 5, 1), 1: place(1, 4, 1), 2: place(2, 5, 1)}
-    alive = {rank: place(rank, p.count, 2) for rank, p in before.items()}
-    assert diagnose(0, before, alive, 3, 8.0) == "rank 1 (process 7 on host) is alive but stays behind in step 1, here"
+    alive = {rank: place(rank, p.phases, 2) for rank, p in before.items()}
+    assert diagnose(0, before, alive, 3, 8.0) == "rank 1 (process 7 on host) is alive but lags behind in step 1, here"
     assert diagnose(1, before, alive, 3, 8.0) == ""  # not of itself
     assert diagnose(0, before, alive, 3, 10.0) == ""  # nobody has waited so long
     assert diagnose(0, before, {**alive, 2: before[2]}, 3, 8.0).startswith("rank 2 (process 7 on host) is silent")
     assert diagnose(2, before, {**alive, 2: before[2]}, 3, 10.0) == ""
-    assert diagnose(0, before, alive, 4, 8.0) == "rank 3 has never been heard of"
+    assert diagnose(0, before, alive, 4, 8.0) == "rank 3 has never sent a heartbeat"
     assert diagnose(0, before, {rank: place(rank, 5, 2) for rank in before}, 3, 8.0) == ""

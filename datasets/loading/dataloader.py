@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from ..errors import Repeats
+from ..errors import DeterministicFailure
 from .mixture import Shards, Stream, rounds, slots
 from .shard_reader import Samples
 from .shuffling import Turns, Windows, derived, rows, sample_at, set_at
@@ -141,7 +141,7 @@ class _Clips(Dataset):
                 attached = self.attach(number, epoch, bucket) if self.attach is not None else None
                 return _Item(number, epoch, bucket, key, media, text, label, attached, tuple(broken))
         found = f"{len(broken)} clips in a row of {stream.place} cannot be read: {'; '.join(list(reasons)[:3])}"
-        return _Item(first, epoch, broken=tuple(broken), error=Repeats(f"{found}: check the disk"))
+        return _Item(first, epoch, broken=tuple(broken), error=DeterministicFailure(f"{found}: check the disk"))
 
 
 def loader(
@@ -221,7 +221,7 @@ def _checked(batches: DataLoader, dataset: _Clips) -> Generator[Batch, None, Non
                     continue
                 seen.add(sample)
                 if len(seen) > dataset.bound:
-                    raise Repeats(
+                    raise DeterministicFailure(
                         f"more than {dataset.bound} of the {dataset.clips} samples in {dataset.where} are broken, "
                         f"among them {why}: check the disk, or run `msc convert` again"
                     )

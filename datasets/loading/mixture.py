@@ -13,7 +13,7 @@ from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 
-from ..prepare.statistics import mix
+from ..prepare.statistics import mix_statistics
 from ..shards.index import Index, Shape, check_shards, index_content, parse_index
 from ..shards.remote import COMMANDS, Remote, is_address, shown
 from .shuffling import SLOTS, apportion
@@ -123,7 +123,7 @@ class Shards:
     @cached_property
     def index(self) -> Index:
         """That of the first set, with the statistics of all: what the model must know of its data."""
-        statistics = mix([(found.weight, found.index.statistics) for found in self.sets])
+        statistics = mix_statistics([(found.weight, found.index.statistics) for found in self.sets])
         return dataclasses.replace(self.sets[0].index, statistics=statistics)
 
     @cached_property

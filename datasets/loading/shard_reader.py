@@ -15,7 +15,7 @@ from torch import Tensor
 from ..shards.index import STORES, Index, Sample, find_part, read_part, scan
 from ..shards.remote import Remote
 from ..shards.table_of_contents import read_table
-from ..video import frames as decode_frames
+from ..video import decode_frames
 
 SCANNED_SHARDS = 64  # tables of contents kept per process; a scan takes about a millisecond
 FETCHES = 5  # times that a shard which was removed from the cache is fetched again

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from ..shards.tar import OF_ONE_FILE, persistently, size_of
-from ..video import Video, pictures, probe, timeline, to_mp4
+from ..video import Video, encode_mp4, frame_indices, iterate_frames, probe
 from .clip_ranges import SPLITS, best_buckets, holds, pieces, runs
 from .scenes import brightness, change, content, motion
 from .sources import Source
@@ -104,7 +104,7 @@ def _cut(task: Task) -> Cut:
     ticks = 0
     try:
         video = probe(source.path, source.name)
-        shown = timeline(video, task.fps)
+        shown = frame_indices(video, task.fps)
         part, span = (_ticks(seconds, task.fps, len(shown)) for seconds in ((source.start, source.end), source.span))
         ticks = part[1] - part[0]
         least = min(shape[0] for shape in task.shapes)
@@ -124,7 +124,7 @@ def _cut(task: Task) -> Cut:
             if why := _unwanted(task, clip):
                 left_out.append(f"clip at {start / task.fps:.2f} s {why}")
                 continue
-            task.file(start).write_bytes(to_mp4(torch.from_numpy(clip).permute(0, 3, 1, 2), task.fps, task.crf))
+            task.file(start).write_bytes(encode_mp4(torch.from_numpy(clip).permute(0, 3, 1, 2), task.fps, task.crf))
             clips[name].append(Clip(start, buckets[len(clip)], task.file(start)))
     except ValueError as error:
         if isinstance(source.path, Path) and source.size >= 0 and not any(source.path.parent.glob("*")):
@@ -172,7 +172,7 @@ def _clips(
             for _, first, last in stretches
         ]
     ticks = [shown[tick] for own in needed for tick in own]
-    decoded = pictures(task.source.path, video, ticks, size, task.threads, crop=not task.random_crop)
+    decoded = iterate_frames(task.source.path, video, ticks, size, task.threads, crop=not task.random_crop)
     held: dict[int, np.ndarray] = {}
 
     def clip(start: int, length: int) -> np.ndarray:

@@ -19,15 +19,15 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from ..files import check_replaceable, publish, write_atomically
+from ..files import check_replaceable, publish_folder, write_atomically
 from ..shards.index import STORES, Index, Shape, ShardInfo, read_part, scan, write_index
-from ..video import frames
+from ..video import decode_frames
 from .clip_ranges import RULE, SPLITS
 from .convert_config import ConvertConfig as ConvertConfig
 from .progress import WORK, Outcome, check_plan, groups, keep, own_folder, read_record, working_folder
 from .shard_writer import Embed, Encode, Writer, check_broken
 from .sources import Listing, find_sources
-from .statistics import Statistics, measure, mix
+from .statistics import Statistics, measure_statistics, mix_statistics
 from .summary import clip_lines
 
 MEASURED_CLIPS = 1024  # evenly over the training clips; more would not change the third digit
@@ -129,7 +129,7 @@ def convert(
         lines = [f"{x.name}: {why}\n" for x in outcomes for why in (*x.left_out, x.skipped) if why]
         write_atomically(partial / "skipped.txt", "".join(lines).encode("utf-8", "surrogateescape"))
         write_index(partial, index)
-        publish(partial, out)
+        publish_folder(partial, out)
     shutil.rmtree(out / WORK)
     return _report(config, out, index, outcomes, sum(len(todo[n]) for n in mine), time.monotonic() - began)
 
@@ -139,8 +139,8 @@ def _measured(folder: Path, shards: list[ShardInfo], encode: Encode) -> Statisti
     buckets: dict[int, list[ShardInfo]] = defaultdict(list)
     for shard in shards:
         buckets[shard.bucket].append(shard)
-    return mix([
-        (sum(shard.samples for shard in own), measure(_some_latents(folder, own, encode)))
+    return mix_statistics([
+        (sum(shard.samples for shard in own), measure_statistics(_some_latents(folder, own, encode)))
         for _, own in sorted(buckets.items())
     ])  # fmt: skip
 
@@ -155,7 +155,7 @@ def _some_latents(folder: Path, shards: list[ShardInfo], encode: Encode) -> Iter
         samples = scan(path) if own else []
         for sample in (samples[number - first] for number in own):
             if "mp4" in sample.parts:
-                yield encode(frames(read_part(path, sample, "mp4"), name=sample.key))
+                yield encode(decode_frames(read_part(path, sample, "mp4"), name=sample.key))
             else:
                 yield load(read_part(path, sample, STORES["latent"]))["latent"]
         first += shard.samples

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import LOCK, clear, lock_now, sync_folder, write_atomically
+from ..files import LOCK, clear_folder, sync_folder, try_lock, write_atomically
 from ..shards.index import ShardInfo
 from ..shards.table_of_contents import table_of
 from .sources import Source
@@ -77,7 +77,7 @@ def working_folder(out: Path, alone: bool) -> Iterator[Path]:
     partial = out.with_name(f".{out.name}.partial")
     (partial / WORK).mkdir(parents=True, exist_ok=True)
     with open(partial / LOCK, "a+") as lock:
-        if not lock_now(lock, shared=not alone):
+        if not try_lock(lock, shared=not alone):
             raise FileExistsError(f"another process is writing {out}: wait for it to end")
         try:
             yield partial
@@ -94,7 +94,7 @@ def own_folder(partial: Path, alone: bool) -> Iterator[Path]:
     for left in (partial / WORK).glob("process-*" if alone else f"process-{host}-*"):
         try:
             with open(left / LOCK, "r+") as file:
-                if lock_now(file):  # else its process lives
+                if try_lock(file):  # else its process lives
                     shutil.rmtree(left, ignore_errors=True)
         except FileNotFoundError:  # another process was faster; or one was killed that removed it
             if alone:
@@ -104,7 +104,7 @@ def own_folder(partial: Path, alone: bool) -> Iterator[Path]:
     new.mkdir()
     try:
         with open(new / LOCK, "a+") as lock:
-            lock_now(lock)
+            try_lock(lock)
             new.rename(own)  # locked before it has a name that others look for
             yield own
     finally:
@@ -125,7 +125,7 @@ def check_plan(partial: Path, plan: dict[str, Any], alone: bool, overwrite: bool
             f"{partial} holds unfinished work with another {differ}: give the same settings and sources to go on "
             "with it, or remove that folder to begin anew"
         )
-    clear(partial)
+    clear_folder(partial)
     path.parent.mkdir()
 
 
@@ -154,7 +154,7 @@ def finish_group(own: Path, partial: Path, number: int, record: Record) -> None:
     keep(own, partial / WORK / f"group-{number:06d}.json", dataclasses.asdict(record))
 
 
-def count_finished(out: Path, part: tuple[int, int] | None = None) -> int:
+def count_finished_groups(out: Path, part: tuple[int, int] | None = None) -> int:
     """How many groups are finished of a conversion to `out` that is on its way; of part (i, N) its own."""
     own, parts = part or (0, 1)
     records = (out.with_name(f".{out.name}.partial") / WORK).glob("group-*.json")

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ..files import locked
 from ..shards.index import STORES, ShardInfo, write_shard
 from ..shards.table_of_contents import write_table
-from ..video import frames
+from ..video import decode_frames
 from .clip_extraction import Clip, Cut, Task, cut_all
 from .clip_ranges import SPLITS
 from .convert_config import ConvertConfig
@@ -165,7 +165,7 @@ def _parts(writer: Writer, source: Source, clip: Clip) -> dict[str, bytes]:
     shape = config.shapes[clip.bucket]
     content = clip.file.read_bytes()
     if config.kind == "latent":
-        latents = writer.encode(frames(content, name=source.name)).detach().to("cpu", torch.float16).contiguous()
+        latents = writer.encode(decode_frames(content, name=source.name)).detach().to("cpu", torch.float16).contiguous()
         if not torch.isfinite(latents).all():
             raise ValueError(f"{source.name} at frame {clip.start}: latents overflow 16-bit floats")
         content = save({"latent": latents})

@@ -133,7 +133,7 @@ class Statistics:
         )
 
 
-def measure(clips: Iterable[Tensor]) -> Statistics:
+def measure_statistics(clips: Iterable[Tensor]) -> Statistics:
     """Statistics of latents given clip by clip, [T, C, h, w] each, of one shape; one pass, bounded memory.
 
     The mean removed is the one over all clips, as in training. Raises ValueError for no clips, clips of
@@ -151,7 +151,7 @@ def measure(clips: Iterable[Tensor]) -> Statistics:
     return sums.statistics()
 
 
-def mix(parts: Sequence[tuple[float, Statistics]]) -> Statistics:
+def mix_statistics(parts: Sequence[tuple[float, Statistics]]) -> Statistics:
     """Statistics of clips that come from several sets, by (weight, statistics) of each; weights need not add up to 1.
 
     Mean and variance per channel are exact. Variance between the sets' means survives any pooling and never fades;

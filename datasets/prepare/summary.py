@@ -53,7 +53,7 @@ def clip_lines(index: Index) -> list[str]:
     return [*lines, f"{stored}; latents {each}"]
 
 
-def damaged(folder: str | Path, index: Index) -> list[str]:
+def damaged_shards(folder: str | Path, index: Index) -> list[str]:
     """One line for each shard that is not what was written, or holds what no shard may. Reads every byte."""
     changed = verify(folder, index)
     lines = [f"{name}: its checksum is not the one in the index; copy it again" for name in changed]

@@ -6,9 +6,7 @@ of the member, before anything of the size it claims is allocated. Nothing is ev
 """
 
 import dataclasses
-import hashlib
 import json
-import os
 import re
 import tarfile
 from collections.abc import Iterable, Mapping
@@ -18,7 +16,7 @@ from typing import Any
 
 from webdataset.writer import TarWriter
 
-from ..files import sync_folder, write_atomically
+from ..files import describe_validation_error, partial_file, sha256_of, write_atomically
 from ..prepare.statistics import Statistics
 
 FORMAT = 2  # written only where there are several buckets; everything else is format 1, as always
@@ -198,8 +196,7 @@ def _problem(index: Index, content: bytes) -> str:
     try:
         pydantic.TypeAdapter(Index).validate_json(content, strict=True)
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        return describe_validation_error(error, values=False)
     if index.store not in STORES:
         return f"store is {index.store!r}, expected one of {', '.join(STORES)}"
     sizes = [size for shape in (index.shape, *index.buckets) for size in dataclasses.astuple(shape)]
@@ -239,7 +236,7 @@ def check_shards(folder: str | Path, index: Index) -> None:
 def verify(folder: str | Path, index: Index) -> list[str]:
     """Names of the shards whose SHA-256 is not the one in the index. Reads every byte."""
     shards = [shard for shards in index.splits.values() for shard in shards]
-    return [shard.name for shard in shards if _sha256(Path(folder) / shard.name) != shard.sha256]
+    return [shard.name for shard in shards if sha256_of(Path(folder) / shard.name) != shard.sha256]
 
 
 # --- writing -----------------------------------------------------------------------------------------------
@@ -251,26 +248,18 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) 
     The same samples give the same bytes (fixed times and owners). Raises ValueError for an extension that
     shards do not have.
     """
-    partial = path.with_name(path.name + ".partial")
     count = 0
-    with open(partial, "wb") as file:
-        with TarWriter(file, user="msc", group="msc", encoder=False, compress=False, mtime=0) as tar:
+    with partial_file(path) as partial:
+        with (
+            open(partial, "wb") as file,
+            TarWriter(file, user="msc", group="msc", encoder=False, compress=False, mtime=0) as tar,
+        ):
             for key, parts in samples:
                 for extension, content in parts.items():
                     check_member(path, f"{key}.{extension}", len(content))
                 tar.write({"__key__": key, **parts})
                 count += 1
-        file.flush()
-        os.fsync(file.fileno())
-    info = ShardInfo(path.name, count, partial.stat().st_size, _sha256(partial))
-    os.replace(partial, path)
-    sync_folder(path.parent)
-    return info
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return ShardInfo(path.name, count, partial.stat().st_size, sha256_of(partial))
 
 
 # --- reading -----------------------------------------------------------------------------------------------

@@ -100,13 +100,13 @@ ESTIMATED = (
 )
 
 
-def kind_of(name: str) -> Device:
+def gpu_kind(name: str) -> Device:
     if name.lower() not in KINDS:
         raise ValueError(f"unknown kind of GPU {name!r}; known: {', '.join(KINDS)}")
     return KINDS[name.lower()]
 
 
-def named_by_driver(name: str) -> Device | None:
+def gpu_of_driver_name(name: str) -> Device | None:
     """The device that a driver calls `name`, such as "NVIDIA H100 80GB HBM3"; None where it is another build of one."""
     if any(other in name for other in ("NVL", "PCIe", "PCIE", "40GB", "GB200")):
         return None

@@ -87,7 +87,7 @@ def attention_calls(model: ModelConfig, grid: tuple[int, int]) -> float:
     return calls
 
 
-def plan(config: Config, index: Index, device: Device, gpus: int) -> Plan:
+def make_plan(config: Config, index: Index, device: Device, gpus: int) -> Plan:
     """What a resolved configuration takes as it is. ValueError where it cannot run on that many GPUs."""
     model, parallel = config.model, config.parallel
     units = index.frames // model.frames_per_unit
@@ -189,7 +189,7 @@ def zero_bytes(count: int, stage: int, ranks: int, bf16: bool, accumulate: int, 
 # Which way is best -----------------------------------------------------------------------------------------
 
 
-def plans(config: Config, index: Index, device: Device, gpus: int, fixed: Sequence[str] = ()) -> list[Plan]:
+def search_plans(config: Config, index: Index, device: Device, gpus: int, fixed: Sequence[str] = ()) -> list[Plan]:
     """Every way to run a resolved configuration on that many GPUs, those that fit first, fastest first.
 
     fixed: settings that stay as they are ("parallel.sp", "parallel.zero.stage", "parallel.recompute", "train.micro").
@@ -198,7 +198,7 @@ def plans(config: Config, index: Index, device: Device, gpus: int, fixed: Sequen
     found, reasons = [], []
     for variant in _variants(config, index, gpus, fixed):
         try:
-            found.append(plan(variant, index, device, gpus))
+            found.append(make_plan(variant, index, device, gpus))
         except ValueError as error:
             reasons.append(str(error))
     if not found:
@@ -242,7 +242,7 @@ def _no_way(config: Config, index: Index, gpus: int) -> str:
 
 
 @dataclass(frozen=True)
-class RollOut:
+class RolloutPlan:
     """Generation of one video on one GPU, as `msc sample` does it, in fp32. memory: bytes by part when the last unit is
     made. seconds_per_frame: of the first unit and of the last."""
 
@@ -252,7 +252,7 @@ class RollOut:
     seconds_per_frame: tuple[float, float]
 
 
-def roll_out(model: ModelConfig, grid: tuple[int, int], device: Device, units: int, steps: int = 16) -> RollOut:
+def plan_rollout(model: ModelConfig, grid: tuple[int, int], device: Device, units: int, steps: int = 16) -> RolloutPlan:
     """units: of the whole video, context included. grid: tokens of a frame."""
     count = cost.parameters(model)
 
@@ -266,4 +266,4 @@ def roll_out(model: ModelConfig, grid: tuple[int, int], device: Device, units: i
     own = 4.0 * model.frames_per_unit * grid[0] * grid[1] * (9 * model.width + 2 * model.hidden)
     parts = {"weights": 4.0 * count, "caches": float(cost.cache_bytes(model, units, *grid)), "one block at work": own}
     passes = (steps + 1) / model.frames_per_unit  # the last one lets the finished unit join the past
-    return RollOut(units, steps, parts, (passes * seconds(0), passes * seconds(units - 1)))
+    return RolloutPlan(units, steps, parts, (passes * seconds(0), passes * seconds(units - 1)))

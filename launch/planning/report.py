@@ -13,18 +13,18 @@ from msc.datasets.loading.mixture import only, open_shards
 from msc.datasets.shards.index import Index
 from msc.pretrain.config import Config
 from msc.pretrain.model.transformer import check_clip
-from msc.pretrain.tracking.plan_deviation import Expected
+from msc.pretrain.tracking.plan_deviation import PlannedStep
 from msc.pretrain.validation import ASSUMED, costliest, resolve
 
 from . import hardware
 from .hardware import Device
-from .plan import Plan, RollOut, plan, plans, roll_out
+from .plan import Plan, RolloutPlan, make_plan, plan_rollout, search_plans
 
 RUNNERS_UP = 4
 SEARCHED = ("parallel.sp", "parallel.zero.stage", "parallel.recompute", "train.micro")
 
 
-def plan_run(
+def report_plan(
     config: Config, gpus: int, device: Device, given: Sequence[str] = (), price: float | None = None,
     units: int | None = None, steps: int = 16, out: Path | None = None,
 ) -> str:  # fmt: skip
@@ -35,12 +35,12 @@ def plan_run(
     index = costliest(config, shards)
     check_clip(config.model, index.frames, index.height, index.width)
     fixed = [key for key in SEARCHED if key in given]
-    ways = plans(config, index, device, gpus, fixed)
+    ways = search_plans(config, index, device, gpus, fixed)
     text = describe(ways, index, price)
     values = as_json(ways[0])
     if units:
         grid = (index.height // config.model.patch, index.width // config.model.patch)
-        made = roll_out(config.model, grid, device, units, steps)
+        made = plan_rollout(config.model, grid, device, units, steps)
         text += "\n\n" + describe_roll_out(made, config, index, device)
         values["roll_out"] = {"units": units, "steps": steps, "memory": made.memory,
                               "seconds_per_frame": made.seconds_per_frame}  # fmt: skip
@@ -86,7 +86,7 @@ def describe(ways: Sequence[Plan], index: Index, price: float | None) -> str:
                   f"MFU {other.mfu:4.0%}  {way(other)}" for other in others[:RUNNERS_UP]]  # fmt: skip
     if not best.config.parallel.compile:
         compiled = replace(best.config, parallel=replace(best.config.parallel, compile=True))
-        faster = plan(compiled, index, best.device, best.gpus)
+        faster = make_plan(compiled, index, best.device, best.gpus)
         lines += [
             "",
             f"with parallel.compile=true: {faster.step_s:.3g} s per step, MFU {faster.mfu:.0%}, {faster.days:.3g} days",
@@ -120,7 +120,7 @@ def limited(one: Plan) -> str:
     return f"{one.limit} ({one.seconds[one.limit] / one.step_s:.0%} of a step): {advice[one.limit]}"
 
 
-def describe_roll_out(made: RollOut, config: Config, index: Index, device: Device) -> str:
+def describe_roll_out(made: RolloutPlan, config: Config, index: Index, device: Device) -> str:
     frames = made.units * config.model.frames_per_unit
     total = sum(made.memory.values())
     first, last = made.seconds_per_frame
@@ -152,23 +152,23 @@ def as_json(best: Plan) -> dict[str, Any]:
 # What a run is compared with ---------------------------------------------------------------------------------
 
 
-def read_expected(path: Path) -> Expected:
+def read_planned_step(path: Path) -> PlannedStep:
     """From the JSON that `msc plan --json` wrote."""
     try:
         values = json.loads(path.read_text())
-        return Expected(float(values["step_s"]), float(values["memory_gib"]), str(path))
+        return PlannedStep(float(values["step_s"]), float(values["memory_gib"]), str(path))
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{path} is not what `msc plan --json` writes: it has no step_s and memory_gib") from None
 
 
-def expected(config: Config, processes: int, name: str) -> Expected | None:
+def planned_step(config: Config, processes: int, name: str) -> PlannedStep | None:
     """For a run on GPUs that the driver calls `name`; None where nothing is known of them."""
-    device = hardware.named_by_driver(name)
+    device = hardware.gpu_of_driver_name(name)
     if device is None or not config.data.sets:
         return None
     shards = open_shards(config.data)
     if len(shards.shapes) > 1:  # a plan is of one; a run's mean step is of all
         return None
     config = resolve(config, shards.index)
-    found = plan(config, costliest(config, shards), device, processes)
-    return Expected(found.step_s, found.memory_bytes / 2**30, f"msc plan, {device.name}")
+    found = make_plan(config, costliest(config, shards), device, processes)
+    return PlannedStep(found.step_s, found.memory_bytes / 2**30, f"msc plan, {device.name}")

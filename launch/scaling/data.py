@@ -14,9 +14,8 @@ from typing import Any
 
 import yaml
 
-from msc.datasets.files import last_line
+from msc.datasets.files import last_jsonl_record, read_jsonl
 from msc.pretrain import cost, run_folder
-from msc.pretrain.checkpoints.rollback import read_lines
 from msc.pretrain.config import Config, flat, load
 
 LEAST_REPORTS = 20  # of a run whose curve is judged: fewer are too noisy
@@ -95,7 +94,7 @@ def read_csv(path: Path) -> list[dict[str, Any]]:
 
 def read_json(path: Path) -> list[dict[str, Any]]:
     try:
-        rows = read_lines(path) if path.suffix == ".jsonl" else json.loads(path.read_text())
+        rows = read_jsonl(path) if path.suffix == ".jsonl" else json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
@@ -200,13 +199,13 @@ def without(settings: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any
 
 def of_run(run: Path, config: Config, loss: str) -> tuple[Point | None, str]:
     """The point of a finished run, or None and why there is none."""
-    curve = [(line["clock"], line["loss"]) for line in read_lines(run / "log.jsonl")]
+    curve = [(line["clock"], line["loss"]) for line in read_jsonl(run / "log.jsonl")]
     if reason := diverged(run, [value for _, value in curve], config.guard.stop_after):
         return None, reason
     if not curve or curve[-1][0] < config.train.clips:
         return None, f"not finished: {curve[-1][0] if curve else 0} of {config.train.clips} clips"
     tenth = [value for clock, value in curve if clock > 0.9 * config.train.clips]
-    held_out = last_line(run / "held_out.jsonl")
+    held_out = last_jsonl_record(run / "held_out.jsonl")
     if loss == "train":
         reached = sum(tenth) / len(tenth)
     elif held_out.get("clock", 0) < config.train.clips:
@@ -215,7 +214,7 @@ def of_run(run: Path, config: Config, loss: str) -> tuple[Point | None, str]:
         reached = held_out["mean"]
     if reason := unusable(reached):
         return None, reason
-    space = run_folder.LatentSpace(**json.loads((run / "data.json").read_text()))
+    space = run_folder.RunFolder(run).read_latent_space()
     size = space.frames, space.height, space.width
     tokens = space.frames * cost.tokens_per_frame(config.model, space.height, space.width)
     clips = config.train.steps * config.train.batch
@@ -228,7 +227,7 @@ def of_run(run: Path, config: Config, loss: str) -> tuple[Point | None, str]:
 
 def diverged(run: Path, losses: Sequence[float], stop_after: int) -> str:
     """Why a run counts as diverged, or nothing."""
-    skipped = read_lines(run / "skipped.jsonl")
+    skipped = read_jsonl(run / "skipped.jsonl")
     if any(not math.isfinite(value) for value in losses):
         return "diverged: its loss was not finite"
     steps = [line["step"] for line in skipped][-stop_after:]

@@ -20,22 +20,22 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from msc.datasets.files import last_line, locked, write_atomically
-from msc.pretrain.checkpoints.rollback import read_lines
+from msc.datasets.errors import INTERRUPTED, REQUEUE
+from msc.datasets.files import append_jsonl, last_jsonl_record, locked, read_jsonl, write_atomically
+from msc.datasets.text_table import text_table
 from msc.pretrain.config import Config, dump, flat, load
 from msc.pretrain.tracking.mlflow_store import shown
 from msc.pretrain.tracking.tracker import Tracker
-from msc.pretrain.train import REQUEUE
 
 from ..commands import PROGRAM, said
 from ..processes import launcher
 from ..slurm import job_records, sbatch
-from .sweep_spec import Run, Sweep
+from .sweep_spec import RunSpec, SweepSpec
 
 State = Literal["finished", "running", "queued", "failed", "stopped", "waiting"]
 
 
-def prepare(folder: Path, sweep: Sweep) -> Sweep:
+def prepare(folder: Path, sweep: SweepSpec) -> SweepSpec:
     """Write down which runs the folder is for; the sweep with the names by which the folder knows them. ValueError if a
     name there stands for another run."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def written(folder: Path) -> dict[str, dict[str, Any]]:
     return dict(json.loads(path.read_text())) if path.is_file() else {}
 
 
-def known_names(folder: Path, sweep: Sweep, known: dict[str, dict[str, Any]]) -> dict[str, str]:
+def known_names(folder: Path, sweep: SweepSpec, known: dict[str, dict[str, Any]]) -> dict[str, str]:
     """Of the runs that the folder knows already, by their names in the sweep, the names there. A name holds only what
     varies, so that one more key in a grid gives every run another, also those that are as before."""
     names = {run.name: run.name for run in sweep.runs if known.get(run.name) == run.settings}
@@ -63,7 +63,7 @@ def known_names(folder: Path, sweep: Sweep, known: dict[str, dict[str, Any]]) ->
     for name in (name for name in reversed(known) if name not in names):
         record = folder / name / "config.yaml"  # once it has begun that counts, whatever the base says today
         try:
-            config = load(file=record) if record.is_file() else sweep.resolved(Run(name, known[name]))
+            config = load(file=record) if record.is_file() else sweep.resolved(RunSpec(name, known[name]))
         except ValueError:  # it goes with another base, or another version
             continue
         others[identity(config)] = name
@@ -78,7 +78,7 @@ def identity(config: Config) -> str:
     return json.dumps({key: value for key, value in flat(config).items() if not key.startswith("metrics.")})
 
 
-def renamed(folder: Path, sweep: Sweep, known: dict[str, dict[str, Any]]) -> Sweep:
+def renamed(folder: Path, sweep: SweepSpec, known: dict[str, dict[str, Any]]) -> SweepSpec:
     """With the names by which the folder knows its runs; ValueError if a name there stands for another run."""
     names = known_names(folder, sweep, known)
     for run in sweep.runs:
@@ -93,14 +93,16 @@ def renamed(folder: Path, sweep: Sweep, known: dict[str, dict[str, Any]]) -> Swe
     return replace(sweep, runs=tuple(replace(run, name=names.get(run.name, run.name)) for run in sweep.runs))
 
 
-def state(folder: Path, sweep: Sweep, run: Run, queue: Mapping[str, sbatch.State] = MappingProxyType({})) -> State:
+def state(
+    folder: Path, sweep: SweepSpec, run: RunSpec, queue: Mapping[str, sbatch.State] = MappingProxyType({})
+) -> State:
     """Where a run stands: finished means trained to its last clip, and evaluated if it is to be. queue: `in_queue`."""
     if (job := queue.get(run.name)) is not None and job.active:
         return "queued" if job.name == "PENDING" else "running"
     return "running" if is_held(folder, run) else reached(folder, sweep, run)
 
 
-def in_queue(folder: Path, sweep: Sweep) -> dict[str, sbatch.State]:
+def in_queue(folder: Path, sweep: SweepSpec) -> dict[str, sbatch.State]:
     """What Slurm says of the runs that were sent to it; one question for all. ConnectionError if it does not answer."""
     sent = {}
     for run in sweep.runs:
@@ -110,12 +112,13 @@ def in_queue(folder: Path, sweep: Sweep) -> dict[str, sbatch.State]:
     return {name: states[number][0] for name, number in sent.items() if number in states}
 
 
-def reached(folder: Path, sweep: Sweep, run: Run) -> State:
+def reached(folder: Path, sweep: SweepSpec, run: RunSpec) -> State:
     """`state`, if nobody is at the run."""
     config = sweep.configured(run)
     own = folder / run.name
-    clock = last_line(own / "log.jsonl").get("clock", 0)
-    evaluated = not config.train.evaluate or last_line(own / "held_out.jsonl").get("clock", 0) >= config.train.clips
+    clock = last_jsonl_record(own / "log.jsonl").get("clock", 0)
+    held_out = last_jsonl_record(own / "held_out.jsonl").get("clock", 0)
+    evaluated = not config.train.evaluate or held_out >= config.train.clips
     if clock >= config.train.clips and evaluated:
         return "finished"
     code = last_code(folder, run)
@@ -124,13 +127,13 @@ def reached(folder: Path, sweep: Sweep, run: Run) -> State:
     return "stopped" if own.exists() or code is not None else "waiting"
 
 
-def pending(folder: Path, sweep: Sweep) -> list[Run]:
+def pending(folder: Path, sweep: SweepSpec) -> list[RunSpec]:
     """The runs that need a process: not finished, and nobody is at them."""
     queue = in_queue(folder, sweep)
     return [run for run in sweep.runs if state(folder, sweep, run, queue) not in ("finished", "running", "queued")]
 
 
-def words(folder: Path, sweep: Sweep, run: Run, parent: str | None = None, uri: str | None = None) -> list[str]:
+def words(folder: Path, sweep: SweepSpec, run: RunSpec, parent: str | None = None, uri: str | None = None) -> list[str]:
     """The `msc train` that starts a run, or goes on with it. parent, uri: the MLflow run to be shown under, and its
     store."""
     own = folder / run.name
@@ -144,21 +147,23 @@ def words(folder: Path, sweep: Sweep, run: Run, parent: str | None = None, uri: 
     return [*words, *run.overrides, *tracking]
 
 
-def command(folder: Path, sweep: Sweep, run: Run, parent: str | None = None, uri: str | None = None) -> list[str]:
+def command(
+    folder: Path, sweep: SweepSpec, run: RunSpec, parent: str | None = None, uri: str | None = None
+) -> list[str]:
     train = words(folder, sweep, run, parent, uri)
     return [sys.executable, "-c", PROGRAM, *train, "--processes", str(sweep.processes)]
 
 
 @dataclass
 class Started:
-    run: Run
+    run: RunSpec
     process: subprocess.Popen[bytes]
     began: float
     lock: int
     gpus: str  # "": it was given none of its own
 
 
-def run_all(folder: Path, sweep: Sweep, jobs: int = 1) -> int:
+def run_all(folder: Path, sweep: SweepSpec, jobs: int = 1) -> int:
     """Run what is pending, `jobs` at a time on GPUs of their own, until all have been tried once. Returns an exit code.
 
     Several of these may work on one folder: a run is taken by whoever locks it first. A signal is handed on to the
@@ -197,11 +202,11 @@ def run_all(folder: Path, sweep: Sweep, jobs: int = 1) -> int:
             time.sleep(0.1)
     tracker.finish("KILLED" if received else "FAILED" if failed else "FINISHED")
     if received:
-        return REQUEUE if signal.SIGINT not in received else 130
+        return REQUEUE if signal.SIGINT not in received else INTERRUPTED
     return 1 if failed else 0
 
 
-def open_parent(folder: Path, sweep: Sweep) -> tuple[Tracker, str | None]:
+def open_parent(folder: Path, sweep: SweepSpec) -> tuple[Tracker, str | None]:
     """The MLflow run that all runs of the sweep are shown under, and the store that it is in, if there is one. A user's
     name and password are not in its address: anybody may read words of a command, and runs inherit the environment."""
     tracker = Tracker(sweep.configured(sweep.runs[0]).metrics)
@@ -216,7 +221,7 @@ def open_parent(folder: Path, sweep: Sweep) -> tuple[Tracker, str | None]:
 
 
 def start(
-    folder: Path, sweep: Sweep, run: Run, jobs: int, lock: int, parent: str | None, uri: str | None, gpus: str
+    folder: Path, sweep: SweepSpec, run: RunSpec, jobs: int, lock: int, parent: str | None, uri: str | None, gpus: str
 ) -> Started:
     log = folder / "logs" / f"{run.name}.log"
     cores = len(os.sched_getaffinity(0)) // jobs
@@ -235,16 +240,15 @@ def finish(folder: Path, one: Started) -> int:
     """Note what became of a run, and let go of it."""
     code = one.process.wait()
     entry = {"run": one.run.name, "code": code, "began": one.began, "seconds": round(time.time() - one.began, 1)}
-    with (folder / "attempts.jsonl").open("a") as file:
-        file.write(json.dumps(entry) + "\n")
+    append_jsonl(folder / "attempts.jsonl", entry, required=True)
     os.close(one.lock)
     return code
 
 
-def outcome(folder: Path, sweep: Sweep, one: Started) -> str:
+def outcome(folder: Path, sweep: SweepSpec, one: Started) -> str:
     found = state(folder, sweep, one.run)
     if found == "finished":
-        loss = last_line(folder / one.run.name / "held_out.jsonl").get("mean", last_loss(folder / one.run.name))
+        loss = last_jsonl_record(folder / one.run.name / "held_out.jsonl").get("mean", last_loss(folder / one.run.name))
         return f"finished in {time.time() - one.began:.0f} s, loss {loss:.4f}"
     log = folder / "logs" / f"{one.run.name}.log"
     words = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
@@ -254,7 +258,7 @@ def outcome(folder: Path, sweep: Sweep, one: Started) -> str:
 # One process per run, also of several sweeps on one folder ------------------------------------------------
 
 
-def take(folder: Path, run: Run) -> int | None:
+def take(folder: Path, run: RunSpec) -> int | None:
     """Lock a run for as long as this process lives; None if somebody else has it."""
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     lock = os.open(folder / "logs" / f"{run.name}.lock", os.O_CREAT | os.O_RDWR, 0o666)
@@ -268,7 +272,7 @@ def take(folder: Path, run: Run) -> int | None:
     return None
 
 
-def is_held(folder: Path, run: Run) -> bool:
+def is_held(folder: Path, run: RunSpec) -> bool:
     if not (folder / "logs" / f"{run.name}.lock").exists():
         return False
     lock = take(folder, run)
@@ -280,7 +284,7 @@ def is_held(folder: Path, run: Run) -> bool:
 # What to show ---------------------------------------------------------------------------------------------
 
 
-def table(folder: Path, sweep: Sweep) -> str:
+def table(folder: Path, sweep: SweepSpec) -> str:
     """Where every run stands, and what it has reached."""
     if not (folder / "sweep.json").is_file():
         raise FileNotFoundError(f"{folder} holds no sweep yet; start it with msc sweep FILE")
@@ -295,28 +299,24 @@ def table(folder: Path, sweep: Sweep) -> str:
     for run in sweep.runs:
         own, now = folder / run.name, state(folder, sweep, run, queue)
         counts[now] = counts.get(now, 0) + 1
-        line, clips = last_line(own / "log.jsonl"), sweep.configured(run).train.clips
+        line, clips = last_jsonl_record(own / "log.jsonl"), sweep.configured(run).train.clips
         spent = sum(attempt["seconds"] for attempt in attempts(folder, run))
-        held_out = last_line(own / "held_out.jsonl").get("mean")
+        held_out = last_jsonl_record(own / "held_out.jsonl").get("mean")
         numbers = (f"{value:.4f}" if value is not None else "" for value in (line.get("loss"), held_out))
         rows.append([run.name, now, f"{line.get('clock', 0)}/{clips}", *numbers, f"{spent:.0f}"])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = zip(row, widths, (str.ljust, str.ljust, *[str.rjust] * 4), strict=True)
-        lines.append("  ".join(align(text, width) for text, width, align in cells))
-    return "\n".join([*lines, ", ".join(f"{number} {name}" for name, number in counts.items())])
+    summary = ", ".join(f"{number} {name}" for name, number in counts.items())
+    return f"{text_table(rows[1:], rows[0], align='<<>')}\n{summary}"
 
 
 def last_loss(run: Path) -> float:
-    return float(last_line(run / "log.jsonl").get("loss", "nan"))
+    return float(last_jsonl_record(run / "log.jsonl").get("loss", "nan"))
 
 
-def attempts(folder: Path, run: Run) -> list[dict[str, Any]]:
+def attempts(folder: Path, run: RunSpec) -> list[dict[str, Any]]:
     """Every start of a run that has come to an end, here or as a job, oldest first."""
-    here = [attempt for attempt in read_lines(folder / "attempts.jsonl") if attempt["run"] == run.name]
+    here = [attempt for attempt in read_jsonl(folder / "attempts.jsonl") if attempt["run"] == run.name]
     return sorted([*here, *job_records.ended(folder / run.name / "jobs")], key=lambda attempt: attempt["began"])
 
 
-def last_code(folder: Path, run: Run) -> int | None:
+def last_code(folder: Path, run: RunSpec) -> int | None:
     return found[-1]["code"] if (found := attempts(folder, run)) else None

@@ -18,10 +18,10 @@ from .. import cli
 from ..commands import said
 from ..slurm import job_records, sbatch, submit
 from . import sweep
-from .sweep_spec import Sweep
+from .sweep_spec import SweepSpec
 
 
-def send(folder: Path, plan: Sweep, args: Namespace) -> int:
+def send(folder: Path, plan: SweepSpec, args: Namespace) -> int:
     """Send an array with a job for every run that is neither finished nor under way; ValueError, and nothing sent, if
     one of them cannot be. Where it was sent is in the folders of the sweep and of every run."""
     site = submit.settings(args)

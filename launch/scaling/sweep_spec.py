@@ -45,7 +45,7 @@ LADDER_KEYS = ("sizes", *BUDGETS, "base", "rules", "lr", "batch", "warmup", "ema
 
 
 @dataclass(frozen=True)
-class Run:
+class RunSpec:
     """One training run of a sweep: its name (also of its folder) and its settings over the sweep's base."""
 
     name: str
@@ -58,10 +58,10 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class SweepSpec:
     """preset, config: what all runs start from. processes: ranks of every run. index: of the shards."""
 
-    runs: tuple[Run, ...]
+    runs: tuple[RunSpec, ...]
     preset: str | None = None
     config: Path | None = None
     processes: int = 1
@@ -70,11 +70,11 @@ class Sweep:
     def base(self) -> Config:
         return load(preset(self.preset) if self.preset else None, self.config)
 
-    def configured(self, run: Run) -> Config:
+    def configured(self, run: RunSpec) -> Config:
         """The whole configuration of a run; ValueError if there is no such."""
         return load(self.base(), overrides=run.overrides)
 
-    def resolved(self, run: Run) -> Config:
+    def resolved(self, run: RunSpec) -> Config:
         """As the run's folder keeps it, with what the shards know."""
         assert self.index is not None
         return resolve(self.configured(run), self.index)
@@ -99,7 +99,7 @@ class Base:
         return self.lr * scaled * (batch / self.batch) ** self.rules["batch"]
 
 
-def read_sweep(path: Path) -> Sweep:
+def read_sweep_spec(path: Path) -> SweepSpec:
     """ValueError or OSError says what is wrong with the file; every run's settings have been checked."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -112,9 +112,9 @@ def read_sweep(path: Path) -> Sweep:
         raise ValueError(f"{path} names both a preset ({values['preset']}) and a config ({values['config']})")
     config = path.parent / str(values["config"]) if values.get("config") else None
     named = str(values["preset"]) if values.get("preset") else None
-    sweep = Sweep((), named, config, whole(values.get("processes", 1), f"{path}: processes"))
+    sweep = SweepSpec((), named, config, whole(values.get("processes", 1), f"{path}: processes"))
     shared = settings_of(values.get("set"), f"{path}: set")
-    start = load(sweep.base(), overrides=Run("", shared).overrides)
+    start = load(sweep.base(), overrides=RunSpec("", shared).overrides)
     if not start.data.sets:
         raise ValueError(f"{path} names no shards; put `data.shards: FOLDER` under `set`")
     shards = open_shards(start.data)
@@ -134,7 +134,7 @@ def read_sweep(path: Path) -> Sweep:
     return sweep
 
 
-def expand(values: Mapping[str, Any], shared: Mapping[str, Any], start: Config, index: Index) -> list[Run]:
+def expand(values: Mapping[str, Any], shared: Mapping[str, Any], start: Config, index: Index) -> list[RunSpec]:
     """All runs of a sweep file, named by what varies between them. `shared`, `start`: settings of all runs."""
     entries = [settings_of(entry, "list") for entry in as_list(values.get("list") or [{}], "list")]
     grid = {key: as_list(choices, f"grid: {key}") for key, choices in settings_of(values.get("grid"), "grid").items()}
@@ -145,7 +145,7 @@ def expand(values: Mapping[str, Any], shared: Mapping[str, Any], start: Config, 
     if ladder := settings_of(values.get("ladder"), "ladder"):
         ladders = [list(rungs_of(ladder, start, index, over)) for over in own]
     found = [{**rung, **over} for rungs in zip(*ladders, strict=True) for rung, over in zip(rungs, own, strict=True)]
-    runs = [Run(name, {**shared, **own}) for name, own in zip(names(found), found, strict=True)]
+    runs = [RunSpec(name, {**shared, **own}) for name, own in zip(names(found), found, strict=True)]
     if len({run.name for run in runs}) < len(runs):
         raise ValueError("the sweep holds the same run twice; every entry must differ in a setting")
     return runs
@@ -164,7 +164,7 @@ def rungs_of(
     shares = {name: number(ladder.get(name, 0.05), f"ladder: {name}") for name in ("warmup", "ema")}
     for size in as_list(ladder["sizes"], "ladder: sizes"):
         own = size_settings(settings_of(size, "ladder: sizes"), start)
-        model = resolve(load(start, overrides=Run("", {**own, **over}).overrides), index).model
+        model = resolve(load(start, overrides=RunSpec("", {**own, **over}).overrides), index).model
         tokens = index.frames * cost.tokens_per_frame(model, index.height, index.width)
         per_clip = {
             "clips": 1.0,

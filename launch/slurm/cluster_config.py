@@ -1,7 +1,6 @@
 """What a cluster wants of every job, written once: ~/.config/msc/site.yaml, or $MSC_SITE, or `--site FILE`."""
 
 import dataclasses
-import difflib
 import os
 import re
 from collections.abc import Mapping
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from msc.datasets.files import describe_validation_error, nearest
 
 TIME = re.compile(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}")  # as sbatch reads it: minutes, [H:]MM:SS, D-H[:MM[:SS]]
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -100,8 +101,8 @@ def read(path: Path | None) -> Site:
     known = [f.name for f in dataclasses.fields(Site)]
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1, 0.6)
-            raise ValueError(f"{path}: unknown key {key}" + (f"; did you mean {near[0]}?" if near else ""))
+            near = nearest(str(key), known)
+            raise ValueError(f"{path}: unknown key {key}" + (f"; did you mean {near}?" if near else ""))
     return build(values, str(path))
 
 
@@ -111,10 +112,5 @@ def build(values: Mapping[str, Any], source: str) -> Site:
     try:
         return pydantic.TypeAdapter(Site).validate_python(values)
     except pydantic.ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            message = problem["msg"].removeprefix("Value error, ")
-            where = ".".join(str(part) for part in problem["loc"])
-            lines.append(message if problem["type"] == "value_error" else f"{where}: {message}")
         # not the value: it may be a secret
-        raise ValueError(f"{source}: " + "; ".join(lines)) from None
+        raise ValueError(f"{source}: {describe_validation_error(error, values=False)}") from None

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import time
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from msc.datasets.files import write_atomically
+from msc.datasets.files import append_jsonl, read_jsonl, write_atomically
 
 Cluster = Literal["slurm", "local", "debug"]
 
@@ -74,20 +73,11 @@ def trainings(jobs: Path) -> list[Record]:
 def note(jobs: Path, job: str, **facts: Any) -> None:
     """Append a line on a start of `job`, written before anything else happens."""
     jobs.mkdir(parents=True, exist_ok=True)
-    with (jobs / f"{job}.starts.jsonl").open("a") as file:
-        file.write(json.dumps({"time": time.time(), **facts}) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    append_jsonl(jobs / f"{job}.starts.jsonl", {"time": time.time(), **facts}, required=True)
 
 
 def notes(jobs: Path, job: str) -> list[dict[str, Any]]:
-    path, found = jobs / f"{job}.starts.jsonl", []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            found.append(json.loads(line))
-        except ValueError:  # torn by a crash
-            continue
-    return found
+    return read_jsonl(jobs / f"{job}.starts.jsonl")
 
 
 def ended(jobs: Path) -> list[dict[str, Any]]:

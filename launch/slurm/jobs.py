@@ -16,7 +16,8 @@ from typing import Any
 
 import yaml
 
-from msc.datasets.files import last_line
+from msc.datasets.files import last_jsonl_record
+from msc.datasets.text_table import text_table
 from msc.pretrain.checkpoints import directory as checkpoint_directory
 from msc.pretrain.tracking import heartbeat
 
@@ -64,7 +65,7 @@ def read(run: Path) -> Facts:
         except (ValueError, OSError):  # being pruned, or damaged
             pass
     beat = heartbeat.read(run) or None
-    return Facts(run, train["clips"], train["batch"], last_line(run / "log.jsonl"), beat, saved, record)
+    return Facts(run, train["clips"], train["batch"], last_jsonl_record(run / "log.jsonl"), beat, saved, record)
 
 
 def state(facts: Facts, queue: Sequence[State], alive: bool, now: float) -> str:
@@ -136,8 +137,7 @@ def table(runs: Sequence[Path]) -> str:
     for facts in all_facts:
         alive = facts.record is not None and process_of(facts.record) is not None
         rows.append(row(facts, state(facts, queue.get(facts.record.id, []) if facts.record else [], alive, now), now))
-    widths = [max(len(r[i]) for r in rows) for i in range(len(HEAD))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(r, widths, strict=True)).rstrip() for r in rows)
+    return text_table(rows)
 
 
 def runs_here() -> list[Path]:

@@ -157,10 +157,10 @@ def prepare_training(
 
     words = ["--resume", "--run", str(run)]
     if inner.plan:
-        plan_report.read_expected(inner.plan)
+        plan_report.read_planned_step(inner.plan)
         words += ["--plan", str(inner.plan.absolute())]
     config = validation.check(asked.config, run, asked.resume, tasks)
-    heartbeat.check_not_training(run, commands.said)
+    heartbeat.check_not_training(run)
     run.mkdir(parents=True, exist_ok=True)
     write_atomically(run / "config.yaml", dump(config).encode())
     again = shlex.join(["msc", "submit", *options(args), *words])

@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from msc.datasets.errors import REPEATS
-from msc.datasets.prepare.progress import count_finished
+from msc.datasets.errors import DETERMINISTIC_FAILURE, FAILURE, INTERRUPTED, REQUEUE, USER_ERROR
+from msc.datasets.prepare.progress import count_finished_groups
 from msc.pretrain.checkpoints import directory as checkpoint_directory
 from msc.pretrain.tracking import heartbeat
 
@@ -34,9 +34,7 @@ from .job_records import Cluster
 LOCAL_PROGRAM = (
     "import sys; from msc.launch.slurm import supervisor; supervisor.attend(supervisor.from_json(sys.argv[1]))"
 )
-STOPPED = 75  # train.py's REQUEUE; that module imports torch
 SIGNALLED = 128 + signal.SIGUSR1  # before the time limit, to a command that does not listen
-MISTAKE, INTERRUPTED = 2, 130  # of the user's, in settings or files (but a file system may stumble too); Ctrl-C
 PATIENCE = (1, 4, 15, 40)  # seconds between tries to reach a busy Slurm
 WAIT = 60  # seconds between the ends of the first rank and the last: MLflow may keep rank 0 for 30
 
@@ -97,16 +95,16 @@ def attempts(job: Job, received: list[int]) -> int:
     say_changes(job)
     try:
         if job.trains:
-            heartbeat.check_not_training(Path(job.folder), say)
+            heartbeat.check_not_training(Path(job.folder))
     except ValueError as error:  # nor is its MLflow run ours to end
         say(f"{error}. This job ends without a start")
-        return MISTAKE
+        return USER_ERROR
     while True:
         since, start = time.time(), reached(job)
         began = [line["from"] for line in job_records.notes(folder, number) if "from" in line]
         if job_records.fruitless(began, start) >= job.starts:  # it was Slurm that started it again
             say(f"{job.starts} starts without a new checkpoint: given up. The log above says why")
-            return end(job, 1)
+            return end(job, FAILURE)
         job_records.note(folder, number, **{"from": start}, host=os.uname().nodename)
         code = run_ranks(job, received)
         fruitless = job_records.fruitless([*began, start], reached(job))
@@ -131,7 +129,7 @@ def slurm_number(environment: Mapping[str, str]) -> str:
 
 def end(job: Job, code: int) -> int:
     settle(job, code)
-    if code not in (0, REPEATS):  # how to go on after that is in the log: not with the same command
+    if code not in (0, DETERMINISTIC_FAILURE):  # how to go on after that is in the log: not with the same command
         say(f"to go on, where the job is not in the queue again: {job.again}")
     return code
 
@@ -147,13 +145,13 @@ def decide(code: int, fruitless: int, limit: int, worked: bool, goes_on: bool = 
         return "done", "finished"
     if code == SIGNALLED and not goes_on:
         return "over", "not started again, as its time is over and it would begin anew: raise --time"
-    if code == INTERRUPTED or (code == MISTAKE and not worked) or (code == REPEATS and fruitless):
+    if code == INTERRUPTED or (code == USER_ERROR and not worked) or (code == DETERMINISTIC_FAILURE and fruitless):
         return "over", "not started again, as it would end the same; the reason is in the log"
-    if code == 1 and not worked:
+    if code == FAILURE and not worked:
         return "over", "not started again, as it failed before it got anything done; the reason is in the log"
     if fruitless >= limit:
         return "over", f"not started again after {fruitless} starts without a new checkpoint"
-    return "again", "stopped and saved" if code == STOPPED else "failed; goes on from the last checkpoint"
+    return "again", "stopped and saved" if code == REQUEUE else "failed; goes on from the last checkpoint"
 
 
 def run_ranks(job: Job, received: list[int]) -> int:
@@ -177,7 +175,7 @@ def reached(job: Job) -> int:
     if job.trains:
         newest = checkpoint_directory.newest_meta(Path(job.folder))
         return newest.clock if newest else 0
-    return count_finished(Path(job.folder).resolve(), job.part)  # as convert does: the link may be to another name
+    return count_finished_groups(Path(job.folder).resolve(), job.part)  # a link may have another name
 
 
 def took_a_step(job: Job, since: float, start: int) -> bool:
@@ -194,7 +192,7 @@ def took_a_step(job: Job, since: float, start: int) -> bool:
 def may_start_again(job: Job, number: str, code: int, received: list[int]) -> bool:
     """Not when somebody ended the job: then it would rise again after `scancel`, or twice when Slurm requeues it."""
     if job.cluster != "slurm":
-        return code != STOPPED and not received
+        return code != REQUEUE and not received
     shown = persistently(["scontrol", "show", "job", "-o", number])
     state = re.search(r"\bJobState=(\w+)", shown.stdout)
     return shown.returncode != 0 or (state is not None and state[1] == "RUNNING")  # not known: to try costs nothing
@@ -225,7 +223,7 @@ def settle(job: Job, code: int) -> None:
     job has the run: it took it while the ranks were starting."""
     beat = heartbeat.read(Path(job.folder))
     others = heartbeat.is_fresh(beat, time.time()) and beat["job"] != heartbeat.job_id(os.environ)
-    if job.trains and code not in (0, STOPPED) and not others:
+    if job.trains and code not in (0, REQUEUE) and not others:
         from msc.pretrain.tracking.tracker import settle as settle_run
 
         if run_id := settle_run(Path(job.folder), "FAILED"):

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from msc.datasets.files import sync_folder, write_atomically
+from msc.datasets.files import sha256_of, sync_folder, write_atomically
 
 FORMAT = 2  # 1: rotary embedding paired other channels of a head, so that its weights would compute something else
 NAME = re.compile(r"step-\d{8,}")
@@ -158,14 +158,9 @@ def verify(path: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
             found.append(f"{file} is missing")
         elif size is not None and file.stat().st_size != size:
             found.append(f"{file} does not match its checksum: it has {file.stat().st_size:,} of {size:,} bytes")
-        elif digest(file) != sha:
+        elif sha256_of(file) != sha:
             found.append(f"{file} does not match its checksum")
     return found
-
-
-def digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 # What becomes of them ------------------------------------------------------------------------------------

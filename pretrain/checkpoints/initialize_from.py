@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..inference.load import read_run
 from ..model.transformer import Made, ModelConfig, MSCTransformer
-from ..run_folder import read_run
 from . import directory as checkpoint_directory
 from . import format as checkpoint_format
 from .exported_weights import Shapes, abbreviated, open_exported

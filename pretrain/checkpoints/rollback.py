@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msc.datasets.files import append_line, write_atomically
+from msc.datasets.files import append_jsonl, read_jsonl, write_atomically
 from msc.datasets.loading.dataloader import Batch
 
 from . import directory as checkpoint_directory
@@ -45,14 +45,14 @@ def record_skipped_step(run: Path, step: int, clock: int, batch: int, why: str, 
         worst[sample, key] = max(worst.get((sample, key), -1.0), error if math.isfinite(error) else math.inf)
     ranked = sorted(worst.items(), key=lambda item: -item[1])
     clips = [{"sample": s, "key": key, "error": e if e < math.inf else None} for (s, key), e in ranked]
-    append_line(run / "skipped.jsonl", {"step": step, "clock": clock, "batch": batch, "why": why, "clips": clips})
+    append_jsonl(run / "skipped.jsonl", {"step": step, "clock": clock, "batch": batch, "why": why, "clips": clips})
     bad = [clip for clip in clips if clip["error"] is None] or clips
     names = ", ".join(f"{clip['sample']} ({clip['key']})" for clip in bad[:8]) + (" ..." if len(bad) > 8 else "")
     print(f"msc: step {step} is not taken: {why}; clips {names}", file=sys.stderr, flush=True)
 
 
 def too_many_skipped_message(run: Path, step: int, count: int, why: str) -> str:
-    lines = [line for line in read_lines(run / "skipped.jsonl") if line["step"] > step - count]
+    lines = [line for line in read_jsonl(run / "skipped.jsonl") if line["step"] > step - count]
     names = ", ".join(str(clip["sample"]) for line in lines for clip in line["clips"])
     there = [path.name for path in checkpoint_directory.resume_candidates(run)]
     steps = ", ".join(str(int(name.removeprefix("step-"))) for name in there[:8])
@@ -86,8 +86,8 @@ def merge_ranges(ranges: Sequence[Range]) -> list[Range]:
 
 def reached(run: Path) -> int:
     """The sample clock that the run is known to have come to: its reports, refused steps and newest checkpoint."""
-    clocks = [line["clock"] for line in read_lines(run / "log.jsonl")]
-    clocks += [line["clock"] + line["batch"] for line in read_lines(run / "skipped.jsonl")]
+    clocks = [line["clock"] for line in read_jsonl(run / "log.jsonl")]
+    clocks += [line["clock"] + line["batch"] for line in read_jsonl(run / "skipped.jsonl")]
     newest = checkpoint_directory.newest_meta(run)
     return max([*clocks, newest.clock if newest else 0])
 
@@ -144,19 +144,8 @@ def _write_state(run: Path, ranges: list[Range], back_to: str) -> None:
     write_atomically(run / "left_out.json", json.dumps({"clips": ranges, "back_to": back_to}).encode())
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a .jsonl file, up to one that was torn by a crash."""
-    found: list[dict[str, Any]] = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            break
-    return found
-
-
 def truncate_jsonl(path: Path, step: int) -> None:
     """Drop the lines of a .jsonl file beyond the checkpoint that the run goes on from: those steps are taken again."""
     if path.is_file():
-        kept = [line for line in read_lines(path) if line["step"] <= step]
+        kept = [line for line in read_jsonl(path) if line["step"] <= step]
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,15 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msc.datasets.files import check_replaceable, partial_folder, publish, write_atomically
+from msc.datasets.files import check_replaceable, free_bytes, partial_folder, publish_folder, write_atomically
 
 from ..checkpoints import directory as checkpoint_directory
 from ..checkpoints import format as checkpoint_format
 from ..checkpoints.directory import CheckpointMeta
 from ..checkpoints.exported_weights import FORMAT, Shapes, abbreviated, open_safetensors, safetensors_header
 from ..config import Config
+from ..inference.load import read_run
 from ..model.transformer import MSCTransformer
-from ..run_folder import LatentSpace, read_run
+from ..run_folder import LatentSpace
 from . import model_card
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -87,7 +87,7 @@ def export(
             told.append(f"{which:<4} {named} ({size / 1e6:,.1f} MB): {proof}")
         kept = model_card.write_card(aside, run, facts, config, before=out / "README.md", repository=push_to)
         model_card.write_pipeline(aside, facts)
-        publish(aside, out)
+        publish_folder(aside, out)
     count = sum(map(math.prod, source.shapes.values()))
     told.insert(0, f"{count:,} parameters of step {source.meta.step:,} in {dtype} written to {out}")
     if kept:
@@ -116,10 +116,9 @@ def open_source(run: Path, config: Config, step: str | None) -> Source:
 
 
 def check_space(out: Path, source: Source, each: int) -> None:
-    there = next(parent for parent in out.absolute().parents if parent.exists())
-    free, needed = shutil.disk_usage(there).free, each * sum(map(math.prod, source.shapes.values()))
+    free, needed = free_bytes(out), each * sum(map(math.prod, source.shapes.values()))
     if free < needed:
-        raise OSError(f"{there} has {free / 1e9:.1f} GB free; the weights take {needed / 1e9:.1f} GB")
+        raise OSError(f"the disk of {out} has {free / 1e9:.1f} GB free; the weights take {needed / 1e9:.1f} GB")
 
 
 def describe(

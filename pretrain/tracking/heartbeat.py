@@ -22,7 +22,10 @@ from typing import Any
 
 import psutil
 
+from msc.datasets.files import write_atomically
 from msc.parallel.progress import Phase, Progress
+
+from ..run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -100,16 +103,14 @@ def _same_process(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
 
 def _write(run: Path, phase: Phase, own: Mapping[str, Any]) -> None:
     run.mkdir(parents=True, exist_ok=True)
-    partial = run / f".heartbeat.{own['host']}.{own['pid']}"  # two processes may write at once
     state = {"time": time.time(), "step": phase.step, "phase": phase.name, "since": phase.since}
-    partial.write_text(json.dumps({**state, **own}))
-    os.replace(partial, run / "heartbeat.json")
+    write_atomically(RunFolder(run).heartbeat, json.dumps({**state, **own}).encode(), sync=False)
 
 
 def read(run: Path) -> dict[str, Any]:
     """The last heartbeat, {} if there is none."""
     try:
-        heartbeat = json.loads((run / "heartbeat.json").read_text())
+        heartbeat = json.loads(RunFolder(run).heartbeat.read_text())
     except (OSError, ValueError):
         return {}
     return heartbeat if isinstance(heartbeat, dict) else {}
@@ -145,7 +146,7 @@ def acquire_run(run: Path, ranks: int) -> None:
     """Own `run` by a first heartbeat; ValueError if another process owns it, or acquires it at the same time.
 
     The last one to write owns it: a process that still reads its own heartbeat when all others must have written is
-    alone (Fischer's algorithm, in Lamport 1987, A fast mutual exclusion algorithm). On rank 0, before `write_heartbeat`.
+    alone (Fischer's algorithm, in Lamport 1987, A fast mutual exclusion algorithm). On rank 0 only.
     """
     check_not_training(run)
     own, checked = identity(ranks), time.monotonic()

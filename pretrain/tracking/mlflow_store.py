@@ -6,10 +6,8 @@ Everything here may block or raise; MLflow itself is imported by `Store.connect`
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
-import os
 import re
 import subprocess
 import time
@@ -20,6 +18,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from msc.datasets.files import locked, write_atomically
 
 logger = logging.getLogger("msc.pretrain.tracking.tracker")
 
@@ -202,7 +202,6 @@ class Store:
         self._send(found.info.run_id, [Point({**tags, "msc.starts": self.starts}, None, 0)])
 
     def _write_identity(self, run_id: str | None) -> None:
-        partial = self.run / f".mlflow.json.{os.getpid()}"
         known = {
             "key": self.key,
             "run_id": run_id,
@@ -211,8 +210,7 @@ class Store:
         }
         try:
             self.run.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(known, indent=1) + "\n")
-            os.replace(partial, self.run / "mlflow.json")
+            write_atomically(self.run / "mlflow.json", f"{json.dumps(known, indent=1)}\n".encode(), sync=False)
         except OSError as error:  # a run folder that is only read
             logger.warning("mlflow: the run's id is not kept: %s", error)
 
@@ -290,7 +288,5 @@ def _first_use(uri: str) -> Iterator[None]:
         yield
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file.with_name(file.name + ".lock"), "w") as lock:
-        with contextlib.suppress(OSError):  # some network file systems have no locks: the caller retries
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(file.with_name(file.name + ".lock"), required=False):  # the caller retries
         yield

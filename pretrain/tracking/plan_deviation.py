@@ -1,4 +1,4 @@
-"""A training run against its plan: pure comparison of what the meter reads with what was expected."""
+"""A training run against its plan: pure comparison of what the meter reads with what was planned."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ OFF = 1.5  # times the plan; a plan rests on estimates, and is better than that 
 
 
 @dataclass(frozen=True)
-class Expected:
+class PlannedStep:
     """Seconds of a step and GiB per GPU that a plan expects, and which plan. factor: beyond it, it is said."""
 
     step_s: float
@@ -24,30 +24,30 @@ class Expected:
             )
 
 
-def ratios(values: Mapping[str, float], expected: Expected) -> dict[str, float]:
+def plan_ratios(values: Mapping[str, float], planned: PlannedStep) -> dict[str, float]:
     """Measured over expected, for the curves. values: of `Meter.read`. Memory only of GPUs: a CPU process holds
     more."""
-    found = {"plan/step_s": values["step_s"] / expected.step_s}
+    found = {"plan/step_s": values["step_s"] / planned.step_s}
     if "memory_reserved_gib" in values:
-        found["plan/memory"] = values["memory_reserved_gib"] / expected.memory_gib
+        found["plan/memory"] = values["memory_reserved_gib"] / planned.memory_gib
     return found
 
 
-def deviation(values: Mapping[str, float], expected: Expected) -> str:
+def describe_deviation(values: Mapping[str, float], planned: PlannedStep) -> str:
     """What to tell a person where a run is off its plan by more than the factor, or nothing."""
-    found = ratios(values, expected)
+    found = plan_ratios(values, planned)
     told = []
     step, memory = found["plan/step_s"], found.get("plan/memory", 1.0)
-    if not 1 / expected.factor <= step <= expected.factor:
+    if not 1 / planned.factor <= step <= planned.factor:
         waiting = f", waiting for data {values['data_wait']:.0%} of it" if values.get("data_wait", 0) > 0.1 else ""
         told.append(
-            f"a step takes {values['step_s']:.3g} s, {_times(step)} the {expected.step_s:.3g} s planned{waiting}"
+            f"a step takes {values['step_s']:.3g} s, {_times(step)} the {planned.step_s:.3g} s planned{waiting}"
         )
-    if memory > expected.factor:  # holding less is no trouble
+    if memory > planned.factor:  # holding less is no trouble
         told.append(
-            f"{values['memory_reserved_gib']:.3g} GiB are held, {_times(memory)} the {expected.memory_gib:.3g} planned"
+            f"{values['memory_reserved_gib']:.3g} GiB are held, {_times(memory)} the {planned.memory_gib:.3g} planned"
         )
-    return f"off its plan ({expected.source}): {'; '.join(told)}" if told else ""
+    return f"off its plan ({planned.source}): {'; '.join(told)}" if told else ""
 
 
 def _times(ratio: float) -> str:

@@ -21,6 +21,8 @@ from typing import Any, Literal
 
 import yaml
 
+from msc.datasets.files import write_atomically
+
 from .mlflow_store import SYSTEM_SECONDS, File, Point, Store, refused, settle_run, shown, without_user
 from .throughput import Meter, memory, mfu
 
@@ -321,8 +323,7 @@ class Tracker:
             "state": state,
         }
         try:
-            path.with_suffix(".partial").write_text(json.dumps(left))
-            os.replace(path.with_suffix(".partial"), path)
+            write_atomically(path, json.dumps(left).encode(), sync=False)
         except OSError as error:
             logger.warning("mlflow: %d entries are only in memory, and lost if it goes: %s", len(points), error)
             return False

@@ -6,10 +6,8 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from msc.datasets.errors import Repeats
-from msc.datasets.files import append_line
-
-from ..checkpoints import rollback
+from msc.datasets.errors import DeterministicFailure
+from msc.datasets.files import append_jsonl, read_jsonl
 
 
 class Broken:
@@ -22,18 +20,18 @@ class Broken:
     def note(self, step: int, met: Iterable[tuple[int, str]], writing: bool) -> None:
         """Add what was met in a step, the same on every rank, of which one is `writing`.
 
-        Repeats once more than `most` are known: one rank alone may never meet that many.
+        DeterministicFailure once more than `most` are known: one rank alone may never meet that many.
         """
         new = {sample: why for sample, why in met if sample not in self.found}
         self.found |= new
         for sample, why in sorted(new.items()) if writing else ():
-            append_line(self.path, {"step": step, "sample": sample, "why": why})
+            append_jsonl(self.path, {"step": step, "sample": sample, "why": why})
         if len(self.found) > self.most:
-            raise Repeats(
+            raise DeterministicFailure(
                 f"{len(self.found)} of {self.clips} clips are broken, more than data.max_bad allows ({self.most}): see "
                 f"{self.path}; check the disk, or run `msc convert` again"
             )
 
 
 def read_broken(run: Path) -> dict[int, str]:
-    return {line["sample"]: line["why"] for line in rollback.read_lines(run / "broken.jsonl")}
+    return {line["sample"]: line["why"] for line in read_jsonl(run / "broken.jsonl")}

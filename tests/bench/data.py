@@ -34,7 +34,7 @@ from msc.datasets.prepare.convert import ConvertConfig, convert
 from msc.datasets.prepare.shard_writer import CRF
 from msc.datasets.shards.index import read_index, read_part, scan
 from msc.datasets.synthetic import moving_textures
-from msc.datasets.video import to_mp4
+from msc.datasets.video import encode_mp4
 
 FRAMES, SIZE, FPS, BATCH = 16, 128, 12, 8
 EPOCHS = 8  # times that the loaders read all clips, so that starting workers counts little
@@ -49,7 +49,7 @@ def write_sources(folder: Path, videos: int) -> None:
     folder.mkdir()
     for i in range(videos):
         video = moving_textures(i, 1, 10 * FRAMES, *SOURCE)[0]
-        (folder / f"{i:03d}.mp4").write_bytes(to_mp4(video, FPS, crf=20))
+        (folder / f"{i:03d}.mp4").write_bytes(encode_mp4(video, FPS, crf=20))
 
 
 def plain(folder: Path, write: bool) -> None:
@@ -63,7 +63,7 @@ def plain(folder: Path, write: bool) -> None:
                 clip.append(torch.from_numpy(picture).permute(2, 0, 1))
                 if len(clip) == FRAMES:
                     if write:
-                        to_mp4(torch.stack(clip), FPS, CRF)
+                        encode_mp4(torch.stack(clip), FPS, CRF)
                     clip = []
 
 

@@ -20,7 +20,7 @@ import atheris
 with atheris.instrument_imports(include=["msc.datasets"]):
     from msc.datasets.loading.mixture import Shards, ShardSet, rounds
     from msc.datasets.loading.shard_reader import Samples
-    from msc.datasets.prepare.statistics import mix
+    from msc.datasets.prepare.statistics import mix_statistics
     from msc.datasets.prepare.summary import describe
     from msc.datasets.shards.index import ShardInfo, parse_index, scan, write_index, write_shard
 
@@ -97,7 +97,7 @@ def read_index(content: bytes) -> None:
     assert all("/" not in shard.name for shards in index.splits.values() for shard in shards)
     found = index.statistics
     describe(FOLDER, index)
-    gate_constants(SCALES, 2, 1, mix([(1.0, found), (2.0, found)]))
+    gate_constants(SCALES, 2, 1, mix_statistics([(1.0, found), (2.0, found)]))
     rounds(Shards((ShardSet(FOLDER, index),)), "train", 1)
 
 

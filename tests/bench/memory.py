@@ -56,10 +56,10 @@ def configure(case: dict[str, Any]) -> Any:
 
 def planned(case: dict[str, Any]) -> float:
     from msc.launch.planning.hardware import KINDS
-    from msc.launch.planning.plan import plan
+    from msc.launch.planning.plan import make_plan
 
     config, index = configure(case)
-    memory = plan(config, index, KINDS["h100"], case.get("ranks", 1)).memory
+    memory = make_plan(config, index, KINDS["h100"], case.get("ranks", 1)).memory
     return sum(size for part, size in memory.items() if part != "reserved")
 
 

@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msc.datasets.prepare.statistics import measure
+from msc.datasets.prepare.statistics import measure_statistics
 from msc.datasets.synthetic import moving_textures
 from msc.pretrain.diffusion.rectified_flow import add_noise, frame_losses
 from msc.pretrain.diffusion.sampler import generate
 from msc.pretrain.evaluation.metrics import psnr
-from msc.pretrain.inference.video_io import contact_sheet
+from msc.pretrain.inference.contact_sheet import write_contact_sheet
 from msc.pretrain.model.layers import Block
 from msc.pretrain.model.noise_gate import gate_constants
 from msc.pretrain.model.scales import Scale, default_scales
@@ -188,7 +188,7 @@ def main() -> None:
     made = time.perf_counter() - began
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # some thousand small sums a clip
-    statistics = measure(train[:64].float())
+    statistics = measure_statistics(train[:64].float())
     torch.set_num_threads(threads)
     mean, std = (torch.tensor(x, device=device)[:, None, None] for x in (statistics.mean, statistics.std))
     train, rest = (train.pin_memory() if device.type == "cuda" else train), (rest.to(device).float() - mean) / std
@@ -237,7 +237,7 @@ def main() -> None:
             print(f"{name:<12} PSNR of {which}: " + " ".join(f"{quality[h - 1]:.2f}" for h in horizons(len(quality))))
         rows.append((name, pixels(video[0])))
         sheet = [(label, (clip * 255).round().to(torch.uint8)) for label, clip in rows]
-        contact_sheet(sheet, args.folder / "sheet.png", context=given)
+        write_contact_sheet(sheet, args.folder / "sheet.png", context=given)
     if args.steps:
         truth = pixels(rest)
         quality = scores(truth[:, given - 1 : given].expand_as(truth))

@@ -17,9 +17,9 @@ import psutil
 import torch
 
 from msc.launch.planning import hardware
-from msc.launch.planning.plan import roll_out
+from msc.launch.planning.plan import plan_rollout
 from msc.pretrain import cost
-from msc.pretrain.diffusion.sampler import Cache, generate, short_sighted
+from msc.pretrain.diffusion.sampler import Cache, generate, limit_context
 from msc.pretrain.model.scales import default_scales
 from msc.pretrain.model.transformer import ModelConfig, MSCTransformer
 
@@ -40,7 +40,7 @@ def main() -> None:
     config = ModelConfig(width=args.width, depth=args.depth, scales=default_scales(4), patch=2, channels=3)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = MSCTransformer(config).eval().to(device)
-    model = model if args.reach is None else short_sighted(model, args.reach)
+    model = model if args.reach is None else limit_context(model, args.reach)
     grid, process, cache = (args.side // 2, args.side // 2), psutil.Process(), Cache()
     start = torch.zeros(1, 0, 3, args.side, args.side, device=device)
     before, last, rows = process.memory_info().rss, time.perf_counter(), []
@@ -62,7 +62,7 @@ def main() -> None:
     print(f"caches other than planned: {sum(row[1] != row[2] for row in rows)} of {len(rows)} frames")
     slope = cost.cache_bytes(model.config, 2000, *grid) - cost.cache_bytes(model.config, 1000, *grid)
     flops = [cost.unit_flops(model.config, unit, *grid) for unit in (16, args.frames - 1)]
-    whole = roll_out(model.config, grid, hardware.kind_of("h100"), args.frames, args.steps)
+    whole = plan_rollout(model.config, grid, hardware.gpu_kind("h100"), args.frames, args.steps)
     print(f"planned: caches grow by {slope / 1000:,.0f} bytes a unit from unit 1,000 to 2,000; a pass costs "
           f"{flops[1] / flops[0]:.3f} times the FLOPs at the end; memory " + ", ".join(
               f"{name} {size / 1e6:.1f} MB" for name, size in whole.memory.items()))  # fmt: skip

@@ -40,7 +40,7 @@ import torch
 import torch.distributed as dist
 
 from msc.launch.planning import hardware
-from msc.launch.planning.plan import plan
+from msc.launch.planning.plan import make_plan
 from msc.launch.processes import launcher
 from msc.parallel import collectives, deepspeed_zero, process_group
 from msc.pretrain import cost
@@ -242,7 +242,7 @@ def measure(args: argparse.Namespace, world: process_group.RankInfo, mesh: Any, 
     ends = torch.stack([losses[0], losses[-1]])
     dist.all_reduce(ends)
     medians = [[statistics.median(runs) for runs in way] for way in slowest.permute(1, 2, 0).tolist()]
-    device = hardware.named_by_driver(torch.cuda.get_device_name()) if on_gpu else None
+    device = hardware.gpu_of_driver_name(torch.cuda.get_device_name()) if on_gpu else None
     return {
         "seconds": medians[0][0],
         "by_rank": [statistics.median(one.tolist()) for one in by_rank],
@@ -257,7 +257,7 @@ def measure(args: argparse.Namespace, world: process_group.RankInfo, mesh: Any, 
 
 def planned(args: argparse.Namespace, job: dict[str, Any], device: hardware.Device) -> float:
     config, index = configure(args, job)
-    found = plan(config, index, device, job["ranks"])
+    found = make_plan(config, index, device, job["ranks"])
     alone = () if args.engine else ("gradients", "weights", "update")
     return sum(seconds for part, seconds in found.seconds.items() if part not in alone)
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from msc.datasets.loading.shard_reader import Samples
-from msc.datasets.prepare.statistics import Statistics, measure
+from msc.datasets.prepare.statistics import Statistics, measure_statistics
 from msc.datasets.shards.index import read_index
 from msc.datasets.synthetic import curtains, gaussian_fields, moving_textures, turning_camera
 from msc.pretrain import cost
@@ -78,7 +78,7 @@ class Task:
 def made(video: Callable[[int, int], Tensor], clips: int, held_out: int, device: torch.device) -> Task:
     """A task of clips that are made up: `video(seed, clips)`. Floats already have mean 0 and variance 1."""
     train, rest = video(10, clips), video(11, held_out)
-    statistics = measure(train[:256].float())
+    statistics = measure_statistics(train[:256].float())
     if not train.is_floating_point():
         mean, std = (torch.tensor(x)[:, None, None] for x in (statistics.mean, statistics.std))
         train, rest = ((x - mean) / std for x in (train, rest))
@@ -107,7 +107,7 @@ def real(folder: Path, held_out: int, device: torch.device) -> Task:
 
     train, rest = videos("train"), videos("held_out")
     clips = 1 << 20  # crops of the same clip are counted as different
-    statistics = measure(crop(train, list(range(512))))
+    statistics = measure_statistics(crop(train, list(range(512))))
     mean, std = (torch.tensor(x, device=device)[:, None, None] for x in (statistics.mean, statistics.std))
     train = train.to(device)
     return Task(
