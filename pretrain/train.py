@@ -95,7 +95,7 @@ def _train(
         **checkpoint_format.library_versions(),
         **control_plane.run_on_rank_0(code_version),
     }  # git, on a node that is not in a hurry
-    control_plane.run_on_rank_0(partial(check_sizes, shards), patient=True)
+    control_plane.run_on_rank_0(partial(check_sizes, shards), slow=True)
     mesh = make_mesh(world.world_size, config.parallel.sp, world.device.type)
     if (
         told := placement_warning(control_plane.gather_objects(socket.gethostname()), config.parallel.sp)
