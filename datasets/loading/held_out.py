@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from .dataloader import Batch, loader
-from .mixture import Shards, Stream, only
+from .mixture import Shards, Stream, single_set
 
 
 def held_out_batches(
@@ -52,7 +52,7 @@ def _held_out(
     frames: tuple[int, int] | None = None,
 ) -> Iterator[Batch]:  # fmt: skip
     batches = loader(
-        only(stream.place, stream.index), "held_out", seed=0, clock=first, clips=each, rank=rank, ranks=ranks,
+        single_set(stream.place, stream.index), "held_out", seed=0, clock=first, clips=each, rank=rank, ranks=ranks,
         frames=[frames], workers=0, shuffle=False, stop=first + clips,
     )  # fmt: skip
     for batch in batches:

@@ -17,7 +17,7 @@ from msc.datasets.files import write_atomically
 from msc.datasets.loading.held_out import held_out_batches, parts_of
 from msc.datasets.loading.mixture import Shards, open_shards
 
-from ..batch_inputs import Feed, Inputs
+from ..batch_inputs import BatchInputs, InputBuilder
 from ..diffusion.rectified_flow import DiffusionConfig, frame_losses, frame_shift
 from ..inference.load import TrainedModel, open_run
 from ..inference.preview import half_of_clip
@@ -82,7 +82,7 @@ def evaluate(run: Path, request: EvaluateConfig) -> str:
         check_comparable(trained, subjects[OTHERS], shards)
     network = None if request.features is None else open_features(request.features, trained.device)
     rollouts = Rollouts(request.steps, request.samples, network)
-    feeds = {who: feeds_of(one, trained.config.diffusion, shards) for who, one in subjects.items()}
+    builders = {who: builders_of(one, trained.config.diffusion, shards) for who, one in subjects.items()}
 
     # Clip by clip
     found: list[Rows] = []  # of every batch
@@ -92,7 +92,7 @@ def evaluate(run: Path, request: EvaluateConfig) -> str:
             for batch, _ in held_out_batches(shards, clips, EACH):
                 rows: Rows = {}
                 for who, one in subjects.items():
-                    inputs, seed = feeds[who][batch.bucket](batch), HELD_OUT_SEED + batch.samples[0]
+                    inputs, seed = builders[who][batch.bucket](batch), HELD_OUT_SEED + batch.samples[0]
                     own = measure(one, inputs, seed, rollouts if batch.bucket == continued else None)
                     rows |= {(table, who + row): part for (table, row), part in own.items()
                              if not (who and row in BASELINES)}  # fmt: skip
@@ -153,10 +153,10 @@ def check_comparable(one: TrainedModel, other: TrainedModel, shards: Shards) -> 
         check_clip(other.config.model, shape.frames, shape.height, shape.width)
 
 
-def feeds_of(one: TrainedModel, diffusion: DiffusionConfig, shards: Shards) -> list[Feed]:
+def builders_of(one: TrainedModel, diffusion: DiffusionConfig, shards: Shards) -> list[InputBuilder]:
     """How clips of every bucket become inputs: noise and levels do not depend on the model."""
     return [
-        Feed(
+        InputBuilder(
             model=one.model,
             autoencoder=one.autoencoder,
             diffusion=diffusion,
@@ -174,7 +174,7 @@ def feeds_of(one: TrainedModel, diffusion: DiffusionConfig, shards: Shards) -> l
 # One model, one batch ---------------------------------------------------------------------------------
 
 
-def measure(one: TrainedModel, inputs: Inputs, seed: int, rollouts: Rollouts | None) -> Rows:
+def measure(one: TrainedModel, inputs: BatchInputs, seed: int, rollouts: Rollouts | None) -> Rows:
     """All rows of one model for a batch; without roll-outs their tables are left out."""
     with torch.no_grad():
         velocity = one.model(inputs.noisy, inputs.t, inputs.text, inputs.labels)

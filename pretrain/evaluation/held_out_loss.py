@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from msc.datasets.loading.held_out import held_out_batches
 from msc.datasets.loading.mixture import Shards
 
-from ..batch_inputs import Feed, Inputs
+from ..batch_inputs import BatchInputs, InputBuilder
 from ..config import Config
 from ..diffusion.rectified_flow import add_noise, frame_losses
 from ..diffusion.sampler import Cache, extend_cache
@@ -76,18 +76,18 @@ class LossByNoise:
 
 @torch.no_grad()
 def held_out_losses(
-    model: nn.Module, config: Config, shards: Shards, feeds: Sequence[Feed], rows: int, row: int
+    model: nn.Module, config: Config, shards: Shards, builders: Sequence[InputBuilder], rows: int, row: int
 ) -> LossByNoise:
-    """Held-out loss of a model that may be sharded over ranks; the same noise at every call. feeds: of every bucket."""
-    feeds = [replace(feed, seed=HELD_OUT_SEED, text_dropout=0.0) for feed in feeds]
-    frames = [(feed.frames.start, feed.frames.stop) for feed in feeds]
-    losses = LossByNoise.zeros(feeds[0].device)
+    """Held-out loss of a model that may be sharded over ranks; the same noise at every call. builders: per bucket."""
+    builders = [replace(builder, seed=HELD_OUT_SEED, text_dropout=0.0) for builder in builders]
+    frames = [(builder.frames.start, builder.frames.stop) for builder in builders]
+    losses = LossByNoise.zeros(builders[0].device)
     model.eval()
     each = config.train.micro
     for batch, count in held_out_batches(shards, config.train.held_out, each, rows, row, frames):
-        feed = feeds[batch.bucket]
-        inputs = feed(batch)
-        velocity = model(inputs.noisy, inputs.t, inputs.text, inputs.labels, feed.timeline, inputs.all_t)
+        builder = builders[batch.bucket]
+        inputs = builder(batch)
+        velocity = model(inputs.noisy, inputs.t, inputs.text, inputs.labels, builder.timeline, inputs.all_t)
         counted = inputs.supervised & (torch.arange(len(inputs.t), device=inputs.t.device) < count)[:, None]
         losses.add(frame_losses(velocity, inputs.x, inputs.noise), inputs.t, counted)
     model.train()
@@ -98,19 +98,19 @@ def held_out_losses(
 # What clips add to the tables of `msc evaluate` ------------------------------------------------------
 
 
-def by_noise(errors_BT: Tensor, inputs: Inputs) -> Part:
+def by_noise(errors_BT: Tensor, inputs: BatchInputs) -> Part:
     """Squared velocity errors of supervised frames, by range of the noise level."""
     in_bin = torch.nn.functional.one_hot(bin_of(inputs.t), BINS) * inputs.supervised[..., None]
     return summed((errors_BT[..., None] * in_bin).sum(1), in_bin.sum(1))
 
 
-def by_position(errors_BT: Tensor, inputs: Inputs) -> Part:
+def by_position(errors_BT: Tensor, inputs: BatchInputs) -> Part:
     """The same by place of the frame in its clip."""
     return summed(errors_BT * inputs.supervised, inputs.supervised)
 
 
 @torch.no_grad()
-def by_context(model: MSCTransformer, inputs: Inputs) -> dict[str, Part]:
+def by_context(model: MSCTransformer, inputs: BatchInputs) -> dict[str, Part]:
     """Loss of the clips' last unit at the middle of every range of noise levels, after a clean past that is seen
     whole; and what is added where the unit sees nothing of the past, or nothing at one scale."""
     per_unit = model.config.frames_per_unit

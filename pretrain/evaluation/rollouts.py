@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..batch_inputs import Inputs
+from ..batch_inputs import BatchInputs
 from ..diffusion.rectified_flow import frame_shift
 from ..diffusion.sampler import generate
 from ..inference.load import TrainedModel
@@ -31,7 +31,7 @@ class Rollouts:
 
 
 @torch.no_grad()
-def continuations(one: TrainedModel, inputs: Inputs, seed: int, rollouts: Rollouts) -> Rows:
+def continuations(one: TrainedModel, inputs: BatchInputs, seed: int, rollouts: Rollouts) -> Rows:
     """All rows of a batch of clips. The noise depends on the seed, the clip's place in the batch and the sample."""
     model = one.model
     given, units = half_of_clip(inputs.x.shape[1], model.config.frames_per_unit)

@@ -16,8 +16,8 @@ from msc.datasets.files import partial_file
 
 
 def upscaled(video: Tensor, side: int = 640) -> Tensor:
-    """`[T, 3, H, W]` grown by the largest whole factor that keeps both sides within `side`: pages show a video at its
-    own size, and one of 64 pixels not at all."""
+    """`[T, 3, H, W]` enlarged by the largest integer factor that keeps both sides within `side`: web pages show a video
+    at its own size, and one of 64 pixels is too small to see."""
     factor = max(1, side // max(video.shape[-2:]))
     return video.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
 
@@ -27,34 +27,36 @@ def write_mp4(path: Path, video: Tensor, fps: float) -> None:
 
     4:2:0 needs even sides: an odd one repeats its last row or column, so the file is one pixel larger.
     """
-    # the index first: browsers can start before the whole file is there
-    with temporary_beside(path) as partial, _encoder(partial, fps, {"movflags": "+faststart"}) as append:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # faststart, the index first: browsers can start before the whole file is there
+    with partial_file(path) as partial, _encoder(partial, fps, {"movflags": "+faststart"}) as append:
         append(video)
 
 
 @contextmanager
 def stream_mp4(path: Path, fps: float) -> Iterator[Callable[[Tensor], None]]:
-    """Write a video as it comes, as `write_mp4` does: gives a function that appends uint8 `[T, 3, H, W]`.
+    """Write a video of any length frame by frame: gives a function that appends uint8 `[T, 3, H, W]`.
 
-    Until its end the file is NAME.partial.mp4. That can be played at any time, also after a crash of process or
-    machine, but for its last second or two: it is written in fragments of a second. An error or Ctrl-C leaves it,
-    with all frames; a good end makes an ordinary mp4 of it and gives it its name.
+    Until its end the file is NAME.partial.mp4, in fragments of a second, which can be played at any time, also after a
+    crash of process or machine, but for its last second or two. An error or Ctrl-C leaves it there with all frames; at
+    a good end it becomes an ordinary mp4 with its final name.
     """
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_name(path)
     try:
         options = {"movflags": "hybrid_fragmented", "flush_packets": "1"}
         with _encoder(partial, fps, options, {"g": str(max(1, round(fps)))}) as append:
             yield append
-        _rename(partial, path)
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
     finally:
         if partial.is_file() and not partial.stat().st_size:  # nothing was appended
             partial.unlink()
 
 
 def partial_name(path: Path) -> Path:
-    """What `stream_mp4` calls a file that is not whole yet."""
+    """The name that `stream_mp4` writes to until the video is complete."""
     return path.with_suffix(".partial.mp4")
 
 
@@ -97,18 +99,3 @@ def frames_last(video: Tensor) -> np.ndarray:
     if video.ndim != 4 or video.shape[1] != 3 or 0 in video.shape or str(video.dtype) != "torch.uint8":
         raise ValueError(f"a video is uint8 [frames, 3, height, width]; got {video.dtype} {list(video.shape)}")
     return video.detach().cpu().permute(0, 2, 3, 1).numpy()
-
-
-@contextmanager
-def temporary_beside(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; synced and renamed to `path` at the end, removed after an error."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with partial_file(path) as partial:
-        yield partial
-
-
-def _rename(partial: Path, path: Path) -> None:
-    with open(partial, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
