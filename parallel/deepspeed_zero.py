@@ -216,9 +216,7 @@ def parameter_shapes(engine: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters if p.requires_grad}
 
 
-def _parts(
-    engine: Any, parameter: nn.Parameter, share: tuple[int, int] | None
-) -> Iterator[tuple[int, Tensor, int, int]]:
+def _parts(engine: Any, parameter: Any, share: tuple[int, int] | None) -> Iterator[tuple[int, Tensor, int, int]]:
     """(start in the parameter, flat master tensor, start in it, elements) of what this rank holds."""
     zero = engine.optimizer
     if hasattr(parameter, "ds_id"):  # stage 3 splits every parameter evenly, and pads the last part

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import logging
 import os
 import signal
 import socket
@@ -31,7 +32,7 @@ from .batch_inputs import InputBuilder, micro_batches, noise_beside
 from .checkpoints import directory as checkpoint_directory
 from .checkpoints import format as checkpoint_format
 from .checkpoints import initialize_from, rollback
-from .checkpoints.async_writer import Writer
+from .checkpoints.async_writer import CheckpointWriter
 from .config import Config, dump, flat
 from .diffusion.autoencoder import open_autoencoder
 from .diffusion.rectified_flow import frame_losses, frame_shift
@@ -48,6 +49,8 @@ from .tracking.throughput import DESCRIPTION, Meter
 from .tracking.tracker import State, Tracker
 from .tracking.unreadable_clips import UnreadableClips, read_unreadable_clips
 from .validation import latent_sizes, resolve
+
+log = logging.getLogger(__name__)
 
 PACKAGES = [Path(__file__).parents[1] / name for name in ("pretrain", "parallel", "datasets", "launch")]
 
@@ -100,7 +103,7 @@ def _train(
     if (
         told := placement_warning(control_plane.gather_objects(socket.gethostname()), config.parallel.sp)
     ) and world.is_rank_0:
-        checkpoint_format.say(told)
+        log.warning(told)
     # of every bucket: where our frames lie in its clips, and which those are
     timelines = [own_timeline(mesh, config.model, config.parallel, clip_of(config.model, config.parallel, *size))
                  for size in latent_sizes(shards)]  # fmt: skip
@@ -121,13 +124,13 @@ def _train(
         ):
             model = build(config.model, config.parallel, world.device, fill)
         for line in begun if world.is_rank_0 else []:
-            checkpoint_format.say(line)
+            log.info(line)
     else:
         model = build(config.model, config.parallel, world.device)
     engine = parallelize(model, config.parallel, config.optimizer, accumulate)
 
     # Where we are: the sample clock counts clips over all ranks and is all that order and schedules need
-    writer = Writer(run, config.checkpoint, config.parallel.timeout)
+    writer = CheckpointWriter(run, config.checkpoint, config.parallel.timeout)
     if back_to is not None:
         control_plane.run_on_rank_0(partial(rollback.roll_back, run, back_to, again))
     left_out = control_plane.run_on_rank_0(partial(rollback.read_excluded_ranges, run))
@@ -282,7 +285,7 @@ def _train(
                     tracker.log({"skipped": history.skipped}, step)
                     rollback.record_skipped_step(run, step, clock - batch, batch, objected, found)
                 if history.in_a_row >= config.guard.stop_after:
-                    writer.leave(others_live=True)  # the last checkpoint is one to go back to, once it is whole
+                    writer.wait_after_failure(others_live=True)  # the last checkpoint is one to roll back to
                     raise DeterministicFailure(rollback.too_many_skipped_message(run, step, history.in_a_row, objected))
             else:
                 losses.merge(of_step)
@@ -335,7 +338,7 @@ def _train(
         state = "KILLED"
         raise
     except Exception as error:
-        writer.leave(others_live=not is_communication_error(error))
+        writer.wait_after_failure(others_live=not is_communication_error(error))
         raise
     finally:
         bar.close()

@@ -35,8 +35,8 @@ def values(of) -> set[float]:
     return {float(v) for p in of.module.parameters() for v in p.detach().unique()}
 
 
-def made(run: Path, keep: int = 2) -> async_writer.Writer:
-    return async_writer.Writer(run, checkpoint_format.CheckpointConfig(every=1, keep=keep), 60.0)
+def make_writer(run: Path, keep: int = 2) -> async_writer.CheckpointWriter:
+    return async_writer.CheckpointWriter(run, checkpoint_format.CheckpointConfig(every=1, keep=keep), 60.0)
 
 
 def write_beside(rank, ranks, folder):
@@ -44,7 +44,7 @@ def write_beside(rank, ranks, folder):
     init_process_group("gloo")
     async_writer.CHUNK, async_writer.hashlib = 1 << 16, SimpleNamespace(sha256=SlowHash)
     run, seconds = Path(folder), []
-    out, source = made(run), engine(1.0)
+    out, source = make_writer(run), engine(1.0)
     for step in (1, 2):
         began = time.monotonic()
         out.save(source, meta(step))
@@ -76,7 +76,7 @@ def fail_on_one_rank(rank, ranks, folder):
     """Save with a disk that is full on rank 1 from the second save on until after the third; what each save did."""
     init_process_group("gloo")
     run, source, told = Path(folder), engine(1.0), []
-    out = made(run)
+    out = make_writer(run)
     for step in (1, 2, 3, 4, 5):
         full = rank == 1 and step in (2, 3, 5)
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
@@ -101,7 +101,7 @@ def fail_on_rank_0(rank, ranks, folder):
     """Save with errors that are none of the disk's on rank 0, while publishing and then while pruning."""
     init_process_group("gloo")
     async_writer.SLOWEST = 10.0
-    out, told = made(Path(folder)), []
+    out, told = make_writer(Path(folder)), []
     for step, name in ((1, "publish"), (2, "prune")):
         before = getattr(checkpoint_directory, name)
         setattr(checkpoint_directory, name, broken)
@@ -140,7 +140,7 @@ def go_on_from_damaged(rank, ranks, folder):
 
 def write_some(rank, ranks, folder, steps):
     init_process_group("gloo")
-    out = made(Path(folder), keep=9)
+    out = make_writer(Path(folder), keep=9)
     for step in range(1, steps + 1):
         out.save(engine(float(step)), meta(step))
     out.finish()

@@ -21,6 +21,7 @@ from msc.pretrain.checkpoints import directory as checkpoint_directory
 from msc.pretrain.checkpoints.format import CheckpointConfig
 from msc.pretrain.config import load
 from msc.pretrain.presets import preset
+from msc.pretrain.run_folder import RunFolder
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,7 @@ def test_a_failed_write_is_told_tried_again_and_then_raised_on_every_rank(tmp_pa
     assert [path.name for path in checkpoint_directory.list_checkpoints(tmp_path)] == ["step-00000001", "step-00000004"]
     assert checkpoint_directory.latest(tmp_path).name == "step-00000004"
     assert not any(checkpoint_directory.verify(path) for path in checkpoint_directory.list_checkpoints(tmp_path))
-    assert not list(checkpoint_directory.checkpoints_dir(tmp_path).glob(".*")), "nothing unfinished stays"
+    assert not list(RunFolder(tmp_path).checkpoints.glob(".*")), "nothing unfinished stays"
 
 
 @pytest.mark.gloo
@@ -85,11 +86,11 @@ FORKS = """
 import os
 import torch
 from types import SimpleNamespace
-from msc.pretrain.checkpoints.async_writer import pinned
+from msc.pretrain.checkpoints.async_writer import pinned_buffer
 
 calls = []
 torch.cuda.cudart = lambda: SimpleNamespace(cudaHostRegister=lambda *call: calls.append(call) or 0)
-buffer = pinned(5000)
+buffer = pinned_buffer(5000)
 buffer[:] = torch.arange(5000.0)
 assert calls == [(buffer.data_ptr(), 20000, 1)] and buffer.sum() == 5000 * 4999 / 2
 child = os.fork()
@@ -162,7 +163,7 @@ def test_the_newest_whole_checkpoint_is_used_and_the_others_are_named(written, t
     said = capfd.readouterr().err
     for step, why in ((5, "does not match its checksum"), (4, "it has 99 of"), (3, "meta.json is missing")):
         (line,) = (line for line in said.splitlines() if f"step-{step:08d}/" in line)
-        assert why in line and f"kept as damaged-step-{step:08d}" in line and "goes on from step-00000002" in line
+        assert why in line and f"kept as damaged-step-{step:08d}" in line and "resumes from step-00000002" in line
     assert checkpoint_directory.latest(run).name == "step-00000002"
     assert [path.name for path in checkpoint_directory.list_checkpoints(run)] == ["step-00000001", "step-00000002"]
 
@@ -180,9 +181,9 @@ def test_checksums_may_take_longer_than_a_collective_waits(written):
 
 def test_candidates_begin_at_the_one_that_is_named(written, tmp_path):
     run = shutil.copytree(written, tmp_path / "run")
-    (checkpoint_directory.checkpoints_dir(run) / "latest").write_text("step-00000003")
+    (RunFolder(run).checkpoints / "latest").write_text("step-00000003")
     assert [checkpoint_directory.step_of(path) for path in checkpoint_directory.resume_candidates(run)] == [3, 2, 1]
-    (checkpoint_directory.checkpoints_dir(run) / "latest").unlink()
+    (RunFolder(run).checkpoints / "latest").unlink()
     assert [checkpoint_directory.step_of(path) for path in checkpoint_directory.resume_candidates(run)] == [
         5,
         4,
@@ -192,7 +193,7 @@ def test_candidates_begin_at_the_one_that_is_named(written, tmp_path):
     ]
     assert (
         checkpoint_directory.find(run, "4")
-        == checkpoint_directory.find(run, str(checkpoint_directory.checkpoints_dir(run) / "step-00000004"))
+        == checkpoint_directory.find(run, str(RunFolder(run).checkpoints / "step-00000004"))
         == checkpoint_directory.resume_candidates(run)[1]
     )
     with pytest.raises(ValueError, match="7 is not a checkpoint of .*: 1, 2, 3, 4, 5"):

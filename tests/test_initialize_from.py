@@ -75,7 +75,7 @@ def test_a_dense_model_starts_a_multi_scale_one(tmp_path):
     assert all(torch.equal(state[name], (before if name in fresh else taken)[name]) for name in state)
     said = "\n".join(told)
     assert "model.scales is (Scale(heads=2" in said and "model.gate is logits here, and was none" in said
-    assert "new: blocks.0.attention.delta, blocks.1.attention.delta" in said and "left behind" not in said
+    assert "newly initialised: blocks.0.attention.delta, blocks.1.attention.delta" in said and "not used" not in said
 
 
 def test_offsets_of_the_gate_are_kept_where_heads_look_at_the_same_scales(source):
@@ -83,12 +83,12 @@ def test_offsets_of_the_gate_are_kept_where_heads_look_at_the_same_scales(source
     shorter = tuple(replace(scale, window=1) for scale in fake_checkpoints.SCALES)
     new, told, _ = started(run, scales=shorter, rope_theta=500.0)
     assert torch.equal(new.blocks[0].attention.delta, models["ema"].blocks[0].attention.delta)
-    assert not [line for line in told if line.startswith("new")]
+    assert not [line for line in told if line.startswith("newly")]
     assert "model.rope_theta is 500.0 here, and was 10000.0" in told
     coarser = (*fake_checkpoints.SCALES[:2], Scale(1, 4, 2, None))
     new, told, before = started(run, scales=coarser)
     assert torch.equal(new.blocks[0].attention.delta, before["blocks.0.attention.delta"])
-    assert [line for line in told if line.startswith("new: blocks.0.attention.delta, ")]
+    assert [line for line in told if line.startswith("newly initialised: blocks.0.attention.delta, ")]
 
 
 def test_layers_of_labels_and_texts_begin_where_there_were_none(source, tmp_path):
@@ -100,12 +100,12 @@ def test_layers_of_labels_and_texts_begin_where_there_were_none(source, tmp_path
         "label", "text", "cross_attention"
     }  # fmt: skip
     assert all(torch.equal(state[name], (before if name in fresh else taken)[name]) for name in state)
-    assert any(line.startswith("new: ") and line.endswith(" more") for line in told)
+    assert any(line.startswith("newly initialised: ") and line.endswith(" more") for line in told)
     fake_checkpoints.write_run(tmp_path / "with", classes=9, text_width=5)
     new, told, before = started(tmp_path / "with", classes=3)
     assert torch.equal(new.label.weight, before["label.weight"])
-    assert "new: label.weight" in told
-    assert [line for line in told if line.startswith("left behind: blocks.0.cross_attention")]
+    assert "newly initialised: label.weight" in told
+    assert [line for line in told if line.startswith("not used: blocks.0.cross_attention")]
 
 
 def test_what_comes_from_the_data_stays_the_new_datas(source):

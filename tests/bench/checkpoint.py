@@ -34,7 +34,7 @@ def stall(args: argparse.Namespace, folder: Path) -> None:
     from msc.launch.processes.launcher import free_port, rank_environment
     from msc.parallel import deepspeed_zero, process_group
     from msc.pretrain import cost
-    from msc.pretrain.checkpoints.async_writer import Writer
+    from msc.pretrain.checkpoints.async_writer import CheckpointWriter
     from msc.pretrain.checkpoints.directory import CheckpointMeta
     from msc.pretrain.checkpoints.format import CheckpointConfig
     from msc.pretrain.model.scales import default_scales
@@ -59,7 +59,7 @@ def stall(args: argparse.Namespace, folder: Path) -> None:
         deepspeed_zero.step(engine, lambda norm: "")  # the norm is a number on the host: nothing is left running
         return time.perf_counter() - began
 
-    writer = Writer(folder, CheckpointConfig(every=1, keep=1), 600.0)
+    writer = CheckpointWriter(folder, CheckpointConfig(every=1, keep=1), 600.0)
     for _ in range(3):
         step()
     writer.save(engine, CheckpointMeta(step=0, clock=0))  # makes the host buffer
