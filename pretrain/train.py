@@ -8,8 +8,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from msc.datasets.loading.mixture import Shards, check_shard_sizes, open_shards
 from msc.parallel import consistency, control_plane, deepspeed_zero, fp8, process_group
 from msc.parallel.mesh import placement_warning
 from msc.parallel.progress import Progress
+from msc.parallel.signals import STOP_SIGNALS, collect_signals
 from msc.parallel.watchdog import is_communication_error, watch_ranks
 
 from . import cost
@@ -67,7 +67,10 @@ def train(
     sys.stdout, sys.stderr = Forgiving(sys.stdout), Forgiving(sys.stderr)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2)  # "where are you?": all stacks to stderr, also while a C call never returns
-    with stop_signals() as stopping:
+    # A second one of a kind interrupts at once. Not so SIGTERM and SIGUSR1 from Slurm, which repeats itself (at a time
+    # limit slurmd and srun both send SIGTERM) and has SIGKILL for those who take too long.
+    interrupting = (signal.SIGINT,) if "SLURM_STEP_ID" in os.environ else STOP_SIGNALS
+    with collect_signals(interrupting) as stopping:
         world = process_group.join_process_group(config.parallel.timeout)
         # Again, and for good: since the command line looked, imports and waiting for all ranks have taken their time.
         control_plane.run_on_rank_0(partial(heartbeat.acquire_run, run, world.world_size))
@@ -353,30 +356,6 @@ def order_settings(config: Config, shards: Shards) -> dict[str, Any]:
     names = ["data.window", *(["train.batch"] if len(shards.shapes) > 1 else [])]
     names += ["data.shards"] if len(shards.sets) > 1 else []
     return {name: value for name, value in flat(config).items() if name in names}
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM, SIGUSR1 and Ctrl-C; a second one of the same kind interrupts at once.
-
-    Not so SIGTERM and SIGUSR1 from Slurm, which repeats itself (at a time limit slurmd and srun both send SIGTERM) and
-    has SIGKILL for those who take too long.
-    """
-    received: list[int] = []
-    watched = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    once = (signal.SIGINT,) if "SLURM_STEP_ID" in os.environ else watched
-
-    def handler(number: int, _: Any) -> None:
-        received.append(number)
-        if number in once and received.count(number) > 1:
-            raise KeyboardInterrupt(f"{signal.Signals(number).name} came twice")
-
-    before = {number: signal.signal(number, handler) for number in watched}
-    try:
-        yield received
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
 
 
 def progress(step: int, steps: int, values: dict[str, float]) -> str:

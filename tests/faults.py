@@ -21,13 +21,14 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from msc.launch import cli, commands
+from msc.launch import cli
+from msc.launch.processes import launcher
 
 PROGRAM = "import sys, faults; sys.exit(faults.main())"
 
 
 def main() -> int:
-    commands.PROGRAM = PROGRAM  # so that the ranks of a launcher are started with it, too
+    launcher.PROGRAM = PROGRAM  # so that the ranks of a launcher are started with it, too
     wanted = json.loads(os.environ["MSC_FAULTS"])
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID")
     if rank is not None or sys.argv[sys.argv.index("--processes") + 1] == "1":  # not in a launcher

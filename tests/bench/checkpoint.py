@@ -105,9 +105,10 @@ MARKS: list[tuple[str, float]] = []
 
 def rank() -> int:
     """`msc` as a rank or launcher that notes when each part of its start was done."""
-    from msc.launch import cli, commands
+    from msc.launch import cli
+    from msc.launch.processes import launcher
 
-    commands.PROGRAM = PROGRAM
+    launcher.PROGRAM = PROGRAM
     if "RANK" not in os.environ:
         return cli.main()
     import psutil

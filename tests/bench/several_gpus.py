@@ -43,6 +43,7 @@ from msc.launch.planning import hardware
 from msc.launch.planning.plan import make_plan
 from msc.launch.processes import launcher
 from msc.parallel import collectives, deepspeed_zero, process_group
+from msc.parallel.signals import collect_signals
 from msc.pretrain import cost
 from msc.pretrain.diffusion.rectified_flow import add_noise, frame_losses
 from msc.pretrain.layout_planner import choose
@@ -342,7 +343,7 @@ def run(args: argparse.Namespace, folder: Path) -> None:
     """Start ranks for all jobs of one number of GPUs, again for what is left after one that failed, and so on."""
     end, waiting = time.time() + args.seconds, jobs_of(args)
     environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {})}
-    with launcher.caught_signals() as received:
+    with collect_signals() as received:
         while waiting and not received and time.time() < end:
             size = waiting[0]["ranks"], waiting[0]["copies"]
             batch = [job for job in waiting if (job["ranks"], job["copies"]) == size][: 1 if args.engine else None]
