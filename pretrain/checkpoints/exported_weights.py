@@ -37,21 +37,10 @@ class ExportedWeights:
     shapes: dict[str, tuple[int, ...]]
 
     def check(self, expected: Shapes) -> None:
-        """ValueError naming missing and unexpected tensors, and those of another shape."""
-        differences = {
-            "which no file holds": sorted(expected.keys() - self.shapes.keys()),
-            "which the model does not have": sorted(self.shapes.keys() - expected.keys()),
-            "of another shape": [
-                f"{name} {list(self.shapes[name])} for {list(shape)}"
-                for name, shape in expected.items()
-                if self.shapes.get(name, shape) != shape
-            ],
-        }
-        texts = [f"{abbreviated(names)}, {what}" for what, names in differences.items() if names]
-        if texts:
-            raise ValueError(f"config.json in {self.folder} does not match its weights: {'; '.join(texts)}")
+        if differences := shape_differences(self.shapes, expected):
+            raise ValueError(f"config.json in {self.folder} does not match its weights: {differences}")
 
-    def read(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> Tensor:
         """One tensor in fp32."""
         with open_safetensors(self.files[name]) as opened:
             return opened.get_tensor(name).float()
@@ -147,6 +136,20 @@ def safetensors_header(shapes: Shapes, dtype: torch.dtype = torch.float32) -> by
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def shape_differences(shapes: Shapes, expected: Shapes) -> str:
+    """Names the tensors that are missing, those that the model does not have, and those of another shape."""
+    differences = {
+        "which no file holds": sorted(expected.keys() - shapes.keys()),
+        "which the model does not have": sorted(shapes.keys() - expected.keys()),
+        "of another shape": [
+            f"{name} {list(shapes[name])} for {list(shape)}"
+            for name, shape in expected.items()
+            if shapes.get(name, shape) != shape
+        ],
+    }
+    return "; ".join(f"{abbreviated(names)}, {what}" for what, names in differences.items() if names)
 
 
 def abbreviated(names: list[str]) -> str:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import platform
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from logging import getLogger
@@ -26,6 +26,7 @@ from msc.parallel import control_plane, deepspeed_zero
 
 from . import directory as checkpoint_directory
 from .directory import CheckpointMeta
+from .exported_weights import shape_differences
 
 log = getLogger(__name__)
 
@@ -111,12 +112,10 @@ def _set_aside(run: Path, damaged: list[tuple[Path, list[str]]], intact: Path) -
 
 def load(path: Path, engine: Any) -> CheckpointMeta:
     """Restore weights, moments and averages into an engine of any world size and stage."""
-    meta, shapes = CheckpointMeta.read(path), deepspeed_zero.parameter_shapes(engine)
-    if different := [name for name in shapes | meta.parameters if shapes.get(name) != meta.parameters.get(name)]:
-        name = different[0]
-        held, wanted = (f"{parameters.get(name, 'no such parameter')}" for parameters in (meta.parameters, shapes))
-        raise ValueError(f"{path} does not fit the model: of {name} it holds {held}, the model {wanted}")
-    with ParameterReader(path, meta) as reader:
+    with ParameterReader(path) as reader:
+        meta = reader.meta
+        if differences := shape_differences(meta.parameters, deepspeed_zero.parameter_shapes(engine)):
+            raise ValueError(f"{path} does not match the model: {differences}")
         for part in deepspeed_zero.local_slices(engine):
             for key, value in part.state.items():
                 value.copy_(reader.read(part.name, key, part.start, part.numel))
@@ -128,10 +127,10 @@ def load(path: Path, engine: Any) -> CheckpointMeta:
 class ParameterReader:
     """Random access to a checkpoint's parameters without loading it whole."""
 
-    def __init__(self, path: Path, meta: CheckpointMeta):
-        self._stack = ExitStack()
+    def __init__(self, path: Path):
+        self.meta, self._stack = CheckpointMeta.read(path), ExitStack()
         self._slices: dict[tuple[str, str], list[tuple[int, Any, str]]] = defaultdict(list)
-        for file in meta.files:
+        for file in self.meta.files:
             opened = self._stack.enter_context(safe_open(path / file, framework="pt"))
             for tensor in opened.keys():  # noqa: SIM118 - not a dict
                 name, start, key = tensor.split("|")
@@ -156,22 +155,14 @@ class ParameterReader:
             raise ValueError(f"the checkpoint holds {filled} of {numel} values of {name} ({key})")
         return out
 
-
-@contextmanager
-def open_weights(path: Path, which: str = "ema") -> Iterator[Callable[[str], Tensor]]:
-    """While open, reads any whole parameter of a checkpoint in fp32: "ema" averaged or "raw" as trained."""
-    meta = CheckpointMeta.read(path)
-    with ParameterReader(path, meta) as reader:
-
-        def read(name: str) -> Tensor:
-            shape = torch.Size(meta.parameters[name])
-            return reader.read(name, {"raw": "weight"}.get(which, which), 0, shape.numel()).view(shape)
-
-        yield read
+    def tensor(self, name: str, which: str = "ema") -> Tensor:
+        """A whole parameter in fp32: "ema" averaged or "raw" as trained."""
+        shape = torch.Size(self.meta.parameters[name])
+        return self.read(name, {"raw": "weight"}.get(which, which), 0, shape.numel()).view(shape)
 
 
 def weights(path: Path, which: str = "ema") -> Iterator[tuple[str, Tensor]]:
     """All parameters of a checkpoint, one at a time, in fp32: "ema" averaged or "raw" as trained."""
-    with open_weights(path, which) as read:
-        for name in CheckpointMeta.read(path).parameters:
-            yield name, read(name)
+    with ParameterReader(path) as reader:
+        for name in reader.meta.parameters:
+            yield name, reader.tensor(name, which)

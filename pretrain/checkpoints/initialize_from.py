@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..inference.load import read_run
 from ..model.transformer import Made, ModelConfig, MSCTransformer
 from . import directory as checkpoint_directory
-from . import format as checkpoint_format
-from .exported_weights import Shapes, abbreviated, open_exported
+from .exported_weights import ExportedWeights, Shapes, abbreviated, open_exported
+from .format import ParameterReader
 
 FIXED = ("width", "depth", "heads", "hidden", "patch", "channels")
 OF_THE_DATA = ("latent_mean", "latent_std", "gate_constants")
@@ -28,13 +28,13 @@ OF_THE_DATA = ("latent_mean", "latent_std", "gate_constants")
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """Weights to start from. open: a context in which any of them is read by its name."""
+    """Weights to start from. open: a context whose value reads any of them by name."""
 
     what: str
     config: ModelConfig
     autoencoder: str
     shapes: Shapes
-    open: Callable[[], AbstractContextManager[Callable[[str], Tensor]]]
+    open: Callable[[], AbstractContextManager[ParameterReader | ExportedWeights]]
 
     def transferable(self, config: ModelConfig, shapes: Shapes) -> set[str]:
         """Names of the tensors that a new model with `shapes` takes: those of the same shape, but a head's gate offset
@@ -61,9 +61,7 @@ def find_weights(place: Path, newest: Path | None = None) -> InitialWeights:
             raise FileNotFoundError(f"train.init_from is {place}, a run without a checkpoint yet")
         meta = checkpoint_directory.CheckpointMeta.read(path)
         what = f"the averaged weights of step {meta.step:,} of the run {place}"
-        return InitialWeights(
-            what, config.model, space.autoencoder, meta.parameters, lambda: checkpoint_format.open_weights(path)
-        )
+        return InitialWeights(what, config.model, space.autoencoder, meta.parameters, lambda: ParameterReader(path))
     if not (place / "config.json").is_file():
         raise FileNotFoundError(
             f"train.init_from is {place}, which is neither a run folder (config.yaml) nor an exported one (config.json)"
@@ -72,7 +70,7 @@ def find_weights(place: Path, newest: Path | None = None) -> InitialWeights:
     model = MSCTransformer.described(exported).config
     what = f"the exported weights of step {exported.config.get('training', {}).get('step', '?')} in {place}"
     autoencoder = exported.config.get("data", {}).get("autoencoder", "?")
-    return InitialWeights(what, model, autoencoder, exported.shapes, lambda: nullcontext(exported.read))
+    return InitialWeights(what, model, autoencoder, exported.shapes, lambda: nullcontext(exported))
 
 
 def describe_differences(weights: InitialWeights, config: ModelConfig, autoencoder: str) -> list[str]:
@@ -113,12 +111,12 @@ def open_initial_weights(
     the part's name ("" for all of it): a rank reads one part at a time."""
     weights = find_weights(place, newest)
     lines, taken = describe_differences(weights, config, autoencoder), weights.transferable(config, _shapes(config))
-    with weights.open() as read:
+    with weights.open() as reader:
 
         @torch.no_grad()
         def fill(name: str, part: nn.Module) -> None:
             for inner, value in part.state_dict(prefix=f"{name}." if name else "").items():
                 if inner in taken:
-                    value.copy_(read(inner))
+                    value.copy_(reader.tensor(inner))
 
         yield lines, fill

@@ -50,7 +50,7 @@ class Source:
             yield slices.read(name, KEYS[which], start, min(PART, numel - start))
 
     def open(self) -> checkpoint_format.ParameterReader:
-        return checkpoint_format.ParameterReader(self.path, self.meta)
+        return checkpoint_format.ParameterReader(self.path)
 
 
 def export(
