@@ -38,9 +38,9 @@ from .diffusion.autoencoder import open_autoencoder
 from .diffusion.rectified_flow import frame_losses, frame_shift
 from .evaluation.held_out_loss import LossByNoise, held_out_losses
 from .inference.preview import write_preview
-from .kernels.compile_helpers import pieces
+from .kernels.compile_helpers import graph_breaks
 from .optimizer import set_schedule
-from .parallelize import build, clip_of, make_mesh, own_timeline, parallelize
+from .parallelize import build, clip_shape, make_mesh, own_past_context, parallelize
 from .run_folder import LatentSpace, RunFolder
 from .tracking import heartbeat, spike_guard
 from .tracking.mlflow_store import code_version, read_identity
@@ -108,8 +108,10 @@ def _train(
     ) and world.is_rank_0:
         log.warning(told)
     # of every bucket: where our frames lie in its clips, and which those are
-    timelines = [own_timeline(mesh, config.model, config.parallel, clip_of(config.model, config.parallel, *size))
-                 for size in latent_sizes(shards)]  # fmt: skip
+    past_contexts = [
+        own_past_context(mesh, config.model, config.parallel, clip_shape(config.model, config.parallel, *size))
+        for size in latent_sizes(shards)
+    ]
     batch, micro, accumulate = config.train.batch, config.train.micro, config.train.accumulate(mesh.dp)
 
     # The model, the same on every rank until DeepSpeed shards it -------------------------------------
@@ -167,9 +169,9 @@ def _train(
             all_units=frames // config.model.frames_per_unit,
             text_dropout=config.data.text_dropout,
             device=world.device,
-            timeline=timeline,
+            past_context=past_context,
         )
-        for (frames, height, width), (timeline, units) in zip(latent_sizes(shards), timelines, strict=True)
+        for (frames, height, width), (past_context, units) in zip(latent_sizes(shards), past_contexts, strict=True)
     ]
     clips = loader(
         shards,
@@ -269,7 +271,7 @@ def _train(
                 with meter.waiting():
                     part = builder(clips_of_part)
                 with fp8.autocast(config.parallel.precision == "fp8"):
-                    velocity = engine(part.noisy, part.t, part.text, part.labels, builder.timeline, part.all_t)
+                    velocity = engine(part.noisy, part.t, part.text, part.labels, builder.past_context, part.all_t)
                 errors = frame_losses(velocity, part.x, part.noise)
                 of_step.add(errors.detach(), part.t, part.supervised)
                 errors_of_step.append(errors.detach())
@@ -309,7 +311,7 @@ def _train(
                     **meter.read(),
                 }
                 reports += 1  # the first holds compilation and the first allocations
-                if reports == 1 and config.parallel.compile and world.is_rank_0 and (why := pieces()):
+                if reports == 1 and config.parallel.compile and world.is_rank_0 and (why := graph_breaks()):
                     told = f"blocks are compiled in pieces, so that the CPU takes longer to start a step: {why}"
                     bar.write(f"msc: {told}", file=sys.stderr)
                 if planned is not None and reports > 1 and world.is_rank_0:

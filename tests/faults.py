@@ -44,7 +44,7 @@ def tell(file: Path, line: dict) -> None:
 def install(wanted: dict, rank: int) -> None:
     import torch
 
-    from msc.parallel.context_parallel import ShardedTimeline
+    from msc.parallel.context_parallel import ShardedPastContext
     from msc.pretrain import train as training
     from msc.pretrain.checkpoints import async_writer
 
@@ -87,6 +87,6 @@ def install(wanted: dict, rank: int) -> None:
         raise AssertionError("noise levels were asked for")
 
     training.loader, training.InputBuilder.__call__ = watched, spoiled
-    ShardedTimeline.levels = asked
+    ShardedPastContext.noise_levels = asked
     if "chunk_s" in wanted:
         async_writer.CHUNK, async_writer.hashlib = 8192, SimpleNamespace(sha256=SlowHash)

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from ..inference.load import read_run
-from ..model.transformer import Made, ModelConfig, MSCTransformer
+from ..model.config import ModelConfig
+from ..model.transformer import MSCTransformer, OnPartBuilt
 from . import directory as checkpoint_directory
 from .exported_weights import ExportedWeights, Shapes, abbreviated, open_exported
 from .format import ParameterReader
@@ -106,7 +107,7 @@ def _shapes(config: ModelConfig) -> Shapes:
 @contextmanager
 def open_initial_weights(
     place: Path, config: ModelConfig, autoencoder: str, newest: Path | None = None
-) -> Iterator[tuple[list[str], Made]]:
+) -> Iterator[tuple[list[str], OnPartBuilt]]:
     """The lines of `describe_differences`, and a function that copies the weights into a part of a new model, given
     the part's name ("" for all of it): a rank reads one part at a time."""
     weights = find_weights(place, newest)

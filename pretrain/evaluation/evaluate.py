@@ -21,7 +21,8 @@ from ..batch_inputs import BatchInputs, InputBuilder
 from ..diffusion.rectified_flow import DiffusionConfig, frame_losses, frame_shift
 from ..inference.load import TrainedModel, open_run
 from ..inference.preview import half_of_clip
-from ..model.transformer import check_clip, precondition
+from ..model.config import check_clip
+from ..model.transformer import precondition
 from ..requests import EvaluateConfig
 from ..tracking.tracker import Tracker
 from .confidence import OTHERS, Table, draw, join

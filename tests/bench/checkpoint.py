@@ -37,8 +37,8 @@ def stall(args: argparse.Namespace, folder: Path) -> None:
     from msc.pretrain.checkpoints.async_writer import CheckpointWriter
     from msc.pretrain.checkpoints.directory import CheckpointMeta
     from msc.pretrain.checkpoints.format import CheckpointConfig
+    from msc.pretrain.model.config import ModelConfig
     from msc.pretrain.model.scales import default_scales
-    from msc.pretrain.model.transformer import ModelConfig
     from msc.pretrain.optimizer import OptimizerConfig
     from msc.pretrain.parallelize import ParallelConfig, build, parallelize
 
