@@ -1,4 +1,4 @@
-"""What test_checkpoint runs on its ranks: checkpoints of a small model without DeepSpeed, on disks that fail."""
+"""Rank functions of test_checkpoint.py: checkpoints of a small model without DeepSpeed, on disks that fail."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class SlowHash:
 def fail_on_one_rank(rank, ranks, folder):
     """Save with a disk that is full on rank 1 from the second save on until after the third; what each save did."""
     init_process_group("gloo")
-    run, source, told = Path(folder), engine(1.0), []
+    run, source, errors = Path(folder), engine(1.0), []
     out = make_writer(run)
     for step in (1, 2, 3, 4, 5):
         full = rank == 1 and step in (2, 3, 5)
@@ -83,33 +83,33 @@ def fail_on_one_rank(rank, ranks, folder):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000 if full else hard, hard))
         try:
             out.save(source, meta(step))
-            told.append("")
+            errors.append("")
         except OSError as error:
-            told.append(str(error))
+            errors.append(str(error))
         out._join()
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     try:
         out.finish()
-        told.append("")
+        errors.append("")
     except OSError as error:
-        told.append(str(error))
+        errors.append(str(error))
     destroy_process_group()
-    return told
+    return errors
 
 
 def fail_on_rank_0(rank, ranks, folder):
     """Save with errors that are none of the disk's on rank 0, while publishing and then while pruning."""
     init_process_group("gloo")
     async_writer.SLOWEST = 10.0
-    out, told = make_writer(Path(folder)), []
+    out, errors = make_writer(Path(folder)), []
     for step, name in ((1, "publish"), (2, "prune")):
         before = getattr(checkpoint_directory, name)
         setattr(checkpoint_directory, name, broken)
         out.save(engine(1.0), meta(step))
-        told.append(out._join())
+        errors.append(out._join())
         setattr(checkpoint_directory, name, before)
     destroy_process_group()
-    return told
+    return errors
 
 
 def broken(*_):
@@ -126,19 +126,19 @@ def hash_slowly(rank, ranks, folder):
     return step
 
 
-def go_on_from_damaged(rank, ranks, folder):
+def load_damaged(rank, ranks, folder):
     """What is loaded of checkpoints that hold their steps' numbers, or the error."""
     init_process_group("gloo")
     target = engine(0.0)
     try:
-        found = (checkpoint_format.load_newest(Path(folder), target).step, values(target))
+        result = (checkpoint_format.load_newest(Path(folder), target).step, values(target))
     except ValueError as error:
-        found = (None, str(error))
+        result = (None, str(error))
     destroy_process_group()
-    return found
+    return result
 
 
-def write_some(rank, ranks, folder, steps):
+def write_several(rank, ranks, folder, steps):
     init_process_group("gloo")
     out = make_writer(Path(folder), keep=9)
     for step in range(1, steps + 1):

@@ -132,9 +132,9 @@ def test_ranges_that_are_left_out():
 def test_a_step_that_is_not_taken_changes_nothing(cases):
     """NaN on one rank, then an objection to a finite norm: weights, moments, averages as if the steps never were."""
     for results in run_ranks(spoiled_on_a_rank, 2, cases):
-        for case, (with_them, without, told) in zip(cases, results, strict=True):
-            assert [bool(why) for _, why in told] == [False, True, True, False], case
-            assert not math.isfinite(told[1][0]) and told[2][0] > 0, case
+        for case, (with_them, without, outcomes) in zip(cases, results, strict=True):
+            assert [bool(why) for _, why in outcomes] == [False, True, True, False], case
+            assert not math.isfinite(outcomes[1][0]) and outcomes[2][0] > 0, case
             assert with_them.keys() == without.keys() and len(without) > 4, case
             for name, value in without.items():
                 assert torch.equal(with_them[name], value), (case, name)

@@ -1,4 +1,4 @@
-"""A rank that takes steps with the others until something happens to one of them; started by test_watchdog.py."""
+"""Rank program of test_watchdog.py: takes steps with the other ranks until a fault on rank 1."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def main(what: str, timeout: float) -> None:
         for step in range(1000):
             progress.at(step, "reading clips")
             if world.rank == 1 and step == 3:
-                time.sleep(1.0)  # a beat, which tells the others that we got here
+                time.sleep(1.0)  # a heartbeat, so that the others know this step
                 print(f"at {time.time()}", flush=True)
                 happen(what)
-            if what == "slow" and step == 1:  # longer than the timeout and the grace, but nobody waits so long
+            if what == "slow" and step == 1:  # longer than the timeout and the grace, but no rank waits so long
                 time.sleep(timeout + (4.5 if world.rank == 0 else 2.5))
             progress.at(step, "backward")
             dist.all_reduce(torch.ones(1), group=group)
