@@ -145,9 +145,9 @@ def backward(engine: Any, loss: Tensor) -> None:
         engine.step()  # only counts it
 
 
-def step(engine: Any, objection: Callable[[float], str]) -> tuple[float, str]:
-    """Update weights, moments and averages after the last micro-batch, unless `objection` returns a reason against
-    the gradient norm; gradients are dropped either way. Returns the norm before clipping, and the reason.
+def step(engine: Any, skip_reason: Callable[[float], str]) -> tuple[float, str]:
+    """Update weights, moments and averages after the last micro-batch, unless `skip_reason` of the gradient norm is
+    not empty; gradients are dropped either way. Returns the norm before clipping, and the reason.
 
     A norm that is not finite, which DeepSpeed itself rejects at stages 1-3, is NaN.
     """
@@ -158,21 +158,21 @@ def step(engine: Any, objection: Callable[[float], str]) -> tuple[float, str]:
     result: tuple[float, str] | None = None
     optimizer_step = optimizer.step
 
-    def step_unless_objection(closure: None = None) -> None:
+    def step_unless_skipped(closure: None = None) -> None:
         # DeepSpeed knows the norm here; at stages 1-3 it calls this once for every group of parameters
         nonlocal result
         if result is None:
             value = float(engine.optimizer._global_grad_norm) if has_norm else norm
-            result = value, objection(value)
+            result = value, skip_reason(value)
         if not result[1]:
             optimizer_step(closure)
 
-    vars(optimizer)["step"] = step_unless_objection  # over the method, for this one call
+    vars(optimizer)["step"] = step_unless_skipped  # over the method, for this one call
     try:
         engine.step()
     finally:
         del vars(optimizer)["step"]
-    return result or (math.nan, objection(math.nan))
+    return result or (math.nan, skip_reason(math.nan))
 
 
 # Sharded state --------------------------------------------------------------------------------------

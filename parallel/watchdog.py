@@ -9,7 +9,6 @@ one do so from another thread.
 
 from __future__ import annotations
 
-import errno
 import faulthandler
 import json
 import logging
@@ -35,7 +34,6 @@ GRACE = 5.0  # seconds in which a rank that learns of a failure may still report
 SILENCE = 10.0  # seconds without a heartbeat; a loaded machine or a busy interpreter lock may well cost a few
 EXIT = 1
 LAGGING = "lags behind"
-TOO_MANY_FILES = os.strerror(errno.EMFILE)
 STORE_LOST = "rank 0, which keeps the store, does not answer"
 # torchrun keeps one store over its restarts
 PREFIX = f"msc/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
@@ -121,19 +119,16 @@ class Watchdog:
         if self._over.is_set():  # the other thread is writing it
             time.sleep(GRACE)
         diagnosis = self._diagnose()
-        if diagnosis is None:
-            diagnosis = STORE_LOST
-        elif not diagnosis and TOO_MANY_FILES in str(error):
-            diagnosis = "this process may open no more files (ulimit -n)"
-        elif not diagnosis:
-            diagnosis = "all ranks answer and none is late; they may have called different collectives"
+        if not diagnosis:
+            none_late = "all ranks answer and none is late; they may have called different collectives"
+            diagnosis = STORE_LOST if diagnosis is None else none_late
         if LAGGING in diagnosis:  # a hang: where each rank is, is what matters
             traceback.print_tb(error.__traceback__)
         self._close()
         return f"{diagnosis}; this rank waited in {self.progress.phase}: {first_line(error)}"
 
-    def end(self) -> None:
-        """Stop the threads: one that is still in the store when Python exits would abort the process."""
+    def stop(self) -> None:
+        """End the threads: one that is still in the store when Python exits would abort the process."""
         self._over.set()
         for thread in self._threads:
             thread.join(self.store_timeout)
@@ -184,21 +179,20 @@ class Watchdog:
             now, phase = time.monotonic(), self.progress.phase
             seconds = now - phase.entered
             if self.stall and seconds > self.stall:
-                text = f"no progress for {self.stall:g} s (parallel.stall) in {phase}; the run ends, continue it with"
-                return self._end_process(f"{text} msc train --resume")
+                text = f"no progress for {self.stall:g} s (parallel.stall) in {phase}; the run ends"
+                return self._end_process(f"{text}, continue it with msc train --resume")
             if self.world_size == 1:
                 continue
+            # In a long phase all ranks would read all heartbeats at once, so most leave it to a few.
+            next_lags = self._next_rank is not None and self._next_rank.phases < phase.count
+            late = seconds > self.timeout + GRACE and (self.rank == 0 or next_lags)
             diagnosis: str | None = None
             if self._diagnosis is not None and now - self._diagnosis[1] > GRACE:
                 diagnosis = self._diagnosis[0]
             elif now - self._answered > self.timeout:
                 diagnosis = STORE_LOST
-            else:
-                # In a long phase all ranks would read all heartbeats at once, so most leave it to a few.
-                next_lags = self._next_rank is not None and self._next_rank.phases < phase.count
-                late = seconds > self.timeout + GRACE and (self.rank == 0 or next_lags)
-                if late or now - self._next_rank_changed > self.timeout:
-                    diagnosis = self._diagnose()
+            elif late or now - self._next_rank_changed > self.timeout:
+                diagnosis = self._diagnose()
             if diagnosis:
                 return self._end_process(f"{diagnosis}; this rank waited in {self.progress.phase}")
         return None
@@ -206,10 +200,7 @@ class Watchdog:
     def _diagnose(self) -> str | None:
         """The diagnosis in the store, or this rank's own, which is put there; None if the store does not answer."""
 
-        def read_all() -> dict[int, RankStatus]:
-            return self._read(range(self.world_size))
-
-        before = self._bounded(read_all)
+        before = self._bounded(lambda: self._read(range(self.world_size)))
         # After a failure all ranks get here together: rank 0 decides first, the others read its diagnosis.
         until = time.monotonic() + self.silence + (2 * self.interval if self.rank else 0)
         while self._diagnosis is None and time.monotonic() < until:
@@ -217,7 +208,7 @@ class Watchdog:
             self._bounded(self._read_diagnosis)
         if self._diagnosis is not None:
             return self._diagnosis[0]
-        now = self._bounded(read_all) if before else None
+        now = self._bounded(lambda: self._read(range(self.world_size))) if before else None
         if not before or not now:
             return None
         diagnosis = diagnose(self.rank, before, now, self.world_size, self.timeout)
@@ -277,7 +268,7 @@ def watch_ranks(
             raise
         raise ConnectionError(watchdog.explain(error)) from None
     finally:
-        watchdog.end()
+        watchdog.stop()
 
 
 def is_communication_error(error: BaseException) -> bool:

@@ -38,10 +38,10 @@ def spoiled(rank, stage, precision):
                 y = engine(x.to(next(engine.module.parameters()).dtype))
                 deepspeed_zero.backward(engine, y.float().square().mean())
 
-            def objection(norm, kind=kind):
+            def skip_reason(norm, kind=kind):
                 return "not finite" if not norm < float("inf") else "refused" if kind == "refused" else ""
 
-            outcomes.append(deepspeed_zero.step(engine, objection))
+            outcomes.append(deepspeed_zero.step(engine, skip_reason))
         state = {
             f"{piece.name} {key}": value.clone()
             for piece in deepspeed_zero.local_slices(engine)

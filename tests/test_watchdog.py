@@ -178,7 +178,7 @@ def test_a_slow_store_ends_no_rank_before_the_timeout(monkeypatch):
     for _, store in cases:
         store.silent.clear()
     for each in watchdogs:
-        each.end()
+        each.stop()
     assert not any(thread.name == "watchdog" for thread in threading.enumerate())
     for each in watchdogs:
         message, at = stopped[each]
