@@ -50,7 +50,6 @@ def make_engine(
     model: nn.Module, optimizer: torch.optim.Optimizer, config: ZeroConfig, precision: Precision, accumulate: int,
     clip: float,
 ) -> Any:  # fmt: skip
-    """Wrap a model and its optimizer; torch.distributed must be initialised."""
     settings = _settings(config, precision, accumulate, clip)
     engine, *_ = _deepspeed().initialize(model=model, optimizer=optimizer, config=settings)
     return engine

@@ -59,7 +59,7 @@ class CheckpointWriter:
     """Writes a run's checkpoints during training. All ranks create it together; `finish` is the only other collective.
 
     The ranks' threads coordinate through the store. A failed write is logged at once, and the next `save` waits for its
-    own; if that fails, too, or in `wait` and `finish`, OSError is raised on every rank.
+    own; if that fails, too, or the last one does, OSError is raised on every rank.
     """
 
     def __init__(self, run: Path, config: CheckpointConfig, timeout_s: float):
@@ -101,21 +101,17 @@ class CheckpointWriter:
         self.step, self._saves = meta.step, self._saves + 1
         self._thread = threading.Thread(target=self._work, args=(layout, meta), name="checkpoint", daemon=True)
         self._thread.start()
-        if failed:  # not twice in a row without stopping
-            self.wait()
+        if failed and (failure := self._join()):  # not twice in a row without stopping
+            raise OSError(failure)
         return {**metrics, "saving/stall_s": time.perf_counter() - began}
 
     @property
     def writing(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
-    def wait(self) -> None:
-        """Wait until the last checkpoint is on disk."""
-        if failure := self._join():
-            raise OSError(failure)
-
     def finish(self) -> None:
-        """`wait` on all ranks together: none may end, and with rank 0 the store, before all know the outcome."""
+        """Wait until the last checkpoint is on disk. A collective: no rank may end, and with rank 0 the store, before all
+        know the outcome."""
         for failure in control_plane.gather_objects(self._join()):
             if failure:
                 raise OSError(failure)
@@ -177,7 +173,12 @@ class CheckpointWriter:
             return control_plane.wait_for_keys(self.store, [f"{key}/outcome"], 2 * SLOWEST)[0].decode()
         keys, failure = [f"{key}/{rank}" for rank in range(self.world_size)], "rank 0 has ended"
         try:
-            failure = self._publish(folder, meta, keys)
+            reports = [json.loads(text) for text in control_plane.wait_for_keys(self.store, keys, SLOWEST)]
+            failure = "; ".join(report["error"] for report in reports if "error" in report)
+            if not failure:
+                files, sizes = ({report["file"]: report[fact] for report in reports} for fact in ("sha256", "bytes"))
+                replace(meta, files=files, bytes=sizes).write(folder)
+                checkpoint_directory.publish(self.run, folder, meta.step)
         except Exception as error:
             failure = f"rank 0: {error}"
         finally:  # the others wait for it
@@ -192,16 +193,6 @@ class CheckpointWriter:
         except Exception as error:  # the others have the outcome already
             log.warning("cleaning up after the checkpoint of step %d failed: %s", meta.step, error)
         return failure
-
-    def _publish(self, folder: Path, meta: CheckpointMeta, keys: list[str]) -> str:
-        """On rank 0: publish the files of all ranks once they have reported; returns their failures."""
-        reports = [json.loads(report) for report in control_plane.wait_for_keys(self.store, keys, SLOWEST)]
-        if failure := "; ".join(report["error"] for report in reports if "error" in report):
-            return failure
-        files, sizes = ({report["file"]: report[fact] for report in reports} for fact in ("sha256", "bytes"))
-        replace(meta, files=files, bytes=sizes).write(folder)
-        checkpoint_directory.publish(self.run, folder, meta.step)
-        return ""
 
 
 def write_slices(path: Path, buffer: Tensor, layout: dict[str, tuple[int, int]]) -> tuple[int, str]:

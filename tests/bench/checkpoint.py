@@ -63,7 +63,7 @@ def stall(args: argparse.Namespace, folder: Path) -> None:
     for _ in range(3):
         step()
     writer.save(engine, CheckpointMeta(step=0, clock=0))  # makes the host buffer
-    writer.wait()
+    writer.finish()
     number, rows = 0, []
     for _ in range(args.runs):
         for way in ("before", "beside"):
@@ -72,7 +72,7 @@ def stall(args: argparse.Namespace, folder: Path) -> None:
             copied = writer.save(engine, CheckpointMeta(step=number, clock=0))["saving/stall_s"]
             steps = 0
             if way == "before":
-                writer.wait()
+                writer.finish()
             while writer.writing:  # the last of these steps ends after the writing: what it lost there counts, too
                 step()
                 steps += 1
