@@ -203,24 +203,24 @@ def test_each_sp_rank_decodes_only_its_frames(shards, monkeypatch):
     assert asked == ([(2, 6)] * 4 if read_index(shards).store == "video" else [])
 
 
-def number(sample: int, epoch: int, bucket: int) -> torch.Tensor:
-    return torch.tensor([100.0 * epoch + sample, bucket])
+def draw(sample: int, epoch: int, bucket: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.tensor([sample / 100]), torch.tensor([100.0 * epoch + sample, bucket])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_what_is_attached_comes_with_its_clip(shards, workers):
-    for batch in read(shards, 8, workers=workers, attach=number):
-        expected = [number(*clip, 0) for clip in zip(batch.samples, batch.epochs, strict=True)]
-        assert torch.equal(batch.attached, torch.stack(expected))
-    assert read(shards, 1)[0].attached is None
+def test_noise_is_drawn_for_every_clip(shards, workers):
+    for batch in read(shards, 8, workers=workers, draw=draw):
+        t, noise = zip(*(draw(*clip, 0) for clip in zip(batch.samples, batch.epochs, strict=True)), strict=True)
+        assert torch.equal(batch.t, torch.stack(t)) and torch.equal(batch.noise, torch.stack(noise))
+    assert read(shards, 1)[0].noise is None
 
 
 def test_all_tensors_of_a_batch_are_pinned(shards, monkeypatch):
-    (batch,) = read(shards, 1, attach=number)
+    (batch,) = read(shards, 1, draw=draw)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self + 1)  # a GPU's part, which is not here
     pinned = batch.pin_memory()
     assert torch.equal(media(pinned), media(batch) + 1)
-    assert torch.equal(pinned.attached, batch.attached + 1)
+    assert torch.equal(pinned.noise, batch.noise + 1)
     assert (pinned.samples, pinned.epochs, pinned.keys) == (batch.samples, batch.epochs, batch.keys)
 
 
@@ -321,13 +321,13 @@ def test_a_worker_has_its_socket_before_it_reads(shards, monkeypatch):
     with tempfile.TemporaryDirectory() as folder:  # pytest's own names are too long for sockets
         monkeypatch.setattr(tempfile, "tempdir", folder)
 
-        def sockets(*_) -> torch.Tensor:
-            return torch.tensor(len(list(Path(folder).glob("pymp-*/*"))))
+        def sockets(*_) -> tuple[torch.Tensor, torch.Tensor]:
+            return torch.zeros(1), torch.tensor(len(list(Path(folder).glob("pymp-*/*"))))
 
         index = read_index(shards)
-        batches = loader(single_set(shards, index), "train", seed=0, clock=0, clips=2, workers=1, attach=sockets)
+        batches = loader(single_set(shards, index), "train", seed=0, clock=0, clips=2, workers=1, draw=sockets)
         with closing(batches):
-            assert next(batches).attached.tolist() == [1, 1]
+            assert next(batches).noise.tolist() == [1, 1]
         assert not os.listdir(folder)
 
 
@@ -375,13 +375,13 @@ def damaged(sample: tuple[str, dict[str, bytes]], how: str) -> tuple[str, dict[s
 
 
 @pytest.mark.parametrize("how", ["bit", "short", "json", "no checksum", "other size", "no video"])
-def test_a_broken_sample_is_named_and_replaced_alike_everywhere(tmp_path, capsys, how):
+def test_an_unreadable_clip_is_logged_and_replaced_alike_everywhere(tmp_path, caplog, how):
     samples = video_samples(40)
     index = small_index(tmp_path, [damaged(s, how) if i in (3, 4) else s for i, s in enumerate(samples)])
     options = {"seed": 1, "clock": 0, "clips": 8, "stop": 80}
     whole = list(loader(single_set(tmp_path, index), "train", workers=0, **options))
-    told = capsys.readouterr().err
-    assert told.count("data: skipped sample clip-3 of ") == told.count("data: skipped sample clip-4 of ") == 1
+    for key in ("clip-3", "clip-4"):
+        assert caplog.text.count(f"unreadable clip skipped: sample {key} of ") == 1
     wanted = [sample_at(k, 40, 1)[1] for k in range(80)]
     assert [s for b in whole for s in b.samples] == [5 if s in (3, 4) else s for s in wanted]
     assert [e for b in whole for e in b.epochs] == [0] * 40 + [1] * 40
@@ -395,15 +395,15 @@ def test_a_broken_sample_is_named_and_replaced_alike_everywhere(tmp_path, capsys
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("bad", [3, 40])
-def test_too_many_broken_samples_stop_the_run(tmp_path, workers, bad):
+def test_too_many_unreadable_clips_stop_the_run(tmp_path, workers, bad):
     samples = [damaged(s, "bit") if i < bad else s for i, s in enumerate(video_samples(40))]
     index = small_index(tmp_path, samples)
     batches = loader(single_set(tmp_path, index), "train", seed=1, clock=0, clips=8, workers=workers)
-    with pytest.raises(ValueError, match=r"more than 2 of the 40 samples in .* are broken.*sample clip-\d+"):
+    with pytest.raises(ValueError, match=r"more than 2 of the 40 samples in .* are unreadable.*sample clip-\d+"):
         list(itertools.islice(batches, 10))
 
 
-def test_broken_latents_are_found_by_their_header(tmp_path, capsys):
+def test_unreadable_latents_are_recognised_by_their_header(tmp_path):
     def latents(shape: tuple[int, ...], name: str = "latent") -> dict[str, bytes]:
         return {"json": b"{}", "latent.safetensors": save({name: torch.randn(shape)})}
 
@@ -514,7 +514,7 @@ def test_a_set_that_is_mostly_broken_ends_the_run_soon(tmp_path, monkeypatch):
     assert len(tried) == 64
 
 
-def test_a_shard_that_was_cut_off_is_passed_over_and_scanned_once(tmp_path, monkeypatch, capsys):
+def test_a_shard_that_was_cut_off_is_passed_over_and_scanned_once(tmp_path, monkeypatch, caplog):
 
     index = small_index(tmp_path, latent_samples(100), store="latent")
     good = write_shard(tmp_path / "train-000001.tar", latent_samples(20))
@@ -525,4 +525,4 @@ def test_a_shard_that_was_cut_off_is_passed_over_and_scanned_once(tmp_path, monk
     batches = loader(single_set(tmp_path, index), "train", seed=1, clock=0, clips=4, workers=0, stop=120, max_bad=0.9)
     assert all(number >= 100 for batch in batches for number in batch.samples)
     assert sorted(scanned) == ["train-000000.tar", "train-000001.tar"]
-    assert capsys.readouterr().err.count("data: skipped shard ") == 100
+    assert caplog.text.count("unreadable clip skipped: ") == 100

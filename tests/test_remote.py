@@ -172,7 +172,7 @@ def test_many_ask_at_once_and_one_fetches(server, folder, tmp_path):
     shard = read_index(folder).splits["train"][0]
     place = RemoteShards(server.url, tmp_path / "cache", 1 << 30)
     with ThreadPoolExecutor(8) as pool:
-        paths = list(pool.map(lambda _: place.file(shard), range(8)))
+        paths = list(pool.map(lambda _: place.fetch(shard), range(8)))
     assert {path.read_bytes() for path in paths} == {(folder / shard.name).read_bytes()}
     assert server.it.asked["GET", shard.name] == 1
 
@@ -196,9 +196,9 @@ def test_what_is_being_fetched_counts_with_all_that_it_will_be(server, folder, t
         promised.remove(size)
 
     monkeypatch.setattr(remote, "download", slow)
-    monkeypatch.setattr(remote, "ROOM_S", 0.01)
+    monkeypatch.setattr(remote, "ROOM_POLL_S", 0.01)
     with ThreadPoolExecutor(len(shards)) as pool:
-        list(pool.map(place.file, shards))
+        list(pool.map(place.fetch, shards))
     assert len(together) == len(shards) > 3
     assert max(together) <= most
     assert max(together) > most // 2  # and yet two at once
@@ -216,7 +216,7 @@ def test_passing_trouble_is_sat_out(server, folder, tmp_path, faults, ranges):
     server.it.faults[name] = list(faults)
     shard = next(shard for shard in read_index(folder).splits["train"] if shard.name == name)
     place = RemoteShards(server.url, tmp_path / "cache", 1 << 30, timeout=0.3)
-    assert place.file(shard).read_bytes() == (folder / name).read_bytes()
+    assert place.fetch(shard).read_bytes() == (folder / name).read_bytes()
     assert server.it.asked["GET", name] == len(faults) + 1
     if ranges and "break" in faults:
         assert server.it.begun[-1] >= shard.bytes // 2  # went on where it broke off
@@ -327,8 +327,8 @@ def test_urls_are_told_from_paths_and_shown_without_secrets():
     assert all(map(is_url, ("http://x", "pipe:x", "s3://x")))
     assert not any(map(is_url, ("/x/y", "x:y", "")))
     assert redact_url("https://me:word@host:8/a/b?sig=x") == "https://host:8/a/b"
-    assert RemoteShards("https://h/a/?sig=x", Path(), 1).address("b.tar") == "https://h/a/b.tar?sig=x"
-    assert RemoteShards("s3://bucket/a/", Path(), 1).address("b.tar") == "s3://bucket/a/b.tar"
+    assert RemoteShards("https://h/a/?sig=x", Path(), 1).url_of("b.tar") == "https://h/a/b.tar?sig=x"
+    assert RemoteShards("s3://bucket/a/", Path(), 1).url_of("b.tar") == "s3://bucket/a/b.tar"
 
 
 def test_a_name_and_password_in_an_address_go_into_a_header(monkeypatch):

@@ -144,7 +144,7 @@ def test_extended_headers_are_refused_before_they_are_read(tmp_path):
 
 
 def test_a_huge_member_is_refused_by_its_header(tmp_path):
-    for size, message in ((1 << 40, "claims 1099511627776 bytes, at most"), (1 << 30, "truncated")):
+    for size, message in ((1 << 40, "claims 1099511627776 bytes"), (1 << 30, "truncated")):
         info = tarfile.TarInfo("a.mp4")
         info.size = size
         (tmp_path / "a.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(4096))

@@ -85,7 +85,7 @@ def test_as_many_classes_as_an_index_may_have(tmp_path, monkeypatch):
     (tmp_path / "list.csv").write_text("path,label\na.mp4,1048575\n")
     assert find_sources((str(tmp_path / "list.csv"),)).classes == 1 << 20
     (tmp_path / "list.csv").write_text("path,label\na.mp4,x\nb.mp4,y\n")
-    monkeypatch.setattr(module, "MOST_CLASSES", 1)
+    monkeypatch.setattr(module, "MAX_CLASSES", 1)
     with pytest.raises(ValueError, match="sources have 2 different labels, at most 1 are read"):
         find_sources((str(tmp_path / "list.csv"),))
 

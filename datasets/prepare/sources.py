@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..shards.index import MOST_CLASSES
+from ..shards.index import MAX_CLASSES
 from ..shards.tar import FILE_ERRORS, Location, Member, open_bytes, retry_read, size_of, tar_members
 from ..video import SUFFIXES
 
@@ -253,15 +253,15 @@ def _number(labels: list[tuple[str, Any]]) -> tuple[list[int | None], tuple[str,
     words = [str(label) for _, label in labels]
     if all(word.isdecimal() for word in words):
         for (name, _), word in zip(labels, words, strict=True):
-            if len(word) > 20 or int(word) >= MOST_CLASSES:
+            if len(word) > 20 or int(word) >= MAX_CLASSES:
                 raise ValueError(
-                    f"{name}: label {word[:40]} is no class below {MOST_CLASSES} but an id: number the classes from 0 "
+                    f"{name}: label {word[:40]} is no class below {MAX_CLASSES} but an id: number the classes from 0 "
                     "on without gaps, or write words, which msc numbers (id-1 instead of 1)"
                 )
         return [int(word) for word in words], ()
     names = tuple(sorted(set(words)))
-    if len(names) > MOST_CLASSES:
-        raise ValueError(f"sources have {len(names)} different labels, at most {MOST_CLASSES} are read: leave them out")
+    if len(names) > MAX_CLASSES:
+        raise ValueError(f"sources have {len(names)} different labels, at most {MAX_CLASSES} are read: leave them out")
     number = {word: i for i, word in enumerate(names)}
     return [number[word] for word in words], names
 

@@ -110,8 +110,8 @@ class CheckpointWriter:
         return self._thread is not None and self._thread.is_alive()
 
     def finish(self) -> None:
-        """Wait until the last checkpoint is on disk. A collective: no rank may end, and with rank 0 the store, before all
-        know the outcome."""
+        """Wait until the last checkpoint is on disk. A collective: no rank may end, and with rank 0 the store, before
+        all know the outcome."""
         for failure in control_plane.gather_objects(self._join()):
             if failure:
                 raise OSError(failure)
