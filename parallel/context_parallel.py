@@ -91,7 +91,7 @@ class ShardedPastContext:
         # A compiler would compile a block again for every layer's name.
         what = "" if torch.compiler.is_compiling() else "{0} of scale {2} in layer {1}".format(*key)
         plan = AllToAll(self.group, tuple(n * size for n in send_items), tuple(n * size for n in receive_items), what)
-        # A copy, which nobody changes while it is sent; empty where this rank sends nothing, but part of the graph all
+        # A copy, which does not change while it is sent; empty where this rank sends nothing, but part of the graph all
         # the same: all ranks must go through it alike.
         started = start_with_grad(torch.cat(parts) if parts else x_BU[:, :0].flatten(), plan)
 

@@ -68,7 +68,7 @@ def diagnose(
     """The ranks that keep rank `own` waiting, from two readings some heartbeats apart; "" if none stands out.
 
     First the silent ranks. If there are none, the ranks behind one that has been in a phase for more than `timeout`
-    seconds while nobody is ahead of it: a phase may last longer than that, but waiting for another rank may not.
+    seconds while no rank is ahead of it: a phase may last longer than that, but waiting for another rank may not.
     """
     others = [status for rank, status in now.items() if rank != own]
     silent = [s for s in others if s.rank in before and s.heartbeat == before[s.rank].heartbeat]
@@ -272,6 +272,6 @@ def watch_ranks(
 
 
 def is_communication_error(error: BaseException) -> bool:
-    words = ("gloo", "NCCL", "Connection closed", "Timed out waiting", "Broken pipe")
-    named = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    phrases = ("gloo", "NCCL", "Connection closed", "Timed out waiting", "Broken pipe")
+    named = isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in phrases)
     return named or isinstance(error, ConnectionError | dist.DistError)
