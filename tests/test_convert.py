@@ -19,7 +19,7 @@ from msc.datasets.loading.mixture import only
 from msc.datasets.loading.shard_reader import Samples
 from msc.datasets.prepare import clip_extraction, shard_writer
 from msc.datasets.prepare import convert as converting
-from msc.datasets.prepare.clip_ranges import border, pieces, runs
+from msc.datasets.prepare.clip_ranges import held_out_border, split_into_clips, split_ranges
 from msc.datasets.prepare.convert import ConvertConfig, convert
 from msc.datasets.prepare.progress import count_finished_groups
 from msc.datasets.prepare.sources import find_sources
@@ -78,7 +78,7 @@ def test_the_border_lies_between_training_and_held_out():
         for least in (1, 4, 8):
             for held_out in (0.0, 0.1, 0.5):
                 for draw in (0.05, 0.9):
-                    plan = runs(list(range(length)), held_out, least, draw)
+                    plan = split_ranges(list(range(length)), held_out, least, draw)
                     (first, end), (start, last) = plan["train"], plan["held_out"]
                     assert first == 0 and last == length and end == start
                     if not held_out:
@@ -87,9 +87,9 @@ def test_the_border_lies_between_training_and_held_out():
                         assert last - start == round(length * held_out)
                     else:  # too short to be divided
                         assert end == (0 if draw < held_out else length)
-    assert runs(list(range(20)), 0.25, 4, 0.0) == {"train": (0, 15), "held_out": (15, 20)}
-    assert pieces(0, 15, [4]) == [(0, 4), (4, 4), (8, 4)]
-    assert pieces(0, 3, [4]) == []
+    assert split_ranges(list(range(20)), 0.25, 4, 0.0) == {"train": (0, 15), "held_out": (15, 20)}
+    assert split_into_clips(0, 15, [4]) == [(0, 4), (4, 4), (8, 4)]
+    assert split_into_clips(0, 3, [4]) == []
 
 
 def test_of_short_videos_a_share_is_held_out_whole(tmp_path):
@@ -115,7 +115,7 @@ def test_of_short_videos_a_share_is_held_out_whole(tmp_path):
 def test_a_frame_shown_several_times_stays_on_one_side():
     shown = [i // 4 for i in range(40)]  # four ticks per source frame
     for held_out in (0.1, 0.23, 0.31, 0.5, 0.99):
-        end, start = border(shown, held_out)
+        end, start = held_out_border(shown, held_out)
         assert not set(shown[:end]) & set(shown[start:])
         assert start - end < 4
 
@@ -300,10 +300,10 @@ def test_a_passing_trouble_is_not_recorded(tmp_path, videos, monkeypatch, troubl
     with monkeypatch.context() as patch:
         if trouble == "gone":
             patch.setattr(converting, "find_sources", listed)
-            patch.setattr(shard_writer, "copies", lambda _: {})
+            patch.setattr(shard_writer, "find_copies", lambda _: {})
         else:
             patch.setattr(decode, "open_bytes", unreadable)
-        message = {"gone": "is gone, and all beside it", "unreadable": "Stale file handle: .*synthetic-001.mp4"}
+        message = {"gone": "have disappeared", "unreadable": "Stale file handle: .*synthetic-001.mp4"}
         with pytest.raises(OSError, match=message[trouble]):
             convert(config, blocks, 2)
     assert count_finished_groups(tmp_path / "out") == (trouble != "gone")
@@ -353,7 +353,7 @@ def test_one_file_that_cannot_be_read_is_tried_again_and_then_broken(tmp_path, v
 def test_too_many_broken_videos_stop_the_conversion(tmp_path, videos):
     for i in range(3):
         (videos / f"broken{i}.mp4").write_bytes(b"nonsense" * (100 + i))
-    with pytest.raises(ValueError, match=r"2 of 6 sources are broken, at most 20% .*broken0.mp4: is not"):
+    with pytest.raises(ValueError, match=r"2 of 6 sources are unreadable, at most 20% .*broken0.mp4: is not"):
         convert(settings(tmp_path, videos), blocks, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["videos"]
 
@@ -362,7 +362,7 @@ def test_a_video_that_kills_workers_is_broken_and_one_that_kills_once_is_not(tmp
     for seed, name in enumerate(("deadly", "hungry"), 1):
         write_videos(tmp_path / name, seed, 1, 60, 48, 64)
         (tmp_path / name / "synthetic-000.mp4").rename(videos / "deep" / f"{name}.mp4")
-    monkeypatch.setattr(clip_extraction, "cut", crashing_workers.crash)
+    monkeypatch.setattr(clip_extraction, "extract_clips", crashing_workers.extract_or_crash)
     results = []
     for workers in (2, 3):
         config = settings(tmp_path / str(workers), videos, workers=workers, clips_per_shard=2)
@@ -385,7 +385,7 @@ def test_folders_without_videos_and_wrong_sources_are_refused(tmp_path):
         with pytest.raises(ValueError, match="is an address or a command"):
             convert(settings(tmp_path, address), blocks, 2)
     for name in ("a\0b", "~nobody-of-this-name/a"):
-        with pytest.raises(ValueError, match="is no path"):
+        with pytest.raises(ValueError, match="is not a valid path"):
             convert(settings(tmp_path, name), blocks, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty"]
 

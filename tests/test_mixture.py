@@ -18,7 +18,7 @@ from msc.datasets.loading.dataloader import Batch, loader
 from msc.datasets.loading.mixture import DataConfig, ShardsFrom, open_shards, rounds, slots
 from msc.datasets.loading.shard_reader import Samples
 from msc.datasets.loading.shuffling import SLOTS, Turns, Windows, apportion, order, set_at
-from msc.datasets.prepare.clip_ranges import best_buckets, pieces
+from msc.datasets.prepare.clip_ranges import best_buckets, split_into_clips
 from msc.datasets.prepare.convert import ConvertConfig, convert
 from msc.datasets.prepare.statistics import Statistics, measure_statistics, mix_statistics
 from msc.datasets.shards.index import read_index
@@ -70,10 +70,10 @@ def same(a: Batch, b: Batch) -> bool:
 
 
 def test_at_each_place_the_longest_that_fits():
-    assert pieces(0, 45, [8, 32]) == [(0, 32), (32, 8)]
-    assert pieces(3, 10, [8]) == []
-    assert pieces(0, 40, [8, 16], stride=10) == [(0, 16), (10, 16), (20, 16), (30, 8)]
-    assert pieces(0, 50, [8], stride=20) == [(0, 8), (20, 8), (40, 8)]
+    assert split_into_clips(0, 45, [8, 32]) == [(0, 32), (32, 8)]
+    assert split_into_clips(3, 10, [8]) == []
+    assert split_into_clips(0, 40, [8, 16], stride=10) == [(0, 16), (10, 16), (20, 16), (30, 8)]
+    assert split_into_clips(0, 50, [8], stride=20) == [(0, 8), (20, 8), (40, 8)]
 
 
 @pytest.mark.parametrize(

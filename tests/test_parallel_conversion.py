@@ -177,7 +177,7 @@ def test_a_part_in_which_too_many_videos_are_broken_ends(tmp_path):
         (tmp_path / "videos" / f"synthetic-{i:03d}.mp4").write_bytes(b"nonsense" * (i + 1))
     config = settings(tmp_path, tmp_path / "videos", clips_per_shard=1, max_bad=0.5)
     convert(config, raw, 1, part=(1, 5))
-    with pytest.raises(ValueError, match="5 of 6 sources are broken, at most 50%"):
+    with pytest.raises(ValueError, match="5 of 6 sources are unreadable, at most 50%"):
         convert(config, raw, 1, part=(0, 5))
 
 
