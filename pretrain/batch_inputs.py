@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from msc.datasets.loading.dataloader import Attach, Batch
+from msc.datasets.loading.dataloader import Batch, Draw
 
 from .diffusion.autoencoder import Autoencoder
 from .diffusion.rectified_flow import DiffusionConfig, add_noise, frame_noise, keep_condition, noise_levels
-from .model.past_context import Timeline, WholeVideo
+from .model.past_context import PastContext, WholeVideo
 from .model.transformer import MSCTransformer
 
 
 @dataclass(frozen=True)
-class Inputs:
+class BatchInputs:
     """Own frames of some clips: x and noise `[B, T, C, H, W]`, t `[B, T]`; supervised frames have t > 0. all_t are the
     noise levels of all frames of the clips, where others have the rest."""
 
@@ -48,9 +49,9 @@ def latents_of(batch: Batch, autoencoder: Autoencoder, device: torch.device) -> 
 
 
 @dataclass(frozen=True)
-class Feed:
+class InputBuilder:
     """How batches of one bucket become inputs in a run: the same on every rank but for `units`, the rank's own, and
-    `timeline`, where those lie in their clips.
+    `past_context`, where those lie in their clips.
     """
 
     model: MSCTransformer
@@ -62,7 +63,7 @@ class Feed:
     all_units: int
     text_dropout: float
     device: torch.device
-    timeline: Timeline = field(default_factory=WholeVideo)
+    past_context: PastContext = field(default_factory=WholeVideo)
 
     @property
     def frames(self) -> range:
@@ -75,6 +76,8 @@ class Feed:
         return self._all_levels(batch)[:, self.frames.start : self.frames.stop]
 
     def _all_levels(self, batch: Batch) -> Tensor:
+        if batch.t is not None:
+            return batch.t
         per_unit = self.model.config.frames_per_unit
         t = [
             noise_levels(self.diffusion, self.shift, self.seed, sample, epoch, self.all_units, per_unit)
@@ -82,11 +85,11 @@ class Feed:
         ]
         return torch.stack(t)
 
-    def __call__(self, batch: Batch) -> Inputs:
+    def __call__(self, batch: Batch) -> BatchInputs:
         latents = latents_of(batch, self.autoencoder, self.device)
         assert latents.shape[1] == len(self.frames)
         clips = list(zip(batch.samples, batch.epochs, strict=True))
-        noise = batch.attached
+        noise = batch.noise
         if noise is None:
             noise = torch.stack([frame_noise(self.seed, *clip, self.frames, latents.shape[2:]) for clip in clips])
         kept = keep_condition(self.text_dropout, self.seed, clips)
@@ -95,7 +98,7 @@ class Feed:
 
         to = partial(Tensor.to, device=self.device, non_blocking=True)
         all_t = to(self._all_levels(batch))
-        return Inputs(
+        return BatchInputs(
             self.model.normalise(latents),
             to(noise),
             all_t[:, self.frames.start : self.frames.stop],
@@ -105,18 +108,22 @@ class Feed:
         )
 
 
-def noise_beside(feeds: Sequence[Feed], sizes: Sequence[tuple[int, int, int]]) -> Attach:
-    """For the loader to attach: the noise of every clip's own frames, which would take a good part of a GPU's step.
+def noise_drawer(builders: Sequence[InputBuilder], sizes: Sequence[tuple[int, int, int]]) -> Draw:
+    """Draws t and noise of every clip in the loader's workers, where they take no time of a GPU's step.
 
-    sizes: (frames, height, width) of every bucket's latents, as `feeds` are of every bucket.
+    sizes: (frames, height, width) of every bucket's latents, as `builders` are of every bucket.
     """
-    channels = feeds[0].model.config.channels
-    own = [(feed.frames, (channels, height, width)) for feed, (_, height, width) in zip(feeds, sizes, strict=True)]
-    return partial(_noise, feeds[0].seed, own)
+    model = builders[0].model.config
+    levels = [(b.diffusion, b.shift, b.seed, b.all_units, model.frames_per_unit) for b in builders]
+    own = [(b.frames, (model.channels, height, width)) for b, (_, height, width) in zip(builders, sizes, strict=True)]
+    return partial(_draw, levels, own)
 
 
-def _noise(seed: int, own: list[tuple[range, tuple[int, int, int]]], sample: int, epoch: int, bucket: int) -> Tensor:
-    return frame_noise(seed, sample, epoch, *own[bucket])
+def _draw(levels: list[Any], own: list[Any], sample: int, epoch: int, bucket: int) -> tuple[Tensor, Tensor]:
+    """t of all frames of a clip, noise of the rank's own."""
+    diffusion, shift, seed, units, per_unit = levels[bucket]
+    t = noise_levels(diffusion, shift, seed, sample, epoch, units, per_unit)
+    return t, frame_noise(seed, sample, epoch, *own[bucket])
 
 
 def micro_batches(batch: Batch, size: int) -> list[Batch]:
@@ -135,7 +142,8 @@ def micro_batches(batch: Batch, size: int) -> list[Batch]:
             latents=cut(batch.latents, some),
             text=cut(batch.text, some),
             labels=cut(batch.labels, some),
-            attached=cut(batch.attached, some),
+            t=cut(batch.t, some),
+            noise=cut(batch.noise, some),
         )
         for some in (slice(i, i + size) for i in range(0, len(batch.samples), size))
     ]

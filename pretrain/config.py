@@ -16,19 +16,20 @@ from typing import Any
 import yaml
 
 from msc.datasets.files import describe_validation_error, nearest
-from msc.datasets.loading.mixture import DataConfig, ShardsFrom
+from msc.datasets.loading.mixture import DataConfig, ShardSetConfig
 
 from .checkpoints.format import CheckpointConfig
 from .diffusion.rectified_flow import DiffusionConfig
+from .model.config import ModelConfig
+from .model.noise_gate import without_correlations
 from .model.scales import Scale
-from .model.transformer import ModelConfig
 from .optimizer import OptimizerConfig
 from .parallelize import ParallelConfig
 from .tracking.spike_guard import GuardConfig
 from .tracking.tracker import MetricsConfig
 
 # Settings that are lists of tables, with one such table.
-LISTS: dict[str, Any] = {"scales": Scale(1), "shards": ShardsFrom("x")}
+LISTS: dict[str, Any] = {"scales": Scale(1), "shards": ShardSetConfig("x")}
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,8 @@ def _merge(values: dict[str, Any], new: Any, kind: type, source: str, prefix: st
             if key in LISTS and isinstance(value, list | tuple):
                 for item in value:  # a list of tables: each is checked against its own fields
                     _merge(dataclasses.asdict(LISTS[key]), item, type(LISTS[key]), source, f"{prefix}{key}.")
+            if key == "gate_constants":
+                value = without_correlations(value)
             values[key] = "" if value is None and types[key] is str else value  # `key=` empties a text
 
 

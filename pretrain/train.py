@@ -7,8 +7,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,13 +19,14 @@ from tqdm import tqdm
 from msc.datasets.errors import REQUEUE, DeterministicFailure
 from msc.datasets.files import Forgiving, append_jsonl, write_atomically
 from msc.datasets.loading.dataloader import loader
-from msc.datasets.loading.mixture import Shards, check_sizes, open_shards
+from msc.datasets.loading.mixture import Shards, check_shard_sizes, open_shards
 from msc.parallel import consistency, control_plane, deepspeed_zero, fp8, process_group
 from msc.parallel.mesh import placement_warning
+from msc.parallel.signals import STOP_SIGNALS, collect_signals
 from msc.parallel.watchdog import is_communication_error, watch_ranks
 
 from . import cost
-from .batch_inputs import Feed, micro_batches, noise_beside
+from .batch_inputs import InputBuilder, micro_batches, noise_drawer
 from .checkpoints import directory as checkpoint_directory
 from .checkpoints import format as checkpoint_format
 from .checkpoints import initialize_from, rollback
@@ -34,19 +34,19 @@ from .checkpoints.async_writer import Writer
 from .config import Config, dump, flat
 from .diffusion.autoencoder import open_autoencoder
 from .diffusion.rectified_flow import frame_losses, frame_shift
-from .evaluation.evaluate import preview
-from .evaluation.held_out_loss import Losses, held_out_losses
-from .kernels.compile_helpers import pieces
+from .evaluation.held_out_loss import LossByNoise, held_out_losses
+from .inference.preview import write_preview
+from .kernels.compile_helpers import graph_breaks
 from .optimizer import set_schedule
-from .parallelize import build, clip_of, make_mesh, own_timeline, parallelize
-from .run_folder import LatentSpace, write_space
+from .parallelize import build, clip_shape, make_mesh, own_past_context, parallelize
+from .run_folder import LatentSpace, RunFolder
 from .tracking import heartbeat, spike_guard
 from .tracking.mlflow_store import code_version, read_identity
 from .tracking.plan_deviation import PlannedStep, describe_deviation, plan_ratios
 from .tracking.throughput import DESCRIPTION, Meter
 from .tracking.tracker import State, Tracker
-from .tracking.unreadable_clips import Broken, read_broken
-from .validation import resolve, sizes
+from .tracking.unreadable_clips import UnreadableClips, read_unreadable_clips
+from .validation import latent_sizes, resolve
 
 PACKAGES = [Path(__file__).parents[1] / name for name in ("pretrain", "parallel", "datasets", "launch")]
 
@@ -63,7 +63,10 @@ def train(
     sys.stdout, sys.stderr = Forgiving(sys.stdout), Forgiving(sys.stderr)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2)  # "where are you?": all stacks to stderr, also while a C call never returns
-    with stop_signals() as stopping:
+    # A second one of a kind interrupts at once. Not so SIGTERM and SIGUSR1 from Slurm, which repeats itself (at a time
+    # limit slurmd and srun both send SIGTERM) and has SIGKILL for those who take too long.
+    interrupting = (signal.SIGINT,) if "SLURM_STEP_ID" in os.environ else STOP_SIGNALS
+    with collect_signals(interrupting) as stopping:
         world = process_group.join_process_group(config.parallel.timeout)
         # Again, and for good: since the command line looked, imports and waiting for all ranks have taken their time.
         control_plane.run_on_rank_0(partial(heartbeat.acquire_run, run, world.world_size, checkpoint_format.say))
@@ -100,15 +103,17 @@ def _train(
         **checkpoint_format.library_versions(),
         **control_plane.run_on_rank_0(code_version),
     }  # git, on a node that is not in a hurry
-    control_plane.run_on_rank_0(partial(check_sizes, shards), patient=True)
+    control_plane.run_on_rank_0(partial(check_shard_sizes, shards), patient=True)
     mesh = make_mesh(world.world_size, config.parallel.sp, world.device.type)
     if (
         told := placement_warning(control_plane.gather_objects(socket.gethostname()), config.parallel.sp)
     ) and world.is_rank_0:
         checkpoint_format.say(told)
     # of every bucket: where our frames lie in its clips, and which those are
-    timelines = [own_timeline(mesh, config.model, config.parallel, clip_of(config.model, config.parallel, *size))
-                 for size in sizes(shards)]  # fmt: skip
+    past_contexts = [
+        own_past_context(mesh, config.model, config.parallel, clip_shape(config.model, config.parallel, *size))
+        for size in latent_sizes(shards)
+    ]
     batch, micro, accumulate = config.train.batch, config.train.micro, config.train.accumulate(mesh.dp)
 
     # The model, the same on every rank until DeepSpeed shards it -------------------------------------
@@ -149,14 +154,14 @@ def _train(
             print(f"msc: {change}", file=sys.stderr, flush=True)
         run.mkdir(parents=True, exist_ok=True)
         write_atomically(run / "config.yaml", dump(config).encode())
-        write_space(run, LatentSpace.of(shards.index))
+        RunFolder(run).write_latent_space(LatentSpace.of(shards.index))
         for name in ("log.jsonl", "skipped.jsonl", "broken.jsonl", "held_out.jsonl"):
             rollback.truncate_jsonl(run / name, step)
 
     # The data: this rank's rows and frames, from this clock on ---------------------------------------
     autoencoder = open_autoencoder(shards.index.autoencoder, world.device)
-    feeds = [
-        Feed(
+    builders = [
+        InputBuilder(
             model=model,
             autoencoder=autoencoder,
             diffusion=config.diffusion,
@@ -166,9 +171,9 @@ def _train(
             all_units=frames // config.model.frames_per_unit,
             text_dropout=config.data.text_dropout,
             device=world.device,
-            timeline=timeline,
+            past_context=past_context,
         )
-        for (frames, height, width), (timeline, units) in zip(sizes(shards), timelines, strict=True)
+        for (frames, height, width), (past_context, units) in zip(latent_sizes(shards), past_contexts, strict=True)
     ]
     clips = loader(
         shards,
@@ -178,15 +183,15 @@ def _train(
         clips=batch,
         rank=mesh.dp_rank,
         ranks=mesh.dp,
-        frames=[(feed.frames.start, feed.frames.stop) for feed in feeds],
+        frames=[(builder.frames.start, builder.frames.stop) for builder in builders],
         workers=config.data.workers,
         prefetch=config.data.prefetch,
         window=config.data.window,
         max_bad=config.data.max_bad,
-        attach=noise_beside(feeds, sizes(shards)),
+        draw=noise_drawer(builders, latent_sizes(shards)),
     )
-    known = control_plane.run_on_rank_0(partial(read_broken, run))
-    broken = Broken(run, shards.samples("train"), config.data.max_bad, known)
+    known = control_plane.run_on_rank_0(partial(read_unreadable_clips, run))
+    broken = UnreadableClips(run, shards.samples("train"), config.data.max_bad, known)
     # What is told, and to whom -----------------------------------------------------------------------
     tracker = Tracker(config.metrics)
     mlflow = (
@@ -196,8 +201,10 @@ def _train(
     if step == 0:  # later it is the user's
         tracker.tags({"mlflow.note.content": DESCRIPTION})
     meter = Meter(world.device)
-    tokens = [frames * cost.tokens_per_frame(config.model, height, width) for frames, height, width in sizes(shards)]
-    flops = [cost.step_flops(config.model, *size) / world.world_size for size in sizes(shards)]
+    tokens = [
+        frames * cost.tokens_per_frame(config.model, height, width) for frames, height, width in latent_sizes(shards)
+    ]
+    flops = [cost.step_flops(config.model, *size) / world.world_size for size in latent_sizes(shards)]
     bar = tqdm(
         total=config.train.steps,
         initial=step,
@@ -224,8 +231,8 @@ def _train(
         """Held-out loss and a preview from the averaged weights; training does not notice."""
         at(step, "held-out loss")
         with deepspeed_zero.averaged_weights(engine):
-            losses = held_out_losses(engine.module, config, shards, feeds, mesh.dp, mesh.dp_rank)
-            pictures = preview(engine.module, config, shards, feeds, run, step, world.rank) if step else []
+            losses = held_out_losses(engine.module, config, shards, builders, mesh.dp, mesh.dp_rank)
+            pictures = write_preview(engine.module, config, shards, builders, run, step, world.rank) if step else []
         tracker.log(losses.metrics("held_out/"), step)
         for picture in pictures if world.is_rank_0 else []:
             tracker.artifact(picture, "samples")
@@ -236,22 +243,22 @@ def _train(
     try:
         if step == 0 and config.train.evaluate:
             look()
-        losses = Losses.zeros(world.device)
+        losses = LossByNoise.zeros(world.device)
         while clock < config.train.clips:
             # One step: all its clips, their noise, and how many frames count over all ranks
             at(step, "reading clips")
             with meter.waiting():
                 clips_of_step = next(clips)
             at(step, "counting frames")
-            feed = feeds[clips_of_step.bucket]
-            supervised, unread = (feed.levels(clips_of_step) > 0).sum(), len(clips_of_step.broken)
+            builder = builders[clips_of_step.bucket]
+            supervised, unread = (builder.levels(clips_of_step) > 0).sum(), len(clips_of_step.unreadable)
             counted, stop, bad = process_group.all_reduce_sum(
                 torch.tensor([float(supervised), float(bool(stopping)), float(unread)], device=world.device)
             ).tolist()
             if stop:
                 break
             if bad:
-                met = control_plane.gather_objects(clips_of_step.broken)
+                met = control_plane.gather_objects(clips_of_step.unreadable)
                 broken.note(step, (pair for pairs in met for pair in pairs), world.is_rank_0)
             if rollback.is_excluded(left_out, clock, batch):
                 step, clock = step + 1, clock + batch
@@ -261,12 +268,12 @@ def _train(
 
             # Forward and backward; a rank's share of the global loss, times the world DeepSpeed averages over
             at(step, "forward and backward")
-            of_step, errors_of_step = Losses.zeros(world.device), []
+            of_step, errors_of_step = LossByNoise.zeros(world.device), []
             for clips_of_part in micro_batches(clips_of_step, micro):
                 with meter.waiting():
-                    part = feed(clips_of_part)
+                    part = builder(clips_of_part)
                 with fp8.autocast(config.parallel.precision == "fp8"):
-                    velocity = engine(part.noisy, part.t, part.text, part.labels, feed.timeline, part.all_t)
+                    velocity = engine(part.noisy, part.t, part.text, part.labels, builder.past_context, part.all_t)
                 errors = frame_losses(velocity, part.x, part.noise)
                 of_step.add(errors.detach(), part.t, part.supervised)
                 errors_of_step.append(errors.detach())
@@ -275,9 +282,9 @@ def _train(
 
             # The update, unless loss or gradient norm speak against it: then nothing has changed but the clock
             of_step.reduce()
-            objection = partial(spike_guard.objection, config.guard, history, of_step.mean)
+            objection = partial(spike_guard.skip_reason, config.guard, history, of_step.mean)
             norm, objected = deepspeed_zero.step(engine, objection)
-            history = spike_guard.after(config.guard, history, of_step.mean, norm, objected)
+            history = spike_guard.updated_history(config.guard, history, of_step.mean, norm, objected)
             step, clock = step + 1, clock + batch
             if objected:
                 found = control_plane.gather_objects(rollback.clip_losses(clips_of_step, errors_of_step))
@@ -306,7 +313,7 @@ def _train(
                     **meter.read(),
                 }
                 reports += 1  # the first holds compilation and the first allocations
-                if reports == 1 and config.parallel.compile and world.is_rank_0 and (why := pieces()):
+                if reports == 1 and config.parallel.compile and world.is_rank_0 and (why := graph_breaks()):
                     told = f"blocks are compiled in pieces, so that the CPU takes longer to start a step: {why}"
                     bar.write(f"msc: {told}", file=sys.stderr)
                 if planned is not None and reports > 1 and world.is_rank_0:
@@ -320,7 +327,7 @@ def _train(
                     bar.set_postfix(loss=f"{losses.mean:.4f}")
                     if bar.disable:
                         print(progress(step, config.train.steps, values), file=sys.stderr, flush=True)
-                losses = Losses.zeros(world.device)
+                losses = LossByNoise.zeros(world.device)
             if step % config.checkpoint.every == 0 and not done:
                 save()
             if config.train.evaluate and step % config.train.evaluate == 0 and not done:
@@ -353,30 +360,6 @@ def order_settings(config: Config, shards: Shards) -> dict[str, Any]:
     names = ["data.window", *(["train.batch"] if len(shards.shapes) > 1 else [])]
     names += ["data.shards"] if len(shards.sets) > 1 else []
     return {name: value for name, value in flat(config).items() if name in names}
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM, SIGUSR1 and Ctrl-C; a second one of the same kind interrupts at once.
-
-    Not so SIGTERM and SIGUSR1 from Slurm, which repeats itself (at a time limit slurmd and srun both send SIGTERM) and
-    has SIGKILL for those who take too long.
-    """
-    received: list[int] = []
-    watched = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    once = (signal.SIGINT,) if "SLURM_STEP_ID" in os.environ else watched
-
-    def handler(number: int, _: Any) -> None:
-        received.append(number)
-        if number in once and received.count(number) > 1:
-            raise KeyboardInterrupt(f"{signal.Signals(number).name} came twice")
-
-    before = {number: signal.signal(number, handler) for number in watched}
-    try:
-        yield received
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
 
 
 def progress(step: int, steps: int, values: dict[str, float]) -> str:

@@ -12,12 +12,12 @@ from msc.pretrain.checkpoints import directory as checkpoint_directory
 from msc.pretrain.checkpoints import format as checkpoint_format
 from msc.pretrain.checkpoints.async_writer import write_slices
 from msc.pretrain.config import Config, dump, flat
-from msc.pretrain.model.noise_gate import GateConstants
+from msc.pretrain.model.config import ModelConfig
 from msc.pretrain.model.scales import Scale
-from msc.pretrain.model.transformer import ModelConfig, MSCTransformer
+from msc.pretrain.model.transformer import MSCTransformer
 from msc.pretrain.presets import PRESETS
-from msc.pretrain.run_folder import LatentSpace, write_space
-from msc.pretrain.validation import ASSUMED, resolve
+from msc.pretrain.run_folder import LatentSpace, RunFolder
+from msc.pretrain.validation import ASSUMED_INDEX, resolve
 
 SCALES = (Scale(2, 1, 1, 2, 3), Scale(1, 2, 1, 3), Scale(1, 2, 2, None))
 
@@ -27,7 +27,7 @@ def configured(**model) -> tuple[Config, LatentSpace]:
     base = PRESETS["demo"]()
     made = {"width": 32, "depth": 2, "patch": 2, "scales": SCALES, **model}
     index = replace(
-        ASSUMED, autoencoder="pixels", channels=3, frames=6, height=16, width=24, video_frames=6, video_height=16,
+        ASSUMED_INDEX, autoencoder="pixels", channels=3, frames=6, height=16, width=24, video_frames=6, video_height=16,
         video_width=24, fps=12.0, statistics=Statistics.default(3), classes=made.get("classes", 0),
         has_text=made.get("text_width", 0) or None,
     )  # fmt: skip
@@ -51,7 +51,7 @@ def write_run(run: Path, ranks: int = 1, cut: str = "even", step: int = 40, **mo
     models = {"ema": random_model(config.model, step), "weight": random_model(config.model, step + 1)}
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").write_text(dump(config))
-    write_space(run, space)
+    RunFolder(run).write_latent_space(space)
     write_checkpoint(run, config, models, ranks, cut, step)
     return {"ema": models["ema"], "raw": models["weight"]}
 
@@ -89,10 +89,6 @@ def write_checkpoint(
     )  # fmt: skip
     (folder / "meta.json").write_text(meta.to_json())
     checkpoint_directory.set_latest(run, folder)
-
-
-OLD_CONSTANTS = [[0.5, 0.9]] * len(SCALES)  # what an early version knew of each scale
-assert len(GateConstants._fields) == 4
 
 
 def model_with(model: MSCTransformer, values: dict[str, torch.Tensor]) -> MSCTransformer:

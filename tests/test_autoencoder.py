@@ -5,7 +5,7 @@ import builtins
 import pytest
 import torch
 
-from msc.pretrain.diffusion.autoencoder import CHUNK, OVERLAP, decode_parts, open_autoencoder, to_float, to_uint8
+from msc.pretrain.diffusion.autoencoder import CHUNK, OVERLAP, decode_stream, open_autoencoder, to_float, to_uint8
 
 HAAR = ["haar", "haar:1x2x2", "haar:2x4x4", "haar:4x1x1", "haar:4x8x8"]
 
@@ -121,7 +121,7 @@ def test_sizes_that_do_not_fit_are_named():
 def test_parts_decode_to_the_bits_of_the_whole(spec, sizes):
     autoencoder = open_autoencoder(spec)
     latents = torch.randn(2, sum(sizes), autoencoder.channels, 2, 3)
-    parts = list(decode_parts(autoencoder, latents.split(sizes, 1)))
+    parts = list(decode_stream(autoencoder, latents.split(sizes, 1)))
     assert torch.equal(torch.cat(parts, 1), to_uint8(autoencoder.decode(latents)))
     assert parts[0].shape[1] == autoencoder.video_frames(min(sizes[0], CHUNK)), "frames come as latents do"
 
@@ -166,7 +166,7 @@ def test_diffusers_video(wan):
         assert torch.allclose(pixels[0].transpose(0, 1), model.decode(mode).sample[0], atol=1e-4)
     # Parts, of which the second looks back to the first frame and the last does not
     long = torch.randn(1, 3 * CHUNK + 3, 4, 2, 2)
-    parts = list(decode_parts(autoencoder, long.split(5, 1)))
+    parts = list(decode_stream(autoencoder, long.split(5, 1)))
     assert max(part.shape[1] for part in parts) <= autoencoder.temporal_factor * CHUNK
     assert len(long[0]) > OVERLAP + CHUNK
     whole = to_uint8(autoencoder.decode(long))

@@ -1,5 +1,6 @@
 """launch/cli.py and launch/commands.py: words in, calls and exit codes out."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
 
@@ -15,6 +17,7 @@ import msc.pretrain
 from msc.launch import cli, commands
 from msc.launch.processes import launcher
 from msc.pretrain.presets import preset
+from msc.pretrain.requests import EvaluateConfig, SampleConfig
 
 MSC = Path(sys.executable).with_name("msc")
 
@@ -234,7 +237,7 @@ def calls(monkeypatch, tmp_path: Path) -> Calls:
     stand_in(
         "validation",
         describe=lambda config, processes: f"plan of {config} on {processes}",
-        check=lambda *arguments: made.check.append(arguments) or "checked",
+        validate=lambda *arguments: made.check.append(arguments) or "checked",
     )
     stand_in("train", train=train)
     monkeypatch.setattr(launcher, "run", lambda *arguments: made.launcher.append(arguments) or 7)
@@ -259,7 +262,7 @@ def test_train_starts_ranks_that_get_the_same_words(calls: Calls) -> None:
     assert cli.main(words) == 7
     assert calls.check == [("config", Path("x"), False, 2)]
     [(command, ranks, logs)] = calls.launcher
-    assert command == [sys.executable, "-c", commands.PROGRAM, *words]
+    assert command == [sys.executable, "-c", launcher.PROGRAM, *words]
     assert (ranks, logs) == (2, Path("x/logs"))
     assert not calls.train
 
@@ -352,84 +355,83 @@ def test_train_says_what_is_missing(words: list[str], said: str, calls: Calls, c
 @pytest.mark.parametrize(
     ("words", "module", "function", "expected"),
     [
-        ("evaluate x", "evaluation.evaluate", "evaluate", ((Path("x"),), {})),
+        ("evaluate x", "evaluation.evaluate", "evaluate", ((Path("x"), EvaluateConfig()), {})),
         (
             "evaluate x --clips 3 --weights raw",
             "evaluation.evaluate",
             "evaluate",
-            ((Path("x"),), {"clips": 3, "weights": "raw"}),
+            ((Path("x"), EvaluateConfig(clips=3, weights="raw")), {}),
         ),
         (
             "evaluate x --steps 8 --samples 2 --checkpoint 400 --against y --features f.pt2",
             "evaluation.evaluate",
             "evaluate",
             (
-                (Path("x"),),
-                {"steps": 8, "samples": 2, "checkpoint": "400", "against": Path("y"), "features": Path("f.pt2")},
+                (
+                    Path("x"),
+                    EvaluateConfig(steps=8, samples=2, checkpoint="400", against=Path("y"), features=Path("f.pt2")),
+                ),
+                {},
             ),
         ),
-        ("sample x", "inference.sample", "sample_run", ((Path("x"),), {"video": None, "clip": 0})),
+        ("sample x", "inference.sample", "sample", ((Path("x"), SampleConfig()), {})),
         (
-            "sample x --video a.mp4 --units 8 --seed 0 --out o",
+            f"sample x --video {__file__} --units 8 --seed 0 --out o",
             "inference.sample",
-            "sample_run",
-            ((Path("x"),), {"video": Path("a.mp4"), "clip": None, "units": 8, "seed": 0, "out": Path("o")}),
+            "sample",
+            ((Path("x"), SampleConfig(video=Path(__file__), units=8, seed=0, out=Path("o"))), {}),
         ),
         (
             "sample x --prompt a --prompt b --text t --guidance 3 --solver heun --batch 2 --reach 9 --context-level .1",
             "inference.sample",
-            "sample_run",
+            "sample",
             (
-                (Path("x"),),
-                {
-                    "video": None,
-                    "clip": None,
-                    "prompts": ["a", "b"],
-                    "text": Path("t"),
-                    "guidance": 3.0,
-                    "solver": "heun",
-                    "batch": 2,
-                    "reach": 9,
-                    "context_level": 0.1,
-                },
+                (
+                    Path("x"),
+                    SampleConfig(
+                        prompt=("a", "b"),
+                        text=Path("t"),
+                        guidance=3.0,
+                        solver="heun",
+                        batch=2,
+                        reach=9,
+                        context_level=0.1,
+                    ),
+                ),
+                {},
             ),
         ),
         (
             "sample x --clip 3 --label cat --count 5",
             "inference.sample",
-            "sample_run",
-            ((Path("x"),), {"video": None, "clip": 3, "labels": ["cat"], "count": 5}),
+            "sample",
+            ((Path("x"), SampleConfig(clip=3, label=("cat",), count=5)), {}),
         ),
         (
             "sample x --nothing --steps 4 --weights ema",
             "inference.sample",
-            "sample_run",
-            ((Path("x"),), {"video": None, "clip": None, "steps": 4, "weights": "ema"}),
+            "sample",
+            ((Path("x"), SampleConfig(nothing=True, steps=4)), {}),
         ),
-        ("export x", "export.export", "export", ((Path("x"), None), {})),
+        ("export x", "export.export", "export", ((), {"run": Path("x")})),
         (
             "export x --out y --weights both --dtype bf16 --max-shard-size 1.5GB --checkpoint 40 --push-to-hub me/it",
             "export.export",
             "export",
             (
-                (Path("x"), Path("y")),
-                {"weights": "both", "dtype": "bf16", "max_shard_size": 1_500_000_000, "step": "40", "push_to": "me/it"},
+                (),
+                {"run": Path("x"), "out": Path("y"), "weights": "both", "dtype": "bf16",
+                 "max_shard_size": 1_500_000_000, "step": "40", "push_to": "me/it"},
             ),
         ),
     ],
-)
+)  # fmt: skip
 def test_commands_on_a_run(words: str, module: str, function: str, expected, monkeypatch, capsys) -> None:
-    got = []
-
-    def stand_in(*arguments: Any, **options: Any) -> str:
-        got.append((arguments, options))
-        return "what happened"
-
-    made = ModuleType(f"msc.pretrain.{module}")
-    setattr(made, function, stand_in)
-    monkeypatch.setitem(sys.modules, made.__name__, made)
+    real = importlib.import_module(f"msc.pretrain.{module}")
+    stand_in = create_autospec(getattr(real, function), return_value="what happened")
+    monkeypatch.setattr(real, function, stand_in)
     assert cli.main(words.split()) == 0
-    assert got == [expected]
+    assert stand_in.call_args == expected
     assert capsys.readouterr().out == "what happened\n"
 
 

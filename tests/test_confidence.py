@@ -11,26 +11,28 @@ import pytest
 import torch
 from scipy import stats
 
-from msc.pretrain.evaluation.confidence import Table, draw, join, over_clips, summed
+from msc.pretrain.evaluation.confidence import Table, draw, join, ratio_over_clips, summed
 
 
 def test_equal_counts_give_the_usual_interval_of_a_mean():
     values = torch.tensor([[1.0, 4.0], [2.0, 4.0], [6.0, 4.0]])
-    mean, half = over_clips(values, torch.ones_like(values))
+    mean, half = ratio_over_clips(values, torch.ones_like(values))
     low, high = stats.t.interval(0.95, 2, loc=3, scale=stats.sem(values[:, 0].numpy()))
     assert mean.tolist() == [3, 4]
     assert half.tolist() == pytest.approx([(high - low) / 2, 0])
-    mean, half = over_clips(5 * values, torch.full_like(values, 5))  # frames that only repeat tell nothing new
+    mean, half = ratio_over_clips(5 * values, torch.full_like(values, 5))  # frames that only repeat tell nothing new
     assert half.tolist() == pytest.approx([(high - low) / 2, 0])
 
 
 def test_clips_without_frames_take_no_part():
     sums, counts = torch.tensor([[2.0, 3.0, 0.0], [4.0, 0.0, 0.0]]), torch.tensor([[1.0, 1.0, 0.0], [3.0, 0.0, 0.0]])
-    mean, half = over_clips(sums, counts)
+    mean, half = ratio_over_clips(sums, counts)
     assert mean[:2].tolist() == [1.5, 3] and math.isnan(mean[2])
     assert half[0] > 0 and half[1:].isnan().all()
     made, true = torch.tensor([[2.0], [4.0], [9.0]]), torch.tensor([[1.0], [3.0], [0.0]])  # the last one is a still
-    assert [x.tolist() for x in over_clips(made, true)] == [x.tolist() for x in over_clips(made[:2], true[:2])]
+    assert [x.tolist() for x in ratio_over_clips(made, true)] == [
+        x.tolist() for x in ratio_over_clips(made[:2], true[:2])
+    ]
 
 
 def test_the_interval_covers_as_often_as_it_says():
@@ -44,7 +46,7 @@ def test_the_interval_covers_as_often_as_it_says():
     possible = np.arange(3, most + 1)
     truth = ((1 + 0.1 * possible) * possible).sum() / possible.sum()
     sums, counts = torch.from_numpy(frames.sum(-1).T), torch.from_numpy(lengths.T.astype(float))  # clips, draws
-    mean, half = over_clips(sums, counts)
+    mean, half = ratio_over_clips(sums, counts)
     covered = float(((mean - truth).abs() <= half).double().mean())
     assert 0.93 < covered < 0.97
     # what one would get by taking frames for independent
@@ -58,7 +60,7 @@ def test_rows_are_summed_up_and_joined():
     sums, counts = join([short, long])
     assert sums.tolist() == [[3, 1, 2, 0], [12, 3, 4, 5]]
     assert counts.tolist() == [[2, 1, 1, 0], [3, 1, 1, 1]]
-    assert over_clips(sums, counts)[0].tolist() == [3, 2, 3, 5]
+    assert ratio_over_clips(sums, counts)[0].tolist() == [3, 2, 3, 5]
 
 
 def test_a_table_can_be_read_kept_and_drawn():

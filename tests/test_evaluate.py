@@ -9,15 +9,16 @@ import fake_checkpoints
 import pytest
 import torch
 
-from msc.datasets.loading.mixture import DataConfig, ShardsFrom
+from msc.datasets.loading.mixture import DataConfig, ShardSetConfig
 from msc.datasets.prepare.convert import ConvertConfig, convert
 from msc.datasets.synthetic import moving_textures, write_videos
 from msc.pretrain.diffusion.autoencoder import open_autoencoder
 from msc.pretrain.evaluation import evaluate as evaluation
-from msc.pretrain.evaluation.confidence import OTHERS, over_clips
+from msc.pretrain.evaluation.confidence import OTHERS, ratio_over_clips
 from msc.pretrain.evaluation.evaluate import TABLES, distances, evaluate, table_of, with_differences
 from msc.pretrain.evaluation.rollouts import drift, of_clip
-from msc.pretrain.run_folder import Trained
+from msc.pretrain.inference.load import TrainedModel
+from msc.pretrain.requests import EvaluateConfig
 from msc.pretrain.tracking.throughput import DESCRIPTION
 
 SHOWN = 4
@@ -29,7 +30,7 @@ def truth():
 
 
 def estimate(rows, table, name):
-    return over_clips(*rows[table, name])[0]
+    return ratio_over_clips(*rows[table, name])[0]
 
 
 def test_the_truth_itself_is_perfect_and_does_not_drift(truth):
@@ -101,16 +102,18 @@ def test_clips_of_other_buckets_are_measured_but_not_continued(tmp_path, monkeyp
     convert(ConvertConfig(sources, str(out), buckets=buckets, **settings), lambda video: video / 127.5 - 1, 1)
     config, space = fake_checkpoints.configured()
     metrics = dataclasses.replace(config.metrics, tracking_uri="none")
-    config = dataclasses.replace(config, data=DataConfig((ShardsFrom(str(out)),)), metrics=metrics)
+    config = dataclasses.replace(config, data=DataConfig((ShardSetConfig(str(out)),)), metrics=metrics)
     model, autoencoder = fake_checkpoints.random_model(config.model), open_autoencoder("pixels")
-    trained = Trained(model, config, space, autoencoder, 7, 28, torch.device("cpu"))
+    trained = TrainedModel(model, config, space, autoencoder, 7, 28, torch.device("cpu"))
     monkeypatch.setattr(evaluation, "open_run", lambda *_: trained)
     monkeypatch.setattr(evaluation, "open_features", lambda *_: lambda video: video.mean((1, 3, 4))[:, :2].double())
-    text = evaluate(tmp_path, steps=1, samples=1)
+    text = evaluate(tmp_path, EvaluateConfig(steps=1, samples=1))
     assert "3 held-out clips" in text and "PSNR" in text and "nothing to continue" not in text
-    assert "2 held-out clips" in evaluate(tmp_path, clips=1, steps=1, samples=1), "each bucket gives at least one"
+    assert "2 held-out clips" in evaluate(tmp_path, EvaluateConfig(clips=1, steps=1, samples=1)), (
+        "each bucket gives at least one"
+    )
     with pytest.raises(ValueError, match="needs more than 2 clips to continue, there are 2"):
-        evaluate(tmp_path, steps=1, samples=1, features=Path("network"))
+        evaluate(tmp_path, EvaluateConfig(steps=1, samples=1, features=Path("network")))
 
 
 def test_every_table_is_explained_above_the_curves():

@@ -6,26 +6,26 @@ import pytest
 import torch
 from context_parallel_ranks import SCALES, make
 
-from msc.pretrain.batch_inputs import Inputs
+from msc.pretrain.batch_inputs import BatchInputs
 from msc.pretrain.diffusion.rectified_flow import frame_losses
-from msc.pretrain.diffusion.sampler import Cache, remember
-from msc.pretrain.evaluation.confidence import over_clips
-from msc.pretrain.evaluation.held_out_loss import BINS, Losses, blind, by_context, by_noise, by_position
+from msc.pretrain.diffusion.sampler import Cache, extend_cache
+from msc.pretrain.evaluation.confidence import ratio_over_clips
+from msc.pretrain.evaluation.held_out_loss import BINS, LossByNoise, blind, by_context, by_noise, by_position
 
 
 def test_parts_of_the_loss_make_up_the_loss():
     generator = torch.Generator().manual_seed(0)
     errors = torch.rand(5, 7, generator=generator)
     t = torch.rand(5, 7, generator=generator) * (torch.rand(5, 7, generator=generator) > 0.3)
-    inputs = Inputs(torch.zeros(()), torch.zeros(()), t, None, None)
+    inputs = BatchInputs(torch.zeros(()), torch.zeros(()), t, None, None)
     mean = float(errors[t > 0].double().mean())
     for sums, counts in (by_noise(errors, inputs), by_position(errors, inputs)):
-        assert float(over_clips(sums, counts)[0][0]) == pytest.approx(mean)
+        assert float(ratio_over_clips(sums, counts)[0][0]) == pytest.approx(mean)
         assert float(sums[:, 1:].sum() / counts[:, 1:].sum()) == pytest.approx(mean)
     assert by_noise(errors, inputs)[0].shape == (5, 1 + BINS) and by_position(errors, inputs)[0].shape == (5, 1 + 7)
-    in_training = Losses.zeros(torch.device("cpu"))
+    in_training = LossByNoise.zeros(torch.device("cpu"))
     in_training.add(errors, inputs.t, inputs.supervised)
-    expected = over_clips(*by_noise(errors, inputs))[0][1:].tolist()
+    expected = ratio_over_clips(*by_noise(errors, inputs))[0][1:].tolist()
     assert [v for k, v in in_training.metrics("").items() if k != "mean"] == pytest.approx(expected)
 
 
@@ -36,22 +36,22 @@ class Elsewhere(Cache):
         super().__init__()
         self.changed, self.scales = set(changed), scales
 
-    def ask(self, key, x_BU, before, kept, every=1):
-        found = super().ask(key, x_BU, before, kept, every)
+    def exchange(self, key, x_BU, before, kept, every=1):
+        found = super().exchange(key, x_BU, before, kept, every)
         if self.writing or key[-1] not in self.changed:
             return found
         return lambda: None if found() is None else found().flip(0) + 0.5
 
-    def levels(self, t_BUF, kept):
+    def noise_levels(self, t_BUF, kept):
         """All scales see the same: changed where all of them are."""
         own = t_BUF.shape[1]
-        known, first = super().levels(t_BUF, kept)
+        known, first = super().noise_levels(t_BUF, kept)
         if self.writing or len(self.changed) < self.scales:
             return known, first
         return torch.cat((1 - known[:, :-own], known[:, -own:]), 1), first
 
 
-@pytest.mark.parametrize("gate", ["logits", "pair", "values", "mix", "none"])
+@pytest.mark.parametrize("gate", ["logits", "none"])
 @pytest.mark.parametrize("name", ["default", "pooled in time"])
 def test_what_is_hidden_has_no_influence_and_the_rest_has(name, gate):
     """Of every scale: with its past hidden, another past changes no bit; the others' pasts still count."""
@@ -60,7 +60,7 @@ def test_what_is_hidden_has_no_influence_and_the_rest_has(name, gate):
 
     def last(seeing, *changed):
         cache = Elsewhere(changed, len(scales))
-        remember(model, cache, x[:, :-1], text, labels)
+        extend_cache(model, cache, x[:, :-1], text, labels)
         with torch.no_grad():
             return seeing(x[:, -1:], t[:, -1:], text, labels, cache)
 
@@ -87,7 +87,7 @@ def test_the_loss_by_context_is_that_of_the_whole_video():
     """The last unit at a level, after a clean past: as one forward pass over all of it gives."""
     model, x, _, text, labels, _ = make(SCALES["default"], 6, 2)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).double()
-    rows = by_context(model, Inputs(x, noise, torch.zeros(2, 12).double(), text, labels))
+    rows = by_context(model, BatchInputs(x, noise, torch.zeros(2, 12).double(), text, labels))
     assert list(rows) == [
         "with all of the past", "added without any past", "without scale 1 (space 1, time 1)",
         "without scale 2 (space 2, time 1)", "without scale 3 (space 2, time 4)",
@@ -95,9 +95,9 @@ def test_the_loss_by_context_is_that_of_the_whole_video():
     for i, level in enumerate((0.1, 0.3, 0.5, 0.7, 0.9)):
         t = torch.zeros(2, 12).double()
         t[:, -2:] = level
-        whole = Inputs(x, noise, t, text, labels)
+        whole = BatchInputs(x, noise, t, text, labels)
         errors = frame_losses(model(whole.noisy, t, text, labels), x, noise)[:, -2:].mean(1)
         torch.testing.assert_close(rows["with all of the past"][0][:, 1 + i], errors.double(), rtol=1e-5, atol=1e-6)
     single, y, _, text, labels, _ = make(SCALES["dense"], 4, 1)
-    rows = by_context(single, Inputs(y, torch.randn(y.shape).double(), torch.zeros(2, 4).double(), text, labels))
+    rows = by_context(single, BatchInputs(y, torch.randn(y.shape).double(), torch.zeros(2, 4).double(), text, labels))
     assert list(rows) == ["with all of the past", "added without any past"]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from msc.launch.processes import launcher as local
+from msc.parallel.signals import collect_signals
 
 PRINT_ENVIRONMENT = """
 import json, os, sys
@@ -46,7 +47,7 @@ sys.exit(int(sys.argv[2]))
 LAUNCHER = """
 import sys
 from pathlib import Path
-from msc.launch import local
+from msc.launch.processes import launcher as local
 folder, ranks, grace, *command = sys.argv[1:]
 sys.exit(local.run([sys.executable, "-c", *command], int(ranks), Path(folder) / "logs", grace=float(grace)))
 """
@@ -140,7 +141,7 @@ def test_logs_are_continued_by_a_resumed_run(tmp_path: Path) -> None:
     assert lines(tmp_path / "logs" / "rank_1.log") == ["hello from rank 1"] * 2
 
 
-def test_a_failing_rank_is_named_with_its_code_and_last_lines(tmp_path: Path, capfd) -> None:
+def test_a_failing_rank_is_named_with_its_code_and_last_lines(tmp_path: Path, caplog) -> None:
     logs = tmp_path / "logs"
     logs.mkdir()
     (logs / "rank_1.log").write_text("from an earlier launch\n")
@@ -153,7 +154,7 @@ time.sleep(60)
     began = time.monotonic()
     assert local.run(python(program), 3, logs, grace=0.3) == 7
     assert time.monotonic() - began < 20
-    said = capfd.readouterr().err
+    said = caplog.text
     assert "rank 1 ended with exit code 7" in said
     assert str(logs / "rank_1.log") in said
     assert "[rank 1] the reason" in said
@@ -162,7 +163,7 @@ time.sleep(60)
     assert "rank 2" not in said
 
 
-def test_others_may_finish_within_the_grace_period_and_are_told_of_too(tmp_path: Path, capfd) -> None:
+def test_others_may_finish_within_the_grace_period_and_are_told_of_too(tmp_path: Path, caplog) -> None:
     program = """
 import os, sys, time
 if os.environ["RANK"] == "1":
@@ -175,14 +176,14 @@ else:
 """
     assert local.run(python(program, tmp_path), 3, tmp_path / "logs", grace=20) == 7
     assert (tmp_path / "finished").exists()
-    said = capfd.readouterr().err
+    said = caplog.text
     assert said.index("rank 1 ended with exit code 7") < said.index("rank 2 ended with exit code 9")
 
 
-def test_a_rank_that_crashes_gives_the_code_of_a_shell(tmp_path: Path, capfd) -> None:
+def test_a_rank_that_crashes_gives_the_code_of_a_shell(tmp_path: Path, caplog) -> None:
     program = "import os, signal; os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGSEGV)"
     assert local.run(python(program), 2, tmp_path / "logs") == 128 + signal.SIGSEGV
-    said = capfd.readouterr().err
+    said = caplog.text
     assert "rank 1 was ended by SIGSEGV" in said
     assert "Segmentation fault" in said, "faulthandler says where"
 
@@ -280,7 +281,7 @@ def test_commands_at_a_time_have_gpus_of_their_own(monkeypatch):
 def test_a_signal_that_the_caller_has_caught_is_handed_on(tmp_path):
     """Whoever runs ranks for a job must learn of the signal, or it would start them again after a cancellation."""
     command = [sys.executable, "-c", "import time; time.sleep(60)"]
-    with local.caught_signals() as received:
+    with collect_signals() as received:
         received.append(signal.SIGTERM)
         assert local.run(command, 1, tmp_path, received=received) == 128 + signal.SIGTERM
         assert received == [signal.SIGTERM]

@@ -19,15 +19,17 @@ from msc.launch import cli
 from msc.pretrain import config as configuration
 from msc.pretrain.diffusion.autoencoder import open_autoencoder
 from msc.pretrain.inference import sample
+from msc.pretrain.inference.load import TrainedModel
+from msc.pretrain.model.config import ModelConfig
 from msc.pretrain.model.scales import Scale
-from msc.pretrain.model.transformer import ModelConfig, MSCTransformer
+from msc.pretrain.model.transformer import MSCTransformer
 from msc.pretrain.presets import preset
-from msc.pretrain.run_folder import LatentSpace, Trained, write_space
+from msc.pretrain.run_folder import LatentSpace, RunFolder
 
 WORDS = {"red disc": 3, "two blue bars": 5}
 
 
-def untrained(run: Path, **model) -> Trained:
+def untrained(run: Path, **model) -> TrainedModel:
     """A run folder of a model with random weights, as `open_run` would open it."""
     scales = (Scale(2, 1, 1, 2), Scale(2, 2, 2, None))
     base = preset("demo")
@@ -39,12 +41,12 @@ def untrained(run: Path, **model) -> Trained:
     run.mkdir(exist_ok=True)
     (run / "config.yaml").write_text(configuration.dump(settings))
     space = LatentSpace("pixels", 8, 8, 16, 8, 16, 10.0)
-    write_space(run, space)
+    RunFolder(run).write_latent_space(space)
     torch.manual_seed(0)
     network = MSCTransformer(settings.model).eval()
     for parameter in network.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
-    return Trained(network, settings, space, open_autoencoder("pixels"), 7, 28, torch.device("cpu"))
+    return TrainedModel(network, settings, space, open_autoencoder("pixels"), 7, 28, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -167,7 +169,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_sample import untrained
 from msc.launch import cli
-from msc.pretrain import sample
+from msc.pretrain.inference import sample
 run = Path(sys.argv[2])
 trained = untrained(run)
 sample.open_run = lambda *_: trained

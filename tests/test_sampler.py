@@ -11,14 +11,14 @@ from strategies import scales_and_gate
 
 from msc.pretrain import cost
 from msc.pretrain.diffusion.rectified_flow import frame_noise, sampling_levels
-from msc.pretrain.diffusion.sampler import LEVELS, Cache, generate, remember, short_sighted
+from msc.pretrain.diffusion.sampler import LEVELS, Cache, extend_cache, generate, limit_context
 from msc.pretrain.model.scales import Scale
 
 
 @pytest.mark.parametrize("level", [0.0, 0.3])
 @pytest.mark.parametrize("name, frames_per_unit, gate", [
     *((name, frames, "logits") for name in SCALES for frames in (1, 2)),
-    *(("default", 1, gate) for gate in ("none", "values", "pair", "mix")),
+    ("default", 1, "none"),
 ])  # fmt: skip
 def test_cached_steps_equal_the_full_forward(name, frames_per_unit, gate, level):
     model, x, _, text, labels, _ = make(SCALES[name], 7, frames_per_unit, gate)
@@ -29,7 +29,7 @@ def test_cached_steps_equal_the_full_forward(name, frames_per_unit, gate, level)
         frames = slice(at * frames_per_unit, (at + units) * frames_per_unit)
         own = model(x[:, frames], t[:, frames], text, labels, cache)
         torch.testing.assert_close(own, full[:, frames], rtol=1e-10, atol=1e-10)
-        remember(model, cache, x[:, frames], text, labels, level)
+        extend_cache(model, cache, x[:, frames], text, labels, level)
         at += units
 
 
@@ -37,11 +37,11 @@ def test_windowed_caches_stop_growing():
     model, x, *_ = make(SCALES["windowed"], 12, 1)
     cache, sizes = Cache(), []
     for frame in range(12):
-        remember(model, cache, x[:, frame : frame + 1])
+        extend_cache(model, cache, x[:, frame : frame + 1])
         sizes.append(cache.bytes)
     assert sizes[4] == sizes[-1] > sizes[0]
     whole = Cache()
-    remember(model, whole, x)  # a long context in one pass leaves no more behind
+    extend_cache(model, whole, x)  # a long context in one pass leaves no more behind
     assert whole.bytes == sizes[-1]
 
 
@@ -187,16 +187,16 @@ def test_going_on_from_a_cache_or_from_more_context_changes_no_bit():
     assert all(map(torch.equal, whole[2:], later))
 
 
-@pytest.mark.parametrize("gate", ["none", "mix", "logits", "pair"])
+@pytest.mark.parametrize("gate", ["none", "logits"])
 def test_no_frames_are_no_mistake(gate):
     model, x, t, *_ = make(SCALES["default"], 3, 1, gate)
     with torch.no_grad():
         assert model(x[:, :0], t[:, :0]).shape == x[:, :0].shape
     cache, other = Cache(), Cache()
     for part in (x[:, :2], x[:, :0], x[:, 2:]):
-        remember(model, cache, part)
-    remember(model, other, x[:, :2])
-    remember(model, other, x[:, 2:])
+        extend_cache(model, cache, part)
+    extend_cache(model, other, x[:, :2])
+    extend_cache(model, other, x[:, 2:])
     assert cache.first == 3 and all(map(torch.equal, generate(model, x[:, :0], 1, 1, cache=cache),
                                         generate(model, x[:, :0], 1, 1, cache=other)))  # fmt: skip
 
@@ -205,17 +205,17 @@ def test_an_interrupted_unit_leaves_the_cache_as_it_was():
     model, x, *_ = make(SCALES["default"], 3, 1)
     caches = Cache(), Cache()
     for cache in caches:
-        remember(model, cache, x[:, :2])
+        extend_cache(model, cache, x[:, :2])
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
     hook = model.blocks[1].register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        remember(model, caches[0], x[:, 2:])
+        extend_cache(model, caches[0], x[:, 2:])
     hook.remove()
     for cache in caches:
-        remember(model, cache, x[:, 2:])
+        extend_cache(model, cache, x[:, 2:])
     assert caches[0].first == 3 and not caches[0].writing
     assert all(map(torch.equal, *(generate(model, x[:, :0], 2, 1, cache=cache) for cache in caches)))
 
@@ -223,15 +223,15 @@ def test_an_interrupted_unit_leaves_the_cache_as_it_was():
 def test_what_a_cache_does_not_hold_is_missed_not_made_up():
     model, x, t, *_ = make(SCALES["default"], 5, 1)
     cache = Cache()
-    remember(short_sighted(model, 1), cache, x[:, :4])
+    extend_cache(limit_context(model, 1), cache, x[:, :4])
     cache._kept = {LEVELS: cache._kept[LEVELS][:, -1:]}
     with pytest.raises(ValueError, match="noise levels of units 3 to 5 are known, not of 2 to 4"):
-        model(x[:, 4:], t[:, 4:], timeline=cache)
+        model(x[:, 4:], t[:, 4:], past_context=cache)
 
 
 def test_short_sight_bounds_the_cache_and_changes_nothing_within_reach():
     model, x, *_ = make((Scale(2, 1, 1, 2, 3), Scale(1, 2, 4, None), Scale(1, 2)), 2, 1, dtype=torch.float32)
-    near, cache, sizes = short_sighted(model, 8), Cache(), []
+    near, cache, sizes = limit_context(model, 8), Cache(), []
     within = list(generate(near, x, 6, 1))
     assert all(map(torch.equal, within, generate(model, x, 6, 1)))
     for _ in generate(near, x, 30, 1, cache=cache):
@@ -240,14 +240,14 @@ def test_short_sight_bounds_the_cache_and_changes_nothing_within_reach():
     assert sizes[-1] < cost.cache_bytes(model.config, 31, 4, 6, batch=2)
     assert model.config.scales[1].window is None
     with pytest.raises(ValueError, match="reach is 0"):
-        short_sighted(model, 0)
+        limit_context(model, 0)
 
 
 @torch.no_grad()
 def test_a_unit_far_into_a_video_sees_what_it_would_near_its_start():
     model, x, t, text, labels, _ = make(SCALES["windowed"], 5, 1, dtype=torch.float32)
     cache = Cache()
-    remember(model, cache, x[:, :4], text, labels)
+    extend_cache(model, cache, x[:, :4], text, labels)
     near = model(x[:, 4:], t[:, 4:], text, labels, cache)
     cache.first += 1_000_000  # angles are made in float64: in float32 these positions would be 0.06 apart
     far = model(x[:, 4:], t[:, 4:], text, labels, cache)

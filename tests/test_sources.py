@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from msc.datasets.loading.shard_reader import Samples
+from msc.datasets.loading.shard_reader import ShardReader
 from msc.datasets.prepare import shard_writer
 from msc.datasets.prepare import sources as module
 from msc.datasets.prepare.clip_ranges import split_ranges
@@ -85,7 +85,7 @@ def test_as_many_classes_as_an_index_may_have(tmp_path, monkeypatch):
     (tmp_path / "list.csv").write_text("path,label\na.mp4,1048575\n")
     assert find_sources((str(tmp_path / "list.csv"),)).classes == 1 << 20
     (tmp_path / "list.csv").write_text("path,label\na.mp4,x\nb.mp4,y\n")
-    monkeypatch.setattr(module, "MOST_CLASSES", 1)
+    monkeypatch.setattr(module, "MAX_CLASSES", 1)
     with pytest.raises(ValueError, match="sources have 2 different labels, at most 1 are read"):
         find_sources((str(tmp_path / "list.csv"),))
 
@@ -135,7 +135,7 @@ def test_what_a_manifest_says_is_in_the_samples(tmp_path, folder):
     names = ["synthetic-000.mp4", "synthetic-001.mp4[1-3.5]", "synthetic-001.mp4[3-5]"]
     starts = {row["path"] + str(row.get("start", "")): [] for row in ROWS}
     for name in ("train", "held_out"):
-        samples = Samples(tmp_path / "out", index, name)
+        samples = ShardReader(tmp_path / "out", index, name)
         about = [
             json.loads(read_part(tmp_path / "out" / shard.name, sample, "json"))
             for shard in index.splits[name]

@@ -19,7 +19,7 @@ from msc.datasets.prepare.convert import ConvertConfig, convert
 from msc.datasets.prepare.sources import find_sources
 from msc.datasets.shards import tar as archives
 from msc.datasets.shards.index import read_index, read_part, scan
-from msc.datasets.shards.tar import Member, members, open_bytes
+from msc.datasets.shards.tar import Member, open_bytes, tar_members
 from msc.datasets.synthetic import write_videos
 
 USED = ("plain.mp4", "alpha.webm", "rgb.mkv", "mjpeg.mov", "old.mpg", "divx.avi", "windows.wmv", "flash.flv", "vfr.mkv",
@@ -146,8 +146,8 @@ def test_names_may_be_long_and_in_any_alphabet(tmp_path):
     for layout in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
         names = ["ü" * 60 + "/" + "x" * 120 + ".mp4", "b.mp4"]
         tar = packed(tmp_path / "x.tar", *((name, b"content") for name in names), format=layout)
-        assert list(members(tar)) == names
-        assert {member.size for member in members(tar).values()} == {7}
+        assert list(tar_members(tar)) == names
+        assert {member.size for member in tar_members(tar).values()} == {7}
 
 
 # --- what is refused ---------------------------------------------------------------------------------------
@@ -179,12 +179,12 @@ GOOD = special("good.mp4", size=3) + b"abc".ljust(512, b"\0")
         (special("a", type=tarfile.XGLTYPE), "is of type b'g'"),
         (GOOD, "'good.mp4' is there twice"),
         (special("./good.mp4"), "'good.mp4' is there twice"),
-        (special("a.mp4", size=1 << 40), "is cut off: 'a.mp4' claims 1099511627776 bytes, past its end"),
+        (special("a.mp4", size=1 << 40), "is truncated: 'a.mp4' claims 1099511627776 bytes, past its end"),
         (special("x", type=tarfile.XHDTYPE, size=1 << 30), r"claims 1073741824 bytes"),
         (special("x", type=tarfile.GNUTYPE_LONGNAME, size=1 << 30), r"claims 1073741824 bytes"),
-        (special("x", **PAX) + b"26 size=99999999999999999\n".ljust(512, b"\0"), "an extended header says size"),
-        (special("x", **PAX) + b"24 linkpath=/etc/passwd\n".ljust(512, b"\0"), "an extended header says linkpath"),
-        (special("x", **PAX) + b"22 GNU.sparse.major=1\n".ljust(512, b"\0"), "header says GNU.sparse.major"),
+        (special("x", **PAX) + b"26 size=99999999999999999\n".ljust(512, b"\0"), "an extended header sets size"),
+        (special("x", **PAX) + b"24 linkpath=/etc/passwd\n".ljust(512, b"\0"), "an extended header sets linkpath"),
+        (special("x", **PAX) + b"22 GNU.sparse.major=1\n".ljust(512, b"\0"), "header sets GNU.sparse.major"),
         (special("x", **PAX) + b"99999 path=a.mp4\n".ljust(512, b"\0"), "is damaged in an extended header"),
         (special("x", **PAX) + b"0 path=a.mp4\n".ljust(512, b"\0"), "is damaged in an extended header"),
         (b"\xff" * 512, "is damaged at byte 1024"),
@@ -211,10 +211,10 @@ def test_a_tar_that_is_cut_off_compressed_or_without_videos_is_refused(tmp_path)
     content = tar.read_bytes()
     for length in (0, 100, 512, 3000, 512 + 5120):
         tar.write_bytes(content[:length])
-        with pytest.raises(ValueError, match=r"x.tar is cut off"):
+        with pytest.raises(ValueError, match=r"x.tar is truncated"):
             find_sources((str(tar),))
     tar.write_bytes(gzip.compress(content))
-    with pytest.raises(ValueError, match=r"x.tar is (cut off|no plain tar \(compressed ones are not read\))"):
+    with pytest.raises(ValueError, match=r"x.tar is (truncated|no plain tar \(compressed ones are not read\))"):
         find_sources((str(tar),))
     packed(tar, ("a.txt", b"x"))
     with pytest.raises(ValueError, match=r"no videos in .*x.tar: looked for"):

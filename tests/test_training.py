@@ -30,6 +30,7 @@ from msc.pretrain.evaluation import evaluate as evaluation
 from msc.pretrain.evaluation.evaluate import evaluate
 from msc.pretrain.export import model_card
 from msc.pretrain.model.transformer import MSCTransformer
+from msc.pretrain.requests import EvaluateConfig
 
 MSC = Path(sys.executable).with_name("msc")
 SMALL = [
@@ -455,7 +456,9 @@ def test_evaluate_measures_a_run_and_another_beside_it(trained, finished):
 
 def test_evaluate_takes_any_checkpoint_and_says_what_is_wrong(trained, tmp_path, here):
     (step,) = re.findall(r"step-0*(\d+)", " ".join(p.name for p in (trained / "checkpoints").glob("step-*")))
-    assert evaluate(trained, clips=1, steps=1, samples=1, checkpoint=step).startswith(f"{trained}, step {step}, ema")
+    assert evaluate(trained, EvaluateConfig(clips=1, steps=1, samples=1, checkpoint=step)).startswith(
+        f"{trained}, step {step}, ema"
+    )
     for words, said in {
         ("--checkpoint", "7"): f"7 is not a checkpoint of {trained}; it has those of steps: {step}",
         ("--against", str(tmp_path)): f"{tmp_path} is not a run folder",
@@ -479,13 +482,13 @@ def test_an_evaluation_that_is_interrupted_tells_what_it_has(finished, monkeypat
     monkeypatch.setattr(evaluation, "EACH", 1)
     monkeypatch.setattr(evaluation, "measure", measure)
     monkeypatch.setattr(evaluation, "open_features", lambda *_: lambda video: video.mean((1, 3, 4)).double())
-    text = evaluate(finished, clips=4, steps=1, samples=1, features=Path("network"))
+    text = evaluate(finished, EvaluateConfig(clips=4, steps=1, samples=1, features=Path("network")))
     assert "3 held-out clips (interrupted: the clips so far)" in text
     assert "too few clips were continued" in text
     assert json.loads((finished / "evaluation.json").read_text())["clips"] == 3
     seen.clear()
     with pytest.raises(ValueError, match="needs more than 3 clips.*there are 2"):
-        evaluate(finished, clips=2, features=Path("network"))
+        evaluate(finished, EvaluateConfig(clips=2, features=Path("network")))
 
 
 @pytest.mark.parametrize("start", [["--clip", "1"], ["--nothing", "--units", "3"], ["--video"]])

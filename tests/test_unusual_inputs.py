@@ -18,7 +18,7 @@ import av
 import numpy as np
 import pytest
 
-from msc.datasets.loading.shard_reader import Samples
+from msc.datasets.loading.shard_reader import ShardReader
 from msc.datasets.prepare.convert import ConvertConfig, convert
 from msc.datasets.shards.index import read_index, read_part, scan
 
@@ -158,7 +158,7 @@ INPUTS: list[tuple[str, str, Callable[[Path, list], object], str]] = [
     ("pixels that are not square", "anamorphic.mp4", coded("libx264", aspect=Fraction(2)), "of the right shape"),
     ("odd height and width", "odd.mp4", shaped(33, 47, pixels="yuv444p"), ""),
     ("2 x 512 pixels", "line.mkv", lambda p, v: write(p, pictures(36, 2, 512), "ffv1", "bgr0"), "scaled to cover"),
-    ("16 x 16 pixels, smaller than the clips", "tiny.mp4", shaped(16, 16), "enlarged"),
+    ("16 x 16 pixels, smaller than the clips", "tiny.mp4", shaped(16, 16), "upscaled"),
     ("its size changes on the way", "sizes.ts", two_sizes, "all are scaled to the clips' size"),
     ("two video streams", "two.mkv", coded("libx264", streams=2), "the first"),
     ("sound before the video", "sound_first.mp4", coded("libx264", sound=True), ""),
@@ -257,7 +257,7 @@ def test_what_is_used_is_upright_and_in_order(converted):
     """Dark on the left, bright on the right, brighter with time; the rotated one turned as its flag says."""
     _, out = converted
     index = read_index(out)
-    samples = Samples(out, index, "train")
+    samples = ShardReader(out, index, "train")
     turned = 0
     for number in range(len(samples)):
         _, video, _, _ = samples.read(number)
@@ -279,7 +279,7 @@ def test_what_is_used_is_upright_and_in_order(converted):
     assert turned == 4
 
 
-def _where(samples: Samples, number: int):
+def _where(samples: ShardReader, number: int):
     return samples._find(number)
 
 

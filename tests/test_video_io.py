@@ -10,14 +10,10 @@ import torch
 from matplotlib.image import imread
 
 from msc.datasets import video as decode
+from msc.pretrain.inference.contact_sheet import CONTEXT_COLOUR, GAP, GENERATED_COLOUR, HEAD, write_contact_sheet
 from msc.pretrain.inference.video_io import (
-    CONTEXT_COLOUR,
-    GAP,
-    HEAD,
-    MADE_COLOUR,
-    contact_sheet,
-    enlarged,
-    growing_mp4,
+    stream_mp4,
+    upscaled,
     write_mp4,
 )
 
@@ -34,7 +30,7 @@ def png(path) -> np.ndarray:
 
 def test_frames_are_drawn_pixel_for_pixel(tmp_path):
     video = smooth(8, 24, 32)
-    contact_sheet([("a", video), ("b", video.flip(0))], tmp_path / "sheet.png", every=2, scale=3)
+    write_contact_sheet([("a", video), ("b", video.flip(0))], tmp_path / "sheet.png", every=2, scale=3)
     sheet = png(tmp_path / "sheet.png")
     left = 12 + 7
     assert sheet.shape == (HEAD + 2 * (24 * 3 + GAP), left + 4 * (32 * 3 + GAP), 3)
@@ -48,29 +44,29 @@ def test_frames_are_drawn_pixel_for_pixel(tmp_path):
 
 
 def test_borders_tell_context_from_generated(tmp_path):
-    contact_sheet([("x", smooth(6, 16, 16))], tmp_path / "sheet.png", context=2, every=1, scale=1)
+    write_contact_sheet([("x", smooth(6, 16, 16))], tmp_path / "sheet.png", context=2, every=1, scale=1)
     row = png(tmp_path / "sheet.png")[HEAD + 5]
     corners = [tuple(int(v) for v in row[19 + i * (16 + 4 + GAP)]) for i in range(6)]
-    assert corners == [CONTEXT_COLOUR] * 2 + [MADE_COLOUR] * 4
+    assert corners == [CONTEXT_COLOUR] * 2 + [GENERATED_COLOUR] * 4
 
 
 def test_rows_may_differ_and_labels_are_taken_literally(tmp_path):
     rows = [("$\\frac{1$ two\nlines", smooth(3, 16, 24)), ("", smooth(40, 20, 12))]
-    contact_sheet(rows, tmp_path / "made" / "here" / "sheet.png", context=1)
-    contact_sheet(rows, tmp_path / "again.png", context=1)
+    write_contact_sheet(rows, tmp_path / "made" / "here" / "sheet.png", context=1)
+    write_contact_sheet(rows, tmp_path / "again.png", context=1)
     first = (tmp_path / "made" / "here" / "sheet.png").read_bytes()
     assert first == (tmp_path / "again.png").read_bytes(), "the same rows must give the same bytes"
 
 
 def test_small_videos_are_enlarged_by_a_whole_factor():
     video = smooth(2, 48, 128)
-    large = enlarged(video, side=640)
+    large = upscaled(video, side=640)
     assert large.shape == (2, 3, 240, 640) and torch.equal(large[..., ::5, ::5], video)
-    assert enlarged(smooth(1, 16, 1000)).shape == (1, 3, 16, 1000)
+    assert upscaled(smooth(1, 16, 1000)).shape == (1, 3, 16, 1000)
 
 
 def test_one_frame_of_one_pixel(tmp_path):
-    contact_sheet([("dot", smooth(1, 1, 1))], tmp_path / "sheet.png")
+    write_contact_sheet([("dot", smooth(1, 1, 1))], tmp_path / "sheet.png")
     write_mp4(tmp_path / "dot.mp4", smooth(1, 1, 1), fps=8)
     assert read(tmp_path / "dot.mp4")[0].shape == (1, 2, 2, 3)
 
@@ -85,7 +81,7 @@ def test_one_frame_of_one_pixel(tmp_path):
 )
 def test_wrong_videos_are_named(tmp_path, video, words):
     with pytest.raises(ValueError, match=words):
-        contact_sheet([("x", video)], tmp_path / "sheet.png")
+        write_contact_sheet([("x", video)], tmp_path / "sheet.png")
     with pytest.raises(ValueError, match=words):
         write_mp4(tmp_path / "video.mp4", video, fps=8)
     assert list(tmp_path.iterdir()) == []
@@ -93,9 +89,9 @@ def test_wrong_videos_are_named(tmp_path, video, words):
 
 def test_wrong_settings_are_named(tmp_path):
     with pytest.raises(ValueError, match="at least one row"):
-        contact_sheet([], tmp_path / "sheet.png")
+        write_contact_sheet([], tmp_path / "sheet.png")
     with pytest.raises(ValueError, match="every is 0"):
-        contact_sheet([("x", smooth(2, 8, 8))], tmp_path / "sheet.png", every=0)
+        write_contact_sheet([("x", smooth(2, 8, 8))], tmp_path / "sheet.png", every=0)
     with pytest.raises(ValueError, match="fps is 0"):
         write_mp4(tmp_path / "video.mp4", smooth(2, 8, 8), fps=0)
 
@@ -138,7 +134,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_a_growing_video_ends_as_the_same_frames_in_one_file(tmp_path):
     video = smooth(50, 33, 48)
-    with growing_mp4(tmp_path / "grown.mp4", 12) as append:
+    with stream_mp4(tmp_path / "grown.mp4", 12) as append:
         for some in video.split(7):
             append(some)
         assert [path.name for path in tmp_path.iterdir()] == ["grown.partial.mp4"]
@@ -153,9 +149,9 @@ def test_a_growing_video_ends_as_the_same_frames_in_one_file(tmp_path):
 GROW = """
 import os, signal, sys, torch
 from pathlib import Path
-from msc.pretrain.inference.video_io import growing_mp4
+from msc.pretrain.inference.video_io import stream_mp4
 video = torch.arange(60).mul(4).to(torch.uint8)[:, None, None, None].expand(60, 3, 32, 48)
-with growing_mp4(Path(sys.argv[1]), 10) as append:
+with stream_mp4(Path(sys.argv[1]), 10) as append:
     for frame in video.split(1):
         append(frame)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -177,14 +173,14 @@ def test_a_killed_process_leaves_a_video_that_plays(tmp_path):
 def test_an_error_leaves_every_frame_and_no_frame_leaves_nothing(tmp_path):
     path = tmp_path / "video.mp4"
     write_mp4(path, smooth(3, 16, 16), 8)
-    with pytest.raises(KeyboardInterrupt), growing_mp4(path, 8) as append:
+    with pytest.raises(KeyboardInterrupt), stream_mp4(path, 8) as append:
         append(smooth(13, 16, 16))
         raise KeyboardInterrupt
     assert len(read(tmp_path / "video.partial.mp4")[0]) == 13
     assert len(read(path)[0]) == 3, "an older video is replaced by a whole one only"
-    with pytest.raises(RuntimeError, match="before"), growing_mp4(tmp_path / "none.mp4", 8):
+    with pytest.raises(RuntimeError, match="before"), stream_mp4(tmp_path / "none.mp4", 8):
         raise RuntimeError("before the first frame")
-    with pytest.raises(ValueError, match="8 × 16 pixels after some of 16 × 16"), growing_mp4(path, 8) as append:
+    with pytest.raises(ValueError, match="8 × 16 pixels after some of 16 × 16"), stream_mp4(path, 8) as append:
         append(smooth(1, 16, 16))
         append(smooth(1, 8, 16))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["video.mp4", "video.partial.mp4"]
@@ -192,17 +188,17 @@ def test_an_error_leaves_every_frame_and_no_frame_leaves_nothing(tmp_path):
 
 def test_numbers_and_borders_count_the_frames_of_the_longer_video(tmp_path):
     video = smooth(40, 16, 16)
-    contact_sheet([("x", video)], tmp_path / "whole.png", context=16, every=8)
-    contact_sheet([("x", video[::8])], tmp_path / "some.png", context=16, every=1, step=8)
+    write_contact_sheet([("x", video)], tmp_path / "whole.png", context=16, every=8)
+    write_contact_sheet([("x", video[::8])], tmp_path / "some.png", context=16, every=1, step=8)
     assert (tmp_path / "whole.png").read_bytes() == (tmp_path / "some.png").read_bytes()
 
 
 def test_import_needs_no_pyplot():
-    code = "import sys, msc.pretrain.inference.video_io; print('matplotlib' in sys.modules)"
+    code = "import sys, msc.pretrain.inference.contact_sheet; print('matplotlib' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-P", "-c", code], text=True).strip() == "False"
     code = (
-        "import sys, torch, pathlib, tempfile; from msc.pretrain.inference.video_io import contact_sheet;"
-        "contact_sheet([('x', torch.zeros(1, 3, 4, 4, dtype=torch.uint8))], "
+        "import sys, torch, pathlib, tempfile; from msc.pretrain.inference.contact_sheet import write_contact_sheet;"
+        "write_contact_sheet([('x', torch.zeros(1, 3, 4, 4, dtype=torch.uint8))], "
         "pathlib.Path(tempfile.mkdtemp()) / 'x.png');"
         "print('matplotlib.pyplot' in sys.modules)"
     )

@@ -19,7 +19,7 @@ from queue import SimpleQueue
 import numpy as np
 import torch
 
-from ..shards.tar import OF_ONE_FILE, persistently, size_of
+from ..shards.tar import FILE_ERRORS, retry_read, size_of
 from ..video import Video, encode_mp4, frame_indices, iterate_frames, probe
 from .clip_ranges import SPLITS, best_buckets, frozen_ranges, split_into_clips, split_ranges
 from .progress import SourceResult
@@ -77,7 +77,7 @@ def extract_clips(task: ExtractionTask) -> Extraction:
     try:
         return persistently(partial(_decode_clips, task))
     except OSError as error:
-        own = error.filename == source.name and error.errno in OF_ONE_FILE
+        own = error.filename == source.name and error.errno in FILE_ERRORS
         if not own or size_of(source.path) != source.size:
             raise
         return _unreadable(task, 0, f"cannot be read: {error.strerror}")

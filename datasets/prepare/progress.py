@@ -20,7 +20,7 @@ from typing import Any
 
 from ..files import LOCK, clear_folder, sync_folder, try_lock, write_atomically
 from ..shards.index import ShardInfo
-from ..shards.table_of_contents import table_of
+from ..shards.table_of_contents import toc_path
 from .sources import Source
 
 WORK = ".work"

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..files import locked
 from ..shards.index import STORES, ShardInfo, write_shard
-from ..shards.table_of_contents import write_table
+from ..shards.table_of_contents import write_toc
 from ..video import decode_frames
 from .clip_extraction import Clip, Extraction, ExtractionTask, extract_in_order
 from .clip_ranges import SPLITS

@@ -39,7 +39,7 @@ class Source:
     """
 
     name: str
-    path: Place
+    path: Location
     caption: str | None = None
     label: int | None = None
     licence: str | None = None
@@ -297,7 +297,7 @@ def _group_by(places: set[Place], trait: Callable[[Place], Any]) -> Iterable[set
         try:
             groups[persistently(partial(trait, place))].add(place)
         except OSError as error:
-            if error.errno not in OF_ONE_FILE:
+            if error.errno not in FILE_ERRORS:
                 raise OSError(error.errno, error.strerror, str(place)) from None
     return groups.values()
 

@@ -46,7 +46,7 @@ def clip_lines(index: Index) -> list[str]:
     stored = f"stored as {index.store} (.{STORES[index.store]})"
     each = f"({index.autoencoder}, {index.temporal_factor} video frames each)"
     lines = []
-    for one in index.each():
+    for one in index.by_bucket():
         video = f"{one.video_frames} frames at {one.fps:g} fps, {one.video_height}x{one.video_width}"
         latents = f"{one.frames} x {one.channels} x {one.height} x {one.width}"
         if not index.buckets:

@@ -214,7 +214,7 @@ def of_run(run: Path, config: Config, loss: str) -> tuple[Point | None, str]:
         reached = held_out["mean"]
     if reason := unusable(reached):
         return None, reason
-    space = run_folder.LatentSpace(**json.loads((run / "data.json").read_text()))
+    space = run_folder.RunFolder(run).read_latent_space()
     size = space.frames, space.height, space.width
     tokens = space.frames * cost.tokens_per_frame(config.model, space.height, space.width)
     clips = config.train.steps * config.train.batch

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 DIFFUSERS = "diffusers:"
-CHUNK, OVERLAP = 14, 28  # latent frames that `decode_parts` decodes at once, and how many it looks back
+CHUNK, OVERLAP = 14, 28  # latent frames that `decode_stream` decodes at once, and how many it looks back
 
 
 class Autoencoder(ABC):
@@ -150,7 +150,7 @@ def open_autoencoder(spec: str, device: torch.device | str = "cpu", dtype: torch
     )
 
 
-def decode_parts(autoencoder: Autoencoder, parts: Iterable[Tensor]) -> Iterator[Tensor]:
+def decode_stream(autoencoder: Autoencoder, parts: Iterable[Tensor]) -> Iterator[Tensor]:
     """Video uint8 `[B, T, 3, H, W]` of latents `[B, T', C, h, w]` that come in parts, in bounded memory.
 
     Where latent frames decode on their own (`slices`) every part comes out as it went in, and as if decoded whole.

@@ -12,22 +12,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from ..model.past_context import Key, Placement
 from ..model.transformer import MSCTransformer
+from ..requests import Solver
 from .rectified_flow import frame_noise, sampling_levels
 
-Solver = Literal["euler", "heun"]
 LEVELS: Key = ("noise levels",)  # of all layers and scales
 _START, _CONTEXT = 0, 1  # what a frame's noise is for
 
 
 class Cache:
-    """A `Timeline` whose past is remembered: the units generated so far."""
+    """A `PastContext` whose past is remembered: the units generated so far."""
 
     grows = True
 
@@ -36,7 +36,7 @@ class Cache:
         self.writing = False
         self._kept: dict[Key, Tensor] = {}
 
-    def ask(
+    def exchange(
         self, key: Key, x_BU: Tensor, before: Callable[[int], int], kept: int | None, every: int = 1
     ) -> Callable[[], Tensor | None]:
         stored, need = self._kept.get(key), before(self.first)
@@ -46,7 +46,7 @@ class Cache:
         earlier = None if stored is None or need == 0 else stored[:, stored.shape[1] - need :]
         return lambda: earlier
 
-    def levels(self, t_BUF: Tensor, kept: int | None) -> tuple[Tensor, int]:
+    def noise_levels(self, t_BUF: Tensor, kept: int | None) -> tuple[Tensor, int]:
         stored = self._kept.get(LEVELS)
         if self.writing:
             self._kept[LEVELS] = _newest(stored, t_BUF, kept)
@@ -85,7 +85,7 @@ def _newest(stored: Tensor | None, x_BU: Tensor, kept: int | None) -> Tensor:
 
 
 @torch.no_grad()
-def remember(
+def extend_cache(
     model: MSCTransformer,
     cache: Cache,
     x_BTCHW: Tensor,
@@ -198,7 +198,7 @@ def _roll_out(
 
     def join(x: Tensor) -> None:
         seen = (1 - context_level) * x + context_level * noise(_CONTEXT) if context_level else x
-        remember(model, cache, torch.cat([seen] * copies), text, labels, context_level)
+        extend_cache(model, cache, torch.cat([seen] * copies), text, labels, context_level)
 
     # unit by unit, in bounded memory, and so that the past is the same to the bit however much of it was given
     for unit in context_BTCHW.split(per_unit, 1) if context_BTCHW.shape[1] else ():
@@ -214,7 +214,7 @@ def _roll_out(
         join(x)
 
 
-def short_sighted(model: MSCTransformer, reach: int) -> MSCTransformer:
+def limit_context(model: MSCTransformer, reach: int) -> MSCTransformer:
     """The same weights in a model that sees no group that begins more than `reach` units back.
 
     Far-seeing scales then need no more memory than that, however long the video, and meet no distance that training

@@ -23,7 +23,7 @@ OTHERS = "other's "  # before the rows of a run that is compared with
 Part = tuple[Tensor, Tensor]
 
 
-def over_clips(sums_NK: Tensor, counts_NK: Tensor) -> tuple[Tensor, Tensor]:
+def ratio_over_clips(sums_NK: Tensor, counts_NK: Tensor) -> tuple[Tensor, Tensor]:
     """Ratio of totals over clips and half the width of its 95 % interval, `[K]` float64 each.
 
     The ratio estimator of sampling by clusters (Cochran 1977, Sampling Techniques, section 2.11 and chapter 6): for
@@ -76,7 +76,7 @@ class Table:
     def of(title: str, axis: str, unit: str, columns: Sequence[str], rows: Mapping[str, Part], digits: int) -> Table:
         found = {}
         for name, part in rows.items():
-            mean, half = over_clips(*part)
+            mean, half = ratio_over_clips(*part)
             found[name] = (mean.tolist(), half.tolist())
         return Table(title, axis, unit, list(columns), found, digits)
 

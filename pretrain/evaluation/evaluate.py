@@ -5,26 +5,25 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from msc.datasets.files import write_atomically
+from msc.datasets.loading.held_out import held_out_batches, parts_of
 from msc.datasets.loading.mixture import Shards, open_shards
 
-from ..batch_inputs import Feed, Inputs, latents_of
-from ..config import Config
-from ..diffusion.autoencoder import to_uint8
+from ..batch_inputs import BatchInputs, InputBuilder
 from ..diffusion.rectified_flow import DiffusionConfig, frame_losses, frame_shift
-from ..diffusion.sampler import generate
-from ..inference.video_io import contact_sheet, enlarged, write_mp4
-from ..model.transformer import MSCTransformer, check_clip, precondition
-from ..run_folder import Trained, open_run
+from ..inference.load import TrainedModel, open_run
+from ..inference.preview import half_of_clip
+from ..model.config import check_clip
+from ..model.transformer import precondition
+from ..requests import EvaluateConfig
 from ..tracking.tracker import Tracker
 from .confidence import OTHERS, Table, draw, join
 from .frechet import check_enough, frechet, open_features
@@ -35,48 +34,10 @@ from .held_out_loss import (
     by_context,
     by_noise,
     by_position,
-    held_out_batches,
-    held_out_clip,
-    parts_of,
 )
-from .rollouts import Rollouts, Rows, continuations, half
+from .rollouts import Rollouts, Rows, continuations
 
 EACH = 4  # clips in a batch of `msc evaluate`
-PREVIEWS = 8  # clips continued at every evaluation, as far as there are ranks
-
-
-@torch.no_grad()
-def preview(
-    model: nn.Module, config: Config, shards: Shards, feeds: Sequence[Feed], run: Path, step: int, rank: int
-) -> list[Path]:
-    """Continue a held-out clip from half of it, shown beside the truth: a clip for each of the first ranks, which write
-    it. Clips are of one shape: weights may be sharded, so all ranks must make equally many passes. Nothing else passes
-    between them."""
-    alike = next(stream.clips for streams in shards.streams("held_out") for stream in streams if stream.first == 0)
-    clip = rank % min(PREVIEWS, alike)
-    batch = held_out_clip(shards, clip)
-    feed = feeds[batch.bucket]
-    assert isinstance(model, MSCTransformer)
-    x = model.normalise(latents_of(batch, feed.autoencoder, feed.device))
-    given, units = half(x.shape[1], config.model.frames_per_unit)
-    text, labels = (None if v is None else v.to(feed.device) for v in (batch.text, batch.labels))
-    model.eval()
-    new = list(generate(model, x[:, :given], units, steps=8, shift=feed.shift, text=text, labels=labels))
-    model.train()
-    if rank != clip or not new:
-        return []
-    made = torch.cat([x[:, :given], *new], 1)
-    truth, video = (to_uint8(feed.autoencoder.decode(model.denormalise(y[0]).cpu())) for y in (x, made))
-    name = run / "samples" / (f"step-{step:08d}" + f"-clip{clip}" * (clip > 0))
-    shown = feed.autoencoder.video_frames(given)
-    try:
-        name.parent.mkdir(exist_ok=True)
-        contact_sheet([("truth", truth), ("continued", video)], name.with_suffix(".png"), context=shown)
-        write_mp4(name.with_suffix(".mp4"), enlarged(torch.cat([truth, video], -1)), shards.index.fps)
-    except OSError as error:  # a full disk is the checkpoint's to complain about
-        print(f"msc: {name.name} could not be written: {error}", file=sys.stderr, flush=True)
-        return []
-    return [name.with_suffix(".png"), name.with_suffix(".mp4")]
 
 
 # msc evaluate ----------------------------------------------------------------------------------------
@@ -104,37 +65,25 @@ TABLES = {
 BASELINES = ("untrained", "mean velocity", "copy last", "truth")  # rows that no trained model has a part in
 
 
-def evaluate(
-    run: Path,
-    clips: int = 64,
-    weights: str = "ema",
-    steps: int = 16,
-    samples: int = 4,
-    checkpoint: str | None = None,
-    against: Path | None = None,
-    features: Path | None = None,
-) -> str:
-    """Measure a run on the first `clips` held-out clips: the report as text, also kept in the run folder.
+def evaluate(run: Path, request: EvaluateConfig) -> str:
+    """Measure a run on its first held-out clips: the report as text, also kept in the run folder.
 
-    steps, samples: of the roll-outs that continue clips from half of them. checkpoint: a step or folder, if not the
-    newest; its files carry the step. against: another run, measured on the same clips with the same noise. features:
-    file of a network for Fréchet distances (see `open_features`: it is run). After Ctrl-C the figures are those of the
-    clips so far.
+    Files of a chosen checkpoint carry its step. After Ctrl-C the figures are those of the clips so far.
     """
     # Who is measured, and on what
-    trained = open_run(run, weights, checkpoint)
+    trained = open_run(run, request.weights, request.checkpoint)
     shards = open_shards(trained.config.data)
-    each = [sum(some) for some in parts_of(shards, min(clips, shards.samples("held_out")))]  # of every bucket
+    each = [sum(some) for some in parts_of(shards, min(request.clips, shards.samples("held_out")))]  # of every bucket
     if not (clips := sum(each)):
         raise ValueError(f"{shards} holds no held-out clip: convert with --held-out")
     continued = next(bucket for bucket, some in enumerate(each) if some)  # clips of others have other horizons
     subjects = {"": trained}
-    if against is not None:
-        subjects[OTHERS] = open_run(against, weights)
+    if request.against is not None:
+        subjects[OTHERS] = open_run(request.against, request.weights)
         check_comparable(trained, subjects[OTHERS], shards)
-    network = None if features is None else open_features(features, trained.device)
-    rollouts = Rollouts(steps, samples, network)
-    feeds = {who: feeds_of(one, trained.config.diffusion, shards) for who, one in subjects.items()}
+    network = None if request.features is None else open_features(request.features, trained.device)
+    rollouts = Rollouts(request.steps, request.samples, network)
+    builders = {who: builders_of(one, trained.config.diffusion, shards) for who, one in subjects.items()}
 
     # Clip by clip
     found: list[Rows] = []  # of every batch
@@ -144,7 +93,7 @@ def evaluate(
             for batch, _ in held_out_batches(shards, clips, EACH):
                 rows: Rows = {}
                 for who, one in subjects.items():
-                    inputs, seed = feeds[who][batch.bucket](batch), HELD_OUT_SEED + batch.samples[0]
+                    inputs, seed = builders[who][batch.bucket](batch), HELD_OUT_SEED + batch.samples[0]
                     own = measure(one, inputs, seed, rollouts if batch.bucket == continued else None)
                     rows |= {(table, who + row): part for (table, row), part in own.items()
                              if not (who and row in BASELINES)}  # fmt: skip
@@ -169,22 +118,29 @@ def evaluate(
     result = {
         "step": trained.step,
         "clock": trained.clock,
-        "weights": weights,
+        "weights": request.weights,
         "clips": done,
         "interrupted": interrupted,
-        "sampling_steps": steps,
-        "samples": samples,
-        "against": None if against is None else {"run": str(against), "step": subjects[OTHERS].step},
+        "sampling_steps": request.steps,
+        "samples": request.samples,
+        "against": None if request.against is None else {"run": str(request.against), "step": subjects[OTHERS].step},
         "loss": {name: row["mean"][0] for name, row in tables["loss_by_noise"].json()["rows"].items()},
-        "frechet": distances(seen) if features else None,
+        "frechet": distances(seen) if request.features else None,
         "tables": {name: table.json() for name, table in tables.items()},
     }
     text = report(run, result, tables)
-    keep(run, "evaluation" if checkpoint is None else f"evaluation-{trained.step:08d}", trained, result, tables, text)
+    keep(
+        run,
+        "evaluation" if request.checkpoint is None else f"evaluation-{trained.step:08d}",
+        trained,
+        result,
+        tables,
+        text,
+    )
     return text
 
 
-def check_comparable(one: Trained, other: Trained, shards: Shards) -> None:
+def check_comparable(one: TrainedModel, other: TrainedModel, shards: Shards) -> None:
     """ValueError where two models cannot be measured on the same latents with the same noise."""
     for name in ("channels", "frames_per_unit", "latent_mean", "latent_std"):
         a, b = getattr(one.config.model, name), getattr(other.config.model, name)
@@ -198,10 +154,10 @@ def check_comparable(one: Trained, other: Trained, shards: Shards) -> None:
         check_clip(other.config.model, shape.frames, shape.height, shape.width)
 
 
-def feeds_of(one: Trained, diffusion: DiffusionConfig, shards: Shards) -> list[Feed]:
+def builders_of(one: TrainedModel, diffusion: DiffusionConfig, shards: Shards) -> list[InputBuilder]:
     """How clips of every bucket become inputs: noise and levels do not depend on the model."""
     return [
-        Feed(
+        InputBuilder(
             model=one.model,
             autoencoder=one.autoencoder,
             diffusion=diffusion,
@@ -219,7 +175,7 @@ def feeds_of(one: Trained, diffusion: DiffusionConfig, shards: Shards) -> list[F
 # One model, one batch ---------------------------------------------------------------------------------
 
 
-def measure(one: Trained, inputs: Inputs, seed: int, rollouts: Rollouts | None) -> Rows:
+def measure(one: TrainedModel, inputs: BatchInputs, seed: int, rollouts: Rollouts | None) -> Rows:
     """All rows of one model for a batch; without roll-outs their tables are left out."""
     with torch.no_grad():
         velocity = one.model(inputs.noisy, inputs.t, inputs.text, inputs.labels)
@@ -233,7 +189,7 @@ def measure(one: Trained, inputs: Inputs, seed: int, rollouts: Rollouts | None) 
         errors = frame_losses(guess, inputs.x, inputs.noise)
         rows["loss_by_noise", name] = by_noise(errors, inputs)
         rows["loss_by_position", name] = by_position(errors, inputs)
-    if half(inputs.x.shape[1], one.config.model.frames_per_unit)[1]:  # a clip of a single unit has no past
+    if half_of_clip(inputs.x.shape[1], one.config.model.frames_per_unit)[1]:  # a clip of a single unit has no past
         rows |= {("loss_by_context", name): part for name, part in by_context(one.model, inputs).items()}
         rows |= continuations(one, inputs, seed, rollouts) if rollouts else {}
     return rows
@@ -287,7 +243,9 @@ def report(run: Path, result: dict[str, Any], tables: dict[str, Table]) -> str:
     return "\n".join(lines)
 
 
-def keep(run: Path, name: str, trained: Trained, result: dict[str, Any], tables: dict[str, Table], text: str) -> None:
+def keep(
+    run: Path, name: str, trained: TrainedModel, result: dict[str, Any], tables: dict[str, Table], text: str
+) -> None:
     """In the run folder and in its MLflow run."""
     files = {
         f"{name}.json": json.dumps(result, indent=1).encode(),

@@ -3,21 +3,19 @@ with parts of the past hidden."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from msc.datasets.loading.dataloader import Batch, loader
-from msc.datasets.loading.mixture import Shards, Stream, only
+from msc.datasets.loading.held_out import held_out_batches
+from msc.datasets.loading.mixture import Shards
 
-from ..batch_inputs import Feed, Inputs
+from ..batch_inputs import BatchInputs, InputBuilder
 from ..config import Config
 from ..diffusion.rectified_flow import add_noise, frame_losses
-from ..diffusion.sampler import Cache, remember
-from ..model.layers import Block
+from ..diffusion.sampler import Cache, extend_cache
 from ..model.transformer import MSCTransformer
 from .confidence import Part, summed
 
@@ -35,15 +33,15 @@ def bin_names() -> list[str]:
 
 
 @dataclass
-class Losses:
+class LossByNoise:
     """Squared velocity errors of supervised frames, summed by noise level; `[BINS]` sums and counts."""
 
     sums: Tensor
     counts: Tensor
 
     @staticmethod
-    def zeros(device: torch.device) -> Losses:
-        return Losses(*(torch.zeros(BINS, dtype=torch.float64, device=device) for _ in range(2)))
+    def zeros(device: torch.device) -> LossByNoise:
+        return LossByNoise(*(torch.zeros(BINS, dtype=torch.float64, device=device) for _ in range(2)))
 
     def add(self, errors_BT: Tensor, t_BT: Tensor, counted_BT: Tensor) -> None:
         """Those of frames that count. Without indexing by a mask, for which a CPU would wait for the GPU."""
@@ -58,7 +56,7 @@ class Losses:
             torch.distributed.all_reduce(both)
             self.sums, self.counts = both
 
-    def merge(self, other: Losses) -> None:
+    def merge(self, other: LossByNoise) -> None:
         self.sums += other.sums
         self.counts += other.counts
 
@@ -75,69 +73,20 @@ class Losses:
         return found
 
 
-def held_out_batches(
-    shards: Shards,
-    clips: int,
-    each: int,
-    rows: int = 1,
-    row: int = 0,
-    frames: Sequence[tuple[int, int]] | None = None,
-) -> Iterator[tuple[Batch, int]]:
-    """The first held-out clips, in order, `each` at a time and row; and how many of a batch count, from its first on.
-
-    All rows get as many whole batches, as a pass is for all ranks together. What lies beyond the last clip there is
-    read but does not count, so that the clips measured are the same for any number of rows. frames: of every bucket.
-    """
-    for bucket, (streams, parts) in enumerate(zip(shards.streams("held_out"), parts_of(shards, clips), strict=True)):
-        for stream, some in zip(streams, parts, strict=True):
-            own, whole = None if frames is None else frames[bucket], rows * each
-            read = some if rows == 1 else math.ceil(some / whole) * whole
-            for number, batch in enumerate(_held_out(stream, bucket, 0, read, whole, row, rows, own)):
-                first = (number * rows + row) * each
-                yield batch, min(max(some - first, 0), len(batch.samples))
-
-
-def parts_of(shards: Shards, clips: int) -> list[list[int]]:
-    """How many of `clips` held-out clips each set gives of every bucket: its share, at least one."""
-    return [[min(stream.clips, max(1, round(clips * stream.share))) for stream in streams]
-            for streams in shards.streams("held_out")]  # fmt: skip
-
-
-def held_out_clip(shards: Shards, clip: int) -> Batch:
-    """One held-out clip, by its number over all buckets and sets."""
-    for bucket, streams in enumerate(shards.streams("held_out")):
-        for stream in streams:
-            if stream.first <= clip < stream.first + stream.clips:
-                return next(_held_out(stream, bucket, clip - stream.first, 1, 1))
-    raise ValueError(f"clip {clip} does not exist; there are {shards.samples('held_out')} held-out clips")
-
-
-def _held_out(
-    stream: Stream, bucket: int, first: int, clips: int, each: int, row: int = 0, rows: int = 1,
-    frames: tuple[int, int] | None = None,
-) -> Iterator[Batch]:  # fmt: skip
-    batches = loader(
-        only(stream.place, stream.index), "held_out", seed=0, clock=first, clips=each, rank=row, ranks=rows,
-        frames=[frames], workers=0, shuffle=False, stop=first + clips,
-    )  # fmt: skip
-    for batch in batches:
-        yield replace(batch, bucket=bucket, samples=[stream.first + sample for sample in batch.samples])
-
-
 @torch.no_grad()
 def held_out_losses(
-    model: nn.Module, config: Config, shards: Shards, feeds: Sequence[Feed], rows: int, row: int
-) -> Losses:
-    """Held-out loss of a model that may be sharded over ranks; the same noise at every call. feeds: of every bucket."""
-    feeds = [replace(feed, seed=HELD_OUT_SEED, text_dropout=0.0) for feed in feeds]
-    frames = [(feed.frames.start, feed.frames.stop) for feed in feeds]
-    losses = Losses.zeros(feeds[0].device)
+    model: nn.Module, config: Config, shards: Shards, builders: Sequence[InputBuilder], rows: int, row: int
+) -> LossByNoise:
+    """Held-out loss of a model that may be sharded over ranks; the same noise at every call. builders: per bucket."""
+    builders = [replace(builder, seed=HELD_OUT_SEED, text_dropout=0.0) for builder in builders]
+    frames = [(builder.frames.start, builder.frames.stop) for builder in builders]
+    losses = LossByNoise.zeros(builders[0].device)
     model.eval()
     each = config.train.micro
     for batch, count in held_out_batches(shards, config.train.held_out, each, rows, row, frames):
-        feed = feeds[batch.bucket]
-        inputs = feed(batch)
-        velocity = model(inputs.noisy, inputs.t, inputs.text, inputs.labels, feed.timeline, inputs.all_t)
+        builder = builders[batch.bucket]
+        inputs = builder(batch)
+        velocity = model(inputs.noisy, inputs.t, inputs.text, inputs.labels, builder.past_context, inputs.all_t)
         counted = inputs.supervised & (torch.arange(len(inputs.t), device=inputs.t.device) < count)[:, None]
         losses.add(frame_losses(velocity, inputs.x, inputs.noise), inputs.t, counted)
     model.train()
@@ -148,25 +97,25 @@ def held_out_losses(
 # What clips add to the tables of `msc evaluate` ------------------------------------------------------
 
 
-def by_noise(errors_BT: Tensor, inputs: Inputs) -> Part:
+def by_noise(errors_BT: Tensor, inputs: BatchInputs) -> Part:
     """Squared velocity errors of supervised frames, by range of the noise level."""
     in_bin = torch.nn.functional.one_hot(bin_of(inputs.t), BINS) * inputs.supervised[..., None]
     return summed((errors_BT[..., None] * in_bin).sum(1), in_bin.sum(1))
 
 
-def by_position(errors_BT: Tensor, inputs: Inputs) -> Part:
+def by_position(errors_BT: Tensor, inputs: BatchInputs) -> Part:
     """The same by place of the frame in its clip."""
     return summed(errors_BT * inputs.supervised, inputs.supervised)
 
 
 @torch.no_grad()
-def by_context(model: MSCTransformer, inputs: Inputs) -> dict[str, Part]:
+def by_context(model: MSCTransformer, inputs: BatchInputs) -> dict[str, Part]:
     """Loss of the clips' last unit at the middle of every range of noise levels, after a clean past that is seen
     whole; and what is added where the unit sees nothing of the past, or nothing at one scale."""
     per_unit = model.config.frames_per_unit
     past, last, noise = inputs.x[:, :-per_unit], inputs.x[:, -per_unit:], inputs.noise[:, -per_unit:]
     cache = Cache()
-    remember(model, cache, past, inputs.text, inputs.labels)
+    extend_cache(model, cache, past, inputs.text, inputs.labels)
 
     def losses(seeing: MSCTransformer) -> Tensor:
         found = []
@@ -194,9 +143,6 @@ def blind(model: MSCTransformer, hidden: Collection[int]) -> MSCTransformer:
         replace(scale, time=1, window=0) if i in hidden else scale for i, scale in enumerate(model.config.scales)
     )
     with torch.device("meta"):
-        other = MSCTransformer(replace(model.config, scales=scales))
+        other = MSCTransformer(replace(model.config, scales=scales), model.attention_inputs.kernel)
     other.load_state_dict(model.state_dict(), assign=True)
-    for block, own in zip(other.blocks, model.blocks, strict=True):
-        assert isinstance(block, Block) and isinstance(own, Block)
-        block.attention.backend = own.attention.backend
     return other.eval()

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..batch_inputs import Inputs
+from ..batch_inputs import BatchInputs
 from ..diffusion.rectified_flow import frame_shift
 from ..diffusion.sampler import generate
-from ..run_folder import Trained
+from ..inference.load import TrainedModel
+from ..inference.preview import half_of_clip
 from . import metrics
 from .confidence import Part, join, summed
 from .frechet import Features
@@ -29,18 +30,11 @@ class Rollouts:
     features: Features | None = None
 
 
-def half(frames: int, per_unit: int) -> tuple[int, int]:
-    """(frames given, units to make) when a clip is continued from half of it."""
-    units = frames // per_unit
-    given = max(1, units // 2)
-    return given * per_unit, units - given
-
-
 @torch.no_grad()
-def continuations(one: Trained, inputs: Inputs, seed: int, rollouts: Rollouts) -> Rows:
+def continuations(one: TrainedModel, inputs: BatchInputs, seed: int, rollouts: Rollouts) -> Rows:
     """All rows of a batch of clips. The noise depends on the seed, the clip's place in the batch and the sample."""
     model = one.model
-    given, units = half(inputs.x.shape[1], model.config.frames_per_unit)
+    given, units = half_of_clip(inputs.x.shape[1], model.config.frames_per_unit)
     context, shift = inputs.x[:, :given], frame_shift(one.config.diffusion, *inputs.x.shape[-2:])
 
     def rollout(steps: int, seed: int) -> Tensor:

@@ -24,8 +24,9 @@ from ..checkpoints import format as checkpoint_format
 from ..checkpoints.directory import CheckpointMeta
 from ..checkpoints.exported_weights import FORMAT, Shapes, abbreviated, open_safetensors, safetensors_header
 from ..config import Config
+from ..inference.load import read_run
 from ..model.transformer import MSCTransformer
-from ..run_folder import LatentSpace, read_run
+from ..run_folder import LatentSpace
 from . import model_card
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -19,19 +19,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from msc.datasets.loading.dataloader import Batch
+from msc.datasets.loading.held_out import held_out_clip
 from msc.datasets.loading.mixture import open_shards
 from msc.datasets.video import decode_frames, frame_indices, probe
 
 from ..batch_inputs import latents_of
 from ..config import Config
-from ..diffusion.autoencoder import decode_parts, to_uint8
+from ..diffusion.autoencoder import decode_stream, to_uint8
 from ..diffusion.rectified_flow import frame_shift
-from ..diffusion.sampler import Solver, check_sampling, generate, short_sighted
+from ..diffusion.sampler import check_sampling, generate, limit_context
 from ..diffusion.text_encoder import open_text_encoder
-from ..evaluation.held_out_loss import held_out_clip
-from ..run_folder import Trained, open_run, read_run
+from ..requests import SampleConfig
 from ..tracking.tracker import Tracker
-from .video_io import MOST_COLUMNS, contact_sheet, growing_mp4, partial_name
+from .contact_sheet import MAX_COLUMNS, write_contact_sheet
+from .load import TrainedModel, open_run, read_run
+from .video_io import partial_name, stream_mp4
 
 SHEET_ROWS = 16  # videos on the contact sheet, and sent to MLflow
 TELL_EVERY = 30.0  # seconds between lines on progress in a log
@@ -70,59 +72,34 @@ class Start:
     labels: Tensor | None = None
 
 
-def sample_run(
-    run: Path,
-    video: Path | None = None,
-    clip: int | None = None,
-    units: int | None = None,
-    context: int | None = None,
-    steps: int = 16,
-    seed: int = 0,
-    out: Path | None = None,
-    weights: str = "ema",
-    *,
-    prompts: Sequence[str] = (),
-    text: Path | None = None,
-    labels: Sequence[str] = (),
-    count: int | None = None,
-    batch: int = 1,
-    solver: Solver = "euler",
-    guidance: float = 1.0,
-    context_level: float = 0.0,
-    reach: int | None = None,
-) -> str:
-    """Generate `units` units after `context` units of `video` or of held-out clip `clip`, or after nothing.
-
-    Defaults: half a training clip of context and as many units as complete it. prompts, labels: a video for each, or
-    `count` in all that take turns; text: folder of the text encoder (default: the one that the shards were made with).
-    batch: videos made at once. The others are those of `generate` and `short_sighted`. Returns what was written.
-    """
+def sample(run: Path, request: SampleConfig) -> str:
+    """Generate videos with a run's model, in mp4 files and a contact sheet; returns what was written."""
+    steps, seed, guidance, batch = request.steps, request.seed, request.guidance, request.batch
     config, space = read_run(run)
-    check_sampling(steps, seed, context_level, solver, guidance)
-    check_conditions(config, prompts, labels, guidance, clip is not None, count)
-    if video is not None and not video.is_file():
-        raise FileNotFoundError(f"{video} does not exist: --video names a video file")
+    check_sampling(steps, seed, request.context_level, request.solver, guidance)
+    prompts, labels, clip = request.read_prompts(), request.label, request.context_clip
+    check_conditions(config, prompts, labels, guidance, clip is not None, request.count)
     conditions = Conditions(
-        count or max(len(prompts), len(labels), 1), prompts or labels,
-        embed(config, prompts, text), [number(config, label) for label in labels],
+        request.count or max(len(prompts), len(labels), 1), prompts or labels,
+        embed(config, prompts, request.text), [number(config, label) for label in labels],
     )  # fmt: skip
 
-    trained = open_run(run, weights)
-    start = find_start(trained, video, clip, context, seed)
-    model = trained.model if reach is None else short_sighted(trained.model, reach)
+    trained = open_run(run, request.weights)
+    start = find_start(trained, request.video, clip, request.context, seed)
+    model = trained.model if request.reach is None else limit_context(trained.model, request.reach)
     clip_units = space.frames // config.model.frames_per_unit
-    units = max(1, clip_units - start.given // config.model.frames_per_unit) if units is None else units
+    units = request.units or max(1, clip_units - start.given // config.model.frames_per_unit)
     latents = model.normalise(start.encoded[: start.given])[None]
     shift = frame_shift(config.diffusion, *latents.shape[-2:])
     shown = trained.autoencoder.video_frames(start.given) if start.given else 0
     length = trained.autoencoder.video_frames(start.given + units * config.model.frames_per_unit)
-    every = -(-length // MOST_COLUMNS)
+    every = -(-length // MAX_COLUMNS)
 
     n = conditions.videos
     sheet: list[tuple[str, Tensor]] = []
     if start.given:
         sheet.append(("truth", to_uint8(trained.autoencoder.decode(start.encoded.cpu()))[:length:every]))
-    paths, picture = free_names(out or run / "samples", start.name, n)
+    paths, picture = free_names(request.out or run / "samples", start.name, n)
     rows = range(0)
     try:
         for first in range(0, n, batch):
@@ -134,11 +111,11 @@ def sample_run(
             words, classes = (None if x is None else x.to(trained.device) for x in both)
             context_BTCHW = latents.expand(len(rows), -1, -1, -1, -1)
             new = generate(
-                model, context_BTCHW, units, steps, seed, shift, words, classes, context_level,
-                solver=solver, guidance=guidance, rows=rows,
+                model, context_BTCHW, units, steps, seed, shift, words, classes, request.context_level,
+                solver=request.solver, guidance=guidance, rows=rows,
             )  # fmt: skip
             made = chain([context_BTCHW] if start.given else [], told(new, units, rows, n))
-            pixels = decode_parts(trained.autoencoder, (model.denormalise(x).cpu() for x in made))
+            pixels = decode_stream(trained.autoencoder, (model.denormalise(x).cpu() for x in made))
             for row, kept in zip(rows, write(pixels, [paths[row] for row in rows], space.fps, every), strict=True):
                 if row < SHEET_ROWS:
                     sheet.append((conditions.name(row)[:32] or ("continued" if start.given else "generated"), kept))
@@ -147,7 +124,7 @@ def sample_run(
         for path in [*paths[: rows.start], *left]:
             print(f"msc: made so far: {path}", file=sys.stderr)
         raise
-    contact_sheet(sheet, picture, every=1, step=every, context=shown)
+    write_contact_sheet(sheet, picture, every=1, step=every, context=shown)
     tracker = Tracker(config.metrics)
     tracker.start(run, {}, "", run.name, attach=True)
     for file in (*paths[:SHEET_ROWS], picture):
@@ -209,7 +186,7 @@ def number(config: Config, label: str) -> int:
     return int(label)
 
 
-def find_start(trained: Trained, video: Path | None, clip: int | None, context: int | None, seed: int) -> Start:
+def find_start(trained: TrainedModel, video: Path | None, clip: int | None, context: int | None, seed: int) -> Start:
     """The context; ValueError where what is named is too short for it."""
     space, model = trained.space, trained.model
     if video is None and clip is None:
@@ -231,7 +208,7 @@ def find_start(trained: Trained, video: Path | None, clip: int | None, context: 
     return Start(name, encoded, units * per_unit, batch.text, batch.labels)
 
 
-def read_video(trained: Trained, video: Path, frames: int) -> Batch:
+def read_video(trained: TrainedModel, video: Path, frames: int) -> Batch:
     """The start of a video file, as many frames as make `frames` latent frames, or a training clip if it has them."""
     space, autoencoder = trained.space, trained.autoencoder
     length = len(frame_indices(probe(video), space.fps))
@@ -270,7 +247,7 @@ def write(parts: Iterable[Tensor], paths: Sequence[Path], fps: float, every: int
     kept: list[list[Tensor]] = [[] for _ in paths]
     done = 0
     with ExitStack() as stack:
-        files = [stack.enter_context(growing_mp4(path, fps)) for path in paths]
+        files = [stack.enter_context(stream_mp4(path, fps)) for path in paths]
         for part in parts:
             for video, append, some in zip(part, files, kept, strict=True):
                 append(video)

@@ -1,10 +1,9 @@
-"""Contact sheets and video files of what the model makes. Every file is written aside and renamed; one that grows
-can be played meanwhile."""
+"""Video files: mp4 written at once, or frame by frame into a partial file that can be played meanwhile."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -15,78 +14,10 @@ from torch import Tensor
 
 from msc.datasets.files import partial_file
 
-CONTEXT_COLOUR = (46, 160, 67)  # green: given to the model
-MADE_COLOUR = (214, 106, 18)  # orange: made by it
-MOST_COLUMNS = 16
-BORDER, GAP, HEAD, DPI = 2, 4, 20, 100
 
-
-def contact_sheet(
-    rows: Sequence[tuple[str, Tensor]],
-    path: Path,
-    *,
-    every: int | None = None,
-    context: int | None = None,
-    scale: int | None = None,
-    step: int = 1,
-) -> None:
-    """Write a PNG with one row of frames for each `(label, video)`; frame numbers stand above the columns.
-
-    rows: labels (may have several lines) and videos uint8 `[T, 3, H, W]`; T, H and W may differ.
-    every: show each `every`-th frame; by default as many as fit into 16 columns.
-    context: the first `context` frames were given and get a green border, the generated ones an orange
-        one; None draws no borders.
-    scale: whole factor by which frames are enlarged; by default small ones grow to about 96 pixels.
-    step: the videos hold every `step`-th frame of longer ones, whose frames `context` and the numbers count.
-    """
-    if not rows:
-        raise ValueError("a contact sheet needs at least one row")
-    labels, videos = [label for label, _ in rows], [_frames_last(video) for _, video in rows]
-    every = -(-max(len(video) for video in videos) // MOST_COLUMNS) if every is None else every
-    scale = max(1, 96 // max(max(video.shape[1:3]) for video in videos)) if scale is None else scale
-    if every < 1 or scale < 1:
-        raise ValueError(f"every is {every} and scale is {scale}; both must be at least 1")
-
-    border = 0 if context is None else BORDER
-    column = max(video.shape[2] for video in videos) * scale + 2 * border + GAP
-    columns = -(-max(len(video) for video in videos) // every)
-    heights = [video.shape[1] * scale + 2 * border + GAP for video in videos]
-    left = 12 + 7 * max(len(line) for label in labels for line in [*label.splitlines(), ""])
-    sheet = np.full((HEAD + sum(heights), left + columns * column, 3), 255, np.uint8)
-    tops = [HEAD + sum(heights[:i]) for i in range(len(heights))]
-    for video, top in zip(videos, tops, strict=True):
-        for i, frame in enumerate(video[::every]):
-            tile = frame.repeat(scale, axis=0).repeat(scale, axis=1)
-            if context is not None:
-                colour = CONTEXT_COLOUR if i * every * step < context else MADE_COLOUR
-                tile = np.stack([np.pad(tile[..., c], border, constant_values=colour[c]) for c in range(3)], -1)
-            x = left + i * column
-            sheet[top : top + tile.shape[0], x : x + tile.shape[1]] = tile
-
-    # Without pyplot, which would keep every figure alive and choose a backend for the whole process.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    height, width = sheet.shape[:2]
-    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-    FigureCanvasAgg(figure)
-    figure.figimage(sheet, origin="upper")  # pixel for pixel, no resampling
-
-    def write(x: float, y: float, text: str, colour: str) -> None:
-        size, place = 11 * 72 / DPI, (x / width, 1 - y / height)
-        figure.text(*place, text, color=colour, fontsize=size, family="monospace", va="center", parse_math=False)
-
-    for i in range(columns):
-        write(left + i * column, HEAD / 2, str(i * every * step), "dimgrey")
-    for label, top, row in zip(labels, tops, heights, strict=True):
-        write(6, top + (row - GAP) / 2, label, "black")
-    with _aside(path) as partial:
-        figure.savefig(partial, format="png", dpi=DPI, metadata={"Software": None})
-
-
-def enlarged(video: Tensor, side: int = 640) -> Tensor:
-    """`[T, 3, H, W]` grown by the largest whole factor that keeps both sides within `side`: pages show a video at its
-    own size, and one of 64 pixels not at all."""
+def upscaled(video: Tensor, side: int = 640) -> Tensor:
+    """`[T, 3, H, W]` enlarged by the largest integer factor that keeps both sides within `side`: web pages show a video
+    at its own size, and one of 64 pixels is too small to see."""
     factor = max(1, side // max(video.shape[-2:]))
     return video.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
 
@@ -96,34 +27,36 @@ def write_mp4(path: Path, video: Tensor, fps: float) -> None:
 
     4:2:0 needs even sides: an odd one repeats its last row or column, so the file is one pixel larger.
     """
-    # the index first: browsers can start before the whole file is there
-    with _aside(path) as partial, _encoder(partial, fps, {"movflags": "+faststart"}) as append:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # faststart, the index first: browsers can start before the whole file is there
+    with partial_file(path) as partial, _encoder(partial, fps, {"movflags": "+faststart"}) as append:
         append(video)
 
 
 @contextmanager
-def growing_mp4(path: Path, fps: float) -> Iterator[Callable[[Tensor], None]]:
-    """Write a video as it comes, as `write_mp4` does: gives a function that appends uint8 `[T, 3, H, W]`.
+def stream_mp4(path: Path, fps: float) -> Iterator[Callable[[Tensor], None]]:
+    """Write a video of any length frame by frame: gives a function that appends uint8 `[T, 3, H, W]`.
 
-    Until its end the file is NAME.partial.mp4. That can be played at any time, also after a crash of process or
-    machine, but for its last second or two: it is written in fragments of a second. An error or Ctrl-C leaves it,
-    with all frames; a good end makes an ordinary mp4 of it and gives it its name.
+    Until its end the file is NAME.partial.mp4, in fragments of a second, which can be played at any time, also after a
+    crash of process or machine, but for its last second or two. An error or Ctrl-C leaves it there with all frames; at
+    a good end it becomes an ordinary mp4 with its final name.
     """
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_name(path)
     try:
         options = {"movflags": "hybrid_fragmented", "flush_packets": "1"}
         with _encoder(partial, fps, options, {"g": str(max(1, round(fps)))}) as append:
             yield append
-        _rename(partial, path)
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
     finally:
         if partial.is_file() and not partial.stat().st_size:  # nothing was appended
             partial.unlink()
 
 
 def partial_name(path: Path) -> Path:
-    """What `growing_mp4` calls a file that is not whole yet."""
+    """The name that `stream_mp4` writes to until the video is complete."""
     return path.with_suffix(".partial.mp4")
 
 
@@ -144,7 +77,7 @@ def _encoder(
 
         def append(video: Tensor) -> None:
             nonlocal shape
-            frames = _frames_last(video)
+            frames = frames_last(video)
             height, width = frames.shape[1:3]
             if not shape:
                 shape, stream.height, stream.width = (height, width), height + height % 2, width + width % 2
@@ -161,23 +94,8 @@ def _encoder(
                 container.mux(stream.encode(None))
 
 
-def _frames_last(video: Tensor) -> np.ndarray:
+def frames_last(video: Tensor) -> np.ndarray:
     """uint8 `[T, 3, H, W]` on any device to a numpy array `[T, H, W, 3]`; ValueError for anything else."""
     if video.ndim != 4 or video.shape[1] != 3 or 0 in video.shape or str(video.dtype) != "torch.uint8":
         raise ValueError(f"a video is uint8 [frames, 3, height, width]; got {video.dtype} {list(video.shape)}")
     return video.detach().cpu().permute(0, 2, 3, 1).numpy()
-
-
-@contextmanager
-def _aside(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; synced and renamed to `path` at the end, removed after an error."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with partial_file(path) as partial:
-        yield partial
-
-
-def _rename(partial: Path, path: Path) -> None:
-    with open(partial, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)

@@ -29,7 +29,7 @@ def kilobytes(field):
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith(field + ":"))
 
-from msc.pretrain import export
+from msc.pretrain.export import export
 run, out, dtype, limit, tiny = sys.argv[1:]
 export.export(Path(tiny), Path(out + "-tiny"), dtype=dtype, max_shard_size=int(limit))
 before = kilobytes("RssAnon"), kilobytes("VmRSS")

@@ -19,9 +19,10 @@ import torch
 from msc.launch.planning import hardware
 from msc.launch.planning.plan import plan_rollout
 from msc.pretrain import cost
-from msc.pretrain.diffusion.sampler import Cache, generate, short_sighted
+from msc.pretrain.diffusion.sampler import Cache, generate, limit_context
+from msc.pretrain.model.config import ModelConfig
 from msc.pretrain.model.scales import default_scales
-from msc.pretrain.model.transformer import ModelConfig, MSCTransformer
+from msc.pretrain.model.transformer import MSCTransformer
 
 SHOWN = 10  # rows of the table
 
@@ -40,7 +41,7 @@ def main() -> None:
     config = ModelConfig(width=args.width, depth=args.depth, scales=default_scales(4), patch=2, channels=3)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = MSCTransformer(config).eval().to(device)
-    model = model if args.reach is None else short_sighted(model, args.reach)
+    model = model if args.reach is None else limit_context(model, args.reach)
     grid, process, cache = (args.side // 2, args.side // 2), psutil.Process(), Cache()
     start = torch.zeros(1, 0, 3, args.side, args.side, device=device)
     before, last, rows = process.memory_info().rss, time.perf_counter(), []

@@ -1,0 +1,55 @@
+"""Trained models: loaded from the checkpoints of a run folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..checkpoints import directory as checkpoint_directory
+from ..checkpoints import format as checkpoint_format
+from ..config import Config, load
+from ..diffusion.autoencoder import Autoencoder, open_autoencoder
+from ..model.transformer import MSCTransformer
+from ..run_folder import LatentSpace, RunFolder
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model with the weights of a run's newest checkpoint, ready to compute with."""
+
+    model: MSCTransformer
+    config: Config
+    space: LatentSpace
+    autoencoder: Autoencoder
+    step: int
+    clock: int
+    device: torch.device
+
+
+def read_run(run: Path) -> tuple[Config, LatentSpace]:
+    """The configuration of a run and what its latents are; FileNotFoundError if it is no run folder."""
+    for name in ("config.yaml", "data.json"):
+        if not (run / name).is_file():
+            raise FileNotFoundError(f"{run} is not a run folder: it has no {name}")
+    return load(file=run / "config.yaml"), RunFolder(run).read_latent_space()
+
+
+def open_run(run: Path, weights: str = "ema", wanted: str | None = None) -> TrainedModel:
+    """Load a run's newest checkpoint, or that of the `wanted` step or folder: its averaged ("ema") or last ("raw")
+    weights, in fp32."""
+    if weights not in ("ema", "raw"):
+        raise ValueError(f"weights is {weights!r}; it must be 'ema' (averaged) or 'raw' (as trained)")
+    config, space = read_run(run)
+    path = checkpoint_format.latest(run) if wanted is None else checkpoint_directory.find(run, wanted)
+    if path is None:
+        raise FileNotFoundError(f"{run} has no checkpoint yet; train longer, or set checkpoint.every lower")
+    meta = checkpoint_directory.CheckpointMeta.read(path)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with torch.device("meta"):
+        model = MSCTransformer(config.model)
+    model.load_state_dict(dict(checkpoint_format.weights(path, weights)), assign=True)
+    model.to(device).eval()
+    autoencoder = open_autoencoder(space.autoencoder, device)
+    return TrainedModel(model, config, space, autoencoder, meta.step, meta.clock, device)
