@@ -200,15 +200,47 @@ def test_statistics_are_those_of_the_training_clips(tmp_path, videos):
     assert measure_statistics(blocks(samples.read(i)[1]) for i in range(len(samples))) == index.statistics
 
 
-def test_statistics_open_only_the_shards_of_the_clips_they_take(tmp_path, videos, monkeypatch):
+def test_statistics_of_a_large_set_open_only_the_shards_of_their_sample(tmp_path, videos, monkeypatch):
     scanned = []
-    monkeypatch.setattr(converting, "MEASURED_CLIPS", 2)
+    monkeypatch.setattr(converting, "WHOLE_VALUES", 1)
+    monkeypatch.setattr(converting, "MIN_SEGMENTS", 2)
     monkeypatch.setattr(converting, "scan", lambda path: scanned.append(path.name) or scan(path))
     convert(settings(tmp_path, videos), blocks, 2)
     index = read_index(tmp_path / "out")
     samples = ShardReader(tmp_path / "out", index, "train")
     assert measure_statistics(blocks(samples.read(i)[1]) for i in (0, len(samples) // 2)) == index.statistics
     assert len(scanned) == 2 < len(index.splits["train"])
+
+
+@pytest.mark.parametrize("store", ["video", "latent"])
+def test_statistics_of_long_clips_are_those_of_segments(tmp_path, videos, monkeypatch, store):
+    monkeypatch.setattr(converting, "WHOLE_VALUES", 1)
+    monkeypatch.setattr(converting, "SEGMENT_FRAMES", 8)
+    results = []
+    for workers in (1, 2):
+        config = settings(tmp_path / str(workers), videos, frames=48, store=store, workers=workers)
+        results.append(convert(dataclasses.replace(config, held_out=0.0), blocks, 2) and read_index(config.out))
+    assert results[0].statistics == results[1].statistics
+    samples = ShardReader(tmp_path / "1" / "out", results[0], "train")
+    clips = [samples.read(i)[1] if store == "latent" else blocks(samples.read(i)[1]) for i in range(3)]
+    chosen = [divmod(i, 3) for i in range(9)]  # all segments of 8 latent frames
+    want = measure_statistics(clips[clip][8 * part : 8 * part + 8] for clip, part in chosen)
+    for name in ("mean", "std", "ratios"):
+        measured = torch.tensor(getattr(results[0].statistics, name))
+        torch.testing.assert_close(measured, torch.tensor(getattr(want, name)))
+
+
+def test_sampled_statistics_are_near_those_of_all_clips(tmp_path, monkeypatch):
+    sources = real_videos()
+    config = settings(tmp_path, *sources, stride=2, frames=16, height=48, width=64)
+    convert(config, pixels, 1)
+    whole = read_index(tmp_path / "out").statistics
+    monkeypatch.setattr(converting, "WHOLE_VALUES", 1)
+    convert(dataclasses.replace(config, overwrite=True), pixels, 1)
+    sampled = read_index(tmp_path / "out").statistics
+    assert sampled.clips < whole.clips / 4
+    assert torch.allclose(torch.tensor(sampled.std), torch.tensor(whole.std), rtol=0.05)
+    assert torch.allclose(torch.tensor(sampled.ratios), torch.tensor(whole.ratios), atol=0.03)
 
 
 def test_latents_are_stored_in_their_place(tmp_path, videos):
@@ -343,7 +375,7 @@ def test_one_file_that_cannot_be_read_is_tried_again_and_then_broken(tmp_path, v
         return tar.open_bytes(place)
 
     monkeypatch.setattr(decode, "open_bytes", unreadable)
-    monkeypatch.setattr(tar, "PATIENCE", (0, 0))
+    monkeypatch.setattr(tar, "READ_PAUSES", (0, 0))
     report = convert(settings(tmp_path, videos), blocks, 2)
     broken = (("videos/deep/er/synthetic-001.mp4", f"cannot be read: {os.strerror(errno.EIO)}"),)
     assert report.skipped == (() if tries == 2 else broken)

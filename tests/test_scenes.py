@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_video import write_video
 
-from msc.datasets.loading.shard_reader import Samples
+from msc.datasets.loading.shard_reader import ShardReader
 from msc.datasets.prepare.clip_ranges import frozen_ranges
 from msc.datasets.prepare.convert import ConvertConfig, convert
 from msc.datasets.prepare.scenes import brightness, content_change, frame_content, motion

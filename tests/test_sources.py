@@ -108,8 +108,8 @@ def test_a_list_of_files_is_a_column_of_paths(folder):
         ("csv", "path,start,end\na.mp4,5,2\n", "start 5 and end 2: expected 0 <= start < end"),
         ("csv", "path,start\na.mp4,nan\n", "start nan"),
         ("csv", "path,label\na.mp4,1\nb.mp4,\n", "1 of 2 sources have no label, among them b.mp4"),
-        ("csv", "path,label\na.mp4,0\nb.mp4,20240101123456\n", "b.mp4: label 20240101123456 is not a class number below 1048576"),
-        ("jsonl", '{"path": "a.mp4", "label": 1048576}\n', "label 1048576 is not a class number .*: number .* or write words"),
+        ("csv", "path,label\na.mp4,0\nb.mp4,20240101123456\n", "b.mp4: label 20240101123456 is not a class"),
+        ("jsonl", '{"path": "a.mp4", "label": 1048576}\n', "label 1048576 is not a class number below 1048576"),
         ("csv", f"path,label\na.mp4,{'9' * 5000}\n", "a.mp4: label 9{40} is not a class number"),
         ("jsonl", '{"path": 3}\n', "line 1: has no path"),
         ("jsonl", "[1]\n", "line 1: .* unknown"),
@@ -193,7 +193,7 @@ def test_what_again_and_again_cannot_be_read_is_no_copy(tmp_path, monkeypatch, t
         return original(path)
 
     monkeypatch.setattr(module, trait, failing)
-    monkeypatch.setattr(tar, "PATIENCE", (0, 0))
+    monkeypatch.setattr(tar, "READ_PAUSES", (0, 0))
     codes = [errno.EIO] * 2
     assert find_copies(found) == {1: "a", 2: "a"}
     codes += [errno.EIO] * 3

@@ -75,7 +75,7 @@ def extract_clips(task: ExtractionTask) -> Extraction:
     """
     source = task.source
     try:
-        return persistently(partial(_decode_clips, task))
+        return retry_read(partial(_decode_clips, task))
     except OSError as error:
         own = error.filename == source.name and error.errno in FILE_ERRORS
         if not own or size_of(source.path) != source.size:

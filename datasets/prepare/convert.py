@@ -46,7 +46,7 @@ RECORDS = 2  # version of the records of unfinished conversions
 # spread evenly over all clips: decoding a segment again takes about as long as encoding it did.
 WHOLE_VALUES = 12 << 20
 SEGMENT_FRAMES = max(TIMES)  # latent frames, or all of a shorter clip
-MIN_SEGMENTS, SEGMENT_SHARE, MAX_SEGMENTS = 8, 1 / 32, 1024
+MIN_SEGMENTS, SEGMENT_SHARE, MAX_SEGMENTS = 16, 1 / 32, 1024
 SHOWN = 10  # skipped videos that the report names
 
 
@@ -209,7 +209,7 @@ def _measure_shards(folder: Path, index: Index, encode: Encode, workers: int) ->
         return sum_latents(latents[first:last])
 
     with ThreadPoolExecutor(workers) as threads:
-        for bucket in index.each():
+        for bucket in index.by_bucket():
             if total := bucket.samples("train"):
                 segments = list(_sampled_segments(folder, bucket))
                 statistics = statistics_of_sums(threads.map(partial(sum_segment, bucket), segments))
@@ -248,7 +248,7 @@ def _report(
     config: ConvertConfig, out: Path, index: Index, results: list[SourceResult], converted: int, elapsed: float
 ) -> Report:
     clips = {split: index.samples(split) for split in SPLITS}
-    seconds = sum(one.samples(split) * one.video_frames for one in index.each() for split in SPLITS) / config.fps
+    seconds = sum(one.samples(split) * one.video_frames for one in index.by_bucket() for split in SPLITS) / config.fps
     skipped = tuple((result.name, result.skipped) for result in results if result.skipped)
     statistics = index.statistics
     size = sum(shard.bytes for shards in index.splits.values() for shard in shards)

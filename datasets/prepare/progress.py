@@ -145,7 +145,7 @@ def write_shared_json(own: Path, path: Path, value: Any) -> None:
 def finish_group(own: Path, partial: Path, number: int, record: GroupRecord) -> None:
     """Move a group's shards from the process's folder into place, then prove them done."""
     for shard in (shard for shards in record.shards.values() for shard in shards):
-        for path in (own / shard.name, table_of(own / shard.name)):
+        for path in (own / shard.name, toc_path(own / shard.name)):
             os.replace(path, partial / path.name)
     sync_folder(partial)
     write_shared_json(own, partial / WORK / f"group-{number:06d}.json", dataclasses.asdict(record))

@@ -147,7 +147,7 @@ class ShardWriter:
         first = number * self.config.clips_per_shard
         samples = ((f"{prefix}-{i:06d}", self._sample(*clip)) for i, clip in enumerate(clips, first))
         shard = write_shard(self.own / f"{prefix}-{number:06d}.tar", samples)
-        write_table(self.own / shard.name, shard)
+        write_toc(self.own / shard.name, shard)
         for _, clip in clips:
             clip.file.unlink()
         return dataclasses.replace(shard, bucket=bucket)

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from ..files import sha256_of
-from ..shards.index import MOST_CLASSES
-from ..shards.tar import OF_ONE_FILE, Member, Place, members, open_bytes, persistently, size_of
+from ..shards.index import MAX_CLASSES
+from ..shards.tar import FILE_ERRORS, Location, Member, open_bytes, retry_read, size_of, tar_members
 from ..video import SUFFIXES
 
 END_BYTES = 1 << 16  # read from both ends of files of equal size, before all of them is read
@@ -66,12 +66,12 @@ def find_sources(arguments: tuple[str, ...]) -> Listing:
     which is numbered in alphabetical order; all sources have one or none has. Raises FileNotFoundError for
     missing files, ValueError for addresses, folders without videos and invalid rows.
     """
-    unique: dict[tuple[Place, float, float], tuple[Source, Any]] = {}
+    unique: dict[tuple[Location, float, float], tuple[Source, Any]] = {}
     for argument in arguments:
         for source, label in _sources_of(argument):
             unique.setdefault((source.path, source.start, source.end), (source, label))
-    spans: dict[Place, tuple[float, float]] = {}
-    draws: dict[Place, float] = {}
+    spans: dict[Location, tuple[float, float]] = {}
+    draws: dict[Location, float] = {}
     for (path, start, end), (source, _) in unique.items():
         first, last = spans.get(path, (start, end))
         spans[path] = (min(first, start), max(last, end))
@@ -134,7 +134,7 @@ def _videos_in(folder: Path) -> Iterator[Path]:
 
 def _tar_sources(tar: Path) -> Iterator[tuple[Source, Any]]:
     """The videos in a tar, in its order. ValueError for a tar without any."""
-    files = members(tar)
+    files = tar_members(tar)
     videos = 0
     for name, member in files.items():
         stem, dot, suffix = name.rpartition(".")
@@ -252,15 +252,15 @@ def _number_labels(labels: list[tuple[str, Any]]) -> tuple[list[int | None], tup
     texts = [str(label) for _, label in labels]
     if all(text.isdecimal() for text in texts):
         for (name, _), text in zip(labels, texts, strict=True):
-            if len(text) > 20 or int(text) >= MOST_CLASSES:
+            if len(text) > 20 or int(text) >= MAX_CLASSES:
                 raise ValueError(
-                    f"{name}: label {text[:40]} is not a class number below {MOST_CLASSES}: number the classes from 0 "
+                    f"{name}: label {text[:40]} is not a class number below {MAX_CLASSES}: number the classes from 0 "
                     "without gaps, or use text labels, which msc numbers (id-1 instead of 1)"
                 )
         return [int(text) for text in texts], ()
     names = tuple(sorted(set(texts)))
-    if len(names) > MOST_CLASSES:
-        raise ValueError(f"sources have {len(names)} different labels, at most {MOST_CLASSES} are read: leave them out")
+    if len(names) > MAX_CLASSES:
+        raise ValueError(f"sources have {len(names)} different labels, at most {MAX_CLASSES} are read: leave them out")
     number = {text: i for i, text in enumerate(names)}
     return [number[text] for text in texts], names
 
@@ -289,20 +289,20 @@ def find_copies(sources: list[Source]) -> dict[int, str]:
     return copies
 
 
-def _group_by(places: set[Place], trait: Callable[[Place], Any]) -> Iterable[set[Place]]:
+def _group_by(places: set[Location], trait: Callable[[Location], Any]) -> Iterable[set[Location]]:
     """Sets of places of equal trait, without single files that repeatedly cannot be read. OSError where a disk or
     server fails: a copy must not be taken for an original because of it."""
-    groups: dict[Any, set[Place]] = defaultdict(set)
+    groups: dict[Any, set[Location]] = defaultdict(set)
     for place in places:
         try:
-            groups[persistently(partial(trait, place))].add(place)
+            groups[retry_read(partial(trait, place))].add(place)
         except OSError as error:
             if error.errno not in FILE_ERRORS:
                 raise OSError(error.errno, error.strerror, str(place)) from None
     return groups.values()
 
 
-def _hash_of_ends(place: Place) -> bytes:
+def _hash_of_ends(place: Location) -> bytes:
     with open_bytes(place) as file:
         digest = hashlib.sha256(file.read(END_BYTES))
         file.seek(max(0, size_of(place) - END_BYTES))
@@ -310,6 +310,6 @@ def _hash_of_ends(place: Place) -> bytes:
     return digest.digest()
 
 
-def _hash_of_all(place: Place) -> str:
+def _hash_of_all(place: Location) -> str:
     with open_bytes(place) as file:
         return sha256_of(file)

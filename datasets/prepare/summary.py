@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from ..shards.index import STORES, Index, scan, verify
-from ..shards.table_of_contents import read_table, table_of
+from ..shards.index import STORES, Index, corrupted_shards, scan
+from ..shards.table_of_contents import read_toc, toc_path
 from ..text_table import text_table
 
 SHOWN = 10  # lines of skipped.txt, and names of classes
@@ -13,7 +13,7 @@ def describe(folder: str | Path, index: Index) -> str:
     """Splits, sizes, measured statistics and what was skipped, as lines of text; reads no shard."""
     lines = [str(folder)]
     for split, shards in index.splits.items():
-        seconds = sum(one.samples(split) * one.video_frames for one in index.each()) / index.fps
+        seconds = sum(one.samples(split) * one.video_frames for one in index.by_bucket()) / index.fps
         size = sum(shard.bytes for shard in shards) / 1e6
         clips = index.samples(split)
         lines.append(f"{split}: {clips} clips ({seconds:.0f} s) in {len(shards)} shards, {size:.1f} MB")
@@ -59,7 +59,7 @@ def clip_lines(index: Index) -> list[str]:
 
 def damaged_shards(folder: str | Path, index: Index) -> list[str]:
     """One line for each shard that is not what was written, or has members that no shard may have. Reads every byte."""
-    changed = verify(folder, index)
+    changed = corrupted_shards(folder, index)
     lines = [f"{name}: its checksum is not the one in the index; copy it again" for name in changed]
     for shard in (shard for shards in index.splits.values() for shard in shards):
         path = Path(folder, shard.name)
@@ -67,9 +67,9 @@ def damaged_shards(folder: str | Path, index: Index) -> list[str]:
             samples = scan(path)
             if len(samples) != shard.samples:
                 lines.append(f"{shard.name}: holds {len(samples)} samples, its index says {shard.samples}")
-            table = read_table(path, shard)
+            table = read_toc(path, shard)
             if table is not None and table != samples and shard.name not in changed:
-                lines.append(f"{table_of(path).name}: does not match {shard.name}; delete it")
+                lines.append(f"{toc_path(path).name}: does not match {shard.name}; delete it")
         except ValueError as error:
             lines.append(str(error))
     return lines
