@@ -13,7 +13,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from msc.datasets.errors import FAILURE, INTERRUPTED, USER_ERROR
@@ -23,7 +22,8 @@ from . import commands
 
 log = logging.getLogger(__name__)
 
-Command = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
+Function = Callable[[argparse.Namespace], int | None]
+Command = Callable[[str, Function, str], argparse.ArgumentParser]
 REPEATABLE = {"train": "items", "plan": "items", "convert": "sources"}  # positionals that may also follow options
 SUBMITTABLE = ("train", "convert", "evaluate", "sample", "export")  # what may follow `msc submit`
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     configure_logging()
     args = parse(list(sys.argv[1:] if argv is None else argv))
     try:
-        code = int(args.function(args))
+        code = int(args.function(args) or 0)
         sys.stdout.flush()
     except KeyboardInterrupt as error:
         log.error(f"interrupted{f': {error}' if str(error) else ''}")
@@ -62,15 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def is_user_error(error: BaseException) -> bool:
     """Whether an error's message is for the user: a ValueError of our own code, or the operating system's."""
-    if isinstance(error, OSError):
-        return True
     if not isinstance(error, ValueError):
-        return False
-    innermost: TracebackType | None = error.__traceback__
-    while innermost is not None and innermost.tb_next is not None:
-        innermost = innermost.tb_next
-    module = innermost.tb_frame.f_globals.get("__name__", "") if innermost is not None else ""
-    return bool(module.startswith("msc."))
+        return isinstance(error, OSError)
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__", "")).startswith("msc.")
 
 
 def error_message(error: BaseException) -> str:
@@ -89,7 +84,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         args.inner = parse(rest if rest and rest[0] in SUBMITTABLE else ["train", *rest])
         rest = []
     name = REPEATABLE.get(args.command)
-    if name and not any(word.startswith("-") for word in rest):
+    if name and not any(argument.startswith("-") for argument in rest):
         setattr(args, name, [*getattr(args, name), *rest])
     elif rest:
         parsers[args.command].error(f"unrecognized arguments: {' '.join(rest)}")
@@ -114,7 +109,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     parsers: dict[str, argparse.ArgumentParser] = {}
 
-    def command(name: str, function: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+    def command(name: str, function: Function, text: str) -> argparse.ArgumentParser:
         description = f"{text[0].upper()}{text[1:]}."
         parsers[name] = subparsers.add_parser(
             name, help=text, description=description, parents=[shared], allow_abbrev=False

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from msc.datasets.files import free_bytes
+from msc.datasets.text_table import text_table
 
 GIB = 2**30
 DISTRIBUTION = "msc-video"
@@ -74,15 +75,13 @@ def as_json(checks: list[Check]) -> str:
 
 def as_text(checks: list[Check]) -> str:
     """A table, each trouble followed by its fix, and a summary line."""
-    width = max(len(check.name) for check in checks)
-    lines = []
+    rows = []
     for check in checks:
-        lines.append(f"{check.state:8}{check.name:{width}}  {check.detail}")
-        if check.fix:
-            lines.append(f"{'':8}{'':{width}}  -> {check.fix}")
-    count = {state: sum(check.state == state for check in checks) for state in ("broken", "problem")}
-    summary = f"{count['broken']} broken, {count['problem']} to look at: see the lines with ->"
-    return "\n".join([*lines, summary if any(count.values()) else "everything needed is there"])
+        rows.append((check.state, check.name, check.detail))
+        rows += [("", "", f"-> {check.fix}")] if check.fix else []
+    broken, problems = (sum(check.state == state for check in checks) for state in ("broken", "problem"))
+    summary = f"{broken} broken, {problems} to look at: see the lines with ->"
+    return f"{text_table(rows)}\n{summary if broken or problems else 'everything needed is there'}"
 
 
 def torch_environment() -> dict[str, Any]:
@@ -163,27 +162,20 @@ def torch_checks() -> list[Check]:
         return []
     import torch
 
-    gpus = [gpu_check(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    if gpus:
-        gpus.append(Check("cuda", "ok", f"{torch.version.cuda}"))
+    checks, cuda = [], torch.version.cuda
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(i)
+            detail = f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB, sm_{gpu.major}{gpu.minor}"
+            checks.append(Check(f"gpu {i}", "ok", detail))
+        checks.append(Check("cuda", "ok", f"{cuda}"))
         if not torch.distributed.is_nccl_available():
-            gpus.append(Check("nccl", "problem", "not in this torch", "needed for several GPUs: install another torch"))
+            checks.append(Check("nccl", "problem", "not in this torch", "for several GPUs install another torch"))
     else:
-        gpus.append(no_gpu_check(torch.version.cuda, len(list(Path("/dev").glob("nvidia[0-9]*")))))
+        checks.append(no_gpu_check(cuda, len(list(Path("/dev").glob("nvidia[0-9]*")))))
     # DeepSpeed compiles its communication for CPU ranks at the first start; GPU ranks compile nothing.
-    return [
-        *gpus,
-        *compiler_checks("note" if torch.cuda.is_available() else "broken"),
-        *attention_checks(),
-        *open_files(),
-    ]
-
-
-def gpu_check(index: int) -> Check:
-    import torch
-
-    gpu = torch.cuda.get_device_properties(index)
-    return Check(f"gpu {index}", "ok", f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB, sm_{gpu.major}{gpu.minor}")
+    missing: State = "note" if torch.cuda.is_available() else "broken"
+    return [*checks, *compiler_checks(missing), *attention_checks(), *open_files()]
 
 
 def no_gpu_check(cuda: str | None, present: int) -> Check:

@@ -1,4 +1,4 @@
-"""launch/doctor.py: the real machine, and pretended troubles."""
+"""Doctor: the real machine, and simulated problems."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ from msc.launch import doctor
 Usage = namedtuple("Usage", "total used free")
 
 
-def test_this_machine_can_run_the_tests_and_json_is_json() -> None:
+def test_json_report_of_this_machine() -> None:
     msc = Path(sys.executable).with_name("msc")
     done = subprocess.run([msc, "doctor", "--json"], capture_output=True, text=True, timeout=300)
     report = json.loads(done.stdout)
@@ -25,7 +25,7 @@ def test_this_machine_can_run_the_tests_and_json_is_json() -> None:
     assert {"torch_version", "cpu_info", "nvidia_driver_version"} <= set(report["environment"])
 
 
-def test_text_shows_each_trouble_with_its_fix_and_sums_up() -> None:
+def test_text_report() -> None:
     checks = [
         doctor.Check("python", "ok", "3.12.1"),
         doctor.Check("gpu", "note", "none"),
@@ -42,7 +42,7 @@ def test_text_shows_each_trouble_with_its_fix_and_sums_up() -> None:
     assert doctor.as_text(checks[:2]).splitlines()[-1] == "everything needed is there"
 
 
-def test_a_package_that_is_missing_broken_or_too_old(monkeypatch, tmp_path: Path) -> None:
+def test_missing_and_broken_packages(monkeypatch, tmp_path: Path) -> None:
     assert doctor.package_check("no-such-package", "no_such_package").state == "broken"
     monkeypatch.setattr(doctor.metadata, "version", lambda name: "1.2.0")
     monkeypatch.syspath_prepend(tmp_path)
@@ -58,14 +58,14 @@ def test_a_package_that_is_missing_broken_or_too_old(monkeypatch, tmp_path: Path
     assert doctor.package_check("loads-well", "loads_well", ">=1.2").state == "ok"
 
 
-def test_imports_stay_quiet(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_imports_print_nothing(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "talks_on_import.py").write_text("import sys; print('hello'); print('there', file=sys.stderr)")
     assert doctor.import_error("talks_on_import") == ""
     assert capsys.readouterr() == ("", "")
 
 
-def test_requirements_are_read_without_the_extras() -> None:
+def test_requirements_without_extras() -> None:
     versions = doctor.required_versions(["torch>=2.11", "av>=14,<19", "ruff>=0.12; extra == 'dev'"])
     assert versions.keys() == {"torch", "av"}
 
@@ -98,15 +98,13 @@ def test_versions_of_packages(name: str, version: str, specifier: str, state: st
         ("flash_attn", "ImportError: undefined symbol", False),
     ],
 )
-def test_a_kernel_that_is_not_there_is_no_problem_but_one_that_fails_is(
-    module: str, reason: str, missing: bool, monkeypatch
-) -> None:
+def test_missing_and_broken_kernels(module: str, reason: str, missing: bool, monkeypatch) -> None:
     monkeypatch.setattr(doctor, "KERNELS", {"kernel": module})
     monkeypatch.setattr(doctor, "import_error", lambda name: reason)
     assert [check.state for check in doctor.kernel_checks()] == ["note" if missing else "problem"]
 
 
-def test_no_compiler_is_fatal_where_ranks_are_on_the_cpu(monkeypatch) -> None:
+def test_missing_compiler_is_fatal_on_the_cpu(monkeypatch) -> None:
     import torch
 
     monkeypatch.setenv("CXX", "no-such-compiler")
@@ -117,7 +115,7 @@ def test_no_compiler_is_fatal_where_ranks_are_on_the_cpu(monkeypatch) -> None:
         assert (compiler.state, compiler.detail) == (state, "no no-such-compiler")
 
 
-def test_little_space_is_a_problem_with_its_folder(monkeypatch, tmp_path: Path) -> None:
+def test_little_free_space(monkeypatch, tmp_path: Path) -> None:
     for free, state in ((0.5, "problem"), (500, "ok")):
         usage = Usage(2**50, 0, int(free * doctor.GIB))
         monkeypatch.setattr(files.shutil, "disk_usage", lambda folder, usage=usage: usage)
@@ -129,7 +127,7 @@ def test_little_space_is_a_problem_with_its_folder(monkeypatch, tmp_path: Path) 
 
 @pytest.mark.parametrize(("hard", "detail", "state"), [(-1, "no limit", "ok"), (1024, "enough for 87 ranks", "ok"),
                                                       (512, "enough for 2 ranks", "problem")])  # fmt: skip
-def test_how_many_ranks_may_connect(hard, detail, state, monkeypatch) -> None:
+def test_open_file_limit(hard, detail, state, monkeypatch) -> None:
     monkeypatch.setattr(doctor.resource, "getrlimit", lambda _: (256, hard))
     [check] = doctor.open_files()
     assert (check.state, bool(check.fix)) == (state, state == "problem")

@@ -205,7 +205,7 @@ def test_a_clip_that_is_not_what_the_index_says_is_not_decoded(tmp_path, monkeyp
         content = claiming(content, 200_000)
     about = json.dumps({"crc32": zlib.crc32(content)}).encode()
     index = latent_index(tmp_path, {"json": about, "mp4": content}, store="video", video_height=32, video_width=32)
-    monkeypatch.setattr(decode, "pictures", None)
+    monkeypatch.setattr(decode, "iterate_frames", None)
     for part in (None, (1, 2)):  # whatever a rank reads of it
         with pytest.raises(ValueError, match=message):
             ShardReader(tmp_path, index, "train", part).read(0)

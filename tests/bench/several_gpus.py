@@ -45,7 +45,8 @@ from msc.launch.processes import launcher
 from msc.parallel import collectives, deepspeed_zero, process_group
 from msc.parallel.signals import collect_signals
 from msc.pretrain import cost
-from msc.pretrain.diffusion.rectified_flow import add_noise, frame_losses
+from msc.pretrain.diffusion.loss import Loss
+from msc.pretrain.diffusion.rectified_flow import add_noise
 from msc.pretrain.layout_planner import choose_layouts
 from msc.pretrain.model.layers import Block
 from msc.pretrain.model.scales import Scale
@@ -168,7 +169,7 @@ def training_step(
     noisy = add_noise(x, noise, t)
 
     def step() -> Any:
-        errors = frame_losses(model(noisy, t, None, None, past_context, all_t), x, noise)
+        errors = Loss().per_frame(model(noisy, t, None, None, past_context, all_t), x, noise)
         share = errors.sum() / index.frames
         if args.engine:
             deepspeed_zero.backward(model, share * world.world_size)
