@@ -23,7 +23,7 @@ from msc.datasets.loading.dataloader import loader
 from msc.datasets.loading.mixture import Shards, check_shard_sizes, open_shards
 from msc.parallel import consistency, control_plane, deepspeed_zero, fp8, process_group
 from msc.parallel.console import configure_logging
-from msc.parallel.mesh import placement_warning
+from msc.parallel.mesh import make_mesh, placement_warning
 from msc.parallel.signals import STOP_SIGNALS, collect_signals
 from msc.parallel.watchdog import is_communication_error, watch_ranks
 
@@ -41,7 +41,7 @@ from .inference.preview import write_preview
 from .kernels.compile_helpers import graph_breaks
 from .model.transformer import MSCTransformer
 from .optimizer import set_schedule
-from .parallelize import build, clip_shape, make_mesh, own_past_context, parallelize
+from .parallelize import build_model, clip_shape, own_past_context, parallelize
 from .requests import TrainingStart
 from .run_folder import LatentSpace, RunFolder
 from .tracking import heartbeat, spike_guard
@@ -315,12 +315,12 @@ def initial_model(start: TrainingStart, config: Config, shards: Shards, device: 
     """A new model, with random weights or those of train.init_from, which a run that resumes does not read again."""
     candidates = partial(checkpoint_directory.resume_candidates, start.run)
     if not config.train.init_from or (start.resume and control_plane.run_on_rank_0(candidates)):
-        return build(config.model, config.parallel, device)
+        return build_model(config.model, config.parallel, device)
     source = Path(config.train.init_from)
     # one for all ranks, as a run that is still training may save meanwhile
     newest = control_plane.run_on_rank_0(partial(checkpoint_directory.latest, source))
     with initialize_from.open_initial_weights(source, config.model, shards.index.autoencoder, newest) as (lines, fill):
-        model = build(config.model, config.parallel, device, fill)
+        model = build_model(config.model, config.parallel, device, fill)
     for line in lines:
         log.info(line)
     return model

@@ -76,7 +76,7 @@ def test_killed_at_work_nothing_is_half_written_and_what_is_done_is_kept(tmp_pat
     environment = os.environ | {"HOLD": str(done)}
     running = subprocess.Popen([*command, "2", "0"], stderr=subprocess.DEVNULL, env=environment)
     deadline = time.monotonic() + 60
-    while not (done.exists() and list(partial.glob(".work/process-*/train-000001-*"))):  # another group is begun
+    while not (done.exists() and list(partial.glob(".work/process-*/*train-000001-*"))):  # another group is begun
         assert running.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
