@@ -1,4 +1,4 @@
-"""Order and batches: pure functions of the position, the same for any ranks, workers, restarts and slices."""
+"""Shuffling and batches: pure functions of the position, the same for any ranks, workers, restarts and frames."""
 
 import dataclasses
 import itertools
@@ -85,13 +85,13 @@ def test_every_epoch_is_a_permutation_of_its_own():
     assert epoch_permutation(1000, 7, 0) != epoch_permutation(1000, 8, 0)
 
 
-def test_order_is_a_pure_function_that_does_not_change_between_versions():
+def test_shuffling_does_not_change_between_versions():
     assert epoch_permutation(10, 0, 0) == epoch_permutation(10, 0, 0)
     assert epoch_permutation(10, 0, 0) == [4, 1, 5, 8, 0, 6, 3, 9, 7, 2]
     assert sample_at(123456789012, 10**9, 42) == (123, 290189562)
 
 
-def test_order_is_spread_evenly():
+def test_permutations_are_uniform():
     # Each of 6 samples is first in about a sixth of the epochs, and after each other one about as often.
     first, after = torch.zeros(6), torch.zeros(6, 6)
     for epoch in range(1200):
@@ -106,7 +106,7 @@ def test_order_is_spread_evenly():
     assert (large.diff().abs().mean() / 5000 - 1 / 3).abs() < 0.02
 
 
-def test_position_is_random_access():
+def test_any_position_is_computed_directly():
     whole = [(epoch, sample) for epoch in range(3) for sample in epoch_permutation(17, 5, epoch)]
     assert [sample_at(k, 17, 5) for k in range(51)] == whole
     assert [sample_at(k, 4, 5, shuffle=False) for k in (0, 3, 4, 9)] == [(0, 0), (0, 3), (1, 0), (2, 1)]
@@ -120,7 +120,7 @@ def test_position_is_random_access():
         sample_at(-1, 4, 5)
 
 
-def test_rows_of_ranks_are_a_partition():
+def test_ranks_partition_a_batch():
     for clips, ranks in ((8, 1), (8, 2), (8, 4), (8, 8)):
         parts = [positions_of_rank(100, clips, rank, ranks) for rank in range(ranks)]
         assert [k for part in parts for k in part] == list(range(100, 108))
@@ -133,7 +133,7 @@ def test_rows_of_ranks_are_a_partition():
 # --- batches -----------------------------------------------------------------------------------------------
 
 
-def test_batches_follow_the_order(shards):
+def test_batches_follow_the_permutation(shards):
     found = read(shards, 12)
     assert [s for batch in found for s in batch.samples] == [sample_at(k, 21, 3)[1] for k in range(48)]
     assert [e for batch in found for e in batch.epochs] == [k // 21 for k in range(48)]
@@ -160,7 +160,7 @@ def test_ranks_and_workers_change_nothing(shards, ranks, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_restart_continues_as_if_nothing_had_been(shards, workers):
+def test_a_restart_continues_with_the_same_batches(shards, workers):
     whole = read(shards, 12)
     for batches in (1, 5, 6, 11):  # within and across epochs
         assert all(
@@ -235,7 +235,7 @@ def test_held_out_clips_come_once_and_in_order(shards):
         read(shards, 1, "held_out", clips=2, stop=3, ranks=2)
 
 
-def test_mistakes_are_refused(shards):
+def test_invalid_loader_arguments_are_refused(shards):
     for options, message in (
         ({"clips": 3, "ranks": 2}, "3 clips per batch .* 2 data-parallel ranks"),
         ({"frames": [(2, 2)]}, "frames 2 to 2 asked for, clips have 4"),
@@ -256,7 +256,7 @@ def test_mistakes_are_refused(shards):
         assert media(next(whole)).shape[1] == 8
 
 
-def test_reading_leaves_the_random_numbers_of_training_alone(shards):
+def test_loading_leaves_the_global_random_state_alone(shards):
     torch.manual_seed(5)
     before = torch.get_rng_state()
     read(shards, 2)
@@ -438,7 +438,7 @@ def test_a_flipped_bit_is_found_in_latents_and_text(tmp_path):
         assert found.read(2)[1].shape == found.read(3)[1].shape == (frames[1] - frames[0], 3, 8, 8)
 
 
-def test_text_and_labels_come_along(tmp_path):
+def test_text_and_labels_are_loaded(tmp_path):
     samples = video_samples(6, label=lambda i: i % 3)
     text = torch.randn(6, 5, 7)
     for i, (_, parts) in enumerate(samples):
@@ -469,7 +469,7 @@ def test_texts_of_different_lengths_are_padded_with_zeros(tmp_path):
         assert not row[len(text[sample]) :].any()
 
 
-def test_a_hostile_shard_is_not_read(tmp_path):
+def test_a_malicious_shard_is_not_read(tmp_path):
     index = small_index(tmp_path, video_samples(2))
     with tarfile.open(tmp_path / "train-000000.tar", "w") as tar:
         for name in ("clip-0.json", "clip-0.pkl"):
@@ -478,7 +478,7 @@ def test_a_hostile_shard_is_not_read(tmp_path):
         next(loader(single_set(tmp_path, index), "train", seed=0, clock=0, clips=1, workers=0))
 
 
-def test_an_index_that_counts_wrongly_is_noticed(tmp_path):
+def test_a_wrong_sample_count_in_the_index_is_detected(tmp_path):
     index = small_index(tmp_path, video_samples(2))
     shard: ShardInfo = dataclasses.replace(index.splits["train"][0], samples=3)
     with pytest.raises(ValueError, match="has 2 samples, its index says 3"):
@@ -493,7 +493,7 @@ def test_an_index_that_counts_wrongly_is_noticed(tmp_path):
         ({"text_dropout": 2}, "data.text_dropout is 2"),
     ],
 )
-def test_settings_are_checked(change, message):
+def test_data_settings_are_validated(change, message):
     with pytest.raises(ValueError, match=message):
         DataConfig(**change)
 
@@ -503,7 +503,7 @@ def latent_samples(count: int, content: bytes = b"") -> list[tuple[str, dict[str
     return [(f"clip-{i}", {"json": b"{}", "latent.safetensors": content}) for i in range(count)]
 
 
-def test_a_set_that_is_mostly_broken_ends_the_run_soon(tmp_path, monkeypatch):
+def test_many_unreadable_clips_in_a_row_end_the_run(tmp_path, monkeypatch):
     """One read does not go through all that may be broken before it says so."""
     index = small_index(tmp_path, latent_samples(1000, b"nothing"), store="latent")
     tried, whole = [], ShardReader.read
@@ -514,7 +514,7 @@ def test_a_set_that_is_mostly_broken_ends_the_run_soon(tmp_path, monkeypatch):
     assert len(tried) == 64
 
 
-def test_a_shard_that_was_cut_off_is_passed_over_and_scanned_once(tmp_path, monkeypatch, caplog):
+def test_a_truncated_shard_is_skipped_and_scanned_once(tmp_path, monkeypatch, caplog):
 
     index = small_index(tmp_path, latent_samples(100), store="latent")
     good = write_shard(tmp_path / "train-000001.tar", latent_samples(20))

@@ -118,7 +118,7 @@ def prepare_training(
     if request.plan:
         read_planned_step(request.plan)  # may it be read?
     resolved = validation.validate(resolved, run, request.resumes, job_request.tasks)
-    heartbeat.check_not_training(run, log.info)
+    heartbeat.check_not_training(run)
     run.mkdir(parents=True, exist_ok=True)
     write_atomically(RunFolder(run).config, dump(resolved).encode())
     plan = request.plan.absolute() if request.plan else None
