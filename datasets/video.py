@@ -147,8 +147,8 @@ def decode_frames(
 
     size: (height, width) to cover by scaling, then crop around the centre; None keeps the file's. fps: None takes the
     file's own frames. threads: of the decoder, 0 for one per core. expected: frames, height and width that the file
-    must have; other sizes are refused before anything is decoded. Raises ValueError as `probe` does, and where the slice
-    is not inside the timeline or a frame in it cannot be decoded.
+    must have; others are refused before anything is decoded. Raises ValueError as `probe` does, and where the slice is
+    not inside the timeline or a frame in it cannot be decoded.
     """
     name, ours = name or _name(source), isinstance(source, bytes)
     with _open(source, name, threads if ours else 1) as opened:
