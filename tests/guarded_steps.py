@@ -1,4 +1,4 @@
-"""Run by test_spike_guard on its ranks: training steps of which some are skipped."""
+"""Rank functions of test_spike_guard.py: training steps of which some are skipped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from msc.pretrain.optimizer import OptimizerConfig, make_optimizer
 
 
 def spoiled_on_a_rank(rank, ranks, cases):
-    """Of each case: state after the steps good, NaN, skipped, good; after good, good; outcomes of the four steps."""
+    """Of each case: state after the steps good, NaN, refused, good; after good, good; outcomes of the four steps."""
     init_process_group("gloo")
     results = [spoiled(rank, *case) for case in cases]
     destroy_process_group()
@@ -38,10 +38,10 @@ def spoiled(rank, stage, precision):
                 y = engine(x.to(next(engine.module.parameters()).dtype))
                 deepspeed_zero.backward(engine, y.float().square().mean())
 
-            def objection(norm, kind=kind):
+            def skip_reason(norm, kind=kind):
                 return "not finite" if not norm < float("inf") else "refused" if kind == "refused" else ""
 
-            outcomes.append(deepspeed_zero.step(engine, objection))
+            outcomes.append(deepspeed_zero.step(engine, skip_reason))
         state = {
             f"{piece.name} {key}": value.clone()
             for piece in deepspeed_zero.local_slices(engine)

@@ -22,6 +22,7 @@ from test_tracking import free_port, server
 from test_training import SMALL, curve, final_weights, room, shards, wait_for  # noqa: F401
 
 from msc.pretrain.checkpoints import directory as checkpoint_directory
+from msc.pretrain.run_folder import RunFolder
 from msc.pretrain.tracking.mlflow_store import read_identity
 
 
@@ -75,7 +76,7 @@ class Run:
         return steps
 
     def writing(self) -> bool:
-        return any(checkpoint_directory.checkpoints_dir(self.run).glob(".step-*.writing*"))
+        return any(RunFolder(self.run).checkpoints.glob(".step-*.writing*"))
 
 
 def kill_all(launcher: subprocess.Popen[str], chance: random.Random) -> None:
@@ -145,7 +146,7 @@ def test_killed_twenty_times_and_the_same_run(shards, tmp_path):
 def test_nan_on_one_rank_skips_that_step_and_nothing_else(shards, tmp_path):
     run = Run(tmp_path, shards, "data.workers=1", steps=8, nan=[1, [8, 20]])
     output = run.go()
-    assert "step 3 is not taken: loss nan" in output and "step 6 is not taken: loss nan" in output
+    assert "step 3 is skipped: loss nan" in output and "step 6 is skipped: loss nan" in output
     lines = [json.loads(line) for line in (run.run / "log.jsonl").read_text().splitlines()]
     assert [line["skipped"] for line in lines] == [0, 0, 1, 1, 1, 2, 2, 2]
     assert [line["clock"] for line in lines] == list(range(4, 36, 4)), "the sample clock goes on"
@@ -162,7 +163,7 @@ def test_too_many_skipped_steps_stop_the_run_and_a_rollback_excludes_all_clips_s
     run = Run(tmp_path, shards, "guard.stop_after=3", "checkpoint.keep=9", steps=12, sp=2, nan=[1, [16, 20, 24]])
     output = run.go(code=65)
     samples = [sample for line in run.consumed() if line.get("clock") in (16, 20, 24) for sample in line["samples"]]
-    assert "3 steps in a row were not taken" in output and "Traceback" not in output
+    assert "3 steps in a row were skipped" in output and "Traceback" not in output
     assert all(re.search(rf"Samples: .*\b{sample}\b", output) for sample in samples)
     assert f"msc train --run {run.run} --rollback N, N one of 6, 4, 2" in output
     newest = checkpoint_directory.latest(run.run)
@@ -170,16 +171,16 @@ def test_too_many_skipped_steps_stop_the_run_and_a_rollback_excludes_all_clips_s
     assert run.go("--rollback", "5", code=2).startswith("msc: 5 is not a checkpoint of")
 
     output = run.go("--rollback", "2")
-    assert "back to step 2; clips left out from now on, by sample clock: 8-27; 2 later checkpoints" in output
+    assert "rolled back to step 2; excluded clips, by sample clock: 8-27; 2 later checkpoints" in output
     assert json.loads((run.run / "left_out.json").read_text()) == {"clips": [[8, 28]], "back_to": "step-00000002"}
     meta = checkpoint_directory.CheckpointMeta.read(checkpoint_directory.latest(run.run))
     assert (meta.step, meta.clock, meta.adam_steps, meta.guard["skipped"]) == (12, 48, 7, 0)
-    assert (checkpoint_directory.checkpoints_dir(run.run) / "undone-step-00000006").is_dir()
+    assert (RunFolder(run.run).checkpoints / "undone-step-00000006").is_dir()
 
     expected = final_weights(run.run)  # the same command again only resumes, and leaves out the same
     checkpoint_directory.set_latest(run.run, checkpoint_directory.find(run.run, "2"))
     output = run.go("--rollback", "2")
-    assert "goes on from the newest checkpoint" in output and "not taken" not in output
+    assert "resuming from the newest" in output and "is skipped" not in output
     assert all(torch.equal(value, expected[name]) for name, value in final_weights(run.run).items())
 
 
@@ -196,14 +197,14 @@ def test_a_rank_is_lost_while_a_checkpoint_is_written(shards, tmp_path):
                 for name, value in {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}.items():
                     patched.setenv(name, value)
                 ranks.append(run.start())
-        wait_for(
-            lambda: len(list(checkpoint_directory.checkpoints_dir(run.run).glob(".step-*/rank-*"))) == 2, every=0.01
-        )
+        wait_for(lambda: len(list(RunFolder(run.run).checkpoints.glob(".step-*/rank-*"))) == 2, every=0.01)
         ranks[1].kill()
         began = time.monotonic()
         output, _ = ranks[0].communicate(timeout=100)
         assert time.monotonic() - began < 30 and ranks[0].returncode == 1, output
-        assert re.search(r"msc: rank 0: rank 1 \(process \d+ on .*\) is silent, last heard of in step", output), output
+        assert re.search(
+            r"msc: (rank 0: )?rank 1 \(process \d+ on .*\) is silent, its last heartbeat was in step", output
+        ), output
     finally:
         for rank in ranks:
             rank.kill()
@@ -226,7 +227,7 @@ def test_damaged_checkpoints_cost_time_and_no_data(shards, tmp_path):
     seven.write_bytes(content)
     six.unlink()
     output = run.go()
-    assert output.count("training goes on from step-00000002") == 3
+    assert output.count("training resumes from step-00000002") == 3
     for name in ("bytes", "does not match its checksum", "is missing"):
         assert name in output
     assert torch.equal(curve(run.run), lines) and checkpoint_directory.latest(run.run).name == "step-00000008"
@@ -279,7 +280,7 @@ def test_a_full_disk(shards, tmp_path):
     run = Run(tmp_path, shards, "checkpoint.keep=1", processes=1, steps=8)
     Run(tmp_path / "whole", shards, processes=1, steps=8).go()
     size = sum(file.stat().st_size for file in checkpoint_directory.latest(tmp_path / "whole" / "run").iterdir())
-    disk = checkpoint_directory.checkpoints_dir(run.run)
+    disk = RunFolder(run.run).checkpoints
     subprocess.run(["mkdir", "-p", disk], check=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(1.5 * size)}", "tmpfs", disk], check=True)
     (run.run / "config.yaml").touch()
