@@ -32,25 +32,32 @@ class Run:
     def __init__(self, folder: Path, shards: Path, *settings: str, processes=2, sp=1, stage=2, steps=60, **faults):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.run, self.faults = folder, folder / "run", {"consumed": str(folder), **faults}
-        self.words = [
+        self.arguments = [
             "train", "--run", str(self.run), "--processes", str(processes), f"data.shards={shards}", *SMALL,
             f"parallel.sp={sp}", f"parallel.zero.stage={stage}", f"train.clips={4 * steps}", "checkpoint.every=2",
             *settings,
         ]  # fmt: skip
 
-    def start(self, *words: str, **options) -> subprocess.Popen[str]:
-        """A process of its own; goes on from what is there."""
+    def start(self, *arguments: str, **options) -> subprocess.Popen[str]:
+        """Start it as a process; resumes if there is a run."""
         again = (self.run / "config.yaml").exists()
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MSC_FAULTS": json.dumps(self.faults)}
         environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-        command = [sys.executable, "-c", PROGRAM, *self.words, *words, *(["--resume"] if again else ["--preset=demo"])]
+        command = [
+            sys.executable,
+            "-c",
+            PROGRAM,
+            *self.arguments,
+            *arguments,
+            *(["--resume"] if again else ["--preset=demo"]),
+        ]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                 env=environment, **options)  # fmt: skip
 
-    def go(self, *words: str, code: int = 0, **options) -> str:
-        said, _ = (process := self.start(*words, **options)).communicate(timeout=280)
-        assert process.returncode == code, said
-        return said
+    def go(self, *arguments: str, code: int = 0, **options) -> str:
+        output, _ = (process := self.start(*arguments, **options)).communicate(timeout=280)
+        assert process.returncode == code, output
+        return output
 
     def consumed(self, rank: int = 0) -> list[dict]:
         file = self.folder / f"{rank}.jsonl"
@@ -85,8 +92,8 @@ def kill_all(launcher: subprocess.Popen[str], chance: random.Random) -> None:
     assert not alive
 
 
-def killed_again_and_again(whole: Run, run: Run, kills: int, processes: int, seed: int) -> dict[str, int]:
-    """Kill `run` at random moments, let it end, and compare it with `whole`, which was left alone."""
+def kill_at_random_moments(uninterrupted: Run, run: Run, kills: int, processes: int, seed: int) -> dict[str, int]:
+    """Kill `run` at random moments, let it end, and compare it with `uninterrupted`."""
     chance = random.Random(seed)
     counts = {"kills": 0, "before the first step": 0, "while a checkpoint was written": 0, "steps redone": 0}
     while counts["kills"] < kills:
@@ -103,31 +110,33 @@ def killed_again_and_again(whole: Run, run: Run, kills: int, processes: int, see
         counts["kills"] += 1
         counts["before the first step"] += len(run.consumed()) <= before + 1
     run.go()
-    whole.go()
+    uninterrupted.go()
     for rank in range(processes):
         lines = [line for line in run.consumed(rank) if "clock" in line]
         counts["steps redone"] += (len(lines) - len(run.committed(rank))) if rank == 0 else 0
-        assert run.committed(rank) == whole.committed(rank)
+        assert run.committed(rank) == uninterrupted.committed(rank)
         assert [clock for clock, _ in run.committed(rank)] == list(range(0, 4 * len(run.committed(rank)), 4))
-    assert torch.equal(curve(run.run), curve(whole.run))
-    expected = final_weights(whole.run)
+    assert torch.equal(curve(run.run), curve(uninterrupted.run))
+    expected = final_weights(uninterrupted.run)
     assert all(torch.equal(value, expected[name]) for name, value in final_weights(run.run).items())
-    assert checkpoint_directory.latest(run.run).name == checkpoint_directory.latest(whole.run).name
+    assert checkpoint_directory.latest(run.run).name == checkpoint_directory.latest(uninterrupted.run).name
     return counts
 
 
-def test_killed_once_and_the_same_run(shards, tmp_path):
+def test_run_is_identical_after_one_kill(shards, tmp_path):
     one = {"processes": 1, "steps": 10}
     run = Run(tmp_path / "killed", shards, **one, step_s=0.1, chunk_s=0.005)
-    killed_again_and_again(Run(tmp_path / "whole", shards, **one), run, kills=1, processes=1, seed=3)
+    kill_at_random_moments(Run(tmp_path / "uninterrupted", shards, **one), run, kills=1, processes=1, seed=3)
 
 
 @pytest.mark.slow
 @pytest.mark.gloo
-def test_killed_twenty_times_and_the_same_run(shards, tmp_path):
+def test_run_is_identical_after_twenty_kills(shards, tmp_path):
     workers = "data.workers=1"
     run = Run(tmp_path / "killed", shards, workers, step_s=0.1, chunk_s=0.005)
-    counts = killed_again_and_again(Run(tmp_path / "whole", shards, workers), run, kills=20, processes=2, seed=2)
+    counts = kill_at_random_moments(
+        Run(tmp_path / "uninterrupted", shards, workers), run, kills=20, processes=2, seed=2
+    )
     print(counts)
     assert counts["while a checkpoint was written"] >= 5
 
@@ -136,13 +145,13 @@ def test_killed_twenty_times_and_the_same_run(shards, tmp_path):
 
 
 @pytest.mark.gloo
-def test_nan_on_one_rank_costs_that_step_and_nothing_else(shards, tmp_path):
+def test_nan_on_one_rank_skips_only_that_step(shards, tmp_path):
     run = Run(tmp_path, shards, "data.workers=1", steps=8, nan=[1, [8, 20]])
-    said = run.go()
-    assert "step 3 is skipped: loss nan" in said and "step 6 is skipped: loss nan" in said
+    output = run.go()
+    assert "step 3 is skipped: loss nan" in output and "step 6 is skipped: loss nan" in output
     lines = [json.loads(line) for line in (run.run / "log.jsonl").read_text().splitlines()]
     assert [line["skipped"] for line in lines] == [0, 0, 1, 1, 1, 2, 2, 2]
-    assert [line["clock"] for line in lines] == list(range(4, 36, 4)), "the sample clock goes on"
+    assert [line["clock"] for line in lines] == list(range(4, 36, 4)), "the sample clock advances"
     first = json.loads((run.run / "skipped.jsonl").read_text().splitlines()[0])
     second_rank = next(line["samples"] for line in run.consumed(1) if line.get("clock") == 8)
     assert first["clock"] == 8 and len(first["clips"]) == 4
@@ -152,19 +161,19 @@ def test_nan_on_one_rank_costs_that_step_and_nothing_else(shards, tmp_path):
 
 
 @pytest.mark.gloo
-def test_too_many_in_a_row_stop_the_run_and_a_rollback_leaves_out_all_since(shards, tmp_path):
+def test_too_many_skipped_steps_stop_the_run_and_a_rollback_excludes_all_clips_since(shards, tmp_path):
     run = Run(tmp_path, shards, "guard.stop_after=3", "checkpoint.keep=9", steps=12, sp=2, nan=[1, [16, 20, 24]])
-    said = run.go(code=65)
+    output = run.go(code=65)
     samples = [sample for line in run.consumed() if line.get("clock") in (16, 20, 24) for sample in line["samples"]]
-    assert "3 steps in a row were skipped" in said and "Traceback" not in said
-    assert all(re.search(rf"Samples: .*\b{sample}\b", said) for sample in samples)
-    assert f"msc train --run {run.run} --rollback N, N one of 6, 4, 2" in said
+    assert "3 steps in a row were skipped" in output and "Traceback" not in output
+    assert all(re.search(rf"Samples: .*\b{sample}\b", output) for sample in samples)
+    assert f"msc train --run {run.run} --rollback N, N one of 6, 4, 2" in output
     newest = checkpoint_directory.latest(run.run)
     assert newest.name == "step-00000006" and not checkpoint_directory.verify(newest)
     assert run.go("--rollback", "5", code=2).startswith("msc: 5 is not a checkpoint of")
 
-    said = run.go("--rollback", "2")
-    assert "rolled back to step 2; excluded clips, by sample clock: 8-27; 2 later checkpoints" in said
+    output = run.go("--rollback", "2")
+    assert "rolled back to step 2; excluded clips, by sample clock: 8-27; 2 later checkpoints" in output
     assert json.loads((run.run / "left_out.json").read_text()) == {"clips": [[8, 28]], "back_to": "step-00000002"}
     meta = checkpoint_directory.CheckpointMeta.read(checkpoint_directory.latest(run.run))
     assert (meta.step, meta.clock, meta.adam_steps, meta.guard["skipped"]) == (12, 48, 7, 0)
@@ -172,15 +181,15 @@ def test_too_many_in_a_row_stop_the_run_and_a_rollback_leaves_out_all_since(shar
 
     expected = final_weights(run.run)  # the same command again only resumes, and leaves out the same
     checkpoint_directory.set_latest(run.run, checkpoint_directory.find(run.run, "2"))
-    said = run.go("--rollback", "2")
-    assert "resuming from the newest" in said and "is skipped" not in said
+    output = run.go("--rollback", "2")
+    assert "resuming from the newest" in output and "is skipped" not in output
     assert all(torch.equal(value, expected[name]) for name, value in final_weights(run.run).items())
 
 
 @pytest.mark.slow
 @pytest.mark.gloo
-def test_a_rank_is_lost_while_a_checkpoint_is_written(shards, tmp_path):
-    """The other one does not wait for that checkpoint, which can never be whole, but ends and says who is missing."""
+def test_rank_lost_while_a_checkpoint_is_written(shards, tmp_path):
+    """The other rank does not wait for that checkpoint, which stays incomplete, but ends and names the lost one."""
     run = Run(tmp_path, shards, "parallel.timeout=60", steps=500, step_s=0.05, chunk_s=0.5)
     environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = []
@@ -193,11 +202,11 @@ def test_a_rank_is_lost_while_a_checkpoint_is_written(shards, tmp_path):
         wait_for(lambda: len(list(RunFolder(run.run).checkpoints.glob(".step-*/rank-*"))) == 2, every=0.01)
         ranks[1].kill()
         began = time.monotonic()
-        said, _ = ranks[0].communicate(timeout=100)
-        assert time.monotonic() - began < 30 and ranks[0].returncode == 1, said
+        output, _ = ranks[0].communicate(timeout=100)
+        assert time.monotonic() - began < 30 and ranks[0].returncode == 1, output
         assert re.search(
-            r"msc: (rank 0: )?rank 1 \(process \d+ on .*\) is silent, its last heartbeat was in step", said
-        ), said
+            r"msc: (rank 0: )?rank 1 \(process \d+ on .*\) is silent, its last heartbeat was in step", output
+        ), output
     finally:
         for rank in ranks:
             rank.kill()
@@ -206,8 +215,8 @@ def test_a_rank_is_lost_while_a_checkpoint_is_written(shards, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.gloo
-def test_damaged_checkpoints_cost_time_and_no_data(shards, tmp_path):
-    """A truncated, a flipped and a missing file in the last three: the run ends as if nothing had been."""
+def test_damaged_checkpoints_cost_only_time(shards, tmp_path):
+    """A truncated, a flipped and a missing file in the last three: the run ends with the same results."""
     run = Run(tmp_path, shards, "checkpoint.keep=9", steps=8)
     run.go()
     expected, lines = final_weights(run.run), curve(run.run)
@@ -219,18 +228,18 @@ def test_damaged_checkpoints_cost_time_and_no_data(shards, tmp_path):
     content[len(content) // 2] ^= 4
     seven.write_bytes(content)
     six.unlink()
-    said = run.go()
-    assert said.count("training resumes from step-00000002") == 3
+    output = run.go()
+    assert output.count("training resumes from step-00000002") == 3
     for name in ("bytes", "does not match its checksum", "is missing"):
-        assert name in said
+        assert name in output
     assert torch.equal(curve(run.run), lines) and checkpoint_directory.latest(run.run).name == "step-00000008"
     assert all(torch.equal(value, expected[name]) for name, value in final_weights(run.run).items())
     assert [line["from"] for line in run.consumed() if "from" in line] == [0, 8]
 
 
 @pytest.mark.slow
-def test_a_signal_while_a_checkpoint_is_written(shards, tmp_path):
-    """One: that checkpoint and another of the last step are written. Two: neither, and the one before stays whole."""
+def test_signal_while_a_checkpoint_is_written(shards, tmp_path):
+    """One: that checkpoint and another of the last step are written. Two: neither, and the one before stays intact."""
     run = Run(tmp_path, shards, processes=1, steps=500, step_s=0.05, chunk_s=0.02)
 
     def started() -> subprocess.Popen[str]:
@@ -241,8 +250,8 @@ def test_a_signal_while_a_checkpoint_is_written(shards, tmp_path):
 
     process = started()
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 75, said
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
     meta = checkpoint_directory.CheckpointMeta.read(checkpoint_directory.latest(run.run))
     last = run.consumed()[-1]["clock"]
     assert meta.clock in (last, last + 4), "all steps taken are in it; the batch after them may have been read"
@@ -255,8 +264,8 @@ def test_a_signal_while_a_checkpoint_is_written(shards, tmp_path):
     for _ in range(2):
         process.send_signal(signal.SIGTERM)
         time.sleep(0.05)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "interrupted: SIGTERM came twice" in said, said
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted: SIGTERM came twice" in output, output
     assert checkpoint_directory.latest(run.run).name in (
         newest,
         checkpoint_directory.checkpoint_name(int(newest[-8:]) + 2),
@@ -267,53 +276,55 @@ def test_a_signal_while_a_checkpoint_is_written(shards, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
-def test_a_full_disk(shards, tmp_path):
-    """Checkpoints on a disk of their own that one fits on, and two do not: the first stays, and the run goes on
+def test_full_disk(shards, tmp_path):
+    """Checkpoints on a disk of their own that one fits on, and two do not: the first stays, and the run continues
     from it when there is room."""
     run = Run(tmp_path, shards, "checkpoint.keep=1", processes=1, steps=8)
-    Run(tmp_path / "whole", shards, processes=1, steps=8).go()
-    size = sum(file.stat().st_size for file in checkpoint_directory.latest(tmp_path / "whole" / "run").iterdir())
+    Run(tmp_path / "uninterrupted", shards, processes=1, steps=8).go()
+    size = sum(
+        file.stat().st_size for file in checkpoint_directory.latest(tmp_path / "uninterrupted" / "run").iterdir()
+    )
     disk = RunFolder(run.run).checkpoints
     subprocess.run(["mkdir", "-p", disk], check=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(1.5 * size)}", "tmpfs", disk], check=True)
     (run.run / "config.yaml").touch()
     try:
-        said = run.go("--preset=demo", code=2)
-        assert said.count("No space left on device") >= 2 and "Traceback" not in said
+        output = run.go("--preset=demo", code=2)
+        assert output.count("No space left on device") >= 2 and "Traceback" not in output
         assert [path.name for path in checkpoint_directory.list_checkpoints(run.run)] == ["step-00000002"]
         subprocess.run(["mount", "-o", f"remount,size={4 * size}", disk], check=True)
         run.go()
-        expected = final_weights(tmp_path / "whole" / "run")
+        expected = final_weights(tmp_path / "uninterrupted" / "run")
         assert all(torch.equal(value, expected[name]) for name, value in final_weights(run.run).items())
-        assert run.committed(0) == [(clock, s) for clock, s in Run(tmp_path / "whole", shards).committed(0)]
+        assert run.committed(0) == [(clock, s) for clock, s in Run(tmp_path / "uninterrupted", shards).committed(0)]
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
 
 
 @pytest.mark.slow
 @pytest.mark.gloo
-def test_another_world_and_stage_at_every_stop(shards, tmp_path):
-    """(dp, sp) 1,2 -> 2,1 -> 2,2 -> 1,1 at stages 1, 2, 3 and 1: the losses of one process that was left alone."""
-    whole = Run(tmp_path / "whole", shards, processes=1, stage=1, steps=24)
-    whole.go()
+def test_other_world_size_and_stage_at_every_resume(shards, tmp_path):
+    """(dp, sp) 1,2 -> 2,1 -> 2,2 -> 1,1 at stages 1, 2, 3 and 1: the losses of one process that is not interrupted."""
+    uninterrupted = Run(tmp_path / "uninterrupted", shards, processes=1, stage=1, steps=24)
+    uninterrupted.go()
     legs = [(2, 2, 1), (2, 1, 2), (4, 2, 3) if room(4) else (2, 2, 3), (1, 1, 1)]
     for leg, (processes, sp, stage) in enumerate(legs):
         stop = {"stop_at": 24 * (leg + 1)} if leg < 3 else {}
         run = Run(tmp_path / "parts", shards, processes=processes, sp=sp, stage=stage, steps=24, **stop)
-        said = run.go(code=75 if stop else 0)
-        assert not stop or "stopped at step" in said
-    expected, found = curve(whole.run), curve(run.run)
-    print("largest relative difference of loss, norm:", ((found - expected).abs() / expected).amax(0).tolist())
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+        output = run.go(code=75 if stop else 0)
+        assert not stop or "stopped at step" in output
+    expected, resumed = curve(uninterrupted.run), curve(run.run)
+    print("largest relative difference of loss, norm:", ((resumed - expected).abs() / expected).amax(0).tolist())
+    torch.testing.assert_close(resumed, expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.slow
 @pytest.mark.gloo
 @pytest.mark.parametrize("what", ["stuck", "killed"])
-def test_a_rank_is_lost_and_the_run_goes_on_with_fewer(what, shards, tmp_path):
-    """Within the timeout, with a line that names the rank; then one rank takes all, with the losses of a whole run."""
-    whole = Run(tmp_path / "whole", shards, processes=1, stage=1, steps=12)
-    whole.go()
+def test_run_resumes_with_fewer_ranks_after_one_is_lost(what, shards, tmp_path):
+    """Within the timeout, with a line that names it; then one rank trains alone, with the losses of an uninterrupted run."""
+    uninterrupted = Run(tmp_path / "uninterrupted", shards, processes=1, stage=1, steps=12)
+    uninterrupted.go()
     fault = {"hang": [1, 24]} if what == "stuck" else {"step_s": 0.3}
     run = Run(tmp_path / "hurt", shards, "parallel.timeout=20", sp=2, stage=3, steps=12, **fault)
     launcher = run.start()
@@ -322,17 +333,17 @@ def test_a_rank_is_lost_and_the_run_goes_on_with_fewer(what, shards, tmp_path):
     if what == "killed":
         ranks = psutil.Process(launcher.pid).children()
         next(one for one in ranks if one.environ().get("RANK") == "1").kill()
-    said, _ = launcher.communicate(timeout=60)
-    print(said)
-    assert launcher.returncode not in (0, 75) and "rank 1" in said and time.monotonic() - began < 30
+    output, _ = launcher.communicate(timeout=60)
+    print(output)
+    assert launcher.returncode not in (0, 75) and "rank 1" in output and time.monotonic() - began < 30
     Run(tmp_path / "hurt", shards, processes=1, stage=2, steps=12).go()
     assert [line["from"] for line in run.consumed() if "from" in line][-1] > 0
-    torch.testing.assert_close(curve(run.run), curve(whole.run), rtol=1e-5, atol=0)
+    torch.testing.assert_close(curve(run.run), curve(uninterrupted.run), rtol=1e-5, atol=0)
 
 
 @pytest.mark.slow
-def test_the_mlflow_server_is_down_for_a_minute_and_the_run_is_killed_meanwhile(shards, tmp_path):
-    """Training goes on; afterwards one run holds every step, also after kill -9 and a resume."""
+def test_run_is_killed_while_the_mlflow_server_is_down(shards, tmp_path):
+    """Training continues; afterwards one run holds every step, also after kill -9 and a resume."""
     from mlflow import MlflowClient
 
     port = free_port()
@@ -353,13 +364,13 @@ def test_the_mlflow_server_is_down_for_a_minute_and_the_run_is_killed_meanwhile(
     time.sleep(max(0.0, down + 60 - time.monotonic()))
     assert second.poll() is None and steps() > before + 60, "training went on"
     with server(tmp_path / "server", port):
-        said, _ = second.communicate(timeout=200)
-        assert second.returncode == 0, said
-        assert "cannot be used now" in said and "is back" in said
+        output, _ = second.communicate(timeout=200)
+        assert second.returncode == 0, output
+        assert "cannot be used now" in output and "is back" in output
         client = MlflowClient(uri)
-        (found,) = client.search_runs([client.get_experiment_by_name("msc").experiment_id])
-        history = client.get_metric_history(found.info.run_id, "loss")
-    assert found.info.status == "FINISHED"
+        (mlflow_run,) = client.search_runs([client.get_experiment_by_name("msc").experiment_id])
+        history = client.get_metric_history(mlflow_run.info.run_id, "loss")
+    assert mlflow_run.info.status == "FINISHED"
     missing = set(range(1, 241)) - {point.step for point in history}
     print("steps of which MLflow holds nothing:", sorted(missing))
     assert not missing
