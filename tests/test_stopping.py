@@ -322,7 +322,7 @@ def test_other_world_size_and_stage_at_every_resume(shards, tmp_path):
 @pytest.mark.gloo
 @pytest.mark.parametrize("what", ["stuck", "killed"])
 def test_run_resumes_with_fewer_ranks_after_one_is_lost(what, shards, tmp_path):
-    """Within the timeout, with a line that names it; then one rank trains alone, with the losses of an uninterrupted run."""
+    """Within the timeout, with a line that names it; then one rank trains alone, with an uninterrupted run's losses."""
     uninterrupted = Run(tmp_path / "uninterrupted", shards, processes=1, stage=1, steps=12)
     uninterrupted.go()
     fault = {"hang": [1, 24]} if what == "stuck" else {"step_s": 0.3}
