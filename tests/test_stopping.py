@@ -39,7 +39,7 @@ class Run:
         ]  # fmt: skip
 
     def start(self, *arguments: str, **options) -> subprocess.Popen[str]:
-        """Start it as a process; resumes if there is a run."""
+        """A process of its own; goes on from what is there."""
         again = (self.run / "config.yaml").exists()
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MSC_FAULTS": json.dumps(self.faults)}
         environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
@@ -92,8 +92,8 @@ def kill_all(launcher: subprocess.Popen[str], chance: random.Random) -> None:
     assert not alive
 
 
-def kill_at_random_moments(uninterrupted: Run, run: Run, kills: int, processes: int, seed: int) -> dict[str, int]:
-    """Kill `run` at random moments, let it end, and compare it with `uninterrupted`."""
+def killed_again_and_again(whole: Run, run: Run, kills: int, processes: int, seed: int) -> dict[str, int]:
+    """Kill `run` at random moments, let it end, and compare it with `whole`, which was left alone."""
     chance = random.Random(seed)
     counts = {"kills": 0, "before the first step": 0, "while a checkpoint was written": 0, "steps redone": 0}
     while counts["kills"] < kills:
@@ -110,33 +110,31 @@ def kill_at_random_moments(uninterrupted: Run, run: Run, kills: int, processes: 
         counts["kills"] += 1
         counts["before the first step"] += len(run.consumed()) <= before + 1
     run.go()
-    uninterrupted.go()
+    whole.go()
     for rank in range(processes):
         lines = [line for line in run.consumed(rank) if "clock" in line]
         counts["steps redone"] += (len(lines) - len(run.committed(rank))) if rank == 0 else 0
-        assert run.committed(rank) == uninterrupted.committed(rank)
+        assert run.committed(rank) == whole.committed(rank)
         assert [clock for clock, _ in run.committed(rank)] == list(range(0, 4 * len(run.committed(rank)), 4))
-    assert torch.equal(curve(run.run), curve(uninterrupted.run))
-    expected = final_weights(uninterrupted.run)
+    assert torch.equal(curve(run.run), curve(whole.run))
+    expected = final_weights(whole.run)
     assert all(torch.equal(value, expected[name]) for name, value in final_weights(run.run).items())
-    assert checkpoint_directory.latest(run.run).name == checkpoint_directory.latest(uninterrupted.run).name
+    assert checkpoint_directory.latest(run.run).name == checkpoint_directory.latest(whole.run).name
     return counts
 
 
-def test_run_is_identical_after_one_kill(shards, tmp_path):
+def test_killed_once_and_the_same_run(shards, tmp_path):
     one = {"processes": 1, "steps": 10}
     run = Run(tmp_path / "killed", shards, **one, step_s=0.1, chunk_s=0.005)
-    kill_at_random_moments(Run(tmp_path / "uninterrupted", shards, **one), run, kills=1, processes=1, seed=3)
+    killed_again_and_again(Run(tmp_path / "whole", shards, **one), run, kills=1, processes=1, seed=3)
 
 
 @pytest.mark.slow
 @pytest.mark.gloo
-def test_run_is_identical_after_twenty_kills(shards, tmp_path):
+def test_killed_twenty_times_and_the_same_run(shards, tmp_path):
     workers = "data.workers=1"
     run = Run(tmp_path / "killed", shards, workers, step_s=0.1, chunk_s=0.005)
-    counts = kill_at_random_moments(
-        Run(tmp_path / "uninterrupted", shards, workers), run, kills=20, processes=2, seed=2
-    )
+    counts = killed_again_and_again(Run(tmp_path / "whole", shards, workers), run, kills=20, processes=2, seed=2)
     print(counts)
     assert counts["while a checkpoint was written"] >= 5
 
@@ -145,13 +143,13 @@ def test_run_is_identical_after_twenty_kills(shards, tmp_path):
 
 
 @pytest.mark.gloo
-def test_nan_on_one_rank_skips_only_that_step(shards, tmp_path):
+def test_nan_on_one_rank_skips_that_step_and_nothing_else(shards, tmp_path):
     run = Run(tmp_path, shards, "data.workers=1", steps=8, nan=[1, [8, 20]])
     output = run.go()
     assert "step 3 is skipped: loss nan" in output and "step 6 is skipped: loss nan" in output
     lines = [json.loads(line) for line in (run.run / "log.jsonl").read_text().splitlines()]
     assert [line["skipped"] for line in lines] == [0, 0, 1, 1, 1, 2, 2, 2]
-    assert [line["clock"] for line in lines] == list(range(4, 36, 4)), "the sample clock advances"
+    assert [line["clock"] for line in lines] == list(range(4, 36, 4)), "the sample clock goes on"
     first = json.loads((run.run / "skipped.jsonl").read_text().splitlines()[0])
     second_rank = next(line["samples"] for line in run.consumed(1) if line.get("clock") == 8)
     assert first["clock"] == 8 and len(first["clips"]) == 4
@@ -188,8 +186,8 @@ def test_too_many_skipped_steps_stop_the_run_and_a_rollback_excludes_all_clips_s
 
 @pytest.mark.slow
 @pytest.mark.gloo
-def test_rank_lost_while_a_checkpoint_is_written(shards, tmp_path):
-    """The other rank does not wait for that checkpoint, which stays incomplete, but ends and names the lost one."""
+def test_a_rank_is_lost_while_a_checkpoint_is_written(shards, tmp_path):
+    """The other one does not wait for that checkpoint, which can never be whole, but ends and says who is missing."""
     run = Run(tmp_path, shards, "parallel.timeout=60", steps=500, step_s=0.05, chunk_s=0.5)
     environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = []
@@ -215,8 +213,8 @@ def test_rank_lost_while_a_checkpoint_is_written(shards, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.gloo
-def test_damaged_checkpoints_cost_only_time(shards, tmp_path):
-    """A truncated, a flipped and a missing file in the last three: the run ends with the same results."""
+def test_damaged_checkpoints_cost_time_and_no_data(shards, tmp_path):
+    """A truncated, a flipped and a missing file in the last three: the run ends as if nothing had been."""
     run = Run(tmp_path, shards, "checkpoint.keep=9", steps=8)
     run.go()
     expected, lines = final_weights(run.run), curve(run.run)
@@ -238,8 +236,8 @@ def test_damaged_checkpoints_cost_only_time(shards, tmp_path):
 
 
 @pytest.mark.slow
-def test_signal_while_a_checkpoint_is_written(shards, tmp_path):
-    """One: that checkpoint and another of the last step are written. Two: neither, and the one before stays intact."""
+def test_a_signal_while_a_checkpoint_is_written(shards, tmp_path):
+    """One: that checkpoint and another of the last step are written. Two: neither, and the one before stays whole."""
     run = Run(tmp_path, shards, processes=1, steps=500, step_s=0.05, chunk_s=0.02)
 
     def started() -> subprocess.Popen[str]:
@@ -276,14 +274,12 @@ def test_signal_while_a_checkpoint_is_written(shards, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
-def test_full_disk(shards, tmp_path):
-    """Checkpoints on a disk of their own that one fits on, and two do not: the first stays, and the run continues
+def test_a_full_disk(shards, tmp_path):
+    """Checkpoints on a disk of their own that one fits on, and two do not: the first stays, and the run goes on
     from it when there is room."""
     run = Run(tmp_path, shards, "checkpoint.keep=1", processes=1, steps=8)
-    Run(tmp_path / "uninterrupted", shards, processes=1, steps=8).go()
-    size = sum(
-        file.stat().st_size for file in checkpoint_directory.latest(tmp_path / "uninterrupted" / "run").iterdir()
-    )
+    Run(tmp_path / "whole", shards, processes=1, steps=8).go()
+    size = sum(file.stat().st_size for file in checkpoint_directory.latest(tmp_path / "whole" / "run").iterdir())
     disk = RunFolder(run.run).checkpoints
     subprocess.run(["mkdir", "-p", disk], check=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(1.5 * size)}", "tmpfs", disk], check=True)
@@ -294,38 +290,38 @@ def test_full_disk(shards, tmp_path):
         assert [path.name for path in checkpoint_directory.list_checkpoints(run.run)] == ["step-00000002"]
         subprocess.run(["mount", "-o", f"remount,size={4 * size}", disk], check=True)
         run.go()
-        expected = final_weights(tmp_path / "uninterrupted" / "run")
+        expected = final_weights(tmp_path / "whole" / "run")
         assert all(torch.equal(value, expected[name]) for name, value in final_weights(run.run).items())
-        assert run.committed(0) == [(clock, s) for clock, s in Run(tmp_path / "uninterrupted", shards).committed(0)]
+        assert run.committed(0) == [(clock, s) for clock, s in Run(tmp_path / "whole", shards).committed(0)]
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
 
 
 @pytest.mark.slow
 @pytest.mark.gloo
-def test_other_world_size_and_stage_at_every_resume(shards, tmp_path):
-    """(dp, sp) 1,2 -> 2,1 -> 2,2 -> 1,1 at stages 1, 2, 3 and 1: the losses of one process that is not interrupted."""
-    uninterrupted = Run(tmp_path / "uninterrupted", shards, processes=1, stage=1, steps=24)
-    uninterrupted.go()
+def test_another_world_and_stage_at_every_stop(shards, tmp_path):
+    """(dp, sp) 1,2 -> 2,1 -> 2,2 -> 1,1 at stages 1, 2, 3 and 1: the losses of one process that was left alone."""
+    whole = Run(tmp_path / "whole", shards, processes=1, stage=1, steps=24)
+    whole.go()
     legs = [(2, 2, 1), (2, 1, 2), (4, 2, 3) if room(4) else (2, 2, 3), (1, 1, 1)]
     for leg, (processes, sp, stage) in enumerate(legs):
         stop = {"stop_at": 24 * (leg + 1)} if leg < 3 else {}
         run = Run(tmp_path / "parts", shards, processes=processes, sp=sp, stage=stage, steps=24, **stop)
         output = run.go(code=75 if stop else 0)
         assert not stop or "stopped at step" in output
-    expected, resumed = curve(uninterrupted.run), curve(run.run)
-    print("largest relative difference of loss, norm:", ((resumed - expected).abs() / expected).amax(0).tolist())
-    torch.testing.assert_close(resumed, expected, rtol=1e-5, atol=0)
+    expected, actual = curve(whole.run), curve(run.run)
+    print("largest relative difference of loss, norm:", ((actual - expected).abs() / expected).amax(0).tolist())
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.slow
 @pytest.mark.gloo
-@pytest.mark.parametrize("what", ["stuck", "killed"])
-def test_run_resumes_with_fewer_ranks_after_one_is_lost(what, shards, tmp_path):
-    """Within the timeout, with a line that names it; then one rank trains alone, with an uninterrupted run's losses."""
-    uninterrupted = Run(tmp_path / "uninterrupted", shards, processes=1, stage=1, steps=12)
-    uninterrupted.go()
-    fault = {"hang": [1, 24]} if what == "stuck" else {"step_s": 0.3}
+@pytest.mark.parametrize("what", ["stalled", "killed"])
+def test_a_rank_is_lost_and_the_run_goes_on_with_fewer(what, shards, tmp_path):
+    """Within the timeout, with a line that names the rank; then one rank goes on, with the losses of a whole run."""
+    whole = Run(tmp_path / "whole", shards, processes=1, stage=1, steps=12)
+    whole.go()
+    fault = {"hang": [1, 24]} if what == "stalled" else {"step_s": 0.3}
     run = Run(tmp_path / "hurt", shards, "parallel.timeout=20", sp=2, stage=3, steps=12, **fault)
     launcher = run.start()
     wait_for(lambda: len(run.consumed(1)) > 6)
@@ -338,12 +334,12 @@ def test_run_resumes_with_fewer_ranks_after_one_is_lost(what, shards, tmp_path):
     assert launcher.returncode not in (0, 75) and "rank 1" in output and time.monotonic() - began < 30
     Run(tmp_path / "hurt", shards, processes=1, stage=2, steps=12).go()
     assert [line["from"] for line in run.consumed() if "from" in line][-1] > 0
-    torch.testing.assert_close(curve(run.run), curve(uninterrupted.run), rtol=1e-5, atol=0)
+    torch.testing.assert_close(curve(run.run), curve(whole.run), rtol=1e-5, atol=0)
 
 
 @pytest.mark.slow
-def test_run_is_killed_while_the_mlflow_server_is_down(shards, tmp_path):
-    """Training continues; afterwards one run holds every step, also after kill -9 and a resume."""
+def test_the_mlflow_server_is_down_for_a_minute_and_the_run_is_killed_meanwhile(shards, tmp_path):
+    """Training goes on; afterwards one run holds every step, also after kill -9 and a resume."""
     from mlflow import MlflowClient
 
     port = free_port()
