@@ -57,8 +57,7 @@ def convert(args: Namespace) -> None:
         return autoencoder.encode(clip.to(device))  # moved as bytes, a quarter of the floats
 
     embed = open_text_encoder(config.text) if config.text else None
-    how = {"embed": embed, "part": args.part, "merge": args.merge}
-    report = convert_videos(config, encode, autoencoder.temporal_factor, **how)
+    report = convert_videos(config, encode, autoencoder.temporal_factor, embed=embed, part=args.part, merge=args.merge)
     print(report.text)
     if args.part is None:
         print(f"a few of the clips: {contact_sheet_of(args.out, autoencoder, args.out / 'contact.png')}")
@@ -129,7 +128,7 @@ def train(args: Namespace) -> int:
     if launcher.LAUNCHED not in os.environ:
         config = validation.validate(config, run, request.resumes, processes)
         if os.environ.get("RANK", "0") == "0":
-            heartbeat.check_not_training(run, log.info)
+            heartbeat.check_not_training(run)
         if 0 < gpus < processes and not is_rank:
             raise ValueError(
                 f"{processes} processes but {gpus} GPUs: start one per GPU, or hide the GPUs with "

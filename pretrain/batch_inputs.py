@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,10 +134,8 @@ def draw_noise(sources: Sequence[NoiseSource], sample: int, epoch: int, bucket: 
 
 def micro_batches(batch: Batch, size: int) -> list[Batch]:
     """Split a batch into parts of `size` clips."""
-    per_clip = {
-        item.name: value for item in fields(batch) if isinstance(value := getattr(batch, item.name), Sequence | Tensor)
-    }
-    del per_clip["unreadable"]
+    values = {item.name: getattr(batch, item.name) for item in fields(batch) if item.name != "unreadable"}
+    per_clip: dict[str, Any] = {name: value for name, value in values.items() if isinstance(value, list | Tensor)}
     return [
         replace(batch, unreadable=(), **{name: value[i : i + size] for name, value in per_clip.items()})
         for i in range(0, len(batch.samples), size)

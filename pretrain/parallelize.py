@@ -13,7 +13,8 @@ from torch import nn
 
 from msc.parallel import fp8
 from msc.parallel.context_parallel import ShardedPastContext, shard_bounds
-from msc.parallel.deepspeed_zero import Precision, ZeroConfig, check_zero, make_engine, shard_parameters
+from msc.parallel.deepspeed_zero import Precision, check_zero, make_engine, shard_parameters
+from msc.parallel.deepspeed_zero import ZeroConfig as ZeroConfig
 from msc.parallel.mesh import Mesh, data_parallel_size
 from msc.parallel.ring import Ring
 from msc.parallel.ulysses import Ulysses
@@ -75,6 +76,11 @@ def check_parallel(config: ParallelConfig, model: ModelConfig, world: int, units
     if config.sp > 1:
         check_layout(model.scales, config.sp, config.layout)
     return data_parallel_size(world, config.sp)
+
+
+def check_fp8(config: ParallelConfig, tokens: int) -> None:
+    """ValueError where the linear layers cannot run in fp8. tokens: of a unit."""
+    fp8.check_fp8(config.zero.stage, config.recompute, tokens)
 
 
 def clip_shape(model: ModelConfig, config: ParallelConfig, frames: int, height: int, width: int) -> ClipShape:

@@ -6,14 +6,13 @@ from collections.abc import Callable
 from functools import partial
 
 from msc.datasets.loading.mixture import DataConfig
-from msc.parallel.deepspeed_zero import ZeroConfig
 
 from .config import Config, TrainConfig
 from .diffusion.rectified_flow import DiffusionConfig
 from .model.config import ModelConfig
 from .model.scales import default_scales
 from .optimizer import OptimizerConfig
-from .parallelize import ParallelConfig
+from .parallelize import ParallelConfig, ZeroConfig
 
 
 def demo() -> Config:

@@ -20,7 +20,6 @@ from msc.datasets.prepare.statistics import Statistics
 from msc.datasets.shards.index import Index
 from msc.datasets.shards.remote import is_url
 from msc.datasets.text_table import text_table
-from msc.parallel import fp8
 
 from . import cost
 from .checkpoints import directory as checkpoint_directory
@@ -30,7 +29,7 @@ from .diffusion.autoencoder import open_autoencoder
 from .layout_planner import layout_table
 from .model.config import check_clip
 from .model.noise_gate import gate_constants, without_correlations
-from .parallelize import check_parallel, clip_shape, peak_activation_bytes
+from .parallelize import check_fp8, check_parallel, clip_shape, peak_activation_bytes
 from .run_folder import RunFolder
 
 
@@ -88,7 +87,7 @@ def validate(config: Config, run: Path, resume: bool, processes: int) -> Config:
     if config.parallel.precision == "fp8":
         for _, height, width in latent_sizes(shards):
             unit = config.model.frames_per_unit * cost.tokens_per_frame(config.model, height, width)
-            fp8.check_fp8(config.parallel.zero.stage, config.parallel.recompute, unit)
+            check_fp8(config.parallel, unit)
     if not shards.samples("train"):
         raise ValueError(f"{shards} holds no clip to train on")
     batches_per_round(shards, "train", config.train.batch)

@@ -19,7 +19,7 @@ from msc.datasets.loading.held_out import held_out_batches
 from msc.datasets.loading.mixture import DataConfig, ShardSetConfig, batches_per_round, open_shards, stream_slots
 from msc.datasets.loading.shard_reader import ShardReader
 from msc.datasets.loading.shuffling import SLOTS, BucketSchedule, WindowShuffle, apportion, epoch_permutation, stream_at
-from msc.datasets.prepare.clip_ranges import best_buckets, pieces
+from msc.datasets.prepare.clip_ranges import best_buckets, split_into_clips
 from msc.datasets.prepare.convert import ConvertConfig, convert
 from msc.datasets.prepare.statistics import Statistics, measure_statistics, mix_statistics
 from msc.datasets.shards.index import read_index
@@ -70,10 +70,10 @@ def same(a: Batch, b: Batch) -> bool:
 
 
 def test_clip_ranges_take_the_longest_length_that_fits():
-    assert pieces(0, 45, [8, 32]) == [(0, 32), (32, 8)]
-    assert pieces(3, 10, [8]) == []
-    assert pieces(0, 40, [8, 16], stride=10) == [(0, 16), (10, 16), (20, 16), (30, 8)]
-    assert pieces(0, 50, [8], stride=20) == [(0, 8), (20, 8), (40, 8)]
+    assert split_into_clips(0, 45, [8, 32]) == [(0, 32), (32, 8)]
+    assert split_into_clips(3, 10, [8]) == []
+    assert split_into_clips(0, 40, [8, 16], stride=10) == [(0, 16), (10, 16), (20, 16), (30, 8)]
+    assert split_into_clips(0, 50, [8], stride=20) == [(0, 8), (20, 8), (40, 8)]
 
 
 @pytest.mark.parametrize(
@@ -271,14 +271,13 @@ def test_statistics_are_mixed_by_weight(data):
     few, many = turns(torch.randn(8, 1, 8, 8) * 2, 1.0), turns(torch.randn(8, 1, 1, 1).expand(8, 1, 8, 8), 0.0)
     found = mix_statistics([(1, measure_statistics(few)), (2, measure_statistics(many))])
     want = measure_statistics(few + many + many)
-    for name in ("mean", "std", "ratios", "correlations"):
+    for name in ("mean", "std", "ratios"):
         torch.testing.assert_close(torch.tensor(getattr(found, name)), torch.tensor(getattr(want, name)), msg=name)
     assert mix_statistics([(3, measure_statistics(few))]) == measure_statistics(few)
-    # An image has no lags: those are the video's; sides that only the larger clips have are theirs.
+    # An image is not pooled in time: those sizes are the video's, and spaces must be measured for all of them.
     image, video = measure_statistics([torch.randn(1, 2, 16, 16)]), measure_statistics([torch.randn(8, 2, 8, 8)])
     both = mix_statistics([(1, image), (1, video)])
-    assert (both.lags, both.times) == (video.lags, video.times)
-    assert both.spaces == video.spaces
+    assert (both.spaces, both.times) == (video.spaces, video.times)
     assert isinstance(both, Statistics) and both.clips == 2
 
 

@@ -199,9 +199,9 @@ class Tracker:
             return
         with self._changed:
             if self._in_flight or self._queue or self._artifacts:
-                self._write_unsent(self._live_file, None)
+                self._write_unsent(RunFolder(self._run).unsent_metrics, None)
             else:
-                self._live_file.unlink(missing_ok=True)
+                RunFolder(self._run).unsent_metrics.unlink(missing_ok=True)
 
     def finish(self, state: State, timeout: float | None = None) -> None:
         """Send what is left and end the run as `state`, within `timeout` seconds (30, for KILLED 5).
@@ -328,10 +328,6 @@ class Tracker:
 
     # Entries that could not be sent in time ---------------------------------------------------------------
 
-    @property
-    def _live_file(self) -> Path:
-        return self._run / "mlflow-unsent-live.json"
-
     def _write_rest(self, store: Store) -> None:
         state = self._state if store.owns and not self._ended else None
         if self._in_flight or self._queue or self._artifacts or state:
@@ -340,7 +336,7 @@ class Tracker:
                 return
             count = len(self._in_flight) + len(self._queue)
             logger.warning("mlflow: %d entries wait in %s for the next start of this run", count, path)
-        for file in (*self._loaded, self._live_file):
+        for file in (*self._loaded, RunFolder(self._run).unsent_metrics):
             file.unlink(missing_ok=True)
 
     def _write_unsent(self, path: Path, state: str | None) -> bool:
