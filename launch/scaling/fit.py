@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -74,8 +75,8 @@ def as_json(study: Study, compute: Sequence[float] = ()) -> dict[str, Any]:
         values[name] = {"minima": [asdict(minimum) for minimum in minima.minima], "powers": powers}
     if (fit := study.law_fit) is None:
         return values
-    values["law"] = {name: fit.with_interval(lambda law, name=name: getattr(law, name)) for name in PARAMETERS}
-    values["law"]["exponent_N"] = fit.with_interval(lambda law: law.exponent)
+    values["law"] = {name: fit.with_interval(attrgetter(name)) for name in PARAMETERS}
+    values["law"]["exponent_N"] = fit.with_interval(attrgetter("exponent"))
     values |= {"level": fit.level, "delta": fit.delta, "error": float(np.sqrt((fit.residuals**2).mean()))}
     if study.usable_fit:
         values["held_out"] = []

@@ -1,8 +1,8 @@
-"""A sweep file and what it stands for: a list of named runs, as a pure function of the file and the shards.
+"""Sweep specification: the list of named runs that a sweep file describes, a pure function of the file and the shards.
 
 A file has settings of all runs (`preset` or `config`, `set`), and what varies: `grid` (all combinations), `list`
-(alternatives, one after another) and `ladder` (sizes × budgets). What varies is combined: every rung of the ladder
-with every entry of the list with every point of the grid. Later ones win: set < ladder < list < grid.
+(alternatives, one after another) and `ladder` (sizes × budgets). All are combined: every size and budget of the
+ladder with every entry of the list with every point of the grid. Later ones win: set < ladder < list < grid.
 
 A ladder trains every size for every budget and sets what must follow size and budget: learning rate, batch, warm-up
 and average. Its rules are powers, relative to a `base` that was tuned at a small size:
@@ -71,18 +71,18 @@ class SweepSpec:
         return load(preset(self.preset) if self.preset else None, self.config)
 
     def configured(self, run: RunSpec) -> Config:
-        """The whole configuration of a run; ValueError if there is no such."""
+        """The whole configuration of a run; ValueError if it is invalid."""
         return load(self.base(), overrides=run.overrides)
 
     def resolved(self, run: RunSpec) -> Config:
-        """As the run's folder keeps it, with what the shards know."""
+        """As saved in the run's folder, with the settings that the shards determine."""
         assert self.index is not None
         return resolve(self.configured(run), self.index)
 
 
 @dataclass(frozen=True)
 class Base:
-    """Where the rules of a ladder start: settings that were tuned together."""
+    """Settings that were tuned together, from which the rules of a ladder scale."""
 
     width: int
     depth: int
@@ -100,20 +100,20 @@ class Base:
 
 
 def read_sweep_spec(path: Path) -> SweepSpec:
-    """ValueError or OSError says what is wrong with the file; every run's settings have been checked."""
+    """Read a sweep file and check the settings of every run. ValueError or OSError if it is invalid."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, Mapping):
         raise ValueError(f"{path} must be a table with some of the keys {', '.join(KEYS)}")
-    only(values, KEYS, str(path))
+    check_keys(values, KEYS, str(path))
     if values.get("preset") and values.get("config"):
         raise ValueError(f"{path} names both a preset ({values['preset']}) and a config ({values['config']})")
     config = path.parent / str(values["config"]) if values.get("config") else None
     named = str(values["preset"]) if values.get("preset") else None
-    sweep = SweepSpec((), named, config, whole(values.get("processes", 1), f"{path}: processes"))
-    shared = settings_of(values.get("set"), f"{path}: set")
+    sweep = SweepSpec((), named, config, positive_int(values.get("processes", 1), f"{path}: processes"))
+    shared = as_table(values.get("set"), f"{path}: set")
     start = load(sweep.base(), overrides=RunSpec("", shared).overrides)
     if not start.data.sets:
         raise ValueError(f"{path} names no shards; put `data.shards: FOLDER` under `set`")
@@ -121,8 +121,8 @@ def read_sweep_spec(path: Path) -> SweepSpec:
     if len(shards.shapes) > 1:
         raise ValueError(f"{path}: {shards} has clips of {len(shards.shapes)} shapes; a sweep counts tokens of one")
     index = shards.index
-    if isinstance(found := absolute_paths(start.data).shards, str):
-        shared |= {"data.shards": found}
+    if isinstance(result := absolute_paths(start.data).shards, str):
+        shared |= {"data.shards": result}
     sweep = replace(sweep, runs=tuple(expand(values, shared, start, index)), index=index)
     for run in sweep.runs:
         try:
@@ -136,34 +136,38 @@ def read_sweep_spec(path: Path) -> SweepSpec:
 
 def expand(values: Mapping[str, Any], shared: Mapping[str, Any], start: Config, index: Index) -> list[RunSpec]:
     """All runs of a sweep file, named by what varies between them. `shared`, `start`: settings of all runs."""
-    entries = [settings_of(entry, "list") for entry in as_list(values.get("list") or [{}], "list")]
-    grid = {key: as_list(choices, f"grid: {key}") for key, choices in settings_of(values.get("grid"), "grid").items()}
+    entries = [as_table(entry, "list") for entry in as_list(values.get("list") or [{}], "list")]
+    grid = {key: as_list(choices, f"grid: {key}") for key, choices in as_table(values.get("grid"), "grid").items()}
     points = [dict(zip(grid, point, strict=True)) for point in itertools.product(*grid.values())]
     own = [{**entry, **point} for entry in entries for point in points]
     ladders: list[list[dict[str, Any]]] = [[{}]] * len(own)
     # For each entry anew: what a budget buys depends on the model that it makes.
-    if ladder := settings_of(values.get("ladder"), "ladder"):
-        ladders = [list(rungs_of(ladder, start, index, over)) for over in own]
-    found = [{**rung, **over} for rungs in zip(*ladders, strict=True) for rung, over in zip(rungs, own, strict=True)]
-    runs = [RunSpec(name, {**shared, **own}) for name, own in zip(names(found), found, strict=True)]
+    if ladder := as_table(values.get("ladder"), "ladder"):
+        ladders = [list(expand_ladder(ladder, start, index, over)) for over in own]
+    varied = [
+        {**ladder_run, **over}
+        for rungs in zip(*ladders, strict=True)
+        for ladder_run, over in zip(rungs, own, strict=True)
+    ]
+    runs = [RunSpec(name, {**shared, **own}) for name, own in zip(run_names(varied), varied, strict=True)]
     if len({run.name for run in runs}) < len(runs):
         raise ValueError("the sweep holds the same run twice; every entry must differ in a setting")
     return runs
 
 
-def rungs_of(
+def expand_ladder(
     ladder: Mapping[str, Any], start: Config, index: Index, over: Mapping[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """Sizes × budgets × factors of batch and learning rate, with the rules applied. over: settings over theirs."""
-    only(ladder, LADDER_KEYS, "ladder")
+    check_keys(ladder, LADDER_KEYS, "ladder")
     budgets = [name for name in BUDGETS if name in ladder]
     if len(budgets) != 1 or not ladder.get("sizes"):
         raise ValueError(f"a ladder needs `sizes` and exactly one of {', '.join(BUDGETS)}; given: {', '.join(ladder)}")
     kind = budgets[0]
-    base = base_of(ladder, start)
-    shares = {name: number(ladder.get(name, 0.05), f"ladder: {name}") for name in ("warmup", "ema")}
+    base = ladder_base(ladder, start)
+    shares = {name: finite_number(ladder.get(name, 0.05), f"ladder: {name}") for name in ("warmup", "ema")}
     for size in as_list(ladder["sizes"], "ladder: sizes"):
-        own = size_settings(settings_of(size, "ladder: sizes"), start)
+        own = settings_of_size(as_table(size, "ladder: sizes"), start)
         model = resolve(load(start, overrides=RunSpec("", {**own, **over}).overrides), index).model
         tokens = index.frames * cost.tokens_per_frame(model, index.height, index.width)
         per_clip = {
@@ -172,10 +176,10 @@ def rungs_of(
             "flops": cost.step_flops(model, index.frames, index.height, index.width),
             "tokens_per_parameter": tokens / cost.parameters(model),
         }[kind]
-        for budget in positives(ladder[kind], f"ladder: {kind}"):
+        for budget in positive_list(ladder[kind], f"ladder: {kind}"):
             clips = budget / per_clip
             multiple = start.train.micro
-            factors = (positives(ladder.get(name, [1.0]), f"ladder: {name}") for name in ("batch", "lr"))
+            factors = (positive_list(ladder.get(name, [1.0]), f"ladder: {name}") for name in ("batch", "lr"))
             for batch_factor, lr_factor in itertools.product(*factors):
                 batch = nearest_power(base.batch_at(clips * tokens) * batch_factor, multiple)
                 steps = round(clips / batch)
@@ -190,29 +194,29 @@ def rungs_of(
                 }  # fmt: skip
 
 
-def base_of(ladder: Mapping[str, Any], start: Config) -> Base:
+def ladder_base(ladder: Mapping[str, Any], start: Config) -> Base:
     """Defaults of the ladder's base are the settings of all runs."""
-    known: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "width": start.model.width, "depth": start.model.depth, "batch": start.train.batch, "lr": start.optimizer.lr,
         "tokens": None,
     }  # fmt: skip
-    given, rules = (settings_of(ladder.get(name), f"ladder: {name}") for name in ("base", "rules"))
-    only(given, tuple(known), "ladder: base")
-    only(rules, tuple(RULES), "ladder: rules")
-    values = {key: given.get(key, default) for key, default in known.items()}
-    width, depth, batch = (whole(values[key], f"ladder: base.{key}") for key in ("width", "depth", "batch"))
+    values, rules = (as_table(ladder.get(name), f"ladder: {name}") for name in ("base", "rules"))
+    check_keys(values, tuple(defaults), "ladder: base")
+    check_keys(rules, tuple(RULES), "ladder: rules")
+    values = {**defaults, **values}
+    width, depth, batch = (positive_int(values[key], f"ladder: base.{key}") for key in ("width", "depth", "batch"))
     lr = positive(values["lr"], "ladder: base.lr")
     tokens = None if values["tokens"] is None else positive(values["tokens"], "ladder: base.tokens")
-    rules = {key: number(value, f"ladder: rules.{key}") for key, value in {**RULES, **rules}.items()}
+    rules = {key: finite_number(value, f"ladder: rules.{key}") for key, value in {**RULES, **rules}.items()}
     return Base(width, depth, batch, lr, tokens, rules)
 
 
-def size_settings(size: Mapping[str, Any], start: Config) -> dict[str, Any]:
+def settings_of_size(size: Mapping[str, Any], start: Config) -> dict[str, Any]:
     """`width`, `depth`, `heads` and other keys of the model. Heads are shared among the scales as before."""
     settings = {key if "." in key else f"model.{key}": value for key, value in size.items()}
     heads = settings.pop("model.heads", None)
     if heads is not None:
-        heads = whole(heads, "ladder: heads")
+        heads = positive_int(heads, "ladder: heads")
         scales, total = start.model.scales, start.model.heads
         if any(scale.heads * heads % total for scale in scales):
             raise ValueError(f"ladder: {heads} heads cannot be shared as {[scale.heads for scale in scales]} are")
@@ -225,7 +229,7 @@ def nearest_power(value: float, multiple: int) -> int:
     return multiple * 2 ** max(0, round(math.log2(max(value, 1e-9) / multiple)))
 
 
-def names(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+def run_names(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """`width32-depth2-clips400`: the keys in which the runs differ. Tables are numbered in order of appearance."""
     keys = list(dict.fromkeys(key for run in runs for key in run))
     seen = {key: list(dict.fromkeys(yaml_text(run[key]) for run in runs if key in run)) for key in keys}
@@ -243,7 +247,7 @@ def names(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     return ["-".join(part(run, key) for key in varying if key in run) or "run" for run in runs]
 
 
-def settings_of(table: Any, where: str) -> dict[str, Any]:
+def as_table(table: Any, where: str) -> dict[str, Any]:
     if table is not None and not isinstance(table, Mapping):
         raise ValueError(f"{where} must be a table of `key: value`, not {table!r}")
     return {str(key): value for key, value in (table or {}).items()}
@@ -255,37 +259,37 @@ def as_list(value: Any, where: str) -> list[Any]:
     return value
 
 
-def number(value: Any, where: str) -> float:
+def finite_number(value: Any, where: str) -> float:
     """YAML reads 1e-3 as a text: it wants 1.0e-3."""
     try:
-        found = float(value)
+        result = float(value)
     except (TypeError, ValueError, OverflowError):
-        found = math.nan
-    if not math.isfinite(found):
+        result = math.nan
+    if not math.isfinite(result):
         raise ValueError(f"{where} is {value!r}; it must be a number")
-    return found
+    return result
 
 
-def whole(value: Any, where: str) -> int:
-    if (found := number(value, where)) < 1 or found != int(found):
+def positive_int(value: Any, where: str) -> int:
+    if (result := finite_number(value, where)) < 1 or result != int(result):
         raise ValueError(f"{where} is {value!r}; it must be a whole number of at least 1")
-    return int(found)
+    return int(result)
 
 
 def positive(value: Any, where: str) -> float:
-    if not (found := number(value, where)) > 0:
+    if not (result := finite_number(value, where)) > 0:
         raise ValueError(f"{where} is {value!r}; it must be positive")
-    return found
+    return result
 
 
-def positives(value: Any, where: str) -> list[float]:
+def positive_list(value: Any, where: str) -> list[float]:
     return [positive(one, where) for one in as_list(value, where)]
 
 
-def only(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+def check_keys(table: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
     for key in table:
-        if key not in known:
-            raise ValueError(f"{where}: unknown key {key}; known: {', '.join(known)}")
+        if key not in keys:
+            raise ValueError(f"{where}: unknown key {key}; known: {', '.join(keys)}")
 
 
 def yaml_text(value: Any) -> str:
