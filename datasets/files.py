@@ -4,6 +4,7 @@ import difflib
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import logging
 import os
@@ -198,7 +199,7 @@ def free_bytes(path: Path) -> int:
     ).free
 
 
-def sha256_of(file: Path | BinaryIO) -> str:
+def sha256_of(file: Path | io.BufferedIOBase) -> str:
     """SHA-256 in hex of a file, or of what an open file holds from its position on."""
     with open(file, "rb") if isinstance(file, Path) else nullcontext(file) as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
@@ -236,22 +237,3 @@ def describe_validation_error(error: "pydantic.ValidationError", values: bool = 
         problems.append(message)
     more = error.error_count() - len(problems)
     return "; ".join(problems) + (f"; and {more} more" if more else "")
-
-
-class Forgiving:
-    """A text stream that drops what cannot be written: a log on a full disk must not end the run it belongs to."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        with suppress(OSError):
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with suppress(OSError):
-            self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)

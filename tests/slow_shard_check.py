@@ -1,4 +1,4 @@
-"""What test_mixture runs on its ranks: shards whose check takes longer than a collective waits."""
+"""What ranks of test_mixture run: a check of shards that takes longer than the timeout of a collective."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def slowly(rank, ranks, folder, seconds):
     shards = mixture.open_shards(mixture.DataConfig(folder))
     assert not asked
     try:
-        told = control_plane.run_on_rank_0(partial(_check, shards, seconds), patient=True)
+        told = control_plane.run_on_rank_0(partial(_check, shards, seconds), slow=True)
     except ValueError as error:
         told = str(error)
     destroy_process_group()

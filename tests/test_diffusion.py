@@ -1,4 +1,4 @@
-"""Noise, levels, loss and sampling steps as pure functions."""
+"""Noise, noise levels, loss and sampling steps: pure functions."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from msc.pretrain.diffusion.loss import Loss
 from msc.pretrain.diffusion.rectified_flow import (
     DiffusionConfig,
     add_noise,
-    frame_losses,
     frame_noise,
     frame_shift,
     keep_condition,
@@ -57,7 +57,7 @@ def test_shift_keeps_the_ends_and_follows_the_frame_size():
 
 def test_the_loss_of_the_true_velocity_is_zero():
     x, noise, t = torch.randn(2, 3, 1, 4, 4), torch.randn(2, 3, 1, 4, 4), torch.rand(2, 3)
-    assert frame_losses(noise - x, x, noise).abs().max() == 0
+    assert Loss().per_frame(noise - x, x, noise).abs().max() == 0
     # following the true velocity from t to 0 gives the data back
     torch.testing.assert_close(add_noise(x, noise, t) - t[:, :, None, None, None] * (noise - x), x, atol=1e-6, rtol=0)
 
@@ -83,6 +83,6 @@ def test_conditions_are_dropped_by_a_pure_function_of_the_clip():
 
 
 @pytest.mark.parametrize("values", [{"clean": 1.0}, {"std": 0.0}, {"shift": -1.0}])
-def test_impossible_settings_are_refused(values):
+def test_invalid_settings_are_errors(values):
     with pytest.raises(ValueError, match="diffusion"):
         DiffusionConfig(**values)

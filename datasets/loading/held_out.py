@@ -18,18 +18,18 @@ def held_out_batches(
     rank: int = 0,
     frames: Sequence[tuple[int, int]] | None = None,
 ) -> Iterator[tuple[Batch, int]]:
-    """The first held-out clips, in order, `each` at a time and row; and how many of a batch count, from its first on.
+    """The first held-out clips, in order, `each` at a time per rank; and how many of a batch count, from its first.
 
-    All rows get as many whole batches, as a pass is for all ranks together. What lies beyond the last clip there is
-    read but does not count, so that the clips measured are the same for any number of rows. frames: of every bucket.
+    All ranks get the same number of whole batches, as a forward pass is collective. Padding clips are read but do not
+    count, so that the clips measured are the same for any number of ranks. frames: of every bucket.
     """
     for bucket, (streams, parts) in enumerate(zip(shards.streams("held_out"), parts_of(shards, clips), strict=True)):
-        for stream, some in zip(streams, parts, strict=True):
+        for stream, count in zip(streams, parts, strict=True):
             own, whole = None if frames is None else frames[bucket], ranks * each
-            read = some if ranks == 1 else math.ceil(some / whole) * whole
+            read = count if ranks == 1 else math.ceil(count / whole) * whole
             for number, batch in enumerate(_held_out(stream, bucket, 0, read, whole, rank, ranks, own)):
                 first = (number * ranks + rank) * each
-                yield batch, min(max(some - first, 0), len(batch.samples))
+                yield batch, min(max(count - first, 0), len(batch.samples))
 
 
 def parts_of(shards: Shards, clips: int) -> list[list[int]]:

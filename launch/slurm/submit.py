@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shlex
@@ -9,13 +10,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import psutil
 
 from msc.datasets.files import write_atomically
 from msc.parallel.signals import collect_signals
+from msc.pretrain.run_folder import RunFolder
 from msc.pretrain.tracking import heartbeat
 from msc.pretrain.tracking.mlflow_store import code_version
 
@@ -37,7 +39,7 @@ def submit_training(request: TrainRequest, job_request: JobRequest) -> int:
         return start_job(job, job_request, config, Path(job.folder).name)
     except sbatch.SubmissionError:
         if not request.resumes:
-            (Path(job.folder) / "config.yaml").unlink()  # a new run does not exist yet
+            RunFolder(Path(job.folder)).config.unlink()  # a new run does not exist yet
         raise
 
 
@@ -52,8 +54,7 @@ def submit_command(
     else:
         check_run(folder)
         jobs = folder / "jobs"
-    resume = shlex.join(["msc", "submit", *job_request.options(), *arguments])
-    job = make_job(arguments, folder, jobs, job_request, config, resume, part)
+    job = make_job(arguments, folder, jobs, job_request, config, part)
     return start_job(job, job_request, config, f"{command}-{folder.name}")
 
 
@@ -66,8 +67,7 @@ def submit_evaluations(runs: Sequence[Path], options: Sequence[str], job_request
     for run in map(Path.absolute, runs):
         check_run(run)
         arguments = ["evaluate", str(run), *options]
-        resume = shlex.join(["msc", "submit", *job_request.options(), *arguments])
-        jobs.append(make_job(arguments, run, run / "jobs", job_request, config, resume))
+        jobs.append(make_job(arguments, run, run / "jobs", job_request, config))
     record = submit_array(jobs, Path(jobs[0].jobs), job_request, config, "evaluate")
     for job, part_record in zip(jobs, part_records(record, jobs), strict=True):
         job_records.write_record(Path(job.jobs), part_record)
@@ -91,7 +91,7 @@ def checked_config(job_request: JobRequest, command: str) -> ClusterConfig:
 
 
 def check_run(folder: Path) -> None:
-    if not (folder / "config.yaml").is_file():
+    if not RunFolder(folder).exists():
         raise FileNotFoundError(f"{folder} is not a run folder: it has no config.yaml")
 
 
@@ -118,25 +118,29 @@ def prepare_training(
     if request.plan:
         read_planned_step(request.plan)  # may it be read?
     resolved = validation.validate(resolved, run, request.resumes, job_request.tasks)
-    heartbeat.check_not_training(run, log.info)
+    heartbeat.check_not_training(run)
     run.mkdir(parents=True, exist_ok=True)
-    write_atomically(run / "config.yaml", dump(resolved).encode())
+    write_atomically(RunFolder(run).config, dump(resolved).encode())
     plan = request.plan.absolute() if request.plan else None
     every_start = TrainRequest(run, resume=True, rollback=request.rollback, plan=plan)
-    by_hand = replace(every_start, rollback=None).command_line()
-    resume = shlex.join(["msc", "submit", *job_request.options(), *by_hand[1:]])
-    return make_job(every_start.command_line(), run, run / "jobs", job_request, config, resume)
+    job = make_job(every_start.command_line(), run, run / "jobs", job_request, config)
+    resume_command = submit_command_line(job_request, replace(every_start, rollback=None).command_line()[1:])
+    return replace(job, resume_command=resume_command)
 
 
 def make_job(
     arguments: Sequence[str], folder: Path, jobs: Path, job_request: JobRequest, config: ClusterConfig,
-    resume_command: str, part: tuple[int, int] | None = None,
+    part: tuple[int, int] | None = None,
 ) -> Job:  # fmt: skip
     return Job(
         tuple(arguments), str(folder), str(jobs), job_request.cluster, job_request.tasks, config.starts,
-        config.python or sys.executable, config.container, config.srun, tuple(code_version().items()), resume_command,
-        part,
+        config.python or sys.executable, config.container, config.srun, tuple(code_version().items()),
+        submit_command_line(job_request, arguments), part,
     )  # fmt: skip
+
+
+def submit_command_line(job_request: JobRequest, arguments: Sequence[str]) -> str:
+    return shlex.join(["msc", "submit", *job_request.options(), *arguments])
 
 
 def active_records(records: Sequence[JobRecord]) -> list[JobRecord]:
@@ -197,7 +201,7 @@ def start_in_background(job: Job, config: ClusterConfig) -> JobRecord:
     environment = {**launcher.process_environment(os.environ), **config.variables}
     with starting.open("ab") as out:
         process = subprocess.Popen(
-            [sys.executable, "-c", supervisor.LOCAL_PROGRAM, supervisor.to_json(job)], stdin=subprocess.DEVNULL,
+            [sys.executable, "-c", supervisor.LOCAL_PROGRAM, json.dumps(asdict(job))], stdin=subprocess.DEVNULL,
             stdout=out, stderr=subprocess.STDOUT, start_new_session=True, env=environment,
         )  # fmt: skip
     path = starting.rename(jobs / f"{process.pid}_0_log.out")

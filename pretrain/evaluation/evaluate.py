@@ -17,8 +17,9 @@ from msc.datasets.files import write_atomically
 from msc.datasets.loading.held_out import held_out_batches, parts_of
 from msc.datasets.loading.mixture import Shards, open_shards
 
-from ..batch_inputs import BatchInputs, InputBuilder
-from ..diffusion.rectified_flow import DiffusionConfig, frame_losses, frame_shift
+from ..batch_inputs import BatchInputs, InputBuilder, NoiseSource
+from ..diffusion.loss import Loss
+from ..diffusion.rectified_flow import DiffusionConfig
 from ..inference.load import TrainedModel, open_run
 from ..inference.preview import half_of_clip
 from ..model.config import check_clip
@@ -160,11 +161,14 @@ def builders_of(one: TrainedModel, diffusion: DiffusionConfig, shards: Shards) -
         InputBuilder(
             model=one.model,
             autoencoder=one.autoencoder,
-            diffusion=diffusion,
-            shift=frame_shift(diffusion, shape.height, shape.width),
-            seed=HELD_OUT_SEED,
-            units=range(shape.frames // one.config.model.frames_per_unit),
-            all_units=shape.frames // one.config.model.frames_per_unit,
+            noise=NoiseSource(
+                diffusion,
+                HELD_OUT_SEED,
+                (shape.frames, shape.height, shape.width),
+                one.config.model.channels,
+                one.config.model.frames_per_unit,
+                units=range(shape.frames // one.config.model.frames_per_unit),
+            ),
             text_dropout=0.0,
             device=one.device,
         )
@@ -186,7 +190,7 @@ def measure(one: TrainedModel, inputs: BatchInputs, seed: int, rollouts: Rollout
     }
     rows: Rows = {}
     for name, guess in guesses.items():
-        errors = frame_losses(guess, inputs.x, inputs.noise)
+        errors = Loss().per_frame(guess, inputs.x, inputs.noise)
         rows["loss_by_noise", name] = by_noise(errors, inputs)
         rows["loss_by_position", name] = by_position(errors, inputs)
     if half_of_clip(inputs.x.shape[1], one.config.model.frames_per_unit)[1]:  # a clip of a single unit has no past

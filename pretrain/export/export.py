@@ -50,7 +50,7 @@ class Source:
             yield slices.read(name, KEYS[which], start, min(PART, numel - start))
 
     def open(self) -> checkpoint_format.ParameterReader:
-        return checkpoint_format.ParameterReader(self.path, self.meta)
+        return checkpoint_format.ParameterReader(self.path)
 
 
 def export(
@@ -99,9 +99,7 @@ def export(
 
 def open_source(run: Path, config: Config, step: str | None) -> Source:
     """The checkpoint to export, checked by its checksums; ValueError if it is damaged or not of the run's model."""
-    path = checkpoint_directory.latest(run) if step is None else checkpoint_directory.find(run, step)
-    if path is None:
-        raise FileNotFoundError(f"{run} has no checkpoint yet; train longer, or set checkpoint.every lower")
+    path = checkpoint_directory.find(run, step)
     if problems := checkpoint_directory.verify(path):
         raise ValueError(f"{'; '.join(problems)}: export another one with --checkpoint, `msc checkpoints` lists them")
     meta = CheckpointMeta.read(path)

@@ -42,9 +42,7 @@ def open_run(run: Path, weights: str = "ema", wanted: str | None = None) -> Trai
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights is {weights!r}; it must be 'ema' (averaged) or 'raw' (as trained)")
     config, space = read_run(run)
-    path = checkpoint_format.latest(run) if wanted is None else checkpoint_directory.find(run, wanted)
-    if path is None:
-        raise FileNotFoundError(f"{run} has no checkpoint yet; train longer, or set checkpoint.every lower")
+    path = checkpoint_directory.find(run, wanted)
     meta = checkpoint_directory.CheckpointMeta.read(path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.device("meta"):
