@@ -18,7 +18,7 @@ from msc.datasets import files
 from msc.pretrain.checkpoints import directory as checkpoint_directory
 from msc.pretrain.checkpoints import exported_weights
 from msc.pretrain.checkpoints import format as checkpoint_format
-from msc.pretrain.evaluation.confidence import summed
+from msc.pretrain.evaluation.confidence import with_total
 from msc.pretrain.evaluation.evaluate import table_of, with_differences
 from msc.pretrain.export import export as exports
 from msc.pretrain.export import model_card
@@ -365,7 +365,7 @@ def test_the_card_tells_the_facts_and_no_secrets(run, tmp_path):
 def write_evaluation(path, step, against, weights="ema"):
     """As `msc evaluate` does: a table that its code makes of what clips add."""
     values = torch.tensor([[2.0, 2.0], [3.0, 3.0], [4.0, 4.0]])
-    clips = {"sample": summed(values), "other's sample": summed(values), "one clip": summed(values[:1])}
+    clips = {"sample": with_total(values), "other's sample": with_total(values), "one clip": with_total(values[:1])}
     rows = with_differences({("psnr_by_horizon", name): part for name, part in clips.items()})
     assert ("psnr_by_horizon", "sample - other's") in rows
     result = {

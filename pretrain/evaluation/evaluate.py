@@ -24,7 +24,7 @@ from ..inference.preview import half_of_clip
 from ..model.transformer import check_clip, precondition
 from ..requests import EvaluateConfig
 from ..tracking.tracker import Tracker
-from .confidence import OTHERS, Table, draw, join
+from .confidence import OTHER_RUN, Table, draw, concatenate
 from .frechet import check_enough, frechet, open_features
 from .held_out_loss import (
     BINS,
@@ -78,8 +78,8 @@ def evaluate(run: Path, request: EvaluateConfig) -> str:
     continued = next(bucket for bucket, some in enumerate(each) if some)  # clips of others have other horizons
     subjects = {"": trained}
     if request.against is not None:
-        subjects[OTHERS] = open_run(request.against, request.weights)
-        check_comparable(trained, subjects[OTHERS], shards)
+        subjects[OTHER_RUN] = open_run(request.against, request.weights)
+        check_comparable(trained, subjects[OTHER_RUN], shards)
     network = None if request.features is None else open_features(request.features, trained.device)
     rollouts = Rollouts(request.steps, request.samples, network)
     feeds = {who: feeds_of(one, trained.config.diffusion, shards) for who, one in subjects.items()}
@@ -111,7 +111,7 @@ def evaluate(run: Path, request: EvaluateConfig) -> str:
 
     # Figures
     keys = dict.fromkeys(key for rows in found for key in rows)
-    parts = with_differences({key: join([rows[key] for rows in found if key in rows]) for key in keys})
+    parts = with_differences({key: concatenate([rows[key] for rows in found if key in rows]) for key in keys})
     tables = {name: table_of(name, parts) for name in TABLES if name in {table for table, _ in parts}}
     seen = {row: values for (table, row), (values, _) in parts.items() if table == "features"}
     result = {
@@ -122,7 +122,7 @@ def evaluate(run: Path, request: EvaluateConfig) -> str:
         "interrupted": interrupted,
         "sampling_steps": request.steps,
         "samples": request.samples,
-        "against": None if request.against is None else {"run": str(request.against), "step": subjects[OTHERS].step},
+        "against": None if request.against is None else {"run": str(request.against), "step": subjects[OTHER_RUN].step},
         "loss": {name: row["mean"][0] for name, row in tables["loss_by_noise"].json()["rows"].items()},
         "frechet": distances(seen) if request.features else None,
         "tables": {name: table.json() for name, table in tables.items()},
@@ -201,9 +201,9 @@ def with_differences(parts: Rows) -> Rows:
     """Also the differences of both runs, row by row: paired, as clips and noise are the same."""
     found = dict(parts)
     for (table, row), (sums, counts) in parts.items():
-        other = parts.get((table, OTHERS + row))
+        other = parts.get((table, OTHER_RUN + row))
         if other is not None and " - " not in row and table != "features":
-            found[table, f"{row} - {OTHERS.strip()}"] = (sums - other[0], counts)
+            found[table, f"{row} - {OTHER_RUN.strip()}"] = (sums - other[0], counts)
     return found
 
 

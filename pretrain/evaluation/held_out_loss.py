@@ -18,7 +18,7 @@ from ..diffusion.rectified_flow import add_noise, frame_losses
 from ..diffusion.sampler import Cache, extend_cache
 from ..model.layers import Block
 from ..model.transformer import MSCTransformer
-from .confidence import Part, summed
+from .confidence import ClipRatios, with_total
 
 BINS = 5  # equal ranges of the noise level
 HELD_OUT_SEED = 1_000_003  # noise of evaluations: the same in every run and at every step
@@ -98,19 +98,19 @@ def held_out_losses(
 # What clips add to the tables of `msc evaluate` ------------------------------------------------------
 
 
-def by_noise(errors_BT: Tensor, inputs: Inputs) -> Part:
+def by_noise(errors_BT: Tensor, inputs: Inputs) -> ClipRatios:
     """Squared velocity errors of supervised frames, by range of the noise level."""
     in_bin = torch.nn.functional.one_hot(bin_of(inputs.t), BINS) * inputs.supervised[..., None]
-    return summed((errors_BT[..., None] * in_bin).sum(1), in_bin.sum(1))
+    return with_total((errors_BT[..., None] * in_bin).sum(1), in_bin.sum(1))
 
 
-def by_position(errors_BT: Tensor, inputs: Inputs) -> Part:
+def by_position(errors_BT: Tensor, inputs: Inputs) -> ClipRatios:
     """The same by place of the frame in its clip."""
-    return summed(errors_BT * inputs.supervised, inputs.supervised)
+    return with_total(errors_BT * inputs.supervised, inputs.supervised)
 
 
 @torch.no_grad()
-def by_context(model: MSCTransformer, inputs: Inputs) -> dict[str, Part]:
+def by_context(model: MSCTransformer, inputs: Inputs) -> dict[str, ClipRatios]:
     """Loss of the clips' last unit at the middle of every range of noise levels, after a clean past that is seen
     whole; and what is added where the unit sees nothing of the past, or nothing at one scale."""
     per_unit = model.config.frames_per_unit
@@ -132,7 +132,7 @@ def by_context(model: MSCTransformer, inputs: Inputs) -> dict[str, Part]:
         hidden |= {f"without scale {i + 1} (space {s.space}, time {s.time})": {i} for i, s in enumerate(scales)}
     whole = losses(model)
     added = {name: losses(blind(model, which)) - whole for name, which in hidden.items()}
-    return {name: summed(values) for name, values in {"with all of the past": whole, **added}.items()}
+    return {name: with_total(values) for name, values in {"with all of the past": whole, **added}.items()}
 
 
 def blind(model: MSCTransformer, hidden: Collection[int]) -> MSCTransformer:

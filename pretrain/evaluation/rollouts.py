@@ -14,10 +14,10 @@ from ..diffusion.sampler import generate
 from ..inference.load import TrainedModel
 from ..inference.preview import half_of_clip
 from . import metrics
-from .confidence import Part, join, summed
+from .confidence import ClipRatios, concatenate, with_total
 from .frechet import Features
 
-Rows = dict[tuple[str, str], Part]  # what clips add, by table (or "features") and row
+Rows = dict[tuple[str, str], ClipRatios]  # what clips add, by table (or "features") and row
 SCORES = {"psnr_by_horizon": metrics.psnr, "ssim_by_horizon": metrics.ssim}
 
 
@@ -50,7 +50,7 @@ def continuations(one: TrainedModel, inputs: Inputs, seed: int, rollouts: Rollou
         of_clip(pixels(inputs.x[i]), (pixels(x[i]) for x in made), pixels(mean[i]), shown, rollouts.features)
         for i in range(len(context))
     ]
-    return {key: join([clip[key] for clip in clips]) for key in clips[0]}
+    return {key: concatenate([clip[key] for clip in clips]) for key in clips[0]}
 
 
 def of_clip(
@@ -76,12 +76,12 @@ def of_clip(
             of[f"best of {len(each)}"] = each[each.mean(1).argmax()]
         of |= {"mean prediction": score(mean[ahead], truth[ahead]), "copy last": score(copied[ahead], truth[ahead])}
         of |= {f"{name} - copy last": of[name] - of["copy last"] for name in ("sample", "mean prediction")}
-        rows |= {(table, name): summed(values[None]) for name, values in of.items()}
+        rows |= {(table, name): with_total(values[None]) for name, values in of.items()}
     made, true = torch.stack(traits).mean(0), metrics.traits(truth, shown)
     return rows | {("drift", name): drift(made[i], true[i]) for i, name in enumerate(metrics.trait_names(truth))}
 
 
-def drift(made: Tensor, true: Tensor) -> Part:
+def drift(made: Tensor, true: Tensor) -> ClipRatios:
     """A trait of generated frames relative to that of the true ones, both `[horizon]`; in front the slope of their
     difference per frame, relative to the true one's mean."""
     sums, counts = (

@@ -13,7 +13,7 @@ import yaml
 from msc.datasets.files import write_atomically
 
 from ..config import Config, plain
-from ..evaluation.confidence import OTHERS
+from ..evaluation.confidence import OTHER_RUN
 
 OWN_WEIGHTS = [f"{stem}{rest}" for stem in ("model", "ema", "raw")
                for rest in (".safetensors", "-?????-of-?????.safetensors", ".safetensors.index.json")]  # fmt: skip
@@ -144,7 +144,7 @@ def measured(evaluation: dict[str, Any]) -> str:
     for table in evaluation["tables"].values():
         for name, row in table["rows"].items():
             mean, half = row["mean"][0], row["half_width"][0]
-            if mean is not None and OTHERS.strip() not in name:
+            if mean is not None and OTHER_RUN.strip() not in name:
                 value = f"{mean:.4g}" + (f" ± {half:.2g}" if half is not None else "")
                 lines.append(f"| {table['title']}, {table['columns'][0]} ({table['unit']}) | {name} | {value} |")
     return "\n".join(lines)
