@@ -24,9 +24,9 @@ from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 from torch import Tensor
 
-from .shards.tar import Member, Place, open_bytes
+from .shards.tar import Location, Member, open_bytes
 
-Source = str | Place | bytes
+Source = str | Location | bytes
 SUFFIXES = frozenset(
     (".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv")
     + (".webm", ".wmv")

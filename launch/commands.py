@@ -82,16 +82,16 @@ def inspect(args: Namespace) -> int:
 def write_contact_sheet(folder: Path, autoencoder: Any, path: Path) -> Path:
     """A picture of random training clips as they were stored."""
     from msc.datasets.loading.dataloader import loader
-    from msc.datasets.loading.mixture import only
+    from msc.datasets.loading.mixture import single_set
     from msc.datasets.shards.index import read_index
     from msc.pretrain.diffusion.autoencoder import to_uint8
     from msc.pretrain.inference.contact_sheet import write_contact_sheet
 
     rows = []
-    buckets = [one for one in read_index(folder).each() if one.samples("train")]
+    buckets = [one for one in read_index(folder).by_bucket() if one.samples("train")]
     for one in buckets:
         clips = min(max(1, CONTACT_CLIPS // len(buckets)), one.samples("train"))
-        batch = next(loader(only(folder, one), "train", seed=0, clock=0, clips=clips, workers=0))
+        batch = next(loader(single_set(folder, one), "train", seed=0, clock=0, clips=clips, workers=0))
         videos = batch.video
         if batch.latents is not None:
             videos = to_uint8(autoencoder.decode(batch.latents.float()))
@@ -149,7 +149,7 @@ def train(args: Namespace) -> int:
         print(validation.describe(config, processes))
         return 0
     if launcher.LAUNCHED not in os.environ:
-        config = validation.check(config, run, resume, processes)
+        config = validation.validate(config, run, resume, processes)
         if os.environ.get("RANK", "0") == "0":
             heartbeat.check_not_training(run, said)
         if 0 < launcher.visible_gpus(os.environ) < processes and not started:

@@ -18,7 +18,7 @@ from .model.transformer import MSCTransformer
 
 
 @dataclass(frozen=True)
-class Inputs:
+class BatchInputs:
     """Own frames of some clips: x and noise `[B, T, C, H, W]`, t `[B, T]`; supervised frames have t > 0. all_t are the
     noise levels of all frames of the clips, where others have the rest."""
 
@@ -48,7 +48,7 @@ def latents_of(batch: Batch, autoencoder: Autoencoder, device: torch.device) -> 
 
 
 @dataclass(frozen=True)
-class Feed:
+class InputBuilder:
     """How batches of one bucket become inputs in a run: the same on every rank but for `units`, the rank's own, and
     `timeline`, where those lie in their clips.
     """
@@ -82,7 +82,7 @@ class Feed:
         ]
         return torch.stack(t)
 
-    def __call__(self, batch: Batch) -> Inputs:
+    def __call__(self, batch: Batch) -> BatchInputs:
         latents = latents_of(batch, self.autoencoder, self.device)
         assert latents.shape[1] == len(self.frames)
         clips = list(zip(batch.samples, batch.epochs, strict=True))
@@ -95,7 +95,7 @@ class Feed:
 
         to = partial(Tensor.to, device=self.device, non_blocking=True)
         all_t = to(self._all_levels(batch))
-        return Inputs(
+        return BatchInputs(
             self.model.normalise(latents),
             to(noise),
             all_t[:, self.frames.start : self.frames.stop],
@@ -105,14 +105,16 @@ class Feed:
         )
 
 
-def noise_beside(feeds: Sequence[Feed], sizes: Sequence[tuple[int, int, int]]) -> Attach:
+def noise_beside(builders: Sequence[InputBuilder], sizes: Sequence[tuple[int, int, int]]) -> Attach:
     """For the loader to attach: the noise of every clip's own frames, which would take a good part of a GPU's step.
 
-    sizes: (frames, height, width) of every bucket's latents, as `feeds` are of every bucket.
+    sizes: (frames, height, width) of every bucket's latents, as `builders` are of every bucket.
     """
-    channels = feeds[0].model.config.channels
-    own = [(feed.frames, (channels, height, width)) for feed, (_, height, width) in zip(feeds, sizes, strict=True)]
-    return partial(_noise, feeds[0].seed, own)
+    channels = builders[0].model.config.channels
+    own = [
+        (builder.frames, (channels, height, width)) for builder, (_, height, width) in zip(builders, sizes, strict=True)
+    ]
+    return partial(_noise, builders[0].seed, own)
 
 
 def _noise(seed: int, own: list[tuple[range, tuple[int, int, int]]], sample: int, epoch: int, bucket: int) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from msc.datasets.files import describe_validation_error, nearest
-from msc.datasets.loading.mixture import DataConfig, ShardsFrom
+from msc.datasets.loading.mixture import DataConfig, ShardSetConfig
 
 from .checkpoints.format import CheckpointConfig
 from .diffusion.rectified_flow import DiffusionConfig
@@ -28,7 +28,7 @@ from .tracking.spike_guard import GuardConfig
 from .tracking.tracker import MetricsConfig
 
 # Settings that are lists of tables, with one such table.
-LISTS: dict[str, Any] = {"scales": Scale(1), "shards": ShardsFrom("x")}
+LISTS: dict[str, Any] = {"scales": Scale(1), "shards": ShardSetConfig("x")}
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def clip_of(model: ModelConfig, config: ParallelConfig, frames: int, height: int
     return Clip(frames // model.frames_per_unit, model.frames_per_unit, grid, model.head_width, value_bytes)
 
 
-def kept_activations(model: ModelConfig, config: ParallelConfig, clip: Clip, micro: int, recompute: bool) -> int:
+def peak_activation_bytes(model: ModelConfig, config: ParallelConfig, clip: Clip, micro: int, recompute: bool) -> int:
     """Bytes that the rank with the most keeps for the backward pass of `micro` clips."""
     edges = shard_bounds(clip.units, config.sp)
     runs = [cost.Run(end - first, first, config.sp > 1) for first, end in zip(edges, edges[1:], strict=False)]

@@ -20,13 +20,13 @@ from tqdm import tqdm
 from msc.datasets.errors import REQUEUE, DeterministicFailure
 from msc.datasets.files import Forgiving, append_jsonl, write_atomically
 from msc.datasets.loading.dataloader import loader
-from msc.datasets.loading.mixture import Shards, check_sizes, open_shards
+from msc.datasets.loading.mixture import Shards, check_shard_sizes, open_shards
 from msc.parallel import consistency, control_plane, deepspeed_zero, fp8, process_group
 from msc.parallel.mesh import placement_warning
 from msc.parallel.watchdog import is_communication_error, watch_ranks
 
 from . import cost
-from .batch_inputs import Feed, micro_batches, noise_beside
+from .batch_inputs import InputBuilder, micro_batches, noise_beside
 from .checkpoints import directory as checkpoint_directory
 from .checkpoints import format as checkpoint_format
 from .checkpoints import initialize_from, rollback
@@ -45,8 +45,8 @@ from .tracking.mlflow_store import code_version, read_identity
 from .tracking.plan_deviation import PlannedStep, describe_deviation, plan_ratios
 from .tracking.throughput import DESCRIPTION, Meter
 from .tracking.tracker import State, Tracker
-from .tracking.unreadable_clips import Broken, read_broken
-from .validation import resolve, sizes
+from .tracking.unreadable_clips import UnreadableClips, read_unreadable_clips
+from .validation import latent_sizes, resolve
 
 PACKAGES = [Path(__file__).parents[1] / name for name in ("pretrain", "parallel", "datasets", "launch")]
 
@@ -100,7 +100,7 @@ def _train(
         **checkpoint_format.library_versions(),
         **control_plane.run_on_rank_0(code_version),
     }  # git, on a node that is not in a hurry
-    control_plane.run_on_rank_0(partial(check_sizes, shards), patient=True)
+    control_plane.run_on_rank_0(partial(check_shard_sizes, shards), patient=True)
     mesh = make_mesh(world.world_size, config.parallel.sp, world.device.type)
     if (
         told := placement_warning(control_plane.gather_objects(socket.gethostname()), config.parallel.sp)
@@ -108,7 +108,7 @@ def _train(
         checkpoint_format.say(told)
     # of every bucket: where our frames lie in its clips, and which those are
     timelines = [own_timeline(mesh, config.model, config.parallel, clip_of(config.model, config.parallel, *size))
-                 for size in sizes(shards)]  # fmt: skip
+                 for size in latent_sizes(shards)]  # fmt: skip
     batch, micro, accumulate = config.train.batch, config.train.micro, config.train.accumulate(mesh.dp)
 
     # The model, the same on every rank until DeepSpeed shards it -------------------------------------
@@ -155,8 +155,8 @@ def _train(
 
     # The data: this rank's rows and frames, from this clock on ---------------------------------------
     autoencoder = open_autoencoder(shards.index.autoencoder, world.device)
-    feeds = [
-        Feed(
+    builders = [
+        InputBuilder(
             model=model,
             autoencoder=autoencoder,
             diffusion=config.diffusion,
@@ -168,7 +168,7 @@ def _train(
             device=world.device,
             timeline=timeline,
         )
-        for (frames, height, width), (timeline, units) in zip(sizes(shards), timelines, strict=True)
+        for (frames, height, width), (timeline, units) in zip(latent_sizes(shards), timelines, strict=True)
     ]
     clips = loader(
         shards,
@@ -178,15 +178,15 @@ def _train(
         clips=batch,
         rank=mesh.dp_rank,
         ranks=mesh.dp,
-        frames=[(feed.frames.start, feed.frames.stop) for feed in feeds],
+        frames=[(builder.frames.start, builder.frames.stop) for builder in builders],
         workers=config.data.workers,
         prefetch=config.data.prefetch,
         window=config.data.window,
         max_bad=config.data.max_bad,
-        attach=noise_beside(feeds, sizes(shards)),
+        attach=noise_beside(builders, latent_sizes(shards)),
     )
-    known = control_plane.run_on_rank_0(partial(read_broken, run))
-    broken = Broken(run, shards.samples("train"), config.data.max_bad, known)
+    known = control_plane.run_on_rank_0(partial(read_unreadable_clips, run))
+    broken = UnreadableClips(run, shards.samples("train"), config.data.max_bad, known)
     # What is told, and to whom -----------------------------------------------------------------------
     tracker = Tracker(config.metrics)
     mlflow = (
@@ -196,8 +196,10 @@ def _train(
     if step == 0:  # later it is the user's
         tracker.tags({"mlflow.note.content": DESCRIPTION})
     meter = Meter(world.device)
-    tokens = [frames * cost.tokens_per_frame(config.model, height, width) for frames, height, width in sizes(shards)]
-    flops = [cost.step_flops(config.model, *size) / world.world_size for size in sizes(shards)]
+    tokens = [
+        frames * cost.tokens_per_frame(config.model, height, width) for frames, height, width in latent_sizes(shards)
+    ]
+    flops = [cost.step_flops(config.model, *size) / world.world_size for size in latent_sizes(shards)]
     bar = tqdm(
         total=config.train.steps,
         initial=step,
@@ -224,8 +226,8 @@ def _train(
         """Held-out loss and a preview from the averaged weights; training does not notice."""
         at(step, "held-out loss")
         with deepspeed_zero.averaged_weights(engine):
-            losses = held_out_losses(engine.module, config, shards, feeds, mesh.dp, mesh.dp_rank)
-            pictures = write_preview(engine.module, config, shards, feeds, run, step, world.rank) if step else []
+            losses = held_out_losses(engine.module, config, shards, builders, mesh.dp, mesh.dp_rank)
+            pictures = write_preview(engine.module, config, shards, builders, run, step, world.rank) if step else []
         tracker.log(losses.metrics("held_out/"), step)
         for picture in pictures if world.is_rank_0 else []:
             tracker.artifact(picture, "samples")
@@ -243,15 +245,15 @@ def _train(
             with meter.waiting():
                 clips_of_step = next(clips)
             at(step, "counting frames")
-            feed = feeds[clips_of_step.bucket]
-            supervised, unread = (feed.levels(clips_of_step) > 0).sum(), len(clips_of_step.broken)
+            builder = builders[clips_of_step.bucket]
+            supervised, unread = (builder.levels(clips_of_step) > 0).sum(), len(clips_of_step.unreadable)
             counted, stop, bad = process_group.all_reduce_sum(
                 torch.tensor([float(supervised), float(bool(stopping)), float(unread)], device=world.device)
             ).tolist()
             if stop:
                 break
             if bad:
-                met = control_plane.gather_objects(clips_of_step.broken)
+                met = control_plane.gather_objects(clips_of_step.unreadable)
                 broken.note(step, (pair for pairs in met for pair in pairs), world.is_rank_0)
             if rollback.is_excluded(left_out, clock, batch):
                 step, clock = step + 1, clock + batch
@@ -264,9 +266,9 @@ def _train(
             of_step, errors_of_step = LossByNoise.zeros(world.device), []
             for clips_of_part in micro_batches(clips_of_step, micro):
                 with meter.waiting():
-                    part = feed(clips_of_part)
+                    part = builder(clips_of_part)
                 with fp8.autocast(config.parallel.precision == "fp8"):
-                    velocity = engine(part.noisy, part.t, part.text, part.labels, feed.timeline, part.all_t)
+                    velocity = engine(part.noisy, part.t, part.text, part.labels, builder.timeline, part.all_t)
                 errors = frame_losses(velocity, part.x, part.noise)
                 of_step.add(errors.detach(), part.t, part.supervised)
                 errors_of_step.append(errors.detach())
@@ -275,9 +277,9 @@ def _train(
 
             # The update, unless loss or gradient norm speak against it: then nothing has changed but the clock
             of_step.reduce()
-            objection = partial(spike_guard.objection, config.guard, history, of_step.mean)
+            objection = partial(spike_guard.skip_reason, config.guard, history, of_step.mean)
             norm, objected = deepspeed_zero.step(engine, objection)
-            history = spike_guard.after(config.guard, history, of_step.mean, norm, objected)
+            history = spike_guard.updated_history(config.guard, history, of_step.mean, norm, objected)
             step, clock = step + 1, clock + batch
             if objected:
                 found = control_plane.gather_objects(rollback.clip_losses(clips_of_step, errors_of_step))

@@ -8,10 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from msc.datasets.files import free_bytes
-from msc.datasets.loading.mixture import DataConfig, Shards, check_sizes, only, open_shards, rounds
+from msc.datasets.loading.mixture import (
+    DataConfig,
+    Shards,
+    batches_per_round,
+    check_shard_sizes,
+    open_shards,
+    single_set,
+)
 from msc.datasets.prepare.statistics import Statistics
 from msc.datasets.shards.index import Index
-from msc.datasets.shards.remote import is_address
+from msc.datasets.shards.remote import is_url
 
 from . import cost
 from .checkpoints import directory as checkpoint_directory
@@ -21,13 +28,13 @@ from .diffusion.autoencoder import open_autoencoder
 from .layout_planner import table
 from .model.noise_gate import gate_constants
 from .model.transformer import check_clip
-from .parallelize import check_fp8, check_parallel, clip_of, kept_activations
+from .parallelize import check_fp8, check_parallel, clip_of, peak_activation_bytes
 
 # What a run that failed before its first step leaves: logs of its ranks, a last sign of life.
 LEFT_BY_A_START = ("logs", "heartbeat.json", ".heartbeat.*")
 
 
-def sizes(shards: Shards) -> list[tuple[int, int, int]]:
+def latent_sizes(shards: Shards) -> list[tuple[int, int, int]]:
     """Frames, height and width of the latents of every bucket."""
     return [(shape.frames, shape.height, shape.width) for shape in shards.shapes]
 
@@ -56,28 +63,28 @@ def resolve(config: Config, index: Index) -> Config:
     train = config.train
     if train.init_from:
         train = replace(train, init_from=str(Path(train.init_from).absolute()))
-    return replace(config, model=model, data=absolute(config.data), train=train)
+    return replace(config, model=model, data=absolute_paths(config.data), train=train)
 
 
-def absolute(data: DataConfig) -> DataConfig:
+def absolute_paths(data: DataConfig) -> DataConfig:
     """With folders named so that they are found from anywhere."""
 
     def where(path: str) -> str:
-        return path if is_address(path) or not path else str(Path(path).absolute())
+        return path if is_url(path) or not path else str(Path(path).absolute())
 
     if isinstance(data.shards, str):
         return replace(data, shards=where(data.shards))
     return replace(data, shards=tuple(replace(found, path=where(found.path)) for found in data.shards))
 
 
-def check(config: Config, run: Path, resume: bool, processes: int) -> Config:
+def validate(config: Config, run: Path, resume: bool, processes: int) -> Config:
     """Every rule that can be checked before a process starts; ValueError or OSError says what is wrong."""
     shards = open_shards(config.data)
     if "RANK" not in os.environ:  # ranks leave it to the first of them (train.py)
-        check_sizes(shards)
+        check_shard_sizes(shards)
     index = shards.index
     config = resolve(config, index)
-    for frames, height, width in sizes(shards):
+    for frames, height, width in latent_sizes(shards):
         check_clip(config.model, frames, height, width)
         dp = check_parallel(config.parallel, config.model, processes, frames // config.model.frames_per_unit)
         config.train.accumulate(dp)
@@ -86,7 +93,7 @@ def check(config: Config, run: Path, resume: bool, processes: int) -> Config:
             check_fp8(config.parallel, unit)
     if not shards.samples("train"):
         raise ValueError(f"{shards} holds no clip to train on")
-    rounds(shards, "train", config.train.batch)
+    batches_per_round(shards, "train", config.train.batch)
     if config.train.evaluate and not shards.samples("held_out"):
         raise ValueError(f"{shards} holds no held-out clip; convert with --held-out, or set train.evaluate=0")
     if run.exists() and not all(any(map(path.match, LEFT_BY_A_START)) for path in run.iterdir()) and not resume:
@@ -124,7 +131,7 @@ def check_room(config: Config, run: Path) -> None:
 
 
 # What a dry run without shards assumes: 5 s of 512 × 512 video at 16 frames/s in a common autoencoder's latents.
-ASSUMED = Index(
+ASSUMED_INDEX = Index(
     store="latent", autoencoder="assumed", temporal_factor=4, channels=16, frames=20, height=64, width=64,
     video_frames=77, video_height=512, video_width=512, fps=16.0, splits={"train": [], "held_out": []},
     statistics=Statistics.default(16), settings={},
@@ -145,19 +152,21 @@ def check_same_model(config: Config, before: dict[str, Any]) -> None:
 
 def describe(config: Config, processes: int = 1) -> str:
     """The resolved configuration and what it costs, for `--dry-run`."""
-    shards = open_shards(config.data) if config.data.shards else only("", ASSUMED)
+    shards = open_shards(config.data) if config.data.shards else single_set("", ASSUMED_INDEX)
     config = resolve(config, shards.index)
-    for frames, height, width in sizes(shards):
+    for frames, height, width in latent_sizes(shards):
         check_clip(config.model, frames, height, width)
         dp = check_parallel(config.parallel, config.model, processes, frames // config.model.frames_per_unit)
-    index = costliest(config, shards)
+    index = costliest_index(config, shards)
     accumulate = config.train.accumulate(dp)
     bf16 = config.parallel.precision != "fp32"
     count = cost.parameters(config.model)
     tokens = index.frames * cost.tokens_per_frame(config.model, index.height, index.width)
     state = cost.state_bytes(count, config.parallel.zero.stage, processes, bf16)
     clip = clip_of(config.model, config.parallel, index.frames, index.height, index.width)
-    activations = kept_activations(config.model, config.parallel, clip, config.train.micro, config.parallel.recompute)
+    activations = peak_activation_bytes(
+        config.model, config.parallel, clip, config.train.micro, config.parallel.recompute
+    )
     whole = f"; {4 * count / 1e9:.2f} at the start, before sharding" if config.parallel.zero.stage < 3 else ""
     flops = cost.step_flops(config.model, index.frames, index.height, index.width)
     attention = 3 * cost.attention_flops(config.model, index.frames, index.height, index.width)
@@ -183,9 +192,9 @@ def describe(config: Config, processes: int = 1) -> str:
     return dump(config) + "\n" + "\n".join(f"{name:<24} {value}" for name, value in facts)
 
 
-def costliest(config: Config, shards: Shards) -> Index:
+def costliest_index(config: Config, shards: Shards) -> Index:
     """The index of the bucket whose clips take the most FLOPs."""
-    every = (one for found in shards.sets for one in found.index.each())
+    every = (one for found in shards.sets for one in found.index.by_bucket())
     return max(every, key=lambda one: cost.step_flops(config.model, one.frames, one.height, one.width))
 
 

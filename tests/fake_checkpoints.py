@@ -17,7 +17,7 @@ from msc.pretrain.model.scales import Scale
 from msc.pretrain.model.transformer import ModelConfig, MSCTransformer
 from msc.pretrain.presets import PRESETS
 from msc.pretrain.run_folder import LatentSpace, RunFolder
-from msc.pretrain.validation import ASSUMED, resolve
+from msc.pretrain.validation import ASSUMED_INDEX, resolve
 
 SCALES = (Scale(2, 1, 1, 2, 3), Scale(1, 2, 1, 3), Scale(1, 2, 2, None))
 
@@ -27,7 +27,7 @@ def configured(**model) -> tuple[Config, LatentSpace]:
     base = PRESETS["demo"]()
     made = {"width": 32, "depth": 2, "patch": 2, "scales": SCALES, **model}
     index = replace(
-        ASSUMED, autoencoder="pixels", channels=3, frames=6, height=16, width=24, video_frames=6, video_height=16,
+        ASSUMED_INDEX, autoencoder="pixels", channels=3, frames=6, height=16, width=24, video_frames=6, video_height=16,
         video_width=24, fps=12.0, statistics=Statistics.default(3), classes=made.get("classes", 0),
         has_text=made.get("text_width", 0) or None,
     )  # fmt: skip

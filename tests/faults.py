@@ -48,7 +48,7 @@ def install(wanted: dict, rank: int) -> None:
     from msc.pretrain.checkpoints import async_writer
 
     now = {"clock": 0}
-    loader, call = training.loader, training.Feed.__call__
+    loader, call = training.loader, training.InputBuilder.__call__
 
     def watched(*arguments, clock, clips, **options):
         file = Path(wanted["consumed"], f"{rank}.jsonl")
@@ -85,7 +85,7 @@ def install(wanted: dict, rank: int) -> None:
     def asked(*_):
         raise AssertionError("noise levels were asked for")
 
-    training.loader, training.Feed.__call__ = watched, spoiled
+    training.loader, training.InputBuilder.__call__ = watched, spoiled
     ShardedTimeline.levels = asked
     if "chunk_s" in wanted:
         async_writer.CHUNK, async_writer.hashlib = 8192, SimpleNamespace(sha256=SlowHash)

@@ -30,4 +30,4 @@ def slowly(rank, ranks, folder, seconds):
 
 def _check(shards, seconds):
     time.sleep(seconds)
-    mixture.check_sizes(shards)
+    mixture.check_shard_sizes(shards)

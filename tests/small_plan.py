@@ -13,7 +13,7 @@ from msc.pretrain.model.scales import default_scales
 from msc.pretrain.model.transformer import MSCTransformer
 from msc.pretrain.parallelize import clip_of, own_timeline
 from msc.pretrain.presets import PRESETS
-from msc.pretrain.validation import ASSUMED, resolve
+from msc.pretrain.validation import ASSUMED_INDEX, resolve
 
 
 def small(**parallel):
@@ -21,7 +21,7 @@ def small(**parallel):
     base = PRESETS["demo"]()
     model = replace(base.model, width=32, depth=2, patch=2, scales=default_scales(4, patch_window=3))
     precision = {"precision": "fp32", **parallel}
-    index = replace(ASSUMED, channels=3, frames=8, height=16, width=24, statistics=Statistics.default(3))
+    index = replace(ASSUMED_INDEX, channels=3, frames=8, height=16, width=24, statistics=Statistics.default(3))
     config = replace(base, model=model, parallel=replace(base.parallel, **precision))
     return resolve(config, index), index
 

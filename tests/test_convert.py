@@ -15,8 +15,8 @@ import torch
 
 from msc.datasets import video as decode
 from msc.datasets.loading.dataloader import loader
-from msc.datasets.loading.mixture import only
-from msc.datasets.loading.shard_reader import Samples
+from msc.datasets.loading.mixture import single_set
+from msc.datasets.loading.shard_reader import ShardReader
 from msc.datasets.prepare import clip_extraction, shard_writer
 from msc.datasets.prepare import convert as converting
 from msc.datasets.prepare.clip_ranges import border, pieces, runs
@@ -25,7 +25,7 @@ from msc.datasets.prepare.progress import count_finished_groups
 from msc.datasets.prepare.sources import find_sources
 from msc.datasets.prepare.statistics import measure_statistics
 from msc.datasets.shards import tar
-from msc.datasets.shards.index import read_index, read_part, scan, verify
+from msc.datasets.shards.index import corrupted_shards, read_index, read_part, scan
 from msc.datasets.synthetic import write_videos
 from msc.datasets.video import decode_frames, encode_mp4
 from msc.launch import cli
@@ -136,7 +136,7 @@ def test_conversion_does_not_depend_on_the_number_of_workers(tmp_path, videos):
     out = tmp_path / "1" / "out"
     assert list(out.parent.iterdir()) == [out]
     index = read_index(out)
-    assert verify(out, index) == []
+    assert corrupted_shards(out, index) == []
     assert {name: index.samples(name) for name in ("train", "held_out")} == report.clips
     assert (index.frames, index.channels, index.height, index.width) == (4, 3, 8, 12)
     assert (index.video_frames, index.video_height, index.video_width, index.fps) == (8, 16, 24, 12)
@@ -182,7 +182,7 @@ def test_held_out_and_train_share_no_frame(tmp_path, fps):
     for name in ("train", "held_out"):
         seen[name] = set()
         for batch in loader(
-            only(tmp_path / "out", index), name, seed=0, clock=0, clips=1, workers=0, stop=index.samples(name)
+            single_set(tmp_path / "out", index), name, seed=0, clock=0, clips=1, workers=0, stop=index.samples(name)
         ):
             assert batch.video is not None
             quarters = batch.video.float().mean(2).unflatten(-1, (2, 8)).unflatten(-3, (2, 8)).mean((-1, -3))
@@ -196,7 +196,7 @@ def test_held_out_and_train_share_no_frame(tmp_path, fps):
 def test_statistics_are_those_of_the_training_clips(tmp_path, videos):
     convert(settings(tmp_path, videos), blocks, 2)
     index = read_index(tmp_path / "out")
-    samples = Samples(tmp_path / "out", index, "train")
+    samples = ShardReader(tmp_path / "out", index, "train")
     assert measure_statistics(blocks(samples.read(i)[1]) for i in range(len(samples))) == index.statistics
 
 
@@ -206,7 +206,7 @@ def test_statistics_open_only_the_shards_of_the_clips_they_take(tmp_path, videos
     monkeypatch.setattr(converting, "scan", lambda path: scanned.append(path.name) or scan(path))
     convert(settings(tmp_path, videos), blocks, 2)
     index = read_index(tmp_path / "out")
-    samples = Samples(tmp_path / "out", index, "train")
+    samples = ShardReader(tmp_path / "out", index, "train")
     assert measure_statistics(blocks(samples.read(i)[1]) for i in (0, len(samples) // 2)) == index.statistics
     assert len(scanned) == 2 < len(index.splits["train"])
 
@@ -215,14 +215,14 @@ def test_latents_are_stored_in_their_place(tmp_path, videos):
     convert(settings(tmp_path, videos, store="latent", stride=20), blocks, 2)
     index = read_index(tmp_path / "out")
     assert index.store == "latent"
-    samples = Samples(tmp_path / "out", index, "train")
+    samples = ShardReader(tmp_path / "out", index, "train")
     source = next(iter(sorted(videos.glob("deep/er/*.mp4"))))
     want = blocks(decode_frames(source, fps=12, stop=8, size=(16, 24)))
     got = samples.read(0)[1]
     assert got.dtype == torch.float16
     assert (got - want).abs().max() < 0.03  # 16-bit floats, and one step of colour conversion
     for start, stop in ((0, 1), (1, 3), (3, 4)):
-        part = Samples(tmp_path / "out", index, "train", (start, stop))
+        part = ShardReader(tmp_path / "out", index, "train", (start, stop))
         assert torch.equal(part.read(2)[1], samples.read(2)[1][start:stop])
 
 
@@ -451,4 +451,4 @@ def test_frame_rates_may_be_fractions(tmp_path, videos):
     index = read_index(tmp_path / "out")
     assert index.fps == pytest.approx(11.988, abs=1e-3)
     assert report.seconds == pytest.approx(sum(report.clips.values()) * 8 / 11.988, rel=1e-3)
-    assert Samples(tmp_path / "out", index, "train").read(0)[1].shape == (8, 3, 16, 24)
+    assert ShardReader(tmp_path / "out", index, "train").read(0)[1].shape == (8, 3, 16, 24)

@@ -18,10 +18,11 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from msc.datasets.loading import shard_reader
 from msc.datasets.loading.dataloader import Batch, loader
-from msc.datasets.loading.mixture import DataConfig, only
-from msc.datasets.loading.shard_reader import Samples
-from msc.datasets.loading.shuffling import order, rows, sample_at
+from msc.datasets.loading.mixture import DataConfig, single_set
+from msc.datasets.loading.shard_reader import ShardReader
+from msc.datasets.loading.shuffling import epoch_permutation, positions_of_rank, sample_at
 from msc.datasets.prepare.convert import ConvertConfig, convert
 from msc.datasets.prepare.statistics import Statistics
 from msc.datasets.shards.index import Index, ShardInfo, read_index, scan, write_index, write_shard
@@ -52,7 +53,7 @@ def shards(request, tmp_path_factory) -> Path:
 
 def read(folder: Path, batches: int, split: str = "train", **options) -> list[Batch]:
     options = {"seed": 3, "clock": 0, "clips": 4, "workers": 0, **options}
-    return list(itertools.islice(loader(only(folder, read_index(folder)), split, **options), batches))
+    return list(itertools.islice(loader(single_set(folder, read_index(folder)), split, **options), batches))
 
 
 def media(batch: Batch) -> torch.Tensor:
@@ -77,16 +78,16 @@ def joined(parts: list[Batch]) -> Batch:
 
 
 def test_every_epoch_is_a_permutation_of_its_own():
-    for shard_reader in (1, 2, 3, 10, 63, 64, 65, 1000):
-        seen = [order(shard_reader, 7, epoch) for epoch in range(4)]
-        assert all(sorted(one) == list(range(shard_reader)) for one in seen)
-        assert shard_reader < 10 or len({tuple(one) for one in seen}) == 4
-    assert order(1000, 7, 0) != order(1000, 8, 0)
+    for samples in (1, 2, 3, 10, 63, 64, 65, 1000):
+        seen = [epoch_permutation(samples, 7, epoch) for epoch in range(4)]
+        assert all(sorted(one) == list(range(samples)) for one in seen)
+        assert samples < 10 or len({tuple(one) for one in seen}) == 4
+    assert epoch_permutation(1000, 7, 0) != epoch_permutation(1000, 8, 0)
 
 
 def test_order_is_a_pure_function_that_does_not_change_between_versions():
-    assert order(10, 0, 0) == order(10, 0, 0)
-    assert order(10, 0, 0) == [4, 1, 5, 8, 0, 6, 3, 9, 7, 2]
+    assert epoch_permutation(10, 0, 0) == epoch_permutation(10, 0, 0)
+    assert epoch_permutation(10, 0, 0) == [4, 1, 5, 8, 0, 6, 3, 9, 7, 2]
     assert sample_at(123456789012, 10**9, 42) == (123, 290189562)
 
 
@@ -94,19 +95,19 @@ def test_order_is_spread_evenly():
     # Each of 6 samples is first in about a sixth of the epochs, and after each other one about as often.
     first, after = torch.zeros(6), torch.zeros(6, 6)
     for epoch in range(1200):
-        one = order(6, 1, epoch)
+        one = epoch_permutation(6, 1, epoch)
         first[one[0]] += 1
         for a, b in itertools.pairwise(one):
             after[a, b] += 1
     assert (first - 200).abs().max() < 5 * 200**0.5
     assert (after[~torch.eye(6, dtype=torch.bool)] - 200).abs().max() < 5 * 200**0.5
     # In a large set neighbours in the order are far apart, as at random: a third of the range.
-    large = torch.tensor(order(5000, 1, 0)).double()
+    large = torch.tensor(epoch_permutation(5000, 1, 0)).double()
     assert (large.diff().abs().mean() / 5000 - 1 / 3).abs() < 0.02
 
 
 def test_position_is_random_access():
-    whole = [(epoch, sample) for epoch in range(3) for sample in order(17, 5, epoch)]
+    whole = [(epoch, sample) for epoch in range(3) for sample in epoch_permutation(17, 5, epoch)]
     assert [sample_at(k, 17, 5) for k in range(51)] == whole
     assert [sample_at(k, 4, 5, shuffle=False) for k in (0, 3, 4, 9)] == [(0, 0), (0, 3), (1, 0), (2, 1)]
     start = time.perf_counter()
@@ -121,12 +122,12 @@ def test_position_is_random_access():
 
 def test_rows_of_ranks_are_a_partition():
     for clips, ranks in ((8, 1), (8, 2), (8, 4), (8, 8)):
-        parts = [rows(100, clips, rank, ranks) for rank in range(ranks)]
+        parts = [positions_of_rank(100, clips, rank, ranks) for rank in range(ranks)]
         assert [k for part in parts for k in part] == list(range(100, 108))
     with pytest.raises(ValueError, match="6 clips per batch cannot be divided evenly over 4"):
-        rows(0, 6, 0, 4)
+        positions_of_rank(0, 6, 0, 4)
     with pytest.raises(ValueError, match="rank is 2, there are 2"):
-        rows(0, 6, 2, 2)
+        positions_of_rank(0, 6, 2, 2)
 
 
 # --- batches -----------------------------------------------------------------------------------------------
@@ -192,7 +193,6 @@ def test_slices_of_frames_are_slices_of_clips(shards, workers):
 
 
 def test_each_sp_rank_decodes_only_its_frames(shards, monkeypatch):
-    from msc.datasets.loading import shard_reader
 
     asked = []
     decode = shard_reader.decode_frames
@@ -247,12 +247,12 @@ def test_mistakes_are_refused(shards):
     index = read_index(shards)
     empty = dataclasses.replace(index, splits={**index.splits, "held_out": []})
     with pytest.raises(ValueError, match="has no clips in split 'held_out'"):
-        loader(only(shards, empty), "held_out", seed=0, clock=0, clips=1)
+        loader(single_set(shards, empty), "held_out", seed=0, clock=0, clips=1)
     if index.store == "video":
         uneven = dataclasses.replace(index, temporal_factor=4, frames=3)  # the 1 + 4 k of causal autoencoders
         with pytest.raises(ValueError, match="8 video frames are not 3 x 4"):
-            loader(only(shards, uneven), "train", seed=0, clock=0, clips=1, frames=[(0, 1)])
-        whole = loader(only(shards, uneven), "train", seed=0, clock=0, clips=1, frames=[(0, 3)], workers=0)
+            loader(single_set(shards, uneven), "train", seed=0, clock=0, clips=1, frames=[(0, 1)])
+        whole = loader(single_set(shards, uneven), "train", seed=0, clock=0, clips=1, frames=[(0, 3)], workers=0)
         assert media(next(whole)).shape[1] == 8
 
 
@@ -271,7 +271,7 @@ def test_signals_to_the_job_do_not_end_workers(shards):
     old = signal.signal(signal.SIGUSR1, lambda *_: seen.append(1))  # as the training loop does
     try:
         whole = read(shards, 12)
-        batches = loader(only(shards, read_index(shards)), "train", seed=3, clock=0, clips=4, workers=2)
+        batches = loader(single_set(shards, read_index(shards)), "train", seed=3, clock=0, clips=4, workers=2)
         assert same(next(batches), whole[0])
         workers = {*children.read_text().split()} - {*others}
         assert len(workers) >= 2
@@ -292,12 +292,12 @@ def test_signals_to_the_job_do_not_end_workers(shards):
 PROGRAM = """
 import sys
 from msc.datasets.loading.dataloader import loader
-from msc.datasets.loading.mixture import only
+from msc.datasets.loading.mixture import single_set
 from msc.datasets.shards.index import read_index
 
 held = []
 def work():
-    batches = loader(only(sys.argv[1], read_index(sys.argv[1])), "train", seed=0, clock=0, clips=2, workers=2)
+    batches = loader(single_set(sys.argv[1], read_index(sys.argv[1])), "train", seed=0, clock=0, clips=2, workers=2)
     held.append(batches)
     for batch in batches:
         1 / (sys.argv[2] != "raise")
@@ -325,8 +325,9 @@ def test_a_worker_has_its_socket_before_it_reads(shards, monkeypatch):
             return torch.tensor(len(list(Path(folder).glob("pymp-*/*"))))
 
         index = read_index(shards)
-        with closing(loader(only(shards, index), "train", seed=0, clock=0, clips=2, workers=1, attach=sockets)) as read:
-            assert next(read).attached.tolist() == [1, 1]
+        batches = loader(single_set(shards, index), "train", seed=0, clock=0, clips=2, workers=1, attach=sockets)
+        with closing(batches):
+            assert next(batches).attached.tolist() == [1, 1]
         assert not os.listdir(folder)
 
 
@@ -375,10 +376,10 @@ def damaged(sample: tuple[str, dict[str, bytes]], how: str) -> tuple[str, dict[s
 
 @pytest.mark.parametrize("how", ["bit", "short", "json", "no checksum", "other size", "no video"])
 def test_a_broken_sample_is_named_and_replaced_alike_everywhere(tmp_path, capsys, how):
-    shard_reader = video_samples(40)
-    index = small_index(tmp_path, [damaged(s, how) if i in (3, 4) else s for i, s in enumerate(shard_reader)])
+    samples = video_samples(40)
+    index = small_index(tmp_path, [damaged(s, how) if i in (3, 4) else s for i, s in enumerate(samples)])
     options = {"seed": 1, "clock": 0, "clips": 8, "stop": 80}
-    whole = list(loader(only(tmp_path, index), "train", workers=0, **options))
+    whole = list(loader(single_set(tmp_path, index), "train", workers=0, **options))
     told = capsys.readouterr().err
     assert told.count("data: skipped sample clip-3 of ") == told.count("data: skipped sample clip-4 of ") == 1
     wanted = [sample_at(k, 40, 1)[1] for k in range(80)]
@@ -386,7 +387,7 @@ def test_a_broken_sample_is_named_and_replaced_alike_everywhere(tmp_path, capsys
     assert [e for b in whole for e in b.epochs] == [0] * 40 + [1] * 40
     assert all(key == f"clip-{s}" for b in whole for s, key in zip(b.samples, b.keys, strict=True))
     for frames in ((0, 1), (3, 4)):  # ranks that share a clip agree, though only one would meet the damage
-        part = list(loader(only(tmp_path, index), "train", workers=2, frames=[frames], **options))
+        part = list(loader(single_set(tmp_path, index), "train", workers=2, frames=[frames], **options))
         assert [b.samples for b in part] == [b.samples for b in whole]
         for a, b in zip(part, whole, strict=True):
             assert torch.equal(media(a), media(b)[:, 2 * frames[0] : 2 * frames[1]])
@@ -395,9 +396,9 @@ def test_a_broken_sample_is_named_and_replaced_alike_everywhere(tmp_path, capsys
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("bad", [3, 40])
 def test_too_many_broken_samples_stop_the_run(tmp_path, workers, bad):
-    shard_reader = [damaged(s, "bit") if i < bad else s for i, s in enumerate(video_samples(40))]
-    index = small_index(tmp_path, shard_reader)
-    batches = loader(only(tmp_path, index), "train", seed=1, clock=0, clips=8, workers=workers)
+    samples = [damaged(s, "bit") if i < bad else s for i, s in enumerate(video_samples(40))]
+    index = small_index(tmp_path, samples)
+    batches = loader(single_set(tmp_path, index), "train", seed=1, clock=0, clips=8, workers=workers)
     with pytest.raises(ValueError, match=r"more than 2 of the 40 samples in .* are broken.*sample clip-\d+"):
         list(itertools.islice(batches, 10))
 
@@ -410,12 +411,12 @@ def test_broken_latents_are_found_by_their_header(tmp_path, capsys):
     huge = {"json": b"{}", "latent.safetensors": (1 << 60).to_bytes(8, "little") + b"{}"}
     cut = {"json": b"{}", "latent.safetensors": good["latent.safetensors"][:-4]}
     bad = [latents((4, 3, 8, 9)), latents((4, 3, 8, 8), "other"), huge, cut, {"json": b"{}"}]
-    shard_reader = [(f"clip-{i}", parts) for i, parts in enumerate([*bad, good])]
-    index = small_index(tmp_path, shard_reader, store="latent")
+    samples = [(f"clip-{i}", parts) for i, parts in enumerate([*bad, good])]
+    index = small_index(tmp_path, samples, store="latent")
     for i in range(len(bad)):
         with pytest.raises(ValueError, match=f"sample clip-{i} of "):
-            Samples(tmp_path, index, "train", (0, 1)).read(i)
-    key, found, _, _ = Samples(tmp_path, index, "train", (1, 3)).read(5)
+            ShardReader(tmp_path, index, "train", (0, 1)).read(i)
+    key, found, _, _ = ShardReader(tmp_path, index, "train", (1, 3)).read(5)
     assert (key, found.shape) == ("clip-5", (2, 3, 8, 8))
 
 
@@ -424,13 +425,13 @@ def test_a_flipped_bit_is_found_in_latents_and_text(tmp_path):
     latents, text = save({"latent": torch.zeros(4, 3, 8, 8)}), save({"text": torch.zeros(5, 7)})
     sums = {"crc32": zlib.crc32(latents), "text_crc32": zlib.crc32(text)}
     flipped = [latents[:-1] + b"\1", latents, latents, latents[:-1] + b"\1"], [text, text[:-1] + b"\1", text, text]
-    shard_reader = []
+    samples = []
     for i, (one, other) in enumerate(zip(*flipped, strict=True)):
         about = json.dumps(sums if i < 3 else {}).encode()
-        shard_reader.append((f"clip-{i}", {"json": about, "latent.safetensors": one, "text.safetensors": other}))
-    index = small_index(tmp_path, shard_reader, store="latent", has_text=7)
+        samples.append((f"clip-{i}", {"json": about, "latent.safetensors": one, "text.safetensors": other}))
+    index = small_index(tmp_path, samples, store="latent", has_text=7)
     for frames in ((0, 4), (0, 1), (3, 4)):
-        found = Samples(tmp_path, index, "train", frames)
+        found = ShardReader(tmp_path, index, "train", frames)
         for i, what in enumerate(("latents", "text")):
             with pytest.raises(ValueError, match=f"sample clip-{i} of .*checksum of the {what} differs"):
                 found.read(i)
@@ -438,29 +439,29 @@ def test_a_flipped_bit_is_found_in_latents_and_text(tmp_path):
 
 
 def test_text_and_labels_come_along(tmp_path):
-    shard_reader = video_samples(6, label=lambda i: i % 3)
+    samples = video_samples(6, label=lambda i: i % 3)
     text = torch.randn(6, 5, 7)
-    for i, (_, parts) in enumerate(shard_reader):
+    for i, (_, parts) in enumerate(samples):
         parts["text.safetensors"] = save({"text": text[i]})
-    index = small_index(tmp_path, shard_reader, has_text=7, classes=3)
-    for batch in itertools.islice(loader(only(tmp_path, index), "train", seed=0, clock=0, clips=3, workers=1), 4):
+    index = small_index(tmp_path, samples, has_text=7, classes=3)
+    for batch in itertools.islice(loader(single_set(tmp_path, index), "train", seed=0, clock=0, clips=3, workers=1), 4):
         assert batch.text is not None
         assert batch.labels is not None
         assert torch.equal(batch.text, text[batch.samples])
         assert batch.labels.tolist() == [s % 3 for s in batch.samples]
-    plain = next(loader(only(tmp_path, dataclasses.replace(index, has_text=None, classes=0)), "train",
+    plain = next(loader(single_set(tmp_path, dataclasses.replace(index, has_text=None, classes=0)), "train",
                         seed=0, clock=0, clips=3, workers=0))  # fmt: skip
     assert plain.text is None
     assert plain.labels is None
 
 
 def test_texts_of_different_lengths_are_padded_with_zeros(tmp_path):
-    shard_reader = video_samples(3)
+    samples = video_samples(3)
     text = [torch.randn(length, 7) for length in (2, 5, 3)]
-    for i, (_, parts) in enumerate(shard_reader):
+    for i, (_, parts) in enumerate(samples):
         parts["text.safetensors"] = save({"text": text[i]})
-    index = small_index(tmp_path, shard_reader, has_text=7)
-    batch = next(loader(only(tmp_path, index), "train", seed=0, clock=0, clips=3, workers=0))
+    index = small_index(tmp_path, samples, has_text=7)
+    batch = next(loader(single_set(tmp_path, index), "train", seed=0, clock=0, clips=3, workers=0))
     assert batch.text is not None
     assert batch.text.shape == (3, 5, 7)
     for row, sample in zip(batch.text, batch.samples, strict=True):
@@ -474,14 +475,14 @@ def test_a_hostile_shard_is_not_read(tmp_path):
         for name in ("clip-0.json", "clip-0.pkl"):
             tar.addfile(tarfile.TarInfo(name))
     with pytest.raises(ValueError, match=r"more than 1 of the 2 samples in .* 'clip-0\.pkl' is refused"):
-        next(loader(only(tmp_path, index), "train", seed=0, clock=0, clips=1, workers=0))
+        next(loader(single_set(tmp_path, index), "train", seed=0, clock=0, clips=1, workers=0))
 
 
 def test_an_index_that_counts_wrongly_is_noticed(tmp_path):
     index = small_index(tmp_path, video_samples(2))
     shard: ShardInfo = dataclasses.replace(index.splits["train"][0], samples=3)
     with pytest.raises(ValueError, match="has 2 samples, its index says 3"):
-        Samples(tmp_path, dataclasses.replace(index, splits={"train": [shard]}), "train").read(0)
+        ShardReader(tmp_path, dataclasses.replace(index, splits={"train": [shard]}), "train").read(0)
 
 
 @pytest.mark.parametrize(
@@ -505,16 +506,15 @@ def latent_samples(count: int, content: bytes = b"") -> list[tuple[str, dict[str
 def test_a_set_that_is_mostly_broken_ends_the_run_soon(tmp_path, monkeypatch):
     """One read does not go through all that may be broken before it says so."""
     index = small_index(tmp_path, latent_samples(1000, b"nothing"), store="latent")
-    tried, whole = [], Samples.read
-    monkeypatch.setattr(Samples, "read", lambda self, number: tried.append(number) or whole(self, number))
-    batches = loader(only(tmp_path, index), "train", seed=1, clock=0, clips=1, workers=0, max_bad=0.9)
+    tried, whole = [], ShardReader.read
+    monkeypatch.setattr(ShardReader, "read", lambda self, number: tried.append(number) or whole(self, number))
+    batches = loader(single_set(tmp_path, index), "train", seed=1, clock=0, clips=1, workers=0, max_bad=0.9)
     with pytest.raises(ValueError, match=r"^64 clips in a row of .* cannot be read: sample clip-\d+ .*; sample .*disk"):
         next(batches)
     assert len(tried) == 64
 
 
 def test_a_shard_that_was_cut_off_is_passed_over_and_scanned_once(tmp_path, monkeypatch, capsys):
-    from msc.datasets.loading import shard_reader
 
     index = small_index(tmp_path, latent_samples(100), store="latent")
     good = write_shard(tmp_path / "train-000001.tar", latent_samples(20))
@@ -522,7 +522,7 @@ def test_a_shard_that_was_cut_off_is_passed_over_and_scanned_once(tmp_path, monk
     os.truncate(tmp_path / "train-000000.tar", 5000)
     scanned = []
     monkeypatch.setattr(shard_reader, "scan", lambda path: scanned.append(path.name) or scan(path))
-    batches = loader(only(tmp_path, index), "train", seed=1, clock=0, clips=4, workers=0, stop=120, max_bad=0.9)
+    batches = loader(single_set(tmp_path, index), "train", seed=1, clock=0, clips=4, workers=0, stop=120, max_bad=0.9)
     assert all(number >= 100 for batch in batches for number in batch.samples)
     assert sorted(scanned) == ["train-000000.tar", "train-000001.tar"]
     assert capsys.readouterr().err.count("data: skipped shard ") == 100

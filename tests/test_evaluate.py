@@ -9,7 +9,7 @@ import fake_checkpoints
 import pytest
 import torch
 
-from msc.datasets.loading.mixture import DataConfig, ShardsFrom
+from msc.datasets.loading.mixture import DataConfig, ShardSetConfig
 from msc.datasets.prepare.convert import ConvertConfig, convert
 from msc.datasets.synthetic import moving_textures, write_videos
 from msc.pretrain.diffusion.autoencoder import open_autoencoder
@@ -102,7 +102,7 @@ def test_clips_of_other_buckets_are_measured_but_not_continued(tmp_path, monkeyp
     convert(ConvertConfig(sources, str(out), buckets=buckets, **settings), lambda video: video / 127.5 - 1, 1)
     config, space = fake_checkpoints.configured()
     metrics = dataclasses.replace(config.metrics, tracking_uri="none")
-    config = dataclasses.replace(config, data=DataConfig((ShardsFrom(str(out)),)), metrics=metrics)
+    config = dataclasses.replace(config, data=DataConfig((ShardSetConfig(str(out)),)), metrics=metrics)
     model, autoencoder = fake_checkpoints.random_model(config.model), open_autoencoder("pixels")
     trained = TrainedModel(model, config, space, autoencoder, 7, 28, torch.device("cpu"))
     monkeypatch.setattr(evaluation, "open_run", lambda *_: trained)

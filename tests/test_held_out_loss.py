@@ -6,7 +6,7 @@ import pytest
 import torch
 from context_parallel_ranks import SCALES, make
 
-from msc.pretrain.batch_inputs import Inputs
+from msc.pretrain.batch_inputs import BatchInputs
 from msc.pretrain.diffusion.rectified_flow import frame_losses
 from msc.pretrain.diffusion.sampler import Cache, extend_cache
 from msc.pretrain.evaluation.confidence import ratio_over_clips
@@ -17,7 +17,7 @@ def test_parts_of_the_loss_make_up_the_loss():
     generator = torch.Generator().manual_seed(0)
     errors = torch.rand(5, 7, generator=generator)
     t = torch.rand(5, 7, generator=generator) * (torch.rand(5, 7, generator=generator) > 0.3)
-    inputs = Inputs(torch.zeros(()), torch.zeros(()), t, None, None)
+    inputs = BatchInputs(torch.zeros(()), torch.zeros(()), t, None, None)
     mean = float(errors[t > 0].double().mean())
     for sums, counts in (by_noise(errors, inputs), by_position(errors, inputs)):
         assert float(ratio_over_clips(sums, counts)[0][0]) == pytest.approx(mean)
@@ -87,7 +87,7 @@ def test_the_loss_by_context_is_that_of_the_whole_video():
     """The last unit at a level, after a clean past: as one forward pass over all of it gives."""
     model, x, _, text, labels, _ = make(SCALES["default"], 6, 2)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).double()
-    rows = by_context(model, Inputs(x, noise, torch.zeros(2, 12).double(), text, labels))
+    rows = by_context(model, BatchInputs(x, noise, torch.zeros(2, 12).double(), text, labels))
     assert list(rows) == [
         "with all of the past", "added without any past", "without scale 1 (space 1, time 1)",
         "without scale 2 (space 2, time 1)", "without scale 3 (space 2, time 4)",
@@ -95,9 +95,9 @@ def test_the_loss_by_context_is_that_of_the_whole_video():
     for i, level in enumerate((0.1, 0.3, 0.5, 0.7, 0.9)):
         t = torch.zeros(2, 12).double()
         t[:, -2:] = level
-        whole = Inputs(x, noise, t, text, labels)
+        whole = BatchInputs(x, noise, t, text, labels)
         errors = frame_losses(model(whole.noisy, t, text, labels), x, noise)[:, -2:].mean(1)
         torch.testing.assert_close(rows["with all of the past"][0][:, 1 + i], errors.double(), rtol=1e-5, atol=1e-6)
     single, y, _, text, labels, _ = make(SCALES["dense"], 4, 1)
-    rows = by_context(single, Inputs(y, torch.randn(y.shape).double(), torch.zeros(2, 4).double(), text, labels))
+    rows = by_context(single, BatchInputs(y, torch.randn(y.shape).double(), torch.zeros(2, 4).double(), text, labels))
     assert list(rows) == ["with all of the past", "added without any past"]

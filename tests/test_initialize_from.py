@@ -150,7 +150,7 @@ def test_the_start_is_recorded_by_its_whole_path_and_not_changed_on_the_way(monk
     monkeypatch.chdir(tmp_path)
     config, _ = fake_checkpoints.configured()
     config = load(config, overrides=["train.init_from=export"])
-    index = replace(validation.ASSUMED, channels=3)
+    index = replace(validation.ASSUMED_INDEX, channels=3)
     resolved = validation.resolve(config, index)
     assert flat(resolved)["train.init_from"] == str(tmp_path / "export")
     assert validation.resolve(resolved, index) == resolved

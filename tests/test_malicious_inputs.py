@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save
 
 from msc.datasets import video as decode
-from msc.datasets.loading.shard_reader import Samples
+from msc.datasets.loading.shard_reader import ShardReader
 from msc.datasets.prepare.convert import ConvertConfig, convert
 from msc.datasets.prepare.sources import find_sources
 from msc.datasets.prepare.statistics import Statistics
@@ -102,7 +102,7 @@ def test_a_latent_whose_header_lies_is_broken(tmp_path, header):
                          {"json": b"{}", "latent.safetensors": good})  # fmt: skip
     before = peak()
     for part in ((0, 4), (2, 3)):
-        samples = Samples(tmp_path, index, "train", part)
+        samples = ShardReader(tmp_path, index, "train", part)
         with pytest.raises(ValueError, match=r"^sample clip-0 of "):
             samples.read(0)
         assert samples.read(1)[1].shape == (part[1] - part[0], 3, 2, 2)
@@ -114,7 +114,7 @@ def test_a_header_of_a_claimed_length_is_not_read(tmp_path, length):
     content = struct.pack("<Q", length) + b" " * 200
     index = latent_index(tmp_path, {"json": b"{}", "latent.safetensors": content})
     with pytest.raises(ValueError, match=rf"header claims {length} of 208 bytes"):
-        Samples(tmp_path, index, "train").read(0)
+        ShardReader(tmp_path, index, "train").read(0)
 
 
 def test_json_nested_without_end_is_a_broken_sample(tmp_path):
@@ -122,7 +122,7 @@ def test_json_nested_without_end_is_a_broken_sample(tmp_path):
     for text in (b"[" * 500_000, b'{"a":' * 100_000):
         index = latent_index(tmp_path, {"json": text, "latent.safetensors": good})
         with pytest.raises(ValueError, match="sample clip-0 of "):
-            Samples(tmp_path, index, "train").read(0)
+            ShardReader(tmp_path, index, "train").read(0)
 
 
 @pytest.mark.parametrize("label", ["-1", "3", "1e999", '"dog"', "null", "true[", "1.0"])
@@ -131,7 +131,7 @@ def test_labels_out_of_range_never_reach_the_model(tmp_path, label):
     about = b'{"label": %s}' % label.encode()
     index = latent_index(tmp_path, {"json": about, "latent.safetensors": good}, classes=3)
     with pytest.raises(ValueError, match="sample clip-0 of "):
-        Samples(tmp_path, index, "train").read(0)
+        ShardReader(tmp_path, index, "train").read(0)
 
 
 def write_avi(path: Path, codec: str, pixels: str, size: int = 64) -> bytes:
@@ -208,7 +208,7 @@ def test_a_clip_that_is_not_what_the_index_says_is_not_decoded(tmp_path, monkeyp
     monkeypatch.setattr(decode, "pictures", None)
     for part in (None, (1, 2)):  # whatever a rank reads of it
         with pytest.raises(ValueError, match=message):
-            Samples(tmp_path, index, "train", part).read(0)
+            ShardReader(tmp_path, index, "train", part).read(0)
 
 
 def test_of_frames_without_end_no_more_are_counted_than_are_read(monkeypatch):

@@ -13,12 +13,12 @@ import slow_shard_check
 import torch
 from gloo_ranks import run_ranks
 
-from msc.datasets.loading import shuffling as order_module
+from msc.datasets.loading import shuffling
 from msc.datasets.loading.dataloader import Batch, loader
 from msc.datasets.loading.held_out import held_out_batches
-from msc.datasets.loading.mixture import DataConfig, ShardsFrom, open_shards, rounds, slots
-from msc.datasets.loading.shard_reader import Samples
-from msc.datasets.loading.shuffling import SLOTS, Turns, Windows, apportion, order, set_at
+from msc.datasets.loading.mixture import DataConfig, ShardSetConfig, batches_per_round, open_shards, stream_slots
+from msc.datasets.loading.shard_reader import ShardReader
+from msc.datasets.loading.shuffling import SLOTS, BucketSchedule, WindowShuffle, apportion, epoch_permutation, stream_at
 from msc.datasets.prepare.clip_ranges import best_buckets, pieces
 from msc.datasets.prepare.convert import ConvertConfig, convert
 from msc.datasets.prepare.statistics import Statistics, measure_statistics, mix_statistics
@@ -97,20 +97,20 @@ def test_the_nearest_shape_and_the_largest_size_without_enlarging(height, width,
 def test_every_video_goes_to_its_bucket(bucketed):
     index = read_index(bucketed)
     assert json.loads((bucketed / "index.json").read_text())["format"] == 2
-    assert [str(one.shape) for one in index.each()] == ["8x16x24", "4x16x24", "8x24x16"]
+    assert [str(one.shape) for one in index.by_bucket()] == ["8x16x24", "4x16x24", "8x24x16"]
     # 33 training and 11 held-out frames of the wide videos: 4 clips of 8, then 1 of 8; 45 and 15 of the tall one
-    assert [(one.samples("train"), one.samples("held_out")) for one in index.each()] == [(8, 2), (0, 0), (5, 1)]
-    for one in index.each():
+    assert [(one.samples("train"), one.samples("held_out")) for one in index.by_bucket()] == [(8, 2), (0, 0), (5, 1)]
+    for one in index.by_bucket():
         for split in ("train", "held_out"):
             for number in range(one.samples(split)):
-                _, media, _, _ = Samples(bucketed, one, split).read(number)
+                _, media, _, _ = ShardReader(bucketed, one, split).read(number)
                 assert media.shape == (one.video_frames, 3, one.video_height, one.video_width)
 
 
 def test_what_is_left_of_a_scene_makes_a_shorter_clip(tmp_path):
     folder = make(tmp_path, 0, held_out=0.0)
     # 44 = 5 x 8 + 4 frames, 60 = 7 x 8 + 4 of which the tall bucket has no use
-    assert [one.samples("train") for one in read_index(folder).each()] == [10, 2, 7]
+    assert [one.samples("train") for one in read_index(folder).by_bucket()] == [10, 2, 7]
     again = make(tmp_path / "again", 0, held_out=0.0, workers=2)
     assert read_index(again).splits == read_index(folder).splits  # with their checksums
 
@@ -132,33 +132,33 @@ def test_one_bucket_writes_what_it_always_did(plain, tmp_path):
 def test_a_round_holds_every_batch_of_every_bucket_once():
     clips, batch = [13, 4, 9], 4
     batches = [n // batch for n in clips]
-    turns, numbers = Turns(batches, 1), [0] * len(clips)
+    turns, numbers = BucketSchedule(batches, 1), [0] * len(clips)
     for step in range(5 * sum(batches)):
         bucket, number = turns(step)
         assert number == numbers[bucket]  # of each bucket one after another: none left out, none twice
         numbers[bucket] += 1
         if (step + 1) % sum(batches) == 0:
             assert numbers == [(step + 1) // sum(batches) * n for n in batches]
-    assert Turns(batches, 1)(17) == turns(17)  # from anywhere
-    assert len({tuple(Turns(batches, seed)(step)[0] for step in range(12)) for seed in range(6)}) > 3
+    assert BucketSchedule(batches, 1)(17) == turns(17)  # from anywhere
+    assert len({tuple(BucketSchedule(batches, seed)(step)[0] for step in range(12)) for seed in range(6)}) > 3
 
 
 def test_sets_take_turns_by_weight_and_none_loses_a_clip():
     shares = [Fraction(1, 2), Fraction(1, 3), Fraction(1, 6)]
     each = apportion(shares)
     assert each == [512, 341, 171]
-    found = [set_at(position, each, 5) for position in range(3 * SLOTS)]
+    found = [stream_at(position, each, 5) for position in range(3 * SLOTS)]
     for number, count in enumerate(each):
         assert sorted(p for s, p in found if s == number) == list(range(3 * count))
         assert 0.7 < sum(s == number for s, _ in found[:256]) / 256 / (count / SLOTS) < 1.3  # spread, not in a block
-    assert [set_at(p, [1], 5) for p in (0, 7)] == [(0, 0), (0, 7)]
+    assert [stream_at(p, [1], 5) for p in (0, 7)] == [(0, 0), (0, 7)]
 
 
 def test_windows_hold_few_shards_and_every_clip_once():
     counts = [5, 3, 7, 5, 1, 6]
-    order = Windows(counts, 2, 3)
+    shuffle = WindowShuffle(counts, 2, 3)
     owner = [shard for shard, count in enumerate(counts) for _ in range(count)]
-    epochs = [[order(e * 27 + i) for i in range(27)] for e in range(3)]
+    epochs = [[shuffle(e * 27 + i) for i in range(27)] for e in range(3)]
     for number, epoch in enumerate(epochs):
         assert {e for e, _ in epoch} == {number}
         samples = [s for _, s in epoch]
@@ -167,15 +167,17 @@ def test_windows_hold_few_shards_and_every_clip_once():
         first = {shard: min(i for i, s in enumerate(samples) if owner[s] == shard) for shard in range(6)}
         assert max(sum(first[s] <= i <= last[s] for s in range(6)) for i in range(27)) <= 2
     assert len({tuple(s for _, s in epoch) for epoch in epochs}) == 3
-    assert order(30) == epochs[1][3]  # back and forth
+    assert shuffle(30) == epochs[1][3]  # back and forth
     assert any(abs(a - b) > 1 for (_, a), (_, b) in itertools.pairwise(epochs[0][:5]))
 
 
 def test_a_mixture_goes_over_the_border_of_two_epochs_without_beginning_them_anew(monkeypatch):
     made = []
-    monkeypatch.setattr(order_module, "order", lambda *given: made.append(given[2]) or order(*given))
-    windows = Windows([5] * 300, 3, 1)
-    positions = [place for p in range(4 * 1500) for one, place in [set_at(p, [512, 512], 7)] if one == 0]
+    monkeypatch.setattr(
+        shuffling, "epoch_permutation", lambda *given: made.append(given[2]) or epoch_permutation(*given)
+    )
+    windows = WindowShuffle([5] * 300, 3, 1)
+    positions = [place for p in range(4 * 1500) for one, place in [stream_at(p, [512, 512], 7)] if one == 0]
     epochs = [windows(place)[0] for place in positions]
     assert sum(a > b for a, b in itertools.pairwise(epochs)) > 10  # back and forth
     assert made == sorted(set(epochs))
@@ -193,7 +195,7 @@ def data(bucketed, plain) -> DataConfig:
         for shard in (shard for shards in index["splits"].values() for shard in shards):
             shard["bucket"] //= 2
         (bucketed / "index.json").write_text(json.dumps(index))
-    return DataConfig((ShardsFrom(str(bucketed), 1.0), ShardsFrom(str(plain), 3.0)))
+    return DataConfig((ShardSetConfig(str(bucketed), 1.0), ShardSetConfig(str(plain), 3.0)))
 
 
 @pytest.mark.parametrize("each", [1, 2])
@@ -235,7 +237,7 @@ def test_ranks_workers_and_restarts_change_nothing(data, one_set, window):
 def test_an_epoch_of_buckets_sees_every_clip_within_the_rule(data):
     data = DataConfig(data.sets[0].path)
     shards = open_shards(data)
-    assert rounds(shards, "train", 2) == [4, 2]  # 8 clips, and 5: one of those comes first in the next round
+    assert batches_per_round(shards, "train", 2) == [4, 2]  # 8 clips, and 5: one of those comes first in the next round
     seen: list[list[int]] = [[], []]
     for batch in read(data, 30):
         seen[batch.bucket] += batch.samples
@@ -252,7 +254,7 @@ def test_a_mixture_is_seen_by_weight_and_names_its_sets(data, plain):
     assert all(key.startswith(data.sets[sample >= 13].path + ":train-") for sample, key in clips)
     assert abs(sum(sample >= 13 for sample, _ in clips) / len(clips) - 0.75) < 0.05
     assert {sample for sample, _ in clips} == set(range(13 + read_index(plain).samples("train")))
-    assert slots(shards.streams("train")[1]) == [1]
+    assert stream_slots(shards.streams("train")[1]) == [1]
 
 
 def test_statistics_are_mixed_by_weight(data):
@@ -304,16 +306,16 @@ def test_sets_that_do_not_fit_each_other_are_refused(tmp_path, data, plain):
         (folder / "index.json").write_text(json.dumps({**fields, **change}))
         name = "labels" if "settings" in change else next(iter(change))
         with pytest.raises(ValueError, match=rf"{plain} and {folder} differ in {name}: "):
-            open_shards(DataConfig((ShardsFrom(str(plain)), ShardsFrom(str(folder)))))
+            open_shards(DataConfig((ShardSetConfig(str(plain)), ShardSetConfig(str(folder)))))
     assert index.classes == 0
     (tmp_path / "alike").symlink_to(plain)
     with pytest.raises(ValueError, match=r"alike has a weight of less than 1 in 1024"):
-        read(DataConfig((ShardsFrom(str(plain), 1.0), ShardsFrom(str(tmp_path / "alike"), 1e-6))), 1)
+        read(DataConfig((ShardSetConfig(str(plain), 1.0), ShardSetConfig(str(tmp_path / "alike"), 1e-6))), 1)
     with pytest.raises(ValueError, match=r"weights ask for less than one batch of 2 clips of 8x24x16 in \d+: raise"):
-        read(DataConfig((ShardsFrom(str(plain), 1.0), ShardsFrom(data.sets[0].path, 1e-6))), 1)
+        read(DataConfig((ShardSetConfig(str(plain), 1.0), ShardSetConfig(data.sets[0].path, 1e-6))), 1)
     for weight in (0.0, -1.0, float("inf")):
         with pytest.raises(ValueError, match=f"the weight of x is {weight}"):
-            ShardsFrom("x", weight)
+            ShardSetConfig("x", weight)
 
 
 @pytest.mark.gloo
@@ -336,4 +338,4 @@ def test_the_command_line_looks_at_the_shards_too(plain, tmp_path, monkeypatch):
     (tmp_path / "cut" / read_index(plain).splits["train"][0].name).unlink()
     config = load(None, None, [f"data.shards={tmp_path / 'cut'}"])
     with pytest.raises(FileNotFoundError, match=r"shard .*tar is missing: copy it again"):
-        validation.check(config, tmp_path / "run", resume=False, processes=1)
+        validation.validate(config, tmp_path / "run", resume=False, processes=1)

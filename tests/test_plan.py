@@ -24,7 +24,7 @@ from msc.pretrain.model.transformer import ModelConfig, MSCTransformer
 from msc.pretrain.optimizer import OptimizerConfig, make_optimizer, set_schedule
 from msc.pretrain.presets import PRESETS
 from msc.pretrain.tracking.plan_deviation import PlannedStep, describe_deviation, plan_ratios
-from msc.pretrain.validation import ASSUMED, resolve
+from msc.pretrain.validation import ASSUMED_INDEX, resolve
 
 H100 = KINDS["h100"]
 
@@ -102,7 +102,7 @@ DENSE, DENSE_BASE = (replace(model, scales=(Scale(model.heads),), gate="none") f
 
 
 def one_step(model, frames, compiled, recompute=False):
-    index = replace(ASSUMED, frames=frames, height=32, width=32)
+    index = replace(ASSUMED_INDEX, frames=frames, height=32, width=32)
     config = PRESETS["pilot"]()
     parallel = replace(config.parallel, compile=compiled, recompute=recompute)
     config = replace(config, model=model, train=replace(config.train, batch=1), parallel=parallel)
@@ -133,7 +133,7 @@ def test_the_steps_that_constants_were_taken_from_are_predicted(model, frames, c
 
 def test_a_step_of_the_demo_with_its_windows_in_space_is_predicted():
     """From which the cost of their regions was taken."""
-    index = replace(ASSUMED, channels=3, frames=12, height=48, width=64)
+    index = replace(ASSUMED_INDEX, channels=3, frames=12, height=48, width=64)
     assert make_plan(resolve(PRESETS["demo"](), index), index, H100, 1).step_s == pytest.approx(0.135, rel=0.02)
 
 
@@ -180,7 +180,7 @@ def test_steps_that_no_constant_was_taken_from_are_foretold(model, frames, compi
 )
 def test_steps_on_several_gpus_are_foretold(model, gpus, frames, compiled, recompute, measured, within):
     """The clip shared along time, as its layout is chosen."""
-    index = replace(ASSUMED, frames=frames, height=32, width=32)
+    index = replace(ASSUMED_INDEX, frames=frames, height=32, width=32)
     config = PRESETS["pilot"]()
     parallel = replace(config.parallel, sp=gpus, recompute=recompute, compile=compiled)
     config = replace(config, model=model, train=replace(config.train, batch=1), parallel=parallel)
@@ -205,11 +205,11 @@ def test_predicted_memory_is_near_the_measured_one(frames, compiled, measured):
 
 def two_b(**changes):
     config = PRESETS["2b"]()
-    return resolve(replace(config, parallel=replace(config.parallel, compile=True, **changes)), ASSUMED)
+    return resolve(replace(config, parallel=replace(config.parallel, compile=True, **changes)), ASSUMED_INDEX)
 
 
 def test_the_best_way_is_the_fastest_that_fits_and_stays_so():
-    ways = search_plans(two_b(), ASSUMED, H100, 1024)
+    ways = search_plans(two_b(), ASSUMED_INDEX, H100, 1024)
     assert ways[0].fits and len(ways) > 10
     fitting = [way for way in ways if way.fits]
     assert ways[: len(fitting)] == fitting and ways[0].step_s == min(way.step_s for way in fitting)
@@ -217,51 +217,53 @@ def test_the_best_way_is_the_fastest_that_fits_and_stays_so():
         assert way.dp * way.config.parallel.sp == 1024
         assert way.config.train.micro * way.accumulate * way.dp == way.config.train.batch
         assert way.mfu < 0.6 and all(part >= 0 for part in way.seconds.values())
-    again = make_plan(ways[0].config, ASSUMED, H100, 1024)
+    again = make_plan(ways[0].config, ASSUMED_INDEX, H100, 1024)
     assert again == ways[0]
 
 
 def test_less_memory_asks_for_recomputation_or_sharding():
     config = two_b()
-    plenty, little = (search_plans(config, ASSUMED, replace(H100, memory=size), 64)[0] for size in (200e9, 40e9))
+    plenty, little = (search_plans(config, ASSUMED_INDEX, replace(H100, memory=size), 64)[0] for size in (200e9, 40e9))
     assert plenty.fits and little.fits and little.memory_bytes < 40e9 < plenty.memory_bytes
     assert little.step_s >= plenty.step_s
-    nothing = search_plans(config, ASSUMED, replace(H100, memory=5e9), 64)
+    nothing = search_plans(config, ASSUMED_INDEX, replace(H100, memory=5e9), 64)
     assert not nothing[0].fits and nothing[0].memory_bytes == min(way.memory_bytes for way in nothing)
-    assert "DOES NOT FIT" in describe(nothing, ASSUMED, None)
+    assert "DOES NOT FIT" in describe(nothing, ASSUMED_INDEX, None)
 
 
 def test_better_hardware_is_never_slower():
-    base = search_plans(two_b(), ASSUMED, H100, 256)[0].step_s
+    base = search_plans(two_b(), ASSUMED_INDEX, H100, 256)[0].step_s
     for better in ("peak", "memory", "bandwidth", "link", "network"):
         device = replace(H100, **{better: 2 * getattr(H100, better)})
         # the layout of a scale is chosen without regard to what else travels: a hair of slack
-        assert search_plans(two_b(), ASSUMED, device, 256)[0].step_s <= base * 1.001
+        assert search_plans(two_b(), ASSUMED_INDEX, device, 256)[0].step_s <= base * 1.001
 
 
 def test_what_limits_is_named():
     slow = replace(H100, network=1e9)
-    assert search_plans(two_b(), ASSUMED, slow, 1024, fixed=["parallel.zero.stage"])[0].limit in (
+    assert search_plans(two_b(), ASSUMED_INDEX, slow, 1024, fixed=["parallel.zero.stage"])[0].limit in (
         "gradients",
         "weights",
     )
     eager = replace(PRESETS["pilot"](), train=replace(PRESETS["pilot"]().train, batch=8))
-    assert "parallel.compile=true" in describe(search_plans(resolve(eager, ASSUMED), ASSUMED, H100, 8), ASSUMED, None)
+    assert "parallel.compile=true" in describe(
+        search_plans(resolve(eager, ASSUMED_INDEX), ASSUMED_INDEX, H100, 8), ASSUMED_INDEX, None
+    )
     config = two_b()
     with pytest.raises(ValueError, match="a batch of a multiple of 67"):
-        search_plans(config, ASSUMED, H100, 67)
+        search_plans(config, ASSUMED_INDEX, H100, 67)
 
 
 def test_fp32_takes_longer_and_holds_more():
     config = two_b(sp=8)
     slow = replace(config, parallel=replace(config.parallel, precision="fp32"))
-    fast, slow = (make_plan(one, ASSUMED, H100, 1024) for one in (config, slow))
+    fast, slow = (make_plan(one, ASSUMED_INDEX, H100, 1024) for one in (config, slow))
     assert slow.seconds["matrix products"] == pytest.approx(989 / 67 * fast.seconds["matrix products"])
     assert slow.memory["activations"] == pytest.approx(2 * fast.memory["activations"], rel=0.1)
 
 
 def test_given_settings_stay():
-    ways = search_plans(two_b(sp=8), ASSUMED, H100, 1024, fixed=["parallel.sp", "parallel.recompute"])
+    ways = search_plans(two_b(sp=8), ASSUMED_INDEX, H100, 1024, fixed=["parallel.sp", "parallel.recompute"])
     assert {way.config.parallel.sp for way in ways} == {8} and {way.config.parallel.recompute for way in ways} == {True}
 
 

@@ -22,11 +22,11 @@ import torch
 
 from msc.datasets.files import locked
 from msc.datasets.loading.dataloader import Batch, loader
-from msc.datasets.loading.mixture import DataConfig, ShardsFrom, check_sizes, open_shards
+from msc.datasets.loading.mixture import DataConfig, ShardSetConfig, check_shard_sizes, open_shards
 from msc.datasets.prepare.convert import ConvertConfig, convert
 from msc.datasets.shards import remote
 from msc.datasets.shards.index import read_index
-from msc.datasets.shards.remote import Remote, download, is_address, shown
+from msc.datasets.shards.remote import RemoteShards, download, is_url, redact_url
 from msc.datasets.synthetic import write_videos
 
 
@@ -127,7 +127,7 @@ def test_clips_from_an_address_are_those_of_the_folder(server, folder, tmp_path,
 
 
 def test_an_address_and_a_folder_mix(server, folder, tmp_path):
-    data = config(server, tmp_path, shards=(ShardsFrom(server.url, 3.0), ShardsFrom(str(folder), 1.0)))
+    data = config(server, tmp_path, shards=(ShardSetConfig(server.url, 3.0), ShardSetConfig(str(folder), 1.0)))
     keys = [key for batch in read(data, 10) for key in batch.keys]
     names = {key.split(":train")[0] for key in keys}
     assert names == {f"127.0.0.1:{server.it.server_port}", "out"}
@@ -170,7 +170,7 @@ def test_a_shard_removed_while_it_is_read_is_fetched_again(server, tmp_path, mon
 
 def test_many_ask_at_once_and_one_fetches(server, folder, tmp_path):
     shard = read_index(folder).splits["train"][0]
-    place = Remote(server.url, tmp_path / "cache", 1 << 30)
+    place = RemoteShards(server.url, tmp_path / "cache", 1 << 30)
     with ThreadPoolExecutor(8) as pool:
         paths = list(pool.map(lambda _: place.file(shard), range(8)))
     assert {path.read_bytes() for path in paths} == {(folder / shard.name).read_bytes()}
@@ -181,7 +181,7 @@ def test_what_is_being_fetched_counts_with_all_that_it_will_be(server, folder, t
     """Of shards that are asked for at once no more are fetched at once than fit; what a dead process left goes."""
     shards = read_index(folder).splits["train"]
     most = 5 * max(shard.bytes for shard in shards) // 2
-    place = Remote(server.url, tmp_path / "cache", most)
+    place = RemoteShards(server.url, tmp_path / "cache", most)
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / f"left.{1 << 40}.partial").write_bytes(b"left by a process that was killed")
     promised, together = [], []
@@ -215,7 +215,7 @@ def test_passing_trouble_is_sat_out(server, folder, tmp_path, faults, ranges):
     name = "train-000000-000001.tar"
     server.it.faults[name] = list(faults)
     shard = next(shard for shard in read_index(folder).splits["train"] if shard.name == name)
-    place = Remote(server.url, tmp_path / "cache", 1 << 30, timeout=0.3)
+    place = RemoteShards(server.url, tmp_path / "cache", 1 << 30, timeout=0.3)
     assert place.file(shard).read_bytes() == (folder / name).read_bytes()
     assert server.it.asked["GET", name] == len(faults) + 1
     if ranges and "break" in faults:
@@ -235,7 +235,7 @@ def test_passing_trouble_is_sat_out(server, folder, tmp_path, faults, ranges):
 def test_lasting_trouble_names_the_address(server, tmp_path, monkeypatch, fault, message):
     server.it.ranges = False
     server.it.faults["index.json"] = [fault] * 9
-    place = Remote(f"{server.url}/?token=secret", tmp_path, 1, timeout=0.1)
+    place = RemoteShards(f"{server.url}/?token=secret", tmp_path, 1, timeout=0.1)
     lasting = rf"^http://127.*/index.json could not be read in 5 tries: .*({message})"
     with pytest.raises(OSError, match=lasting) as error:
         place.read_index()
@@ -263,20 +263,20 @@ def test_a_shard_that_cannot_be_had_ends_the_run(server, tmp_path, workers):
 def test_what_has_changed_since_the_index_is_refused(server, tmp_path, how):
     data = config(server, tmp_path)
     shards = open_shards(data)
-    check_sizes(shards)
+    check_shard_sizes(shards)
     path = server.folder / "train-000000-000001.tar"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes({"other bytes": content, "longer": content + b"x", "shorter": content[:-512]}[how])
     if how != "other bytes":
         with pytest.raises(ValueError, match=r"000001.tar has \d+ bytes, its index says \d+: it has changed since"):
-            check_sizes(shards)
+            check_shard_sizes(shards)
     with pytest.raises(OSError, match=r"000001.tar (has more than|is not what its index says).*changed since"):
         list(itertools.islice(loader(shards, "train", seed=3, clock=0, clips=4, workers=0), 12))
     assert not list((tmp_path / "cache").glob("*.partial")) or how == "longer"
     path.unlink()
     with pytest.raises(OSError, match=r"000001.tar could not be read in 5 tries: the server says 404"):
-        check_sizes(shards)
+        check_shard_sizes(shards)
 
 
 def test_a_hostile_index_asks_for_nothing_else(server, tmp_path):
@@ -306,7 +306,7 @@ def test_commands_run_only_where_they_are_named(server, folder, tmp_path, monkey
     with pytest.raises(ValueError, match="data.commands has 'rm'"):
         DataConfig(commands=("rm",))
     data = config(server, tmp_path, shards=f"pipe:cat {folder}", commands=("pipe",))
-    check_sizes(open_shards(data))
+    check_shard_sizes(open_shards(data))
     assert same(read(data, 6), read(DataConfig(str(folder)), 6))
     # s3 is read by the command `aws`, here one of our own
     tool = tmp_path / "bin" / "aws"
@@ -323,12 +323,12 @@ def test_commands_run_only_where_they_are_named(server, folder, tmp_path, monkey
         download("pipe:exec sleep 9;/x", io.BytesIO(), 9, 0.05)
 
 
-def test_what_is_an_address():
-    assert all(map(is_address, ("http://x", "pipe:x", "s3://x")))
-    assert not any(map(is_address, ("/x/y", "x:y", "")))
-    assert shown("https://me:word@host:8/a/b?sig=x") == "https://host:8/a/b"
-    assert Remote("https://h/a/?sig=x", Path(), 1).address("b.tar") == "https://h/a/b.tar?sig=x"
-    assert Remote("s3://bucket/a/", Path(), 1).address("b.tar") == "s3://bucket/a/b.tar"
+def test_urls_are_told_from_paths_and_shown_without_secrets():
+    assert all(map(is_url, ("http://x", "pipe:x", "s3://x")))
+    assert not any(map(is_url, ("/x/y", "x:y", "")))
+    assert redact_url("https://me:word@host:8/a/b?sig=x") == "https://host:8/a/b"
+    assert RemoteShards("https://h/a/?sig=x", Path(), 1).address("b.tar") == "https://h/a/b.tar?sig=x"
+    assert RemoteShards("s3://bucket/a/", Path(), 1).address("b.tar") == "s3://bucket/a/b.tar"
 
 
 def test_a_name_and_password_in_an_address_go_into_a_header(monkeypatch):

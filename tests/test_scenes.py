@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_video import write_video
 
-from msc.datasets.loading.shard_reader import Samples
+from msc.datasets.loading.shard_reader import ShardReader
 from msc.datasets.prepare.clip_ranges import holds
 from msc.datasets.prepare.convert import ConvertConfig, convert
 from msc.datasets.prepare.scenes import brightness, change, content, motion
@@ -78,7 +78,7 @@ def test_a_jump_of_the_clock_ends_a_stretch_and_is_named(tmp_path, scenes):
     assert told == ["a.mp4: shows one frame from 2.58 to 3602.50 s", "a.mp4: shows one frame from 3605.08 to 3664.92 s"]
     convert(settings(tmp_path, scenes=scenes, held_out=0.5, overwrite=True), raw, 1)
     assert starts(tmp_path / "out") == [0, 8, 16]
-    held_out = Samples(tmp_path / "out", read_index(tmp_path / "out"), "held_out")
+    held_out = ShardReader(tmp_path / "out", read_index(tmp_path / "out"), "held_out")
     assert len(held_out) == 3
 
 
@@ -109,7 +109,7 @@ def test_random_crops_lie_inside_and_differ_from_clip_to_clip(tmp_path):
     for crop, different in wanted.items():
         convert(settings(tmp_path, crop=crop, overwrite=True), raw, 1)
         index = read_index(tmp_path / "out")
-        videos = [Samples(tmp_path / "out", index, "train").read(i)[1] for i in range(3)]
+        videos = [ShardReader(tmp_path / "out", index, "train").read(i)[1] for i in range(3)]
         edges = [round(float(video[..., 0].float().mean() / 2)) for video in videos]
         for edge, video in zip(edges, videos, strict=True):
             assert 0 <= edge <= 96

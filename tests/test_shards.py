@@ -12,7 +12,16 @@ import pytest
 
 from msc.datasets.prepare.statistics import Statistics
 from msc.datasets.shards import index as shards
-from msc.datasets.shards.index import Index, check_shards, read_index, read_part, scan, verify, write_index, write_shard
+from msc.datasets.shards.index import (
+    Index,
+    check_shards,
+    corrupted_shards,
+    read_index,
+    read_part,
+    scan,
+    write_index,
+    write_shard,
+)
 
 SAMPLES = [(f"train-{i:03d}", {"json": b"{}" * (i + 1), "mp4": bytes([i]) * (700 * i + 1)}) for i in range(5)]
 
@@ -167,7 +176,7 @@ def test_the_index_comes_back_whole(tmp_path):
     index = make_folder(tmp_path)
     assert read_index(tmp_path) == index
     assert read_index(str(tmp_path)).samples("train") == 5
-    assert verify(tmp_path, index) == []
+    assert corrupted_shards(tmp_path, index) == []
     with pytest.raises(ValueError, match="no split 'test'"):
         index.samples("test")
 
@@ -233,7 +242,7 @@ def test_missing_short_and_changed_shards_are_named(tmp_path):
     content = bytearray(shard.read_bytes())
     content[600] ^= 1
     shard.write_bytes(content)
-    assert verify(tmp_path, read_index(tmp_path)) == ["train-000000.tar"]
+    assert corrupted_shards(tmp_path, read_index(tmp_path)) == ["train-000000.tar"]
     shard.write_bytes(content[:-512])
     with pytest.raises(ValueError, match=rf"train-000000.tar has \d+ bytes, its index says {len(content)}"):
         check_shards(tmp_path, read_index(tmp_path))

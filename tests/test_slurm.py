@@ -266,7 +266,7 @@ def test_a_job_does_not_start_beside_another_one_in_its_run(tmp_path, monkeypatc
 def test_only_its_own_run_in_mlflow_is_ended_by_a_job(whose, settled, tmp_path, monkeypatch):
     """Ranks that were killed leave a heartbeat of their job; those that found their run taken that of another."""
     found = []
-    monkeypatch.setattr("msc.pretrain.tracking.tracker.settle", lambda run, state: found.append(state))
+    monkeypatch.setattr("msc.pretrain.tracking.tracker.end_mlflow_run", lambda run, state: found.append(state))
     monkeypatch.setenv(heartbeat.JOB_VARIABLE, "7")
     (tmp_path / "heartbeat.json").write_text(json.dumps({"time": time.time(), "phase": "report", "job": whose}))
     supervisor.settle(Job(("train",), str(tmp_path), "x", "local"), 137)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from msc.datasets.loading.shard_reader import Samples
+from msc.datasets.loading.shard_reader import ShardReader
 from msc.datasets.prepare import shard_writer
 from msc.datasets.prepare import sources as module
 from msc.datasets.prepare.clip_ranges import runs
@@ -135,7 +135,7 @@ def test_what_a_manifest_says_is_in_the_samples(tmp_path, folder):
     names = ["synthetic-000.mp4", "synthetic-001.mp4[1-3.5]", "synthetic-001.mp4[3-5]"]
     starts = {row["path"] + str(row.get("start", "")): [] for row in ROWS}
     for name in ("train", "held_out"):
-        samples = Samples(tmp_path / "out", index, name)
+        samples = ShardReader(tmp_path / "out", index, name)
         about = [
             json.loads(read_part(tmp_path / "out" / shard.name, sample, "json"))
             for shard in index.splits[name]

@@ -19,7 +19,7 @@ from msc.pretrain.checkpoints.rollback import (
     roll_back,
     too_many_skipped_message,
 )
-from msc.pretrain.tracking.spike_guard import GuardConfig, History, after, objection
+from msc.pretrain.tracking.spike_guard import GuardConfig, History, skip_reason, updated_history
 
 RULE = GuardConfig(sigma=4, window=16)
 CALM = History(tuple(1 + 0.01 * (-1) ** i for i in range(16)), tuple(0.5 + 0.1 * (-1) ** i for i in range(16)))
@@ -38,22 +38,24 @@ CALM = History(tuple(1 + 0.01 * (-1) ** i for i in range(16)), tuple(0.5 + 0.1 *
     ],
 )
 def test_objections(loss, norm, said):
-    assert objection(RULE, CALM, loss, norm).startswith(said) and bool(objection(RULE, CALM, loss, norm)) == bool(said)
+    assert skip_reason(RULE, CALM, loss, norm).startswith(said) and bool(skip_reason(RULE, CALM, loss, norm)) == bool(
+        said
+    )
 
 
 def test_without_the_rule_or_enough_history_only_what_is_not_finite_is_refused():
-    assert not objection(GuardConfig(), CALM, 1e9, 1e9)
-    assert not objection(RULE, History(CALM.losses[:7], CALM.norms[:7]), 1e9, 1e9)
-    assert objection(GuardConfig(), History(), math.inf, 1.0)
+    assert not skip_reason(GuardConfig(), CALM, 1e9, 1e9)
+    assert not skip_reason(RULE, History(CALM.losses[:7], CALM.norms[:7]), 1e9, 1e9)
+    assert skip_reason(GuardConfig(), History(), math.inf, 1.0)
 
 
 def test_history_keeps_the_window_and_counts_what_was_not_taken():
     history = CALM
     for why in ("", "loss nan", "loss nan"):
-        history = after(RULE, history, 3.0, 4.0, why)
+        history = updated_history(RULE, history, 3.0, 4.0, why)
     assert len(history.losses) == 16 and history.losses[-1] == 3.0 and history.norms[-1] == 4.0
     assert (history.skipped, history.in_a_row) == (2, 2)
-    assert after(RULE, history, 1.0, 1.0, "").in_a_row == 0
+    assert updated_history(RULE, history, 1.0, 1.0, "").in_a_row == 0
     assert History.read(asdict(history)) == history and History.read(None) == History()
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from msc.datasets.loading import shard_reader as module
-from msc.datasets.loading.shard_reader import Samples
+from msc.datasets.loading.shard_reader import ShardReader
 from msc.datasets.prepare.convert import ConvertConfig, convert
 from msc.datasets.prepare.summary import damaged_shards
 from msc.datasets.shards.index import read_index, scan
-from msc.datasets.shards.table_of_contents import read_table, table_of
+from msc.datasets.shards.table_of_contents import read_toc, toc_path
 from msc.datasets.synthetic import write_videos
 
 
@@ -33,15 +33,15 @@ def folder(tmp_path) -> Path:
 def test_a_table_says_what_the_headers_say_in_one_read(folder, monkeypatch):
     index = read_index(folder)
     for shard in (shard for shards in index.splits.values() for shard in shards):
-        assert read_table(folder / shard.name, shard) == scan(folder / shard.name)
+        assert read_toc(folder / shard.name, shard) == scan(folder / shard.name)
     assert damaged_shards(folder, index) == []
     scanned = []
     monkeypatch.setattr(module, "scan", lambda path: scanned.append(path) or scan(path))
-    with_tables = [Samples(folder, index, "train").read(i) for i in range(index.samples("train"))]
+    with_tables = [ShardReader(folder, index, "train").read(i) for i in range(index.samples("train"))]
     assert not scanned
     for path in folder.glob("*.toc"):
         path.unlink()  # as of an earlier version
-    without = [Samples(folder, index, "train").read(i) for i in range(index.samples("train"))]
+    without = [ShardReader(folder, index, "train").read(i) for i in range(index.samples("train"))]
     assert len(scanned) == len(without)
     assert all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in zip(with_tables, without, strict=True))
 
@@ -80,32 +80,32 @@ def change(fields: dict, key: str | None = None, part: str = "mp4", place=None) 
 def test_a_table_that_does_not_fit_is_not_used(folder, how):
     index = read_index(folder)
     shard = index.splits["train"][0]
-    path = table_of(folder / shard.name)
+    path = toc_path(folder / shard.name)
     fields = json.loads(path.read_text())
     how(fields)
     path.write_text(json.dumps(fields))
-    assert read_table(folder / shard.name, shard) is None
-    assert Samples(folder, index, "train").read(0)[1].shape == (8, 3, 16, 16)
+    assert read_toc(folder / shard.name, shard) is None
+    assert ShardReader(folder, index, "train").read(0)[1].shape == (8, 3, 16, 16)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"null", b"\xff", b"[" * 100_000])
 def test_a_table_that_is_none_is_not_used(folder, content):
     shard = read_index(folder).splits["train"][0]
-    table_of(folder / shard.name).write_bytes(content)
-    assert read_table(folder / shard.name, shard) is None
+    toc_path(folder / shard.name).write_bytes(content)
+    assert read_toc(folder / shard.name, shard) is None
 
 
 def test_a_shard_that_was_cut_off_is_found_in_spite_of_its_table(folder):
     index = read_index(folder)
     os.truncate(folder / index.splits["train"][0].name, 5000)
     with pytest.raises(ValueError, match="is truncated"):
-        Samples(folder, index, "train").read(0)
+        ShardReader(folder, index, "train").read(0)
 
 
 def test_a_table_that_lies_within_the_shard_is_found_by_inspection(folder):
     index = read_index(folder)
     shard = index.splits["train"][0]
-    path = table_of(folder / shard.name)
+    path = toc_path(folder / shard.name)
     fields = json.loads(path.read_text())
     first, second = (sample[1] for sample in fields["samples"][:2])
     first["mp4"], second["mp4"] = second["mp4"], first["mp4"]
@@ -113,4 +113,4 @@ def test_a_table_that_lies_within_the_shard_is_found_by_inspection(folder):
     (line,) = damaged_shards(folder, index)
     assert line.startswith(f"{path.name}: is not the contents of {shard.name}")
     with pytest.raises(ValueError, match="checksum of the video differs"):
-        Samples(folder, index, "train").read(0)
+        ShardReader(folder, index, "train").read(0)

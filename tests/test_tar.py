@@ -19,7 +19,7 @@ from msc.datasets.prepare.convert import ConvertConfig, convert
 from msc.datasets.prepare.sources import find_sources
 from msc.datasets.shards import tar as archives
 from msc.datasets.shards.index import read_index, read_part, scan
-from msc.datasets.shards.tar import Member, members, open_bytes
+from msc.datasets.shards.tar import Member, open_bytes, tar_members
 from msc.datasets.synthetic import write_videos
 
 USED = ("plain.mp4", "alpha.webm", "rgb.mkv", "mjpeg.mov", "old.mpg", "divx.avi", "windows.wmv", "flash.flv", "vfr.mkv",
@@ -146,8 +146,8 @@ def test_names_may_be_long_and_in_any_alphabet(tmp_path):
     for layout in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
         names = ["ü" * 60 + "/" + "x" * 120 + ".mp4", "b.mp4"]
         tar = packed(tmp_path / "x.tar", *((name, b"content") for name in names), format=layout)
-        assert list(members(tar)) == names
-        assert {member.size for member in members(tar).values()} == {7}
+        assert list(tar_members(tar)) == names
+        assert {member.size for member in tar_members(tar).values()} == {7}
 
 
 # --- what is refused ---------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ import pytest
 import torch
 import yaml
 
-from msc.pretrain.tracking.mlflow_store import read_identity, shown
-from msc.pretrain.tracking.tracker import Meter, MetricsConfig, Tracker, memory, mfu, settle
+from msc.pretrain.tracking.mlflow_store import read_identity, without_credentials
+from msc.pretrain.tracking.tracker import Meter, MetricsConfig, Tracker, end_mlflow_run, memory, mfu
 
 PARAMS = {"model.width": 64, "train.seed": 0, "model.scales": [{"heads": 2}]}
 QUIET = MetricsConfig(system=False)
@@ -282,7 +282,7 @@ def test_an_outage_is_told_once_and_without_passwords(run, caplog, monkeypatch):
     assert len([record for record in caplog.records if "cannot be used now" in record.message]) == 1
     tracker.finish("KILLED", timeout=5)
     assert "swordfish" not in caplog.text + (run / "mlflow.json").read_text()
-    assert shown("http://me:swordfish@host:1/x") == "http://host:1/x"
+    assert without_credentials("http://me:swordfish@host:1/x") == "http://host:1/x"
 
 
 def test_a_read_only_run_folder_is_no_reason_to_fail(run, caplog, monkeypatch):
@@ -387,7 +387,7 @@ def test_an_end_that_cannot_be_told_is_told_without_passwords(run, caplog, monke
     (run / "config.yaml").write_text(yaml.safe_dump({"metrics": {}}))
     (run / "mlflow.json").write_text(json.dumps({"key": "k", "run_id": "r"}))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    assert settle(run, "FAILED") is None
+    assert end_mlflow_run(run, "FAILED") is None
     assert "could not be told" in caplog.text and "swordfish" not in caplog.text
 
 
@@ -441,18 +441,18 @@ def server(folder: Path, port: int):
 @pytest.mark.slow
 def test_the_end_of_a_run_that_was_killed_is_told_for_it(run, caplog):
     (run / "config.yaml").write_text(yaml.safe_dump({"metrics": {"experiment": "tests", "system": False}}))
-    assert settle(run, "FAILED") is None, "it was never tracked"
+    assert end_mlflow_run(run, "FAILED") is None, "it was never tracked"
     tracker = start(run)
     tracker.log({"loss": 1.0}, 1)
     assert tracker.flush()
     assert run_of(run).info.status == "RUNNING"
-    assert settle(run, "FAILED") == tracker.run_id
+    assert end_mlflow_run(run, "FAILED") == tracker.run_id
     assert run_of(run).info.status == "FAILED"
-    assert settle(run, "KILLED") is None and run_of(run).info.status == "FAILED", "an end stays"
+    assert end_mlflow_run(run, "KILLED") is None and run_of(run).info.status == "FAILED", "an end stays"
     tracker.finish("FINISHED")
     (run / "config.yaml").write_text(yaml.safe_dump({"metrics": {"tracking_uri": NOWHERE}}))
     assert not caplog.records
-    assert settle(run, "FAILED") is None
+    assert end_mlflow_run(run, "FAILED") is None
     assert "could not be told" in caplog.text
 
 

@@ -479,7 +479,7 @@ def test_an_evaluation_that_is_interrupted_tells_what_it_has(finished, monkeypat
         return measured(*arguments)
 
     measured = evaluation.measure
-    monkeypatch.setattr(evaluation, "EACH", 1)
+    monkeypatch.setattr(evaluation, "BATCH", 1)
     monkeypatch.setattr(evaluation, "measure", measure)
     monkeypatch.setattr(evaluation, "open_features", lambda *_: lambda video: video.mean((1, 3, 4)).double())
     text = evaluate(finished, EvaluateConfig(clips=4, steps=1, samples=1, features=Path("network")))

@@ -9,15 +9,15 @@ import pytest
 from test_training import msc_train, shards  # noqa: F401 - a fixture
 
 from msc.datasets.shards.index import read_index, scan
-from msc.pretrain.tracking.unreadable_clips import Broken, read_broken
+from msc.pretrain.tracking.unreadable_clips import UnreadableClips, read_unreadable_clips
 
 
 def test_each_counts_once_and_the_count_goes_on(tmp_path):
-    broken = Broken(tmp_path, 100, 0.03, {})
+    broken = UnreadableClips(tmp_path, 100, 0.03, {})
     broken.note(1, [(5, "a"), (7, "b"), (5, "a")], writing=True)  # ranks that share a clip both tell of it
     broken.note(2, [(7, "b")], writing=True)
-    assert read_broken(tmp_path) == {5: "a", 7: "b"}
-    again = Broken(tmp_path, 100, 0.03, read_broken(tmp_path))
+    assert read_unreadable_clips(tmp_path) == {5: "a", 7: "b"}
+    again = UnreadableClips(tmp_path, 100, 0.03, read_unreadable_clips(tmp_path))
     again.note(3, [(9, "c")], writing=True)
     with pytest.raises(ValueError, match=r"4 of 100 clips are broken, more than data.max_bad allows \(3\)"):
         again.note(4, [(5, "a"), (11, "d")], writing=True)
@@ -26,7 +26,7 @@ def test_each_counts_once_and_the_count_goes_on(tmp_path):
 
 
 def test_one_may_always_be_broken(tmp_path):
-    broken = Broken(tmp_path, 10, 0.0, {})
+    broken = UnreadableClips(tmp_path, 10, 0.0, {})
     broken.note(1, [(3, "x")], writing=False)
     assert not broken.path.exists()
     with pytest.raises(ValueError, match="2 of 10 clips"):
@@ -62,9 +62,9 @@ def test_two_ranks_count_together(shards, tmp_path):  # noqa: F811
     assert len(bad) == 3
     run = tmp_path / "run"
     msc_train(folder, run, f"data.max_bad={3.5 / clips}", processes=2, steps=12)
-    assert set(read_broken(run)) <= set(bad)
+    assert set(read_unreadable_clips(run)) <= set(bad)
     last = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
-    assert last["broken"] == len(read_broken(run)) == 3
+    assert last["broken"] == len(read_unreadable_clips(run)) == 3
     done = msc_train(folder, tmp_path / "stopped", f"data.max_bad={2.5 / clips}", processes=2, steps=12, check=False)
     assert done.returncode == 65
     assert "data.max_bad allows (2)" in done.stderr + "".join(

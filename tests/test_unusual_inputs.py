@@ -18,7 +18,7 @@ import av
 import numpy as np
 import pytest
 
-from msc.datasets.loading.shard_reader import Samples
+from msc.datasets.loading.shard_reader import ShardReader
 from msc.datasets.prepare.convert import ConvertConfig, convert
 from msc.datasets.shards.index import read_index, read_part, scan
 
@@ -257,7 +257,7 @@ def test_what_is_used_is_upright_and_in_order(converted):
     """Dark on the left, bright on the right, brighter with time; the rotated one turned as its flag says."""
     _, out = converted
     index = read_index(out)
-    samples = Samples(out, index, "train")
+    samples = ShardReader(out, index, "train")
     turned = 0
     for number in range(len(samples)):
         _, video, _, _ = samples.read(number)
@@ -279,7 +279,7 @@ def test_what_is_used_is_upright_and_in_order(converted):
     assert turned == 4
 
 
-def _where(samples: Samples, number: int):
+def _where(samples: ShardReader, number: int):
     return samples._find(number)
 
 

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..errors import DeterministicFailure
-from .mixture import Shards, Stream, rounds, slots
-from .shard_reader import Samples
-from .shuffling import Turns, Windows, derived, rows, sample_at, set_at
+from .mixture import Shards, Stream, batches_per_round, stream_slots
+from .shard_reader import ShardReader
+from .shuffling import BucketSchedule, WindowShuffle, derive_seed, positions_of_rank, sample_at, stream_at
 
 Frames = tuple[int, int]  # latent frames [start, stop)
 Attach = Callable[[int, int, int], Tensor]  # of (sample, epoch, bucket)
@@ -39,8 +39,8 @@ class Batch:
     noise. keys: names in the tars, behind that of the set where there are several. bucket: of all clips.
     video: uint8 [B, Tv, 3, H, W], or latents: [B, T, C, h, w], as stored (float16), not normalised.
     text: [B, L, E] embeddings, padded with zeros to the longest. labels: int64 [B]. attached: what the loader was told
-    to attach, stacked. broken: (sample, why) of those met that could not be read. error: why nothing can be read any
-    more; never seen outside of this file.
+    to attach, stacked. unreadable: (sample, why) of samples that could not be read. error: why nothing can be read
+    any more; never seen outside of this file.
     """
 
     samples: list[int]
@@ -52,7 +52,7 @@ class Batch:
     text: Tensor | None = None
     labels: Tensor | None = None
     attached: Tensor | None = None
-    broken: tuple[tuple[int, str], ...] = ()
+    unreadable: tuple[tuple[int, str], ...] = ()
     error: Exception | None = None
 
     def pin_memory(self) -> "Batch":
@@ -79,7 +79,7 @@ class _Item:
     text: Tensor | None = None
     label: int | None = None
     attached: Tensor | None = None
-    broken: tuple[tuple[int, str], ...] = ()
+    unreadable: tuple[tuple[int, str], ...] = ()
     error: Exception | None = None
 
 
@@ -87,10 +87,10 @@ class _Own:
     """The clips of a stream: in what order, and how to read them."""
 
     def __init__(self, stream: Stream, frames: Frames | None, seed: int, shuffle: bool, window: int) -> None:
-        self.stream, self.samples = stream, Samples(stream.place, stream.index, stream.split, frames)
+        self.stream, self.samples = stream, ShardReader(stream.place, stream.index, stream.split, frames)
         if shuffle and window:
             counts = [shard.samples for shard in stream.index.splits[stream.split]]
-            self.at: Callable[[int], tuple[int, int]] = Windows(counts, window, seed)
+            self.at: Callable[[int], tuple[int, int]] = WindowShuffle(counts, window, seed)
         else:
             self.at = partial(sample_at, samples=stream.clips, seed=seed, shuffle=shuffle)
 
@@ -109,21 +109,21 @@ class _Clips(Dataset):
         self.buckets: list[list[_Own]] = []
         number = 0
         for streams, own in zip(shards.streams(split), frames, strict=True):
-            self.slots.append(slots(streams))
+            self.slots.append(stream_slots(streams))
             self.buckets.append([])
             for stream in streams:
-                self.buckets[-1].append(_Own(stream, own, derived(seed, number), shuffle, window))
+                self.buckets[-1].append(_Own(stream, own, derive_seed(seed, number), shuffle, window))
                 number += 1
 
     def __getitem__(self, place: Place) -> _Item:
         """The clip at `place`; a broken sample is replaced by the next good one, on every rank alike."""
         bucket, position = place
-        number, position = set_at(position, self.slots[bucket], derived(self.seed, bucket))
+        number, position = stream_at(position, self.slots[bucket], derive_seed(self.seed, bucket))
         own = self.buckets[bucket][number]
         stream, clips = own.stream, own.stream.clips
         epoch, first = own.at(position)
-        broken: list[tuple[int, str]] = []
-        reasons: dict[str, None] = {}  # fewer than `broken`: all clips of a shard that cannot be read have one
+        unreadable: list[tuple[int, str]] = []
+        reasons: dict[str, None] = {}  # fewer than `unreadable`: all clips of a shard that cannot be read have one
         for step in range(min(clips, self.bound + 1)):
             if len(reasons) == MOST_IN_A_ROW:
                 break
@@ -131,7 +131,7 @@ class _Clips(Dataset):
             try:
                 key, media, text, label = own.samples.read(sample)
             except ValueError as error:
-                broken.append((stream.first + sample, str(error)))
+                unreadable.append((stream.first + sample, str(error)))
                 reasons[str(error)] = None
             except OSError as error:
                 return _Item(sample, epoch, error=error)
@@ -139,9 +139,9 @@ class _Clips(Dataset):
                 key = f"{stream.name}:{key}" if stream.name else key
                 number = stream.first + sample
                 attached = self.attach(number, epoch, bucket) if self.attach is not None else None
-                return _Item(number, epoch, bucket, key, media, text, label, attached, tuple(broken))
-        found = f"{len(broken)} clips in a row of {stream.place} cannot be read: {'; '.join(list(reasons)[:3])}"
-        return _Item(first, epoch, broken=tuple(broken), error=DeterministicFailure(f"{found}: check the disk"))
+                return _Item(number, epoch, bucket, key, media, text, label, attached, tuple(unreadable))
+        found = f"{len(unreadable)} clips in a row of {stream.place} cannot be read: {'; '.join(list(reasons)[:3])}"
+        return _Item(first, epoch, unreadable=tuple(unreadable), error=DeterministicFailure(f"{found}: check the disk"))
 
 
 def loader(
@@ -177,7 +177,7 @@ def loader(
     Where shards cannot be had at all it raises OSError.
     Raises ValueError for clips that ranks do not divide, an unknown or empty split, or bad frames.
     """
-    rows(clock, clips, rank, ranks)
+    positions_of_rank(clock, clips, rank, ranks)
     several = len(shards.shapes) > 1
     if not shards.samples(split):
         raise ValueError(f"{shards} has no clips in split {split!r}")
@@ -188,7 +188,7 @@ def loader(
         )
     if stop is not None and (ranks > 1 or several) and (stop - clock) % clips:
         raise ValueError(f"{stop - clock} clips are not whole batches of {clips}, which {ranks} ranks need")
-    batches = rounds(shards, split, clips) if several else [1]
+    batches = batches_per_round(shards, split, clips) if several else [1]
     dataset = _Clips(shards, split, frames or [None] * len(shards.shapes), seed, shuffle, window, max_bad, attach)
     read = DataLoader(
         dataset,
@@ -216,7 +216,7 @@ def _checked(batches: DataLoader, dataset: _Clips) -> Generator[Batch, None, Non
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
         for batch in iterator:
-            for sample, why in batch.broken:
+            for sample, why in batch.unreadable:
                 if sample in seen:
                     continue
                 seen.add(sample)
@@ -255,22 +255,22 @@ class _Places:
 
     def __iter__(self) -> Iterator[list[Place]]:
         clock = self.clock
-        turns = Turns(self.batches, self.seed)
+        turns = BucketSchedule(self.batches, self.seed)
         while self.stop is None or clock < self.stop:
             bucket, first = 0, clock
             if len(self.batches) > 1:
                 bucket, number = turns(clock // self.clips)
                 first = number * self.clips
-            mine = rows(first, self.clips, self.rank, self.ranks)
+            mine = positions_of_rank(first, self.clips, self.rank, self.ranks)
             end = math.inf if self.stop is None else first + self.stop - clock
             yield [(bucket, k) for k in mine if k < end]
             clock += self.clips
 
 
 def _collate(items: list[_Item]) -> Batch:
-    broken = tuple(pair for item in items for pair in item.broken)
+    unreadable = tuple(pair for item in items for pair in item.unreadable)
     if error := next((item.error for item in items if item.error is not None), None):
-        return Batch([], [], [], broken=broken, error=error)
+        return Batch([], [], [], unreadable=unreadable, error=error)
     # Where this is a worker, torch's own function stacks them in shared memory: one copy less.
     media: Tensor = default_collate([item.media for item in items if item.media is not None])
     texts = [item.text for item in items if item.text is not None]
@@ -286,7 +286,7 @@ def _collate(items: list[_Item]) -> Batch:
         text=torch.nn.utils.rnn.pad_sequence(texts, batch_first=True) if texts else None,
         labels=torch.tensor(labels) if labels else None,
         attached=default_collate(attached) if attached else None,
-        broken=broken,
+        unreadable=unreadable,
     )
 
 

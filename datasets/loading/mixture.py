@@ -15,14 +15,14 @@ from pathlib import Path
 
 from ..prepare.statistics import mix_statistics
 from ..shards.index import Index, Shape, check_shards, index_content, parse_index
-from ..shards.remote import COMMANDS, Remote, is_address, shown
+from ..shards.remote import COMMANDS, RemoteShards, is_url, redact_url
 from .shuffling import SLOTS, apportion
 
 DEFAULT_CACHE = "~/.cache/msc/shards"
 
 
 @dataclass(frozen=True)
-class ShardsFrom:
+class ShardSetConfig:
     """One set of a mixture: folder or address of its shards, and its weight: clips of it are seen in proportion."""
 
     path: str
@@ -47,7 +47,7 @@ class DataConfig:
     used, which run commands: "s3", "gs", "ais", "hf", "pipe".
     """
 
-    shards: str | tuple[ShardsFrom, ...] = ""
+    shards: str | tuple[ShardSetConfig, ...] = ""
     workers: int = 2
     prefetch: int = 2
     text_dropout: float = 0.1
@@ -71,9 +71,9 @@ class DataConfig:
                 raise ValueError(f"data.commands has {command!r}; there are {', '.join(COMMANDS)}")
 
     @property
-    def sets(self) -> tuple[ShardsFrom, ...]:
+    def sets(self) -> tuple[ShardSetConfig, ...]:
         if isinstance(self.shards, str):
-            return (ShardsFrom(self.shards),) if self.shards else ()
+            return (ShardSetConfig(self.shards),) if self.shards else ()
         return self.shards
 
 
@@ -81,7 +81,7 @@ class DataConfig:
 class ShardSet:
     """A set of shards, found. digest: of its index.json, the start of the SHA-256."""
 
-    place: Path | Remote
+    place: Path | RemoteShards
     index: Index
     name: str = ""
     weight: float = 1.0
@@ -96,7 +96,7 @@ class Stream:
     name: put before the keys of samples, where there are several sets.
     """
 
-    place: Path | Remote
+    place: Path | RemoteShards
     index: Index
     split: str
     first: int
@@ -129,7 +129,7 @@ class Shards:
     @cached_property
     def shapes(self) -> tuple[Shape, ...]:
         """Of every bucket, in order."""
-        return tuple(dict.fromkeys(one.shape for found in self.sets for one in found.index.each()))
+        return tuple(dict.fromkeys(one.shape for found in self.sets for one in found.index.by_bucket()))
 
     def samples(self, split: str) -> int:
         return sum(found.index.samples(split) for found in self.sets)
@@ -141,7 +141,7 @@ class Shards:
         first = 0
         for found in self.sets:
             all_clips = found.index.samples(split)
-            for one in found.index.each():
+            for one in found.index.by_bucket():
                 if clips := one.samples(split):
                     share = Fraction(found.weight) / total * Fraction(clips, all_clips)
                     buckets[one.shape].append(Stream(found.place, one, split, first, share, found.name))
@@ -149,22 +149,22 @@ class Shards:
         return list(buckets.values())
 
 
-def only(place: str | Path | Remote, index: Index) -> Shards:
+def single_set(place: str | Path | RemoteShards, index: Index) -> Shards:
     """One set alone."""
     return Shards((ShardSet(Path(place) if isinstance(place, str) else place, index),))
 
 
 def open_shards(config: DataConfig) -> Shards:
     """Read the index of every set and check that they fit each other; OSError or ValueError says
-    what is missing or wrong. No shard is looked at (see `check_sizes`).
+    what is missing or wrong. No shard is looked at (see `check_shard_sizes`).
     """
     if not config.sets:
         raise ValueError("data.shards is empty; name the folder that `msc convert` wrote: data.shards=FOLDER")
     names = _names([found.path for found in config.sets])
     sets = []
     for wanted, name in zip(config.sets, names, strict=True):
-        place: Path | Remote
-        if is_address(wanted.path):
+        place: Path | RemoteShards
+        if is_url(wanted.path):
             place = _remote(config, wanted.path)
             index, content = place.read_index()
         else:
@@ -179,21 +179,21 @@ def open_shards(config: DataConfig) -> Shards:
     return found
 
 
-def check_sizes(shards: Shards) -> None:
+def check_shard_sizes(shards: Shards) -> None:
     """ValueError or OSError for a shard that is of another size or missing; asks for each, so once for all ranks."""
     for found in shards.sets:
-        if isinstance(found.place, Remote):
+        if isinstance(found.place, RemoteShards):
             found.place.check(found.index)
         else:
             check_shards(found.place, found.index)
 
 
-def _remote(config: DataConfig, url: str) -> Remote:
+def _remote(config: DataConfig, url: str) -> RemoteShards:
     scheme = url.partition(":")[0]
     if scheme not in ("http", "https", *config.commands):
         known = f"; it runs a command on every rank: allow that with data.commands=[{scheme}]"
         raise ValueError(f"data.shards: {url} is refused, only http and https are read" + known * (scheme in COMMANDS))
-    return Remote(url, Path(config.cache or DEFAULT_CACHE).expanduser(), int(config.cache_gb * 1e9))
+    return RemoteShards(url, Path(config.cache or DEFAULT_CACHE).expanduser(), int(config.cache_gb * 1e9))
 
 
 def _names(paths: Sequence[str]) -> list[str]:
@@ -201,7 +201,7 @@ def _names(paths: Sequence[str]) -> list[str]:
     if len(paths) == 1:
         return [""]
     short = [re.split(r"[/\\]", path.split("?")[0].rstrip("/"))[-1] for path in paths]
-    return [name if short.count(name) == 1 else shown(path) for name, path in zip(short, paths, strict=True)]
+    return [name if short.count(name) == 1 else redact_url(path) for name, path in zip(short, paths, strict=True)]
 
 
 def _check_alike(one: ShardSet, other: ShardSet) -> None:
@@ -216,7 +216,7 @@ def _check_alike(one: ShardSet, other: ShardSet) -> None:
 
 def _check_cache(config: DataConfig, shards: Shards) -> None:
     """Shards that come in any order must all fit into the cache; else windows of them must."""
-    streamed = [s for found in shards.sets if isinstance(found.place, Remote) for s in [found.index]]
+    streamed = [s for found in shards.sets if isinstance(found.place, RemoteShards) for s in [found.index]]
     sizes = [[shard.bytes for split in index.splits.values() for shard in split] for index in streamed]
     most, total = config.cache_gb * 1e9, sum(map(sum, sizes))
     if total <= most:
@@ -227,7 +227,9 @@ def _check_cache(config: DataConfig, shards: Shards) -> None:
             "raise that, or shuffle within fewer shards at a time with data.window"
         )
     # at the seam of two windows both are in use, in every bucket
-    needed = sum(2 * config.window * max(own) * len(i.each()) for own, i in zip(sizes, streamed, strict=True) if own)
+    needed = sum(
+        2 * config.window * max(own) * len(i.by_bucket()) for own, i in zip(sizes, streamed, strict=True) if own
+    )
     if needed > most:
         raise ValueError(
             f"data.window = {config.window} shards take up to {needed / 1e9:.3g} GB, the cache holds data.cache_gb = "
@@ -238,7 +240,7 @@ def _check_cache(config: DataConfig, shards: Shards) -> None:
 # --- how often -----------------------------------------------------------------------------------------
 
 
-def rounds(shards: Shards, split: str, batch: int) -> list[int]:
+def batches_per_round(shards: Shards, split: str, batch: int) -> list[int]:
     """Batches of every bucket in a round, in which about as many clips are seen as there are: of one set, as many
     whole batches as a bucket has; the clips left over come first in the next round.
 
@@ -262,7 +264,7 @@ def rounds(shards: Shards, split: str, batch: int) -> list[int]:
     return found
 
 
-def slots(streams: Sequence[Stream]) -> list[int]:
+def stream_slots(streams: Sequence[Stream]) -> list[int]:
     """How many of every 1024 clips of a bucket each of its streams gives; ValueError where that is none."""
     if len(streams) == 1:
         return [1]

@@ -13,8 +13,8 @@ from safetensors.torch import load
 from torch import Tensor
 
 from ..shards.index import STORES, Index, Sample, find_part, read_part, scan
-from ..shards.remote import Remote
-from ..shards.table_of_contents import read_table
+from ..shards.remote import RemoteShards
+from ..shards.table_of_contents import read_toc
 from ..video import decode_frames
 
 SCANNED_SHARDS = 64  # tables of contents kept per process; a scan takes about a millisecond
@@ -23,14 +23,16 @@ CHUNK = 1 << 20
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
-class Samples:
+class ShardReader:
     """The samples of `split`, numbered in the order of the index; `frames` are latent frames [start, stop).
 
     ValueError for an unknown or empty split, and for frames outside of the clips or, where the autoencoder
     does not cut video evenly along time, for anything but whole clips.
     """
 
-    def __init__(self, folder: Path | Remote, index: Index, split: str, frames: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self, folder: Path | RemoteShards, index: Index, split: str, frames: tuple[int, int] | None = None
+    ) -> None:
         self.folder, self.index, self.split = folder, index, split
         self._ends = [0]
         self._scanned: dict[str, list[Sample] | str] = {}  # or why it cannot be read
@@ -101,7 +103,7 @@ class Samples:
         found = self._scanned.get(shard.name)
         if found is None:
             try:
-                found = read_table(path, shard) or scan(path)
+                found = read_toc(path, shard) or scan(path)
                 if len(found) != shard.samples:
                     raise ValueError(f"shard {path} has {len(found)} samples, its index says {shard.samples}")
             except ValueError as error:

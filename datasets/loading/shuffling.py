@@ -38,17 +38,17 @@ def sample_at(position: int, samples: int, seed: int, shuffle: bool = True) -> t
             return epoch, sample
 
 
-def order(samples: int, seed: int, epoch: int) -> list[int]:
+def epoch_permutation(samples: int, seed: int, epoch: int) -> list[int]:
     """The permutation of `samples` clips that is seen in `epoch`."""
     return [sample_at(epoch * samples + i, samples, seed)[1] for i in range(samples)]
 
 
-def derived(seed: int, number: int) -> int:
+def derive_seed(seed: int, number: int) -> int:
     """Seed of the `number`-th of several orders; the first has the seed itself, as if it were alone."""
     return _mix(_mix(seed) ^ number) if number else seed
 
 
-def rows(clock: int, clips: int, rank: int, ranks: int) -> range:
+def positions_of_rank(clock: int, clips: int, rank: int, ranks: int) -> range:
     """Positions read by `rank` of the batch of `clips` clips that begins at position `clock`."""
     if clips < 1 or ranks < 1 or clips % ranks:
         raise ValueError(f"{clips} clips per batch cannot be divided evenly over {ranks} data-parallel ranks")
@@ -61,7 +61,7 @@ def rows(clock: int, clips: int, rank: int, ranks: int) -> range:
 # --- several buckets, several sets -------------------------------------------------------------------------
 
 
-class Turns:
+class BucketSchedule:
     """Whose turn it is: (bucket, number of the batch among all of that bucket) of the batch at a step.
 
     A round holds `batches[b]` batches of each bucket b, in an order of its own. The round last asked for is kept.
@@ -76,7 +76,7 @@ class Turns:
         round_, place = divmod(step, length)
         if round_ != self._round:
             ends = list(accumulate(self.batches))
-            turns = [bisect.bisect_right(ends, slot) for slot in order(length, self.seed, round_)]
+            turns = [bisect.bisect_right(ends, slot) for slot in epoch_permutation(length, self.seed, round_)]
             next_ = [round_ * batches for batches in self.batches]
             self._turns = []
             for bucket in turns:
@@ -86,7 +86,7 @@ class Turns:
         return self._turns[place]
 
 
-def set_at(position: int, slots: Sequence[int], seed: int) -> tuple[int, int]:
+def stream_at(position: int, slots: Sequence[int], seed: int) -> tuple[int, int]:
     """(set, position in it) of the clip at `position` of a bucket that several sets share.
 
     Every `sum(slots)` positions hold `slots[s]` of each set s, in an order of their own.
@@ -109,7 +109,7 @@ def apportion(shares: Sequence[Fraction], slots: int = SLOTS) -> list[int]:
     return found
 
 
-class Windows:
+class WindowShuffle:
     """The order where only some shards are at hand: (epoch, sample) by position, as `sample_at`.
 
     In every epoch the shards, of `counts` samples, come in an order of their own; the samples are shuffled within
@@ -126,14 +126,14 @@ class Windows:
     def __call__(self, position: int) -> tuple[int, int]:
         epoch, place = divmod(position, self.samples)
         if epoch not in self._kept:
-            shards = order(len(self.counts), derived(self.seed, 1), epoch)
+            shards = epoch_permutation(len(self.counts), derive_seed(self.seed, 1), epoch)
             begins = [0, *accumulate(self.counts[shard] for shard in shards)]
             self._kept = dict([*list(self._kept.items())[-1:], (epoch, (shards, begins))])
         shards, begins = self._kept[epoch]
         window = (bisect.bisect_right(begins, place) - 1) // self.window
         begin = begins[window * self.window]
         inside = begins[min((window + 1) * self.window, len(shards))] - begin
-        seed = derived(self.seed, 2 + epoch * len(self.counts) + window)
+        seed = derive_seed(self.seed, 2 + epoch * len(self.counts) + window)
         place = begin + sample_at(place - begin, inside, seed)[1]
         shard = bisect.bisect_right(begins, place) - 1
         return epoch, self.first[shards[shard]] + place - begins[shard]

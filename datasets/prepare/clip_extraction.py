@@ -19,7 +19,7 @@ from queue import SimpleQueue
 import numpy as np
 import torch
 
-from ..shards.tar import OF_ONE_FILE, persistently, size_of
+from ..shards.tar import FILE_ERRORS, retry_read, size_of
 from ..video import Video, encode_mp4, frame_indices, iterate_frames, probe
 from .clip_ranges import SPLITS, best_buckets, holds, pieces, runs
 from .scenes import brightness, change, content, motion
@@ -88,9 +88,9 @@ def cut(task: Task) -> Cut:
     """
     source = task.source
     try:
-        return persistently(partial(_cut, task))
+        return retry_read(partial(_cut, task))
     except OSError as error:
-        own = error.filename == source.name and error.errno in OF_ONE_FILE
+        own = error.filename == source.name and error.errno in FILE_ERRORS
         if not own or size_of(source.path) != source.size:
             raise
         return _broken(task, 0, f"cannot be read: {error.strerror}")

@@ -194,7 +194,7 @@ def _digest(listing: Listing) -> str:
 
 def _report(config: ConvertConfig, out: Path, index: Index, results: list[Outcome], now: int, elapsed: float) -> Report:
     clips = {name: index.samples(name) for name in SPLITS}
-    seconds = sum(one.samples(name) * one.video_frames for one in index.each() for name in SPLITS) / config.fps
+    seconds = sum(one.samples(name) * one.video_frames for one in index.by_bucket() for name in SPLITS) / config.fps
     skipped = tuple((result.name, result.skipped) for result in results if result.skipped)
     statistics = index.statistics
     size = sum(shard.bytes for shards in index.splits.values() for shard in shards)

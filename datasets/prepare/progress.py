@@ -20,7 +20,7 @@ from typing import Any
 
 from ..files import LOCK, clear_folder, sync_folder, try_lock, write_atomically
 from ..shards.index import ShardInfo
-from ..shards.table_of_contents import table_of
+from ..shards.table_of_contents import toc_path
 from .sources import Source
 
 WORK = ".work"
@@ -148,7 +148,7 @@ def finish_group(own: Path, partial: Path, number: int, record: Record) -> None:
     """Move a group's shards from the process's folder into place, then prove them done."""
     for shards in record.shards.values():
         for shard in shards:
-            for path in (own / shard.name, table_of(own / shard.name)):
+            for path in (own / shard.name, toc_path(own / shard.name)):
                 os.replace(path, partial / path.name)
     sync_folder(partial)
     keep(own, partial / WORK / f"group-{number:06d}.json", dataclasses.asdict(record))

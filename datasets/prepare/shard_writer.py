@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..files import locked
 from ..shards.index import STORES, ShardInfo, write_shard
-from ..shards.table_of_contents import write_table
+from ..shards.table_of_contents import write_toc
 from ..video import decode_frames
 from .clip_extraction import Clip, Cut, Task, cut_all
 from .clip_ranges import SPLITS
@@ -110,7 +110,7 @@ class Writer:
         name = f"{split}-{bucket}-{group:06d}" if len(self.config.shapes) > 1 else f"{split}-{group:06d}"
         samples = ((f"{name}-{number * full + i:06d}", _parts(self, *clip)) for i, clip in enumerate(batch))
         written = write_shard(self.own / f"{name}-{number:06d}.tar", samples)
-        write_table(self.own / written.name, written)
+        write_toc(self.own / written.name, written)
         shards[split].append(dataclasses.replace(written, bucket=bucket))
         for _, clip in batch:
             clip.file.unlink()

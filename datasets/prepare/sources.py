@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..shards.index import MOST_CLASSES
-from ..shards.tar import OF_ONE_FILE, Member, Place, members, open_bytes, persistently, size_of
+from ..shards.tar import FILE_ERRORS, Location, Member, open_bytes, retry_read, size_of, tar_members
 from ..video import SUFFIXES
 
 END_BYTES = 1 << 16  # at which files of equal size are told apart before all of them is read
@@ -38,7 +38,7 @@ class Source:
     """
 
     name: str
-    path: Place
+    path: Location
     caption: str | None = None
     label: int | None = None
     licence: str | None = None
@@ -65,12 +65,12 @@ def find_sources(given: tuple[str, ...]) -> Listing:
     words that are numbered in alphabetical order; all sources have one or none has. Raises FileNotFoundError for
     what does not exist, ValueError for addresses, folders without videos and rows that make no sense.
     """
-    found: dict[tuple[Place, float, float], tuple[Source, Any]] = {}
+    found: dict[tuple[Location, float, float], tuple[Source, Any]] = {}
     for item in given:
         for source, label in _sources(item):
             found.setdefault((source.path, source.start, source.end), (source, label))
-    spans: dict[Place, tuple[float, float]] = {}
-    draws: dict[Place, float] = {}
+    spans: dict[Location, tuple[float, float]] = {}
+    draws: dict[Location, float] = {}
     for (path, start, end), (source, _) in found.items():
         first, last = spans.get(path, (start, end))
         spans[path] = (min(first, start), max(last, end))
@@ -137,7 +137,7 @@ def _videos(folder: Path) -> Iterator[Path]:
 
 def _packed(tar: Path) -> Iterator[tuple[Source, Any]]:
     """The videos in a tar, in its order. ValueError for a tar without any."""
-    inside = members(tar)
+    inside = tar_members(tar)
     videos = 0
     for name, member in inside.items():
         stem, dot, suffix = name.rpartition(".")
@@ -290,20 +290,20 @@ def copies(sources: list[Source]) -> dict[int, str]:
     return found
 
 
-def _divided(places: set[Place], trait: Callable[[Place], Any]) -> Iterable[set[Place]]:
+def _divided(places: set[Location], trait: Callable[[Location], Any]) -> Iterable[set[Location]]:
     """Those of equal `trait` together, without those that again and again cannot be read. OSError where that speaks of
     their disk or server: a copy must not be taken for an original because of it."""
-    found: dict[Any, set[Place]] = defaultdict(set)
+    found: dict[Any, set[Location]] = defaultdict(set)
     for place in places:
         try:
-            found[persistently(partial(trait, place))].add(place)
+            found[retry_read(partial(trait, place))].add(place)
         except OSError as error:
-            if error.errno not in OF_ONE_FILE:
+            if error.errno not in FILE_ERRORS:
                 raise OSError(error.errno, error.strerror, str(place)) from None
     return found.values()
 
 
-def _ends(place: Place) -> bytes:
+def _ends(place: Location) -> bytes:
     with open_bytes(place) as file:
         found = hashlib.sha256(file.read(END_BYTES))
         file.seek(max(0, size_of(place) - END_BYTES))
@@ -311,6 +311,6 @@ def _ends(place: Place) -> bytes:
     return found.digest()
 
 
-def _sha256(place: Place) -> bytes:
+def _sha256(place: Location) -> bytes:
     with open_bytes(place) as file:
         return hashlib.file_digest(file, "sha256").digest()

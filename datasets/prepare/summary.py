@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from ..shards.index import STORES, Index, scan, verify
-from ..shards.table_of_contents import read_table, table_of
+from ..shards.index import STORES, Index, corrupted_shards, scan
+from ..shards.table_of_contents import read_toc, toc_path
 
 SHOWN = 10  # reasons for skipping that are quoted
 
@@ -13,7 +13,7 @@ def describe(folder: str | Path, index: Index) -> str:
     lines = [str(folder)]
     for name, shards in index.splits.items():
         clips = index.samples(name)
-        seconds = sum(one.samples(name) * one.video_frames for one in index.each()) / index.fps
+        seconds = sum(one.samples(name) * one.video_frames for one in index.by_bucket()) / index.fps
         size = sum(shard.bytes for shard in shards)
         lines.append(f"{name}: {clips} clips ({seconds:.0f} s) in {len(shards)} shards, {size / 1e6:.1f} MB")
     lines += clip_lines(index)
@@ -42,7 +42,7 @@ def clip_lines(index: Index) -> list[str]:
     stored = f"stored as {index.store} (.{STORES[index.store]})"
     each = f"({index.autoencoder}, {index.temporal_factor} video frames each)"
     lines = []
-    for one in index.each():
+    for one in index.by_bucket():
         video = f"{one.video_frames} frames at {one.fps:g} fps, {one.video_height}x{one.video_width}"
         latents = f"{one.frames} x {one.channels} x {one.height} x {one.width}"
         if not index.buckets:
@@ -55,16 +55,16 @@ def clip_lines(index: Index) -> list[str]:
 
 def damaged_shards(folder: str | Path, index: Index) -> list[str]:
     """One line for each shard that is not what was written, or holds what no shard may. Reads every byte."""
-    changed = verify(folder, index)
+    changed = corrupted_shards(folder, index)
     lines = [f"{name}: its checksum is not the one in the index; copy it again" for name in changed]
     for shard in (shard for shards in index.splits.values() for shard in shards):
         try:
             found = scan(Path(folder, shard.name))
             if len(found) != shard.samples:
                 lines.append(f"{shard.name}: holds {len(found)} samples, its index says {shard.samples}")
-            table = read_table(Path(folder, shard.name), shard)
+            table = read_toc(Path(folder, shard.name), shard)
             if table is not None and table != found and shard.name not in changed:
-                lines.append(f"{table_of(Path(shard.name))}: is not the contents of {shard.name}; delete it")
+                lines.append(f"{toc_path(Path(shard.name))}: is not the contents of {shard.name}; delete it")
         except ValueError as error:
             lines.append(str(error))
     return lines

@@ -68,7 +68,7 @@ class Index:
     """What `index.json` says of a folder of shards. Sizes without `video_` are of latents.
 
     `buckets`: the shapes of the clips where there is more than one; the sizes are then those of the first, and
-    `each` gives one index of one shape for each.
+    `by_bucket` gives one index of one shape for each.
 
     `temporal_factor` is video frames per latent frame; `has_text` the width of the text embeddings or None;
     `classes` the number of labels or 0; `skipped` the number of sources that gave no clip.
@@ -99,7 +99,7 @@ class Index:
         """Of the clips, or of those of the first bucket."""
         return Shape(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Shape)})
 
-    def each(self) -> "list[Index]":
+    def by_bucket(self) -> "list[Index]":
         """An index of one shape for every bucket, in order."""
         if not self.buckets:
             return [self]
@@ -233,7 +233,7 @@ def check_shards(folder: str | Path, index: Index) -> None:
             raise ValueError(f"shard {path} has {size} bytes, its index says {shard.bytes}: copy it again")
 
 
-def verify(folder: str | Path, index: Index) -> list[str]:
+def corrupted_shards(folder: str | Path, index: Index) -> list[str]:
     """Names of the shards whose SHA-256 is not the one in the index. Reads every byte."""
     shards = [shard for shards in index.splits.values() for shard in shards]
     return [shard.name for shard in shards if sha256_of(Path(folder) / shard.name) != shard.sha256]

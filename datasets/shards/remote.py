@@ -39,12 +39,12 @@ COMMANDS = ("ais", "gs", "hf", "pipe", "s3")  # what `gopen` can read, s3 with a
 OURS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # errors of the cache, not of the address
 
 
-def is_address(text: str) -> bool:
+def is_url(text: str) -> bool:
     """Whether `text` names shards somewhere else, and is no folder."""
     return "://" in text or text.startswith("pipe:")
 
 
-def shown(url: str) -> str:
+def redact_url(url: str) -> str:
     """An address without what may be secret in it: password and query."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https"):
@@ -53,7 +53,7 @@ def shown(url: str) -> str:
 
 
 @dataclass(frozen=True)
-class Remote:
+class RemoteShards:
     """A folder of shards at `url`, its shards kept in `cache`, which holds at most `most` bytes of any shards.
 
     timeout: seconds without a byte after which a try is given up.
@@ -65,7 +65,7 @@ class Remote:
     timeout: float = 60.0
 
     def __str__(self) -> str:
-        return shown(self.url)
+        return redact_url(self.url)
 
     def address(self, name: str) -> str:
         """Of one file in the folder; what follows a `?` stays at the end."""
@@ -80,7 +80,7 @@ class Remote:
         file = io.BytesIO()
         download(self.address("index.json"), file, MAX_INDEX_BYTES, self.timeout)
         content = file.getvalue()
-        return parse_index(content, shown(self.address("index.json"))), content
+        return parse_index(content, redact_url(self.address("index.json"))), content
 
     def check(self, index: Index) -> None:
         """ValueError or OSError for a shard that has another size than in the index or is missing; reads no shard.
@@ -93,7 +93,7 @@ class Remote:
             for shard, size in zip(shards, pool.map(lambda x: self._size(x), shards), strict=True):
                 if size is not None and size != shard.bytes:
                     raise ValueError(
-                        f"shard {shown(self.address(shard.name))} has {size} bytes, its index says {shard.bytes}: "
+                        f"shard {redact_url(self.address(shard.name))} has {size} bytes, its index says {shard.bytes}: "
                         "it has changed since"
                     )
 
@@ -139,7 +139,7 @@ class Remote:
         if (size, found) != (shard.bytes, shard.sha256):
             partial.unlink()
             raise OSError(
-                f"shard {shown(url)} is not what its index says ({size} bytes of {shard.bytes}, SHA-256 "
+                f"shard {redact_url(url)} is not what its index says ({size} bytes of {shard.bytes}, SHA-256 "
                 f"{found[:12]} for {shard.sha256[:12]}): it has changed since"
             )
         os.replace(partial, path)
@@ -212,7 +212,7 @@ def persistently(url: str, action: Callable[[], T]) -> T:
             if getattr(error, "errno", None) in OURS:
                 raise
             why = error
-    raise OSError(f"{shown(url)} could not be read in {TRIES} tries: {_reason(why)}")
+    raise OSError(f"{redact_url(url)} could not be read in {TRIES} tries: {_reason(why)}")
 
 
 def _reason(error: Exception | None) -> str:
@@ -257,7 +257,7 @@ def _read_http(url: str, file: BinaryIO, most: int, timeout: float) -> None:
         while chunk := answer.read(CHUNK):
             have += len(chunk)
             if have > most:
-                raise ValueError(f"{shown(url)} has more than the {most} bytes expected: it has changed since")
+                raise ValueError(f"{redact_url(url)} has more than the {most} bytes expected: it has changed since")
             file.write(chunk)
         if end is not None and have < end:
             raise ConnectionError(f"broke off after {have} of {end} bytes")

@@ -15,20 +15,20 @@ from .index import Sample, ShardInfo, check_member, scan
 TABLE_BYTES = 64 << 20  # more than any has: about 100 bytes a clip
 
 
-def table_of(shard: Path) -> Path:
+def toc_path(shard: Path) -> Path:
     return shard.with_suffix(".toc")
 
 
-def write_table(shard: Path, info: ShardInfo) -> None:
+def write_toc(shard: Path, info: ShardInfo) -> None:
     """Write the table of a shard that was just written."""
     samples = [[sample.key, sample.parts] for sample in scan(shard)]
-    write_atomically(table_of(shard), json.dumps({"sha256": info.sha256, "samples": samples}).encode())
+    write_atomically(toc_path(shard), json.dumps({"sha256": info.sha256, "samples": samples}).encode())
 
 
-def read_table(shard: Path, info: ShardInfo) -> list[Sample] | None:
+def read_toc(shard: Path, info: ShardInfo) -> list[Sample] | None:
     """All samples of a shard, in order; None where the table is missing, of another shard, or wrong."""
     try:
-        with open(table_of(shard), "rb") as file:
+        with open(toc_path(shard), "rb") as file:
             fields = json.loads(file.read(TABLE_BYTES))
         if fields["sha256"] != info.sha256 or shard.stat().st_size != info.bytes:
             return None

@@ -27,32 +27,32 @@ class Member:
     size: int
 
 
-Place = Path | Member
-OF_ONE_FILE = {errno.EIO, errno.EACCES, errno.EPERM}  # a bad sector, no permission; others speak of disk or server
+Location = Path | Member
+FILE_ERRORS = {errno.EIO, errno.EACCES, errno.EPERM}  # a bad sector, no permission; others speak of disk or server
 PATIENCE = (2, 20)  # seconds between tries to read such a file
 T = TypeVar("T")
 
 
-def size_of(place: Place) -> int:
+def size_of(place: Location) -> int:
     """In bytes; -1 for what is no file."""
     if isinstance(place, Member):
         return place.size
     return place.stat().st_size if place.is_file() else -1
 
 
-def persistently(read: Callable[[], T]) -> T:
+def retry_read(read: Callable[[], T]) -> T:
     """What `read` returns, tried again where one file cannot be read; its last OSError."""
     pauses = iter(PATIENCE)
     while True:
         try:
             return read()
         except OSError as error:
-            if error.errno not in OF_ONE_FILE or (pause := next(pauses, None)) is None:
+            if error.errno not in FILE_ERRORS or (pause := next(pauses, None)) is None:
                 raise
             time.sleep(pause)
 
 
-def open_bytes(place: Place) -> io.BufferedReader:
+def open_bytes(place: Location) -> io.BufferedReader:
     """To be read from, with a beginning and an end of its own."""
     return io.BufferedReader(_Part(place)) if isinstance(place, Member) else open(place, "rb")
 
@@ -87,7 +87,7 @@ class _Part(io.RawIOBase):
         super().close()
 
 
-def members(tar: Path) -> dict[str, Member]:
+def tar_members(tar: Path) -> dict[str, Member]:
     """The plain files in a tar by their names, in its order.
 
     ValueError, naming the tar and the member, for all else but folders, and for a tar that is damaged, cut off or

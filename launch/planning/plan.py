@@ -23,7 +23,7 @@ from msc.pretrain.config import Config
 from msc.pretrain.layout_planner import Clip, Layout, Rates, choose, estimates
 from msc.pretrain.model.scales import spatial_windows
 from msc.pretrain.model.transformer import ModelConfig
-from msc.pretrain.parallelize import check_parallel, clip_of, kept_activations
+from msc.pretrain.parallelize import check_parallel, clip_of, peak_activation_bytes
 
 from . import hardware
 from .hardware import Device
@@ -103,7 +103,7 @@ def make_plan(config: Config, index: Index, device: Device, gpus: int) -> Plan:
     layouts: tuple[Layout, ...] = ()
     if parallel.sp > 1:
         layouts = choose(model.scales, clip, parallel.sp, parallel.layout, rates)
-    kept = kept_activations(model, parallel, clip, config.train.micro, recompute=False)
+    kept = peak_activation_bytes(model, parallel, clip, config.train.micro, recompute=False)
     count = cost.parameters(model)
     bf16 = parallel.precision != "fp32"
 
@@ -163,7 +163,7 @@ def memory(config: Config, clip: Clip, count: int, gpus: int) -> dict[str, float
     bf16, stage = config.parallel.precision != "fp32", config.parallel.zero.stage
     parts = {name: float(size) for name, size in cost.state_parts(count, stage, gpus, bf16).items()}
     parallel, micro = config.parallel, config.train.micro
-    parts["activations"] = float(kept_activations(config.model, parallel, clip, micro, parallel.recompute))
+    parts["activations"] = float(peak_activation_bytes(config.model, parallel, clip, micro, parallel.recompute))
     bucket = min(config.parallel.zero.bucket, count) if gpus > 1 else 0
     parts["communication buffers"] = 2 * 4.0 * bucket
     if stage == 3:

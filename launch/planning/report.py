@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from msc.datasets.files import write_atomically
-from msc.datasets.loading.mixture import only, open_shards
+from msc.datasets.loading.mixture import open_shards, single_set
 from msc.datasets.shards.index import Index
 from msc.pretrain.config import Config
 from msc.pretrain.model.transformer import check_clip
 from msc.pretrain.tracking.plan_deviation import PlannedStep
-from msc.pretrain.validation import ASSUMED, costliest, resolve
+from msc.pretrain.validation import ASSUMED_INDEX, costliest_index, resolve
 
 from . import hardware
 from .hardware import Device
@@ -30,9 +30,9 @@ def report_plan(
 ) -> str:  # fmt: skip
     """The report on a configuration. given: keys that were set by hand and stay. price: per GPU and hour, in any
     currency. units: also plan a roll-out of that many units, each denoised in `steps`. out: JSON file to write."""
-    shards = open_shards(config.data) if config.data.sets else only("", ASSUMED)
+    shards = open_shards(config.data) if config.data.sets else single_set("", ASSUMED_INDEX)
     config = resolve(config, shards.index)
-    index = costliest(config, shards)
+    index = costliest_index(config, shards)
     check_clip(config.model, index.frames, index.height, index.width)
     fixed = [key for key in SEARCHED if key in given]
     ways = search_plans(config, index, device, gpus, fixed)
@@ -170,5 +170,5 @@ def planned_step(config: Config, processes: int, name: str) -> PlannedStep | Non
     if len(shards.shapes) > 1:  # a plan is of one; a run's mean step is of all
         return None
     config = resolve(config, shards.index)
-    found = make_plan(config, costliest(config, shards), device, processes)
+    found = make_plan(config, costliest_index(config, shards), device, processes)
     return PlannedStep(found.step_s, found.memory_bytes / 2**30, f"msc plan, {device.name}")

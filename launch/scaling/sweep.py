@@ -24,7 +24,7 @@ from msc.datasets.errors import INTERRUPTED, REQUEUE
 from msc.datasets.files import append_jsonl, last_jsonl_record, locked, read_jsonl, write_atomically
 from msc.datasets.text_table import text_table
 from msc.pretrain.config import Config, dump, flat, load
-from msc.pretrain.tracking.mlflow_store import shown
+from msc.pretrain.tracking.mlflow_store import without_credentials
 from msc.pretrain.tracking.tracker import Tracker
 
 from ..commands import PROGRAM, said
@@ -217,7 +217,7 @@ def open_parent(folder: Path, sweep: SweepSpec) -> tuple[Tracker, str | None]:
         return tracker, None
     if tracker.run_id is None:
         said("MLflow does not answer; the runs will not be shown under one parent")
-    return tracker, shown(tracker.config.resolve(folder))
+    return tracker, without_credentials(tracker.config.resolve(folder))
 
 
 def start(

@@ -36,7 +36,7 @@ from msc.pretrain import cost
 from msc.pretrain.config import Config, load
 from msc.pretrain.model.transformer import check_clip
 from msc.pretrain.presets import preset
-from msc.pretrain.validation import absolute, resolve
+from msc.pretrain.validation import absolute_paths, resolve
 
 RULES = {"width": -1.0, "depth": -0.5, "batch": 0.5, "tokens": 0.5}
 BUDGETS = ("clips", "tokens", "flops", "tokens_per_parameter")
@@ -121,7 +121,7 @@ def read_sweep_spec(path: Path) -> SweepSpec:
     if len(shards.shapes) > 1:
         raise ValueError(f"{path}: {shards} has clips of {len(shards.shapes)} shapes; a sweep counts tokens of one")
     index = shards.index
-    if isinstance(found := absolute(start.data).shards, str):
+    if isinstance(found := absolute_paths(start.data).shards, str):
         shared |= {"data.shards": found}
     sweep = replace(sweep, runs=tuple(expand(values, shared, start, index)), index=index)
     for run in sweep.runs:

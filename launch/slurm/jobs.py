@@ -218,8 +218,8 @@ def cancel(run: Path) -> str:
         return f"told to end, but not gone yet: {', '.join(record.id for record in left)}"
     ended = f"ended: {', '.join(record.id for record in active)}"
     if any(record.words[0] == "train" for record in active):
-        from msc.pretrain.tracking.tracker import settle
+        from msc.pretrain.tracking.tracker import end_mlflow_run
 
-        if settle(run, "KILLED"):
+        if end_mlflow_run(run, "KILLED"):
             ended += "; its MLflow run, which was left RUNNING, is now KILLED"
     return ended

@@ -159,7 +159,7 @@ def prepare_training(
     if inner.plan:
         plan_report.read_planned_step(inner.plan)
         words += ["--plan", str(inner.plan.absolute())]
-    config = validation.check(asked.config, run, asked.resume, tasks)
+    config = validation.validate(asked.config, run, asked.resume, tasks)
     heartbeat.check_not_training(run, commands.said)
     run.mkdir(parents=True, exist_ok=True)
     write_atomically(run / "config.yaml", dump(config).encode())

@@ -224,9 +224,9 @@ def settle(job: Job, code: int) -> None:
     beat = heartbeat.read(Path(job.folder))
     others = heartbeat.is_fresh(beat, time.time()) and beat["job"] != heartbeat.job_id(os.environ)
     if job.trains and code not in (0, REQUEUE) and not others:
-        from msc.pretrain.tracking.tracker import settle as settle_run
+        from msc.pretrain.tracking.tracker import end_mlflow_run
 
-        if run_id := settle_run(Path(job.folder), "FAILED"):
+        if run_id := end_mlflow_run(Path(job.folder), "FAILED"):
             say(f"MLflow run {run_id} was still RUNNING and is now FAILED")
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from msc.datasets.loading.held_out import held_out_clip
 from msc.datasets.loading.mixture import Shards
 
-from ..batch_inputs import Feed, latents_of
+from ..batch_inputs import InputBuilder, latents_of
 from ..config import Config
 from ..diffusion.autoencoder import to_uint8
 from ..diffusion.sampler import generate
@@ -33,7 +33,7 @@ def half_of_clip(frames: int, per_unit: int) -> tuple[int, int]:
 
 @torch.no_grad()
 def write_preview(
-    model: nn.Module, config: Config, shards: Shards, feeds: Sequence[Feed], run: Path, step: int, rank: int
+    model: nn.Module, config: Config, shards: Shards, builders: Sequence[InputBuilder], run: Path, step: int, rank: int
 ) -> list[Path]:
     """Continue a held-out clip from half of it, shown beside the truth: a clip for each of the first ranks, which write
     it. Clips are of one shape: weights may be sharded, so all ranks must make equally many passes. Nothing else passes
@@ -41,20 +41,20 @@ def write_preview(
     alike = next(stream.clips for streams in shards.streams("held_out") for stream in streams if stream.first == 0)
     clip = rank % min(PREVIEWS, alike)
     batch = held_out_clip(shards, clip)
-    feed = feeds[batch.bucket]
+    builder = builders[batch.bucket]
     assert isinstance(model, MSCTransformer)
-    x = model.normalise(latents_of(batch, feed.autoencoder, feed.device))
+    x = model.normalise(latents_of(batch, builder.autoencoder, builder.device))
     given, units = half_of_clip(x.shape[1], config.model.frames_per_unit)
-    text, labels = (None if v is None else v.to(feed.device) for v in (batch.text, batch.labels))
+    text, labels = (None if v is None else v.to(builder.device) for v in (batch.text, batch.labels))
     model.eval()
-    new = list(generate(model, x[:, :given], units, steps=8, shift=feed.shift, text=text, labels=labels))
+    new = list(generate(model, x[:, :given], units, steps=8, shift=builder.shift, text=text, labels=labels))
     model.train()
     if rank != clip or not new:
         return []
     made = torch.cat([x[:, :given], *new], 1)
-    truth, video = (to_uint8(feed.autoencoder.decode(model.denormalise(y[0]).cpu())) for y in (x, made))
+    truth, video = (to_uint8(builder.autoencoder.decode(model.denormalise(y[0]).cpu())) for y in (x, made))
     name = run / "samples" / (f"step-{step:08d}" + f"-clip{clip}" * (clip > 0))
-    shown = feed.autoencoder.video_frames(given)
+    shown = builder.autoencoder.video_frames(given)
     try:
         name.parent.mkdir(exist_ok=True)
         write_contact_sheet([("truth", truth), ("continued", video)], name.with_suffix(".png"), context=shown)

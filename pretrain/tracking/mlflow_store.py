@@ -185,7 +185,7 @@ class Store:
                     raise
         found = client.search_runs([experiment_id], f"tags.`msc.key` = '{self.key}'", max_results=1)
         if not found and self.wanted:
-            logger.warning("mlflow: run %s is not in %s; a new one is made", self.wanted, shown(self.uri))
+            logger.warning("mlflow: run %s is not in %s; a new one is made", self.wanted, without_credentials(self.uri))
         return found[0] if found else None
 
     def _describe(self, found: Any) -> None:
@@ -205,7 +205,7 @@ class Store:
         known = {
             "key": self.key,
             "run_id": run_id,
-            "tracking_uri": shown(self.uri),
+            "tracking_uri": without_credentials(self.uri),
             "experiment": self.experiment,
         }
         try:
@@ -244,7 +244,7 @@ def refused(error: Exception) -> bool:
     return getattr(error, "error_code", None) in answers
 
 
-def shown(uri: str) -> str:
+def without_credentials(uri: str) -> str:
     """A tracking URI without the user's name and password."""
     return without_user(uri, uri)
 

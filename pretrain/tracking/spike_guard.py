@@ -48,7 +48,7 @@ class History:
         return History(tuple(saved["losses"]), tuple(saved["norms"]), saved["skipped"], saved["in_a_row"])
 
 
-def objection(config: GuardConfig, history: History, loss: float, norm: float) -> str:
+def skip_reason(config: GuardConfig, history: History, loss: float, norm: float) -> str:
     """Why a step with this loss and gradient norm is not to be taken; empty if it is."""
     for name, value, recent in (("loss", loss, history.losses), ("gradient norm", norm, history.norms)):
         if not math.isfinite(value):
@@ -60,7 +60,7 @@ def objection(config: GuardConfig, history: History, loss: float, norm: float) -
     return ""
 
 
-def after(config: GuardConfig, history: History, loss: float, norm: float, objected: str) -> History:
+def updated_history(config: GuardConfig, history: History, loss: float, norm: float, objected: str) -> History:
     """The history with one more step."""
     if objected:
         return History(history.losses, history.norms, history.skipped + 1, history.in_a_row + 1)

@@ -23,10 +23,10 @@ import yaml
 
 from msc.datasets.files import write_atomically
 
-from .mlflow_store import SYSTEM_SECONDS, File, Point, Store, refused, settle_run, shown, without_user
+from .mlflow_store import SYSTEM_SECONDS, File, Point, Store, refused, settle_run, without_credentials, without_user
 from .throughput import Meter, memory, mfu
 
-__all__ = ["Meter", "MetricsConfig", "Tracker", "memory", "mfu", "settle"]
+__all__ = ["Meter", "MetricsConfig", "Tracker", "memory", "mfu", "end_mlflow_run"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,26 +54,26 @@ class MetricsConfig:
             uri.startswith("file:") or ("://" not in uri and not uri.startswith("databricks"))
         ):
             raise ValueError(
-                f'metrics.tracking_uri "{shown(uri)}" is not one that MLflow can write to; '
+                f'metrics.tracking_uri "{without_credentials(uri)}" is not one that MLflow can write to; '
                 "use http://HOST:PORT, sqlite:///FILE or none"
             )
-        if shown(uri) != uri:
+        if without_credentials(uri) != uri:
             raise ValueError(
-                f"metrics.tracking_uri holds a user's name or password of {shown(uri)}, and would be written to files "
-                "and MLflow: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the whole address as "
-                "MLFLOW_TRACKING_URI, in the environment"
+                f"metrics.tracking_uri holds a user's name or password of {without_credentials(uri)}, and would be "
+                "written to files and MLflow: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the whole "
+                "address as MLFLOW_TRACKING_URI, in the environment"
             )
 
     def resolve(self, run: Path) -> str:
         """The tracking URI used for the run folder `run`; with the user's name and password where the environment has
         them for this very address."""
         own = os.environ.get("MLFLOW_TRACKING_URI", "")
-        if self.tracking_uri and self.tracking_uri != shown(own):
+        if self.tracking_uri and self.tracking_uri != without_credentials(own):
             return self.tracking_uri
         return own or f"sqlite:///{Path(run).resolve().parent}/mlflow.db"
 
 
-def set_patience() -> None:
+def set_client_timeouts() -> None:
     """Fail soon and retry here, rather than hang in a library; and a training job phones nobody."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -81,10 +81,10 @@ def set_patience() -> None:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 
-def settle(run: Path, state: State) -> str | None:
+def end_mlflow_run(run: Path, state: State) -> str | None:
     """Give the MLflow run of a folder the end that its processes could not give it: they were killed. Its id where it
     was still RUNNING; None where it was not, is not tracked, or cannot be reached (which is a warning)."""
-    set_patience()
+    set_client_timeouts()
     uri = ""
     try:
         values = yaml.safe_load((run / "config.yaml").read_text())["metrics"]
@@ -142,7 +142,7 @@ class Tracker:
         if not enabled or self.config.tracking_uri == "none":
             return
         assert self._store is None, "a tracker is started once"
-        set_patience()
+        set_client_timeouts()
         self._run, self._text = Path(run), text
         uri = self.config.resolve(self._run)
         self._store = Store(uri, self.config.experiment, self._run, params, name, resume, attach, self.config.parent)
@@ -232,7 +232,7 @@ class Tracker:
                 delay = min(2 * delay, 30.0)
                 continue
             if self._down:
-                logger.warning("mlflow: %s is back; all that waited is sent", shown(store.uri))
+                logger.warning("mlflow: %s is back; all that waited is sent", without_credentials(store.uri))
             delay, self._down = 1.0, False
             with self._wake:
                 self._wake.notify_all()  # for flush
@@ -302,7 +302,9 @@ class Tracker:
 
     def _warn(self, store: Store, what: str, error: Exception) -> None:
         reason = without_user(str(error), store.uri).strip().splitlines() or [""]
-        logger.warning("mlflow: %s %s (%s: %.200s)", shown(store.uri), what, type(error).__name__, reason[0])
+        logger.warning(
+            "mlflow: %s %s (%s: %.200s)", without_credentials(store.uri), what, type(error).__name__, reason[0]
+        )
 
     # What could not be sent in time -----------------------------------------------------------------------
 

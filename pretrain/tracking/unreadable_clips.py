@@ -10,7 +10,7 @@ from msc.datasets.errors import DeterministicFailure
 from msc.datasets.files import append_jsonl, read_jsonl
 
 
-class Broken:
+class UnreadableClips:
     """Those found so far by all ranks together, `found`: sample -> why. Continues where the run ended before."""
 
     def __init__(self, run: Path, clips: int, max_bad: float, found: dict[int, str]):
@@ -33,5 +33,5 @@ class Broken:
             )
 
 
-def read_broken(run: Path) -> dict[int, str]:
+def read_unreadable_clips(run: Path) -> dict[int, str]:
     return {line["sample"]: line["why"] for line in read_jsonl(run / "broken.jsonl")}

@@ -29,7 +29,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from safetensors.torch import load
 
 from msc.datasets.loading.dataloader import loader
-from msc.datasets.loading.mixture import only
+from msc.datasets.loading.mixture import single_set
 from msc.datasets.prepare.convert import ConvertConfig, convert
 from msc.datasets.prepare.shard_writer import CRF
 from msc.datasets.shards.index import read_index, read_part, scan
@@ -76,7 +76,7 @@ def convert_all(folder: Path, out: Path, store: str) -> None:
 def read_ours(folder: Path, clips: int, workers: int) -> None:
     index = read_index(folder)
     options: dict[str, Any] = {"seed": 0, "clock": 0, "clips": BATCH, "stop": EPOCHS * clips, "workers": workers}
-    for batch in loader(only(folder, index), "train", **options):
+    for batch in loader(single_set(folder, index), "train", **options):
         assert len(batch.samples) == BATCH
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["msc.datasets"]):
-    from msc.datasets.loading.mixture import Shards, ShardSet, rounds
-    from msc.datasets.loading.shard_reader import Samples
+    from msc.datasets.loading.mixture import Shards, ShardSet, batches_per_round
+    from msc.datasets.loading.shard_reader import ShardReader
     from msc.datasets.prepare.statistics import mix_statistics
     from msc.datasets.prepare.summary import describe
     from msc.datasets.shards.index import ShardInfo, parse_index, scan, write_index, write_shard
@@ -81,7 +81,7 @@ def read_shard(content: bytes) -> None:
         assert all(0 <= offset <= offset + size <= len(content) for offset, size in sample.parts.values())
         assert ".." not in sample.key.split("/") and not sample.key.startswith("/")
     for frames in (None, (1, 3)):
-        samples = Samples(FOLDER, INDEX, "train", frames)
+        samples = ShardReader(FOLDER, INDEX, "train", frames)
         for number in range(2):
             try:
                 _, media, text, label = samples.read(number)
@@ -98,7 +98,7 @@ def read_index(content: bytes) -> None:
     found = index.statistics
     describe(FOLDER, index)
     gate_constants(SCALES, 2, 1, mix_statistics([(1.0, found), (2.0, found)]))
-    rounds(Shards((ShardSet(FOLDER, index),)), "train", 1)
+    batches_per_round(Shards((ShardSet(FOLDER, index),)), "train", 1)
 
 
 def changed(data: bytes) -> bytes:

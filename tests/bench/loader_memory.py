@@ -19,7 +19,7 @@ import torch
 from matplotlib.figure import Figure
 
 from msc.datasets.loading.dataloader import loader
-from msc.datasets.loading.mixture import DataConfig, ShardsFrom, open_shards
+from msc.datasets.loading.mixture import DataConfig, ShardSetConfig, open_shards
 from msc.datasets.prepare.convert import ConvertConfig, convert
 from msc.datasets.synthetic import write_videos
 
@@ -27,13 +27,13 @@ BATCH, WORKERS, EVERY = 8, 2, 200
 BUCKETS = ((8, 48, 64), (4, 48, 64), (8, 64, 48))
 
 
-def make(folder: Path, seed: int) -> ShardsFrom:
+def make(folder: Path, seed: int) -> ShardSetConfig:
     for number, (height, width) in enumerate(((48, 64), (64, 48))):
         write_videos(folder / "videos" / str(number), seed + number, 4, 100, height, width)
     config = ConvertConfig((str(folder / "videos"),), str(folder / "out"), buckets=BUCKETS, held_out=0.0,
                            autoencoder="pixels", clips_per_shard=8)  # fmt: skip
     convert(config, lambda video: video.float(), 1)
-    return ShardsFrom(str(folder / "out"), 1.0 + seed)
+    return ShardSetConfig(str(folder / "out"), 1.0 + seed)
 
 
 def main() -> None:

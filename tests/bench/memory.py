@@ -39,7 +39,7 @@ def configure(case: dict[str, Any]) -> Any:
     from msc.datasets.prepare.statistics import Statistics
     from msc.pretrain.model.scales import Scale, default_scales
     from msc.pretrain.presets import PRESETS
-    from msc.pretrain.validation import ASSUMED, resolve
+    from msc.pretrain.validation import ASSUMED_INDEX, resolve
 
     base = PRESETS["demo"]()
     scales = (Scale(8),) if case.get("dense") else default_scales(8, patch_window=8)
@@ -48,7 +48,7 @@ def configure(case: dict[str, Any]) -> Any:
     parallel = replace(base.parallel, sp=case.get("sp", 1), recompute=case.get("recompute", False), zero=deepspeed_zero)
     side, batch = case["side"], case.get("ranks", 1) // case.get("sp", 1)
     index = replace(
-        ASSUMED, channels=4, frames=case["frames"], height=side, width=side, statistics=Statistics.default(4)
+        ASSUMED_INDEX, channels=4, frames=case["frames"], height=side, width=side, statistics=Statistics.default(4)
     )
     train = replace(base.train, batch=batch, micro=1)
     return resolve(replace(base, model=model, parallel=parallel, train=train), index), index

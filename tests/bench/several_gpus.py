@@ -51,7 +51,7 @@ from msc.pretrain.model.scales import Scale
 from msc.pretrain.model.transformer import MSCTransformer
 from msc.pretrain.parallelize import build, check_parallel, clip_of, make_mesh, own_timeline, parallelize
 from msc.pretrain.presets import PRESETS
-from msc.pretrain.validation import ASSUMED, resolve
+from msc.pretrain.validation import ASSUMED_INDEX, resolve
 
 RANK = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import several_gpus; several_gpus.rank()"
 COLUMNS = [
@@ -71,7 +71,7 @@ def configure(args: argparse.Namespace, job: dict[str, Any]) -> tuple[Any, Any]:
         precision="fp32" if args.device == "cpu" else "bf16",
         recompute=bool(args.longest) or (base.parallel.recompute and not args.keep),
     )  # fmt: skip
-    index = replace(ASSUMED, frames=job["frames"], height=args.side, width=args.side)
+    index = replace(ASSUMED_INDEX, frames=job["frames"], height=args.side, width=args.side)
     config = replace(base, model=model, parallel=parallel, train=replace(base.train, batch=1, micro=1))
     check_parallel(parallel, model, job["ranks"], job["frames"] // model.frames_per_unit)
     return resolve(config, index), index
@@ -399,7 +399,7 @@ def main() -> None:
         parser.error("--each is for forward and backward passes: DeepSpeed would add up the gradients of all GPUs")
     args.video, args.engine = args.video or 2 * args.frames, args.engine or bool(args.longest)
     base = PRESETS[args.preset]()
-    model = replace(base.model, depth=args.depth or base.model.depth, channels=ASSUMED.channels)
+    model = replace(base.model, depth=args.depth or base.model.depth, channels=ASSUMED_INDEX.channels)
     name = f"{torch.cuda.get_device_name()}, {gpus} of them" if args.device == "cuda" else "CPU, gloo"
     steps = "whole steps" if args.engine else "forward and backward"
     how = "compiled" if args.compile else "not compiled"

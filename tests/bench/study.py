@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from msc.datasets.loading.shard_reader import Samples
+from msc.datasets.loading.shard_reader import ShardReader
 from msc.datasets.prepare.statistics import Statistics, measure_statistics
 from msc.datasets.shards.index import read_index
 from msc.datasets.synthetic import curtains, gaussian_fields, moving_textures, turning_camera
@@ -91,7 +91,7 @@ def real(folder: Path, held_out: int, device: torch.device) -> Task:
     index = read_index(folder)
 
     def videos(split: str) -> Tensor:
-        samples = Samples(folder, index, split)
+        samples = ShardReader(folder, index, split)
         return torch.stack([samples.read(i)[1] for i in range(len(samples))]).float()
 
     def crop(video: Tensor, numbers: list[int]) -> Tensor:
