@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
-from msc.pretrain.evaluation.confidence import Table, draw, concatenate, ratio_over_clips, with_total
+from msc.pretrain.evaluation.confidence import Table, concatenate, draw, ratio_over_clips, with_total
 
 
 def test_equal_counts_give_the_usual_interval_of_a_mean():
