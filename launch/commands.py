@@ -1,27 +1,33 @@
-"""What each `msc` subcommand does. Heavy imports are inside: `msc --help` must not wait for torch."""
+"""Commands: what each `msc` subcommand does. Heavy imports are inside: `msc --help` must not wait for torch."""
 
+import dataclasses
+import inspect as inspection
+import logging
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from msc.pretrain.requests import EvaluateConfig, SampleConfig
 
-# What a rank runs. Not `-m msc.launch.cli`: under -m cloudpickle sends classes by value.
-PROGRAM = "import sys; from msc.launch.cli import main; sys.exit(main())"
+from .processes import launcher, slurm_env
+from .processes.train_request import TrainRequest, split_items
+
+log = logging.getLogger(__name__)
 
 # What torch.distributed and DeepSpeed read in every rank.
 DISTRIBUTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 CONTACT_CLIPS = 6
-EVALUATE_OPTIONS = tuple(field.name for field in fields(EvaluateConfig))
 
 
-def given(**options: Any) -> dict[str, Any]:
-    """The options that were given; the function called knows its own defaults."""
-    return {name: value for name, value in options.items() if value is not None}
+def options_for(function: Callable[..., Any], args: Namespace, **options: Any) -> dict[str, Any]:
+    """The given options that a function or dataclass takes, by its parameters' names; its own defaults stand for what
+    is None. options: under another name than in `args`."""
+    values = {**vars(args), **options}
+    names = inspection.signature(function).parameters
+    return {name: values[name] for name in names if values.get(name) is not None}
 
 
 def convert(args: Namespace) -> int:
@@ -35,15 +41,12 @@ def convert(args: Namespace) -> int:
     height, width = args.size or (None, None)
     if args.bucket and (args.size or args.frames):
         raise ValueError("--bucket names frames and size of its clips: leave out --frames and --size")
-    names = ["frames", "fps", "stride", "held_out", "autoencoder", "store", "workers", "clips_per_shard"]
-    names += ["text", "scenes", "min_brightness", "min_motion", "crop", "max_bad"]
     config = ConvertConfig(
-        sources=tuple(args.sources),
-        out=str(args.out),
-        overwrite=args.overwrite,
-        buckets=tuple(args.bucket or ()),
-        **given(height=height, width=width, **{name: getattr(args, name) for name in names}),
-    )
+        **options_for(
+            ConvertConfig, args, sources=tuple(args.sources), out=str(args.out), buckets=tuple(args.bucket or ()),
+            height=height, width=width,
+        )
+    )  # fmt: skip
     device = "cuda" if torch.cuda.is_available() else "cpu"
     autoencoder = open_autoencoder(config.autoencoder, device, torch.float32)  # on GPUs, too: they are written once
     for shape in config.shapes:
@@ -57,7 +60,7 @@ def convert(args: Namespace) -> int:
     report = convert_videos(config, encode, autoencoder.temporal_factor, **how)
     print(report.text)
     if args.part is None:
-        print(f"a few of the clips: {write_contact_sheet(args.out, autoencoder, args.out / 'contact.png')}")
+        print(f"a few of the clips: {contact_sheet_of(args.out, autoencoder, args.out / 'contact.png')}")
     return 0
 
 
@@ -74,12 +77,12 @@ def inspect(args: Namespace) -> int:
         print("\n".join(bad) if bad else "every shard is whole and what was written")
     picture = args.picture or args.shards / "contact.png"
     if not bad and (args.picture or not picture.is_file()):
-        write_contact_sheet(args.shards, open_autoencoder(index.autoencoder), picture)
+        contact_sheet_of(args.shards, open_autoencoder(index.autoencoder), picture)
     print(f"a few of the clips: {picture}" if picture.is_file() else "no picture, as shards are damaged")
     return 1 if bad else 0
 
 
-def write_contact_sheet(folder: Path, autoencoder: Any, path: Path) -> Path:
+def contact_sheet_of(folder: Path, autoencoder: Any, path: Path) -> Path:
     """A picture of random training clips as they were stored."""
     from msc.datasets.loading.dataloader import loader
     from msc.datasets.loading.mixture import single_set
@@ -101,46 +104,21 @@ def write_contact_sheet(folder: Path, autoencoder: Any, path: Path) -> Path:
     return path
 
 
-@dataclass(frozen=True)
-class TrainingRequest:
-    """What a `msc train` command line asks for. config: not yet checked against its shards."""
-
-    config: Any
-    run: Path
-    resume: bool
-    back_to: str | None
-
-
-def training_request(args: Namespace) -> TrainingRequest:
-    file, overrides = split_items(args.items)
-    run = args.run or default_run(args.preset, file)
-    back_to = rollback(args, run)
-    resume = args.resume or args.rollback is not None
-    if resume and file is None and args.preset is None:
-        file = run / "config.yaml"
-        if not file.is_file():
-            raise FileNotFoundError(f"cannot resume: there is no {file}; name the run folder with --run")
-
-    from msc.pretrain.config import load
-    from msc.pretrain.presets import preset
-
-    config = load(preset(args.preset) if args.preset else None, file, overrides)
-    return TrainingRequest(config, run, resume, back_to)
+def train_request(args: Namespace) -> TrainRequest:
+    names = ("resume", "rollback", "again", "plan", "processes")
+    return TrainRequest.from_items(args.items, args.run, args.preset, **{name: getattr(args, name) for name in names})
 
 
 def train(args: Namespace) -> int:
-    from .processes import launcher, slurm_env
-
+    request = train_request(args)
     if slurm_env.is_task(os.environ):
-        enter_step(args)
-    started = "RANK" in os.environ  # by torchrun, Slurm or ourselves: this process is one of the ranks
-    if started and (missing := [name for name in DISTRIBUTED if name not in os.environ]):
+        enter_slurm_step(request)
+    is_rank = "RANK" in os.environ  # of torchrun, Slurm or our launcher
+    if is_rank and (missing := [name for name in DISTRIBUTED if name not in os.environ]):
         raise ValueError(f"RANK is set but {', '.join(missing)} is not: start all ranks alike, or unset RANK")
-    processes = args.processes or max(1, launcher.visible_gpus(os.environ))
-    if started:
-        processes = int(os.environ["WORLD_SIZE"])
-    asked = training_request(args)
-    config, run, resume = asked.config, asked.run, asked.resume
+    gpus = launcher.visible_gpus(os.environ)
+    processes = int(os.environ["WORLD_SIZE"]) if is_rank else request.processes or max(1, gpus)
+    config, run = request.resolve(), request.run
 
     from msc.pretrain import validation
     from msc.pretrain.tracking import heartbeat
@@ -149,52 +127,45 @@ def train(args: Namespace) -> int:
         print(validation.describe(config, processes))
         return 0
     if launcher.LAUNCHED not in os.environ:
-        config = validation.validate(config, run, resume, processes)
+        config = validation.validate(config, run, request.resumes, processes)
         if os.environ.get("RANK", "0") == "0":
-            heartbeat.check_not_training(run, said)
-        if 0 < launcher.visible_gpus(os.environ) < processes and not started:
+            heartbeat.check_not_training(run, log.info)
+        if 0 < gpus < processes and not is_rank:
             raise ValueError(
-                f"{processes} processes but {launcher.visible_gpus(os.environ)} GPUs: start one per GPU, or hide "
-                "the GPUs with CUDA_VISIBLE_DEVICES=-1"
+                f"{processes} processes but {gpus} GPUs: start one per GPU, or hide the GPUs with "
+                "CUDA_VISIBLE_DEVICES=-1"
             )
-    if not started and processes > 1:
-        return launcher.run([sys.executable, "-c", PROGRAM, *args.argv], processes, run / "logs")
-    if not started:
+    if not is_rank and processes > 1:
+        return launcher.run(launcher.msc_command(args.argv), processes, run / "logs")
+    if not is_rank:
         os.environ.update(launcher.rank_environment(os.environ, 0, 1, launcher.free_port()))
     from msc.pretrain import train as training  # a mistake in the settings need not wait for DeepSpeed
 
-    planned = planned_step(args.plan, config, processes)
-    how = given(back_to=asked.back_to, again=args.again or None, planned=planned)
-    return training.train(config, run, resume, **how)
+    options = {"back_to": request.rollback, "again": request.again or None}
+    options["planned"] = planned_step(request.plan, config, processes)
+    options = {name: value for name, value in options.items() if value is not None}
+    return training.train(config, run, request.resumes, **options)
 
 
-def said(text: str) -> None:
-    print(f"msc: {text}", file=sys.stderr, flush=True)
-
-
-def enter_step(args: Namespace) -> None:
+def enter_slurm_step(request: TrainRequest) -> None:
     """Become a rank of a Slurm step; all but the first write into the run's logs, as under `msc train --processes`."""
-    from .processes import slurm_env
-
     tasks = int(os.environ["SLURM_STEP_NUM_TASKS"])
-    if args.processes not in (None, tasks):
-        raise ValueError(f"--processes is {args.processes}, but srun started {tasks} tasks: each of them is a rank")
+    if request.processes not in (None, tasks):
+        raise ValueError(f"--processes is {request.processes}, but srun started {tasks} tasks: each of them is a rank")
     interface = slurm_env.choose_interface(os.environ)
     os.environ.update(slurm_env.rank_environment(os.environ, interface))
     rank = int(os.environ["RANK"])
     if rank:
-        logs = (args.run or default_run(args.preset, split_items(args.items)[0])) / "logs"
+        logs = request.run / "logs"
         logs.mkdir(parents=True, exist_ok=True)
-        log = os.open(logs / f"rank_{rank}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        file = os.open(logs / f"rank_{rank}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         for stream in (1, 2):
-            os.dup2(log, stream)
-    print(slurm_env.told(os.environ), file=sys.stderr, flush=True)
+            os.dup2(file, stream)
+    print(f"msc: {slurm_env.describe_rank(os.environ)}", file=sys.stderr, flush=True)  # every rank's, unlike log.info
 
 
 def planned_step(plan: Path | None, config: Any, processes: int) -> Any:
     """What a plan says of the run: the one named, else the one for this GPU, if it is a known one."""
-    from .processes import launcher
-
     if plan is None and not launcher.visible_gpus(os.environ):
         return None
     from .planning import report as plan_report
@@ -210,8 +181,6 @@ def planned_step(plan: Path | None, config: Any, processes: int) -> Any:
 
 
 def plan(args: Namespace) -> int:
-    from dataclasses import replace
-
     from msc.pretrain.config import load
     from msc.pretrain.presets import PRESETS, preset
 
@@ -226,66 +195,40 @@ def plan(args: Namespace) -> int:
     device = gpu_kind(args.kind)
     if any(value is not None and value <= 0 for value in (args.memory, args.network)):
         raise ValueError(f"--memory {args.memory} and --network {args.network} must be positive")
-    giga = {"memory": args.memory, "network": args.network}
-    changes = {**{name: value * 1e9 for name, value in given(**giga).items()}, **given(node=args.node)}
+    changes = {name: value * 1e9 for name in ("memory", "network") if (value := getattr(args, name)) is not None}
+    changes |= {"node": args.node} if args.node else {}
     keys = [override.partition("=")[0] for override in overrides]
-    options = given(price=args.price, units=args.roll_out, steps=args.steps, out=args.json)
-    print(report_plan(config, args.gpus, replace(device, **changes), keys, **options))
+    device = dataclasses.replace(device, **changes)
+    print(
+        report_plan(
+            **options_for(
+                report_plan, args, config=config, device=device, given=keys, units=args.roll_out, out=args.json
+            )
+        )
+    )
     return 0
-
-
-def rollback(args: Namespace, run: Path) -> str | None:
-    """The checkpoint to go back to; ValueError if there is no such. Whether the run has already done so, and only goes
-    on, rank 0 decides for all (rollback.py)."""
-    if args.rollback is None:
-        if args.again:
-            raise ValueError("--again goes back once more to the checkpoint of --rollback: name it with --rollback N")
-        return None
-    if "RANK" not in os.environ:
-        from msc.pretrain.checkpoints import directory as checkpoint_directory
-        from msc.pretrain.checkpoints import rollback
-
-        if args.again or not rollback.is_already_rolled_back(run, args.rollback):  # it may have been pruned since
-            checkpoint_directory.find(run, args.rollback)
-    return str(args.rollback)
-
-
-def split_items(items: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """What follows `msc train`: at most one configuration file, and `section.key=value` settings."""
-    overrides = [item for item in items if "=" in item]
-    files = [item for item in items if "=" not in item]
-    if len(files) > 1:
-        raise ValueError(f"{files[0]} and {files[1]}: one configuration file at most, settings are section.key=value")
-    return (Path(files[0]) if files else None), overrides
-
-
-def default_run(preset: str | None, file: Path | None) -> Path:
-    """Where a run goes that was not told: the same in every rank, so nothing random and no time of day."""
-    name = file.stem if file is not None else preset
-    if name is None:
-        raise ValueError("nothing to train: name a configuration file, --preset NAME, or --resume --run DIR")
-    return Path("runs") / name
 
 
 def sweep(args: Namespace) -> int:
     from .scaling import sweep as sweeping
     from .scaling import sweep_array
     from .scaling.sweep_spec import read_sweep_spec
-    from .slurm.submit import OPTIONS
+    from .slurm.cluster_config import JobRequest
 
     plan = read_sweep_spec(args.file)
     folder = args.out or Path("runs") / args.file.stem
+    job_request = JobRequest(**options_for(JobRequest, args, cluster="slurm"))
     if args.dry_run:
         print("\n".join(f"{run.name}: {' '.join(run.overrides)}" for run in plan.runs))
         return 0
-    if args.cluster != "slurm" and (unused := [name for name in OPTIONS if name != "cluster" and getattr(args, name)]):
-        raise ValueError(f"--{unused[0].replace('_', '-')} is for jobs: add --cluster slurm, or leave it out")
+    if args.cluster != "slurm" and (unused := job_request.options()):
+        raise ValueError(f"{unused[0]} is for jobs: add --cluster slurm, or leave it out")
     if args.status:
         code = 0
     elif args.cluster == "slurm":
-        code = sweep_array.send(folder, plan, args)
+        code = sweep_array.send(folder, plan, args.file, job_request, args.jobs or 0)
     else:
-        code = sweeping.run_all(folder, plan, **given(jobs=args.jobs))
+        code = sweeping.run_all(folder, plan, args.jobs or 1)
     print(sweeping.table(folder, plan))
     return code
 
@@ -293,10 +236,9 @@ def sweep(args: Namespace) -> int:
 def fit(args: Namespace) -> int:
     from .scaling.fit import fit_file
 
-    names = ("out", "loss", "hold_out", "compute", "delta", "draws", "tracking", "only")
-    text, found = fit_file(args.points, **given(**{name: getattr(args, name) for name in names}))
+    text, complete = fit_file(**options_for(fit_file, args, path=args.points))
     print(text)
-    return 0 if found else 1
+    return 0 if complete else 1
 
 
 def checkpoints(args: Namespace) -> int:
@@ -308,19 +250,18 @@ def checkpoints(args: Namespace) -> int:
 
 
 def evaluate(args: Namespace) -> int:
+    request = EvaluateConfig(**options_for(EvaluateConfig, args))
+
     from msc.pretrain.evaluation.evaluate import evaluate as evaluate_run
 
-    request = EvaluateConfig(**given(**{name: getattr(args, name) for name in EVALUATE_OPTIONS}))
     for run in args.run:
         print(evaluate_run(run, request))
     return 0
 
 
 def sample(args: Namespace) -> int:
-    values = {field.name: getattr(args, field.name) for field in fields(SampleConfig)}
-    for name in ("prompt", "label"):
-        values[name] = tuple(values[name] or ())
-    request = SampleConfig(**given(**values))
+    prompt, label = tuple(args.prompt or ()), tuple(args.label or ())
+    request = SampleConfig(**options_for(SampleConfig, args, prompt=prompt, label=label))
 
     from msc.pretrain.inference.sample import sample as sample_run
 
@@ -331,9 +272,8 @@ def sample(args: Namespace) -> int:
 def export(args: Namespace) -> int:
     from msc.pretrain.export.export import export as export_run
 
-    names = ("weights", "dtype", "max_shard_size")
-    options = given(step=args.checkpoint, push_to=args.push_to_hub, **{name: getattr(args, name) for name in names})
-    print(export_run(args.run, args.out, **options))
+    options = options_for(export_run, args, step=args.checkpoint, push_to=args.push_to_hub)
+    print(export_run(**options))
     return 0
 
 
@@ -346,27 +286,37 @@ def doctor(args: Namespace) -> int:
 
 
 def submit(args: Namespace) -> int:
-    from .slurm.submit import submit as submit_job
+    from .slurm import submit as submission
+    from .slurm.cluster_config import JobRequest
 
-    return submit_job(args)
+    job_request, inner = JobRequest(**options_for(JobRequest, args)), args.inner
+    if inner.command == "train" and inner.dry_run:
+        return train(Namespace(**{**vars(inner), "processes": job_request.tasks}))
+    if inner.command == "train":
+        return submission.submit_training(train_request(inner), job_request)
+    if inner.command == "evaluate" and len(inner.run) > 1:
+        options = [f"--{name}={value}" for name, value in options_for(EvaluateConfig, inner).items()]
+        return submission.submit_evaluations(inner.run, options, job_request)
+    run = inner.run[0] if inner.command == "evaluate" else getattr(inner, "run", None)
+    return submission.submit_command(inner.argv, run or inner.out, job_request, getattr(inner, "part", None))
 
 
 def status(args: Namespace) -> int:
-    from .slurm import jobs as views
+    from .slurm.jobs import status_table
 
-    print(views.table(args.runs or views.runs_here()))
+    print(status_table(args.runs))
     return 0
 
 
 def logs(args: Namespace) -> int:
-    from .slurm import jobs as views
+    from .slurm.jobs import show_log
 
-    views.show_log(args.run, args.rank, args.follow, args.lines)
+    show_log(args.run, args.rank, args.follow, args.lines)
     return 0
 
 
 def cancel(args: Namespace) -> int:
-    from .slurm import jobs as views
+    from .slurm.jobs import cancel as cancel_jobs
 
-    print(views.cancel(args.run))
+    print(cancel_jobs(args.run))
     return 0

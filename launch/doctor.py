@@ -252,14 +252,14 @@ def attention_check() -> Check:
             import torch
 
             from msc.pretrain.kernels import flash
-            from msc.pretrain.kernels.dispatch import choose_backend
+            from msc.pretrain.kernels.dispatch import choose_kernel
 
             device = "cuda" if torch.cuda.is_available() else "cpu"
             named = ["sdpa", "flex"] if device == "cuda" else ["sdpa"]
             with contextlib.suppress(ValueError):
                 if device == "cuda":
                     named.append(f"flash ({flash.load(flash.capability())[0]})")
-            found = f"{choose_backend(device)} on {device}; parallel.attention may be {', '.join(named)}"
+            found = f"{choose_kernel(device)} on {device}; parallel.attention may be {', '.join(named)}"
             return Check("attention", "ok", found)
     except Exception as error:  # whatever it is, training would meet it too
         return Check("attention", "broken", f"{type(error).__name__}: {error}", "report this with the text above")

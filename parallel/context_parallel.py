@@ -49,7 +49,7 @@ def required_transfers(bounds: tuple[int, ...], before: Before, every: int = 1) 
     return messages
 
 
-class ShardedTimeline:
+class ShardedPastContext:
     """This rank's run of units of a video that its sequence-parallel group shares.
 
     `placements` names the scales (by their index) whose attention is computed elsewhere.
@@ -67,13 +67,13 @@ class ShardedTimeline:
     def placement(self, scale: int) -> Ulysses | Ring | None:
         return self.placements.get(scale)
 
-    def levels(self, t_BUF: Tensor, kept: int | None) -> tuple[Tensor, int]:
+    def noise_levels(self, t_BUF: Tensor, kept: int | None) -> tuple[Tensor, int]:
         """Of the whole video: a number a frame."""
         shape = torch.Size((t_BUF.shape[0], self.bounds[-1], *t_BUF.shape[2:]))
         places = [(slice(None), slice(a, b)) for a, b in pairwise(self.bounds)]
         return redistribute_no_grad(t_BUF, shape, [(slice(None),)] * self.ranks, places, self.group, "noise levels"), 0
 
-    def ask(
+    def exchange(
         self, key: tuple[object, ...], x_BU: Tensor, before: Before, kept: int | None, every: int = 1
     ) -> Callable[[], Tensor | None]:
         """Post the messages at once; the result waits for the earlier items. Differentiable."""

@@ -13,7 +13,7 @@ from msc.datasets.loading.dataloader import Attach, Batch
 
 from .diffusion.autoencoder import Autoencoder
 from .diffusion.rectified_flow import DiffusionConfig, add_noise, frame_noise, keep_condition, noise_levels
-from .model.past_context import Timeline, WholeVideo
+from .model.past_context import PastContext, WholeVideo
 from .model.transformer import MSCTransformer
 
 
@@ -50,7 +50,7 @@ def latents_of(batch: Batch, autoencoder: Autoencoder, device: torch.device) -> 
 @dataclass(frozen=True)
 class InputBuilder:
     """How batches of one bucket become inputs in a run: the same on every rank but for `units`, the rank's own, and
-    `timeline`, where those lie in their clips.
+    `past_context`, where those lie in their clips.
     """
 
     model: MSCTransformer
@@ -62,7 +62,7 @@ class InputBuilder:
     all_units: int
     text_dropout: float
     device: torch.device
-    timeline: Timeline = field(default_factory=WholeVideo)
+    past_context: PastContext = field(default_factory=WholeVideo)
 
     @property
     def frames(self) -> range:

@@ -20,8 +20,9 @@ from msc.datasets.loading.mixture import DataConfig, ShardSetConfig
 
 from .checkpoints.format import CheckpointConfig
 from .diffusion.rectified_flow import DiffusionConfig
+from .model.config import ModelConfig
+from .model.noise_gate import without_correlations
 from .model.scales import Scale
-from .model.transformer import ModelConfig
 from .optimizer import OptimizerConfig
 from .parallelize import ParallelConfig
 from .tracking.spike_guard import GuardConfig
@@ -155,6 +156,8 @@ def _merge(values: dict[str, Any], new: Any, kind: type, source: str, prefix: st
             if key in LISTS and isinstance(value, list | tuple):
                 for item in value:  # a list of tables: each is checked against its own fields
                     _merge(dataclasses.asdict(LISTS[key]), item, type(LISTS[key]), source, f"{prefix}{key}.")
+            if key == "gate_constants":
+                value = without_correlations(value)
             values[key] = "" if value is None and types[key] is str else value  # `key=` empties a text
 
 

@@ -8,9 +8,9 @@ from functools import lru_cache
 
 import torch
 
-from .model.noise_gate import ON_KEYS
-from .model.scales import Scale, spatial_windows
-from .model.transformer import ModelConfig, MSCTransformer
+from .model.config import ModelConfig
+from .model.scales import Scale
+from .model.transformer import MSCTransformer
 
 
 @lru_cache(maxsize=64)  # a plan asks for the same model many times
@@ -25,7 +25,7 @@ def tokens_per_frame(config: ModelConfig, height: int, width: int) -> int:
 
 def _windows(scale: Scale, grid: tuple[int, int], shifted: bool) -> Iterator[tuple[int, int]]:
     """(number of local windows, tokens of one) at a scale, region by region."""
-    rows, columns = (spatial_windows(side // scale.space, scale.patch_window, shifted) for side in grid)
+    rows, columns = (scale.spatial_windows(side, shifted) for side in grid)
     for _, ny, sy in rows:
         for _, nx, sx in columns:
             yield ny * nx, sy * sx
@@ -140,15 +140,13 @@ def layer_activation_bytes(config: ModelConfig, run: Run, rows: int, columns: in
 def _scale_activations(scale: Scale, config: ModelConfig, run: Run, rows: int, columns: int) -> tuple[int, int]:
     """(values, fp32 statistics) that the attention of one scale keeps per clip, besides a view of the projection."""
     size = config.frames_per_unit * (rows // scale.space) * (columns // scale.space) * scale.heads
-    gated, past, finished = config.gate in ON_KEYS, scale.fresh_before(run.first), scale.finished(run.first, run.units)
+    gated, past, finished = config.gate == "logits", scale.fresh_before(run.first), scale.finished(run.first, run.units)
     whole = scale.patch_window is None or max(rows, columns) // scale.space <= scale.patch_window
     keys = scale.pooled_before(run.first) + finished + past + run.units * (1 + gated)
     # Keys always lie in rows of their own; values do, unless all there are is a view of the projection.
     rows_of_values = keys if gated or not whole or run.sharded or scale.time > 1 or past else 0
     raw = (3 * run.units if scale.space > 1 else 0) + 2 * past + 2 * finished
     values = raw + 2 * run.units + keys + rows_of_values  # 2: queries and output
-    if config.gate == "mix" and (scale.space > 1 or not whole):
-        values += run.units * scale.space**2
     # inverse norms of queries and keys, and the log-sum-exp
     statistics = 2 * run.units + past + finished + run.units
     return values * size * config.head_width, statistics * size
@@ -173,7 +171,7 @@ def cache_bytes(config: ModelConfig, units: int, rows: int, columns: int, batch:
         groups = groups if scale.window is None else min(scale.window, groups)
         tokens = config.frames_per_unit * (rows // scale.space) * (columns // scale.space)
         kept += (fresh + groups) * 2 * tokens * scale.heads * config.head_width
-        levels = max(levels, fresh * config.frames_per_unit if config.gate in ON_KEYS else 0)
+        levels = max(levels, fresh * config.frames_per_unit if config.gate == "logits" else 0)
     return batch * (config.depth * kept * value_bytes + levels * 4)
 
 

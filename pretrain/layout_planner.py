@@ -13,17 +13,17 @@ from typing import Literal
 from msc.parallel.context_parallel import required_transfers, shard_bounds
 from msc.parallel.ring import zigzag_units
 
-from .model.scales import Scale, spatial_windows
+from .model.scales import Scale
 
-Layout = Literal["halo", "ulysses", "ring"]
-Choice = Literal["auto", "halo", "ulysses", "ring"]
+ParallelLayout = Literal["halo", "ulysses", "ring"]
+LayoutChoice = Literal["auto", "halo", "ulysses", "ring"]
 # How much longer a ring's attention takes than another layout's: its parts are merged, and only torch's own flash
 # attention computes such. Two H100, 65,536 tokens each, in 16 bits (docs/benchmarks.md); on a CPU it takes as long.
 RING = 1.4
 
 
 @dataclass(frozen=True)
-class Clip:
+class ClipShape:
     """What of a clip and its model the layouts depend on; grid is the full token grid (H, W)."""
 
     units: int
@@ -94,11 +94,11 @@ def _ranks(edges: tuple[int, ...]) -> range:
 # What is computed ------------------------------------------------------------------------------------
 
 
-def unit_flops(scale: Scale, clip: Clip) -> int:
+def unit_flops(scale: Scale, clip: ClipShape) -> int:
     """Forward attention FLOPs of one query unit with one block of keys."""
     pairs = clip.frames_per_unit**2
     for side in clip.grid:
-        windows = spatial_windows(side // scale.space, scale.patch_window, shifted=False)
+        windows = scale.spatial_windows(side, shifted=False)
         pairs *= sum(count * size**2 for _, count, size in windows)
     return 4 * pairs * scale.heads * clip.head_width
 
@@ -111,7 +111,7 @@ def seen_blocks(scale: Scale, units: Sequence[int]) -> int:
 # What it takes ---------------------------------------------------------------------------------------
 
 
-def estimates(scale: Scale, clip: Clip, ranks: int, rates: Rates) -> dict[Layout, Estimate]:
+def estimates(scale: Scale, clip: ClipShape, ranks: int, rates: Rates) -> dict[ParallelLayout, Estimate]:
     """Every layout that can serve a scale. A backward pass computes and sends twice and once the forward's.
 
     Keys of the ring travel behind the ring's attention. Halos, pooled groups and Ulysses' exchanges are counted in
@@ -130,7 +130,9 @@ def estimates(scale: Scale, clip: Clip, ranks: int, rates: Rates) -> dict[Layout
     blocks = [seen_blocks(scale, own) for own in shares]
     sent = max(halo_values(scale, edges, size))
     most = max(blocks)
-    found: dict[Layout, Estimate] = {"halo": Estimate(sent, most * work, compute(most), compute(most) + travel(sent))}
+    found: dict[ParallelLayout, Estimate] = {
+        "halo": Estimate(sent, most * work, compute(most), compute(most) + travel(sent))
+    }
     if scale.heads % ranks == 0:
         sent = max(ulysses_values(edges, size))
         computing = compute(sum(blocks) / ranks)
@@ -151,25 +153,27 @@ def is_dense(scale: Scale) -> bool:
     return scale.time == 1 and scale.window is None
 
 
-def choose(scales: Sequence[Scale], clip: Clip, ranks: int, choice: Choice, rates: Rates) -> tuple[Layout, ...]:
+def choose_layouts(
+    scales: Sequence[Scale], clip: ClipShape, ranks: int, choice: LayoutChoice, rates: Rates
+) -> tuple[ParallelLayout, ...]:
     """The layout of every scale: the cheapest where `choice` is "auto", else the one chosen.
 
     ValueError where that cannot be: Ulysses deals out whole heads; a ring serves dense scales (`time` 1, `window`
     null), and the others stay with halos.
     """
-    check_choice(scales, ranks, choice)
+    check_layout(scales, ranks, choice)
     if choice == "ring":
         return tuple("ring" if is_dense(scale) else "halo" for scale in scales)
     if choice != "auto":
         return (choice,) * len(scales)
-    layouts: list[Layout] = []
+    layouts: list[ParallelLayout] = []
     for scale in scales:
         found = estimates(scale, clip, ranks, rates)
         layouts.append(min(found, key=lambda layout: found[layout].seconds))
     return tuple(layouts)
 
 
-def check_choice(scales: Sequence[Scale], ranks: int, choice: Choice) -> None:
+def check_layout(scales: Sequence[Scale], ranks: int, choice: LayoutChoice) -> None:
     if choice == "ring" and not any(map(is_dense, scales)):
         raise ValueError(
             "parallel.layout ring serves scales with time 1 and window null, and the model has none; use auto"
@@ -182,10 +186,14 @@ def check_choice(scales: Sequence[Scale], ranks: int, choice: Choice) -> None:
             )
 
 
-def table(scales: Sequence[Scale], clip: Clip, ranks: int, choice: Choice, rates: Rates) -> list[tuple[str, str]]:
+def layout_table(
+    scales: Sequence[Scale], clip: ClipShape, ranks: int, choice: LayoutChoice, rates: Rates
+) -> list[tuple[str, str]]:
     """One line per scale for people: (scale, its layout and what each would take per layer and step)."""
     lines = []
-    for index, (scale, layout) in enumerate(zip(scales, choose(scales, clip, ranks, choice, rates), strict=True)):
+    for index, (scale, layout) in enumerate(
+        zip(scales, choose_layouts(scales, clip, ranks, choice, rates), strict=True)
+    ):
         found = estimates(scale, clip, ranks, rates)
         costs = ", ".join(
             f"{name} {estimate.seconds * 1e3:.3g} ms, sends {estimate.sent * clip.value_bytes / 1e6:.3g} MB"

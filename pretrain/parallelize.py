@@ -12,19 +12,20 @@ import torch.distributed as dist
 from torch import nn
 
 from msc.parallel import fp8
-from msc.parallel.context_parallel import ShardedTimeline, shard_bounds
+from msc.parallel.context_parallel import ShardedPastContext, shard_bounds
 from msc.parallel.deepspeed_zero import Precision, ZeroConfig, check_zero, make_engine, shard_parameters
 from msc.parallel.mesh import Mesh, data_parallel_size, make_mesh
 from msc.parallel.ring import Ring
 from msc.parallel.ulysses import Ulysses
 
 from . import cost
-from .kernels.dispatch import Backend, check_backend
+from .kernels.dispatch import Kernel, check_kernel
 from .kernels.sdpa import attend_part, differentiate_part
-from .layout_planner import Choice, Clip, Layout, Rates, check_choice, choose
+from .layout_planner import ClipShape, LayoutChoice, ParallelLayout, Rates, check_layout, choose_layouts
+from .model.config import ModelConfig
 from .model.layers import Block
-from .model.past_context import Timeline, WholeVideo
-from .model.transformer import Made, ModelConfig, MSCTransformer
+from .model.past_context import PastContext, WholeVideo
+from .model.transformer import MSCTransformer, OnPartBuilt
 from .optimizer import OptimizerConfig, make_optimizer
 
 __all__ = [
@@ -36,7 +37,7 @@ __all__ = [
     "check_parallel",
     "make_mesh",
     "parallelize",
-    "own_timeline",
+    "own_past_context",
 ]
 
 
@@ -53,8 +54,8 @@ class ParallelConfig:
 
     sp: int = 1
     precision: Precision = "bf16"
-    attention: Backend = "auto"
-    layout: Choice = "auto"
+    attention: Kernel = "auto"
+    layout: LayoutChoice = "auto"
     bytes_per_s: float = 5e10
     flops_per_s: float = 3e14
     wait_s: float = 8e-5  # four H100, Ulysses of a scale of `base`: 6e-5 with all kept, 1e-4 recomputed
@@ -85,7 +86,7 @@ def check_parallel(config: ParallelConfig, model: ModelConfig, world: int, units
     """Data-parallel rows; ValueError if the world, the clip or the heads cannot be shared out so."""
     shard_bounds(units, config.sp)
     if config.sp > 1:
-        check_choice(model.scales, config.sp, config.layout)
+        check_layout(model.scales, config.sp, config.layout)
     return data_parallel_size(world, config.sp)
 
 
@@ -94,55 +95,60 @@ def check_fp8(config: ParallelConfig, tokens: int) -> None:
     fp8.check_fp8(config.zero.stage, config.recompute, tokens)
 
 
-def clip_of(model: ModelConfig, config: ParallelConfig, frames: int, height: int, width: int) -> Clip:
+def clip_shape(model: ModelConfig, config: ParallelConfig, frames: int, height: int, width: int) -> ClipShape:
     """What the layouts depend on, for clips of `frames × height × width` latents."""
     grid = (height // model.patch, width // model.patch)
     value_bytes = 4 if config.precision == "fp32" else 2
-    return Clip(frames // model.frames_per_unit, model.frames_per_unit, grid, model.head_width, value_bytes)
+    return ClipShape(frames // model.frames_per_unit, model.frames_per_unit, grid, model.head_width, value_bytes)
 
 
-def peak_activation_bytes(model: ModelConfig, config: ParallelConfig, clip: Clip, micro: int, recompute: bool) -> int:
+def peak_activation_bytes(
+    model: ModelConfig, config: ParallelConfig, clip: ClipShape, micro: int, recompute: bool
+) -> int:
     """Bytes that the rank with the most keeps for the backward pass of `micro` clips."""
     edges = shard_bounds(clip.units, config.sp)
     runs = [cost.Run(end - first, first, config.sp > 1) for first, end in zip(edges, edges[1:], strict=False)]
     return max(cost.activation_bytes(model, run, *clip.grid, micro, clip.value_bytes, recompute) for run in runs)
 
 
-def own_timeline(mesh: Mesh, model: ModelConfig, config: ParallelConfig, clip: Clip) -> tuple[Timeline, range]:
+def own_past_context(
+    mesh: Mesh, model: ModelConfig, config: ParallelConfig, clip: ClipShape
+) -> tuple[PastContext, range]:
     """Where this rank's units lie in a clip and where its scales are computed; and which units they are."""
     if mesh.sp == 1:
         return WholeVideo(), range(clip.units)
     edges = shard_bounds(clip.units, mesh.sp)
-    layouts = choose(model.scales, clip, mesh.sp, config.layout, config.rates)
+    layouts = choose_layouts(model.scales, clip, mesh.sp, config.layout, config.rates)
     own = range(edges[mesh.sp_rank], edges[mesh.sp_rank + 1])
-    return sharded_timeline(mesh.sp_group, edges, model, layouts), own
+    return sharded_past_context(mesh.sp_group, edges, model, layouts), own
 
 
-def sharded_timeline(
-    group: dist.ProcessGroup, edges: tuple[int, ...], model: ModelConfig, layouts: Sequence[Layout]
-) -> ShardedTimeline:
-    """The timeline of a rank of `group`, its scales laid out as named."""
+def sharded_past_context(
+    group: dist.ProcessGroup, edges: tuple[int, ...], model: ModelConfig, layouts: Sequence[ParallelLayout]
+) -> ShardedPastContext:
+    """The past context of a rank of `group`, its scales laid out as named."""
     placements: dict[int, Ulysses | Ring] = {}
     for index, (scale, layout) in enumerate(zip(model.scales, layouts, strict=True)):
         if layout == "ulysses":
             placements[index] = Ulysses(group, edges, scale.heads)
         elif layout == "ring":
             placements[index] = Ring(group, edges, attend_part, differentiate_part)
-    return ShardedTimeline(group, edges, placements)
+    return ShardedPastContext(group, edges, placements)
 
 
 def build(
-    model: ModelConfig, config: ParallelConfig, device: torch.device, first: Made | None = None
+    model: ModelConfig, config: ParallelConfig, device: torch.device, on_part_built: OnPartBuilt | None = None
 ) -> MSCTransformer:
     """A new model on `device`, the same on every rank. A part of it at a time is made on the CPU, where seeds give the
-    same numbers everywhere, and at ZeRO-3 sharded at once. first: called with every part while it is still whole."""
+    same numbers everywhere, and at ZeRO-3 sharded at once. on_part_built: called with every part while it is still
+    whole."""
 
-    def made(name: str, part: nn.Module) -> None:
-        if first is not None:
-            first(name, part)
+    def place_part(name: str, part: nn.Module) -> None:
+        if on_part_built is not None:
+            on_part_built(name, part)
         shard_parameters(part.to(device), config.zero, config.precision)
 
-    return MSCTransformer(model, made)
+    return MSCTransformer(model, config.attention, config.recompute, place_part)
 
 
 def parallelize(
@@ -153,11 +159,9 @@ def parallelize(
 ) -> Any:
     """The DeepSpeed engine that trains `model`, as `build` made it on every rank."""
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
-    check_backend(config.attention, model.config.head_width, dtype)
-    model.recompute = config.recompute
+    check_kernel(config.attention, model.config.head_width, dtype)
     for block in model.blocks:
         assert isinstance(block, Block)
-        block.attention.backend = config.attention
         if config.precision == "fp8":
             fp8.convert_linear_layers(block, skip=["cross_attention.kv"])  # acts on text, of any length
         if config.compile:

@@ -9,8 +9,8 @@ from msc.datasets.loading.mixture import DataConfig
 
 from .config import Config, TrainConfig
 from .diffusion.rectified_flow import DiffusionConfig
+from .model.config import ModelConfig
 from .model.scales import default_scales
-from .model.transformer import ModelConfig
 from .optimizer import OptimizerConfig
 from .parallelize import ParallelConfig, ZeroConfig
 

@@ -7,8 +7,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from msc.datasets.loading.dataloader import loader
 from msc.datasets.loading.mixture import Shards, check_shard_sizes, open_shards
 from msc.parallel import consistency, control_plane, deepspeed_zero, fp8, process_group
 from msc.parallel.mesh import placement_warning
+from msc.parallel.signals import STOP_SIGNALS, collect_signals
 from msc.parallel.watchdog import is_communication_error, watch_ranks
 
 from . import cost
@@ -36,9 +36,9 @@ from .diffusion.autoencoder import open_autoencoder
 from .diffusion.rectified_flow import frame_losses, frame_shift
 from .evaluation.held_out_loss import LossByNoise, held_out_losses
 from .inference.preview import write_preview
-from .kernels.compile_helpers import pieces
+from .kernels.compile_helpers import graph_breaks
 from .optimizer import set_schedule
-from .parallelize import build, clip_of, make_mesh, own_timeline, parallelize
+from .parallelize import build, clip_shape, make_mesh, own_past_context, parallelize
 from .run_folder import LatentSpace, RunFolder
 from .tracking import heartbeat, spike_guard
 from .tracking.mlflow_store import code_version, read_identity
@@ -63,7 +63,10 @@ def train(
     sys.stdout, sys.stderr = Forgiving(sys.stdout), Forgiving(sys.stderr)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2)  # "where are you?": all stacks to stderr, also while a C call never returns
-    with stop_signals() as stopping:
+    # A second one of a kind interrupts at once. Not so SIGTERM and SIGUSR1 from Slurm, which repeats itself (at a time
+    # limit slurmd and srun both send SIGTERM) and has SIGKILL for those who take too long.
+    interrupting = (signal.SIGINT,) if "SLURM_STEP_ID" in os.environ else STOP_SIGNALS
+    with collect_signals(interrupting) as stopping:
         world = process_group.join_process_group(config.parallel.timeout)
         # Again, and for good: since the command line looked, imports and waiting for all ranks have taken their time.
         control_plane.run_on_rank_0(partial(heartbeat.acquire_run, run, world.world_size, checkpoint_format.say))
@@ -107,8 +110,10 @@ def _train(
     ) and world.is_rank_0:
         checkpoint_format.say(told)
     # of every bucket: where our frames lie in its clips, and which those are
-    timelines = [own_timeline(mesh, config.model, config.parallel, clip_of(config.model, config.parallel, *size))
-                 for size in latent_sizes(shards)]  # fmt: skip
+    past_contexts = [
+        own_past_context(mesh, config.model, config.parallel, clip_shape(config.model, config.parallel, *size))
+        for size in latent_sizes(shards)
+    ]
     batch, micro, accumulate = config.train.batch, config.train.micro, config.train.accumulate(mesh.dp)
 
     # The model, the same on every rank until DeepSpeed shards it -------------------------------------
@@ -166,9 +171,9 @@ def _train(
             all_units=frames // config.model.frames_per_unit,
             text_dropout=config.data.text_dropout,
             device=world.device,
-            timeline=timeline,
+            past_context=past_context,
         )
-        for (frames, height, width), (timeline, units) in zip(latent_sizes(shards), timelines, strict=True)
+        for (frames, height, width), (past_context, units) in zip(latent_sizes(shards), past_contexts, strict=True)
     ]
     clips = loader(
         shards,
@@ -268,7 +273,7 @@ def _train(
                 with meter.waiting():
                     part = builder(clips_of_part)
                 with fp8.autocast(config.parallel.precision == "fp8"):
-                    velocity = engine(part.noisy, part.t, part.text, part.labels, builder.timeline, part.all_t)
+                    velocity = engine(part.noisy, part.t, part.text, part.labels, builder.past_context, part.all_t)
                 errors = frame_losses(velocity, part.x, part.noise)
                 of_step.add(errors.detach(), part.t, part.supervised)
                 errors_of_step.append(errors.detach())
@@ -308,7 +313,7 @@ def _train(
                     **meter.read(),
                 }
                 reports += 1  # the first holds compilation and the first allocations
-                if reports == 1 and config.parallel.compile and world.is_rank_0 and (why := pieces()):
+                if reports == 1 and config.parallel.compile and world.is_rank_0 and (why := graph_breaks()):
                     told = f"blocks are compiled in pieces, so that the CPU takes longer to start a step: {why}"
                     bar.write(f"msc: {told}", file=sys.stderr)
                 if planned is not None and reports > 1 and world.is_rank_0:
@@ -355,30 +360,6 @@ def order_settings(config: Config, shards: Shards) -> dict[str, Any]:
     names = ["data.window", *(["train.batch"] if len(shards.shapes) > 1 else [])]
     names += ["data.shards"] if len(shards.sets) > 1 else []
     return {name: value for name, value in flat(config).items() if name in names}
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM, SIGUSR1 and Ctrl-C; a second one of the same kind interrupts at once.
-
-    Not so SIGTERM and SIGUSR1 from Slurm, which repeats itself (at a time limit slurmd and srun both send SIGTERM) and
-    has SIGKILL for those who take too long.
-    """
-    received: list[int] = []
-    watched = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    once = (signal.SIGINT,) if "SLURM_STEP_ID" in os.environ else watched
-
-    def handler(number: int, _: Any) -> None:
-        received.append(number)
-        if number in once and received.count(number) > 1:
-            raise KeyboardInterrupt(f"{signal.Signals(number).name} came twice")
-
-    before = {number: signal.signal(number, handler) for number in watched}
-    try:
-        yield received
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
 
 
 def progress(step: int, steps: int, values: dict[str, float]) -> str:

@@ -25,10 +25,10 @@ from .checkpoints import directory as checkpoint_directory
 from .checkpoints import initialize_from
 from .config import Config, dump, flat
 from .diffusion.autoencoder import open_autoencoder
-from .layout_planner import table
-from .model.noise_gate import gate_constants
-from .model.transformer import check_clip
-from .parallelize import check_fp8, check_parallel, clip_of, peak_activation_bytes
+from .layout_planner import layout_table
+from .model.config import check_clip
+from .model.noise_gate import gate_constants, without_correlations
+from .parallelize import check_fp8, check_parallel, clip_shape, peak_activation_bytes
 
 # What a run that failed before its first step leaves: logs of its ranks, a last sign of life.
 LEFT_BY_A_START = ("logs", "heartbeat.json", ".heartbeat.*")
@@ -58,7 +58,7 @@ def resolve(config: Config, index: Index) -> Config:
         latent_mean=config.model.latent_mean or tuple(index.statistics.mean),
         latent_std=config.model.latent_std or tuple(index.statistics.std),
         gate_constants=config.model.gate_constants
-        or gate_constants(config.model.scales, config.model.patch, config.model.frames_per_unit, index.statistics),
+        or gate_constants(config.model.scales, config.model.patch, index.statistics),
     )
     train = config.train
     if train.init_from:
@@ -141,6 +141,8 @@ ASSUMED_INDEX = Index(
 def check_same_model(config: Config, before: dict[str, Any]) -> None:
     """ValueError if a run would go on with another model, seed or start than `before`, its saved flat settings."""
     now = flat(config)
+    if constants := before.get("model.gate_constants"):
+        before = {**before, "model.gate_constants": without_correlations(constants)}
     for name in sorted(now):
         fixed = name.startswith("model.") or name in ("train.seed", "train.init_from")
         if fixed and name in before and before[name] != now[name]:
@@ -163,7 +165,7 @@ def describe(config: Config, processes: int = 1) -> str:
     count = cost.parameters(config.model)
     tokens = index.frames * cost.tokens_per_frame(config.model, index.height, index.width)
     state = cost.state_bytes(count, config.parallel.zero.stage, processes, bf16)
-    clip = clip_of(config.model, config.parallel, index.frames, index.height, index.width)
+    clip = clip_shape(config.model, config.parallel, index.frames, index.height, index.width)
     activations = peak_activation_bytes(
         config.model, config.parallel, clip, config.train.micro, config.parallel.recompute
     )
@@ -188,7 +190,9 @@ def describe(config: Config, processes: int = 1) -> str:
             for line in initialize_from.describe_differences(start, config.model, index.autoencoder)
         ]
     if config.parallel.sp > 1:
-        facts += table(config.model.scales, clip, config.parallel.sp, config.parallel.layout, config.parallel.rates)
+        facts += layout_table(
+            config.model.scales, clip, config.parallel.sp, config.parallel.layout, config.parallel.rates
+        )
     return dump(config) + "\n" + "\n".join(f"{name:<24} {value}" for name, value in facts)
 
 

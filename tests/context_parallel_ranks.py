@@ -16,10 +16,11 @@ from msc.parallel import collectives
 from msc.parallel.context_parallel import shard_bounds
 from msc.pretrain.kernels import rectangle
 from msc.pretrain.model import attention, rope
+from msc.pretrain.model.config import ModelConfig
 from msc.pretrain.model.noise_gate import GateConstants
 from msc.pretrain.model.scales import Scale
-from msc.pretrain.model.transformer import ModelConfig, MSCTransformer
-from msc.pretrain.parallelize import sharded_timeline
+from msc.pretrain.model.transformer import MSCTransformer
+from msc.pretrain.parallelize import sharded_past_context
 
 SCALES = {
     "windowed": (Scale(2, 1, 1, 2, 3), Scale(2, 2, 1, 1)),
@@ -50,18 +51,20 @@ class Case(NamedTuple):
     def scales(self):
         return SCALES[self.name]
 
-    def make(self):
-        return make(self.scales, self.units, self.frames_per_unit, self.gate, self.dtype, self.width)
+    def make(self, kernel="auto"):
+        sizes = self.units, self.frames_per_unit
+        return make(self.scales, *sizes, self.gate, self.dtype, self.width, kernel, self.recompute)
 
 
-def make(scales, units, frames_per_unit, gate="logits", dtype=torch.float64, width=64):
+def make(scales, units, frames_per_unit, gate="logits", dtype=torch.float64, width=64, kernel="auto", recompute=False):
+    """A model with random weights, the same at every call, its inputs, and a direction for gradients."""
     torch.manual_seed(0)
-    constants = tuple(GateConstants(0.5 * i, -0.3 * i, 0.9, 0.8) for i in range(len(scales)))
+    constants = tuple(GateConstants(0.5 * i, -0.3 * i) for i in range(len(scales)))
     config = ModelConfig(
         width=width, depth=2, scales=scales, patch=1, channels=2, frames_per_unit=frames_per_unit, gate=gate,
         gate_constants=constants, classes=3, text_width=5,
     )  # fmt: skip
-    model = MSCTransformer(config)
+    model = MSCTransformer(config, kernel, recompute)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -73,9 +76,9 @@ def make(scales, units, frames_per_unit, gate="logits", dtype=torch.float64, wid
     return model.to(dtype), x, t, text, labels, torch.randn(2, T, 2, 4, 6).to(wide)
 
 
-def backward(model, x, t, text, labels, direction, timeline, all_t=None):
+def backward(model, x, t, text, labels, direction, past_context, all_t=None):
     x = x.clone().requires_grad_()
-    out = model(x, t, text, labels, timeline, all_t)
+    out = model(x, t, text, labels, past_context, all_t)
     (out * direction).sum().backward()
     return [out.detach().cpu(), x.grad.cpu(), {name: p.grad.cpu() for name, p in model.named_parameters()}]
 
@@ -99,9 +102,7 @@ def on_a_rank(rank, ranks, backend, cases):
 
 
 def run_case(case, rank, ranks, device):
-    model, inputs, past = own_part(case, rank, ranks, device)
-    for block in model.blocks:
-        block.attention.backend = "sdpa"
+    model, inputs, past = own_part(case, rank, ranks, device, "sdpa")
     with counted() as forward, torch.no_grad():
         model(*inputs[:-1], *past)
     with counted() as everything:
@@ -109,15 +110,14 @@ def run_case(case, rank, ranks, device):
     return *results, sum(forward), sum(everything)
 
 
-def own_part(case, rank, ranks, device):
-    """Model and inputs of a rank; its timeline, and the noise levels of all frames where they are known."""
-    model, *inputs = case.make()
-    model.recompute = case.recompute
+def own_part(case, rank, ranks, device, kernel="auto"):
+    """Model and inputs of a rank; its past context, and the noise levels of all frames where they are known."""
+    model, *inputs = case.make(kernel)
     edges = shard_bounds(case.units, ranks)
     own = slice(edges[rank] * case.frames_per_unit, edges[rank + 1] * case.frames_per_unit)
     x, t, text, labels, direction = (value.to(device) for value in inputs)
     layouts = case.layout.split("+") if "+" in case.layout else [case.layout] * len(case.scales)
-    past = sharded_timeline(dist.group.WORLD, edges, model.config, layouts), t if case.known else None
+    past = sharded_past_context(dist.group.WORLD, edges, model.config, layouts), t if case.known else None
     return model.to(device), [x[:, own], t[:, own], text, labels, direction[:, own]], past
 
 
@@ -129,8 +129,6 @@ def compiled_on_a_rank(rank, ranks, backend, cases):
     with joined(rank, backend) as device:
         for case in cases:
             model, inputs, past = own_part(case, rank, ranks, device)
-            for block in model.blocks:
-                block.attention.backend = "auto"
             found.append([backward(model, *inputs, *past)])
             model.zero_grad(set_to_none=True)
             for block in model.blocks:
@@ -232,14 +230,16 @@ def causal_on_a_rank(rank, ranks, backend, cases, cuts):
             x, t, text, labels, _ = (value.to(device) for value in inputs)
             edges = shard_bounds(case.units, ranks)
             own = slice(edges[rank], edges[rank + 1])
-            timeline = sharded_timeline(
+            past_context = sharded_past_context(
                 dist.group.WORLD, edges, model.to(device).config, [case.layout] * len(case.scales)
             )
             outs = []
             for cut in (case.units, *cuts):
                 y, s = change_after(x, t, cut)
                 with torch.no_grad():
-                    outs.append(model(y[:, own], s[:, own], text, labels, timeline, s if case.known else None).cpu())
+                    outs.append(
+                        model(y[:, own], s[:, own], text, labels, past_context, s if case.known else None).cpu()
+                    )
             results.append(outs)
     return results
 
@@ -254,20 +254,17 @@ def change_after(x, t, cut):
 def compiled_gradients(scales, gate, kernel, device, compiler):
     """In float32: largest relative difference of blocks compiled as one graph with a kernel from plain ones with sdpa,
     in the output or in the gradient of a parameter."""
-    model, *inputs, _ = make(scales, 8, 1, gate, torch.float32, width=128)
-    model = model.to(device)
-    inputs = [x.to(device) for x in inputs]
-    found = []
+    results = []
     for compiled in (False, True):
-        for block in model.blocks:
-            block.attention.backend = kernel if compiled else "sdpa"
-            if compiled:
+        model, *inputs, _ = make(scales, 8, 1, gate, torch.float32, 128, kernel if compiled else "sdpa")
+        model = model.to(device)
+        if compiled:
+            for block in model.blocks:
                 block.compile(backend=compiler, fullgraph=True)
-        out = model(*inputs)
+        out = model(*(x.to(device) for x in inputs))
         out.square().mean().backward()
-        found.append([out.detach(), *(p.grad for p in model.parameters())])
-        model.zero_grad(set_to_none=True)
-    eager, whole = found
+        results.append([out.detach(), *(p.grad for p in model.parameters())])
+    eager, whole = results
     assert all((a is None) == (b is None) for a, b in zip(whole, eager, strict=True))
     pairs = [(a, b) for a, b in zip(whole, eager, strict=True) if b is not None and b.norm() > 0]
     return max(float((a - b).norm() / b.norm()) for a, b in pairs)

@@ -12,9 +12,9 @@ from msc.pretrain.checkpoints import directory as checkpoint_directory
 from msc.pretrain.checkpoints import format as checkpoint_format
 from msc.pretrain.checkpoints.async_writer import write_slices
 from msc.pretrain.config import Config, dump, flat
-from msc.pretrain.model.noise_gate import GateConstants
+from msc.pretrain.model.config import ModelConfig
 from msc.pretrain.model.scales import Scale
-from msc.pretrain.model.transformer import ModelConfig, MSCTransformer
+from msc.pretrain.model.transformer import MSCTransformer
 from msc.pretrain.presets import PRESETS
 from msc.pretrain.run_folder import LatentSpace, RunFolder
 from msc.pretrain.validation import ASSUMED_INDEX, resolve
@@ -89,10 +89,6 @@ def write_checkpoint(
     )  # fmt: skip
     (folder / "meta.json").write_text(meta.to_json())
     checkpoint_directory.set_latest(run, folder)
-
-
-OLD_CONSTANTS = [[0.5, 0.9]] * len(SCALES)  # what an early version knew of each scale
-assert len(GateConstants._fields) == 4
 
 
 def model_with(model: MSCTransformer, values: dict[str, torch.Tensor]) -> MSCTransformer:

@@ -21,13 +21,14 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from msc.launch import cli, commands
+from msc.launch import cli
+from msc.launch.processes import launcher
 
 PROGRAM = "import sys, faults; sys.exit(faults.main())"
 
 
 def main() -> int:
-    commands.PROGRAM = PROGRAM  # so that the ranks of a launcher are started with it, too
+    launcher.PROGRAM = PROGRAM  # so that the ranks of a launcher are started with it, too
     wanted = json.loads(os.environ["MSC_FAULTS"])
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID")
     if rank is not None or sys.argv[sys.argv.index("--processes") + 1] == "1":  # not in a launcher
@@ -43,7 +44,7 @@ def tell(file: Path, line: dict) -> None:
 def install(wanted: dict, rank: int) -> None:
     import torch
 
-    from msc.parallel.context_parallel import ShardedTimeline
+    from msc.parallel.context_parallel import ShardedPastContext
     from msc.pretrain import train as training
     from msc.pretrain.checkpoints import async_writer
 
@@ -86,6 +87,6 @@ def install(wanted: dict, rank: int) -> None:
         raise AssertionError("noise levels were asked for")
 
     training.loader, training.InputBuilder.__call__ = watched, spoiled
-    ShardedTimeline.levels = asked
+    ShardedPastContext.noise_levels = asked
     if "chunk_s" in wanted:
         async_writer.CHUNK, async_writer.hashlib = 8192, SimpleNamespace(sha256=SlowHash)

@@ -11,7 +11,7 @@ from msc.datasets.prepare.statistics import Statistics
 from msc.parallel.mesh import make_mesh
 from msc.pretrain.model.scales import default_scales
 from msc.pretrain.model.transformer import MSCTransformer
-from msc.pretrain.parallelize import clip_of, own_timeline
+from msc.pretrain.parallelize import clip_shape, own_past_context
 from msc.pretrain.presets import PRESETS
 from msc.pretrain.validation import ASSUMED_INDEX, resolve
 
@@ -30,13 +30,13 @@ def sent_on_a_rank(rank, ranks):
     """Bytes that a rank sends along time in a forward pass, and in a forward and backward pass, of one clip."""
     config, index = small(sp=ranks)
     with joined(rank, "gloo"):
-        clip = clip_of(config.model, config.parallel, index.frames, index.height, index.width)
-        timeline, units = own_timeline(make_mesh(ranks, ranks, "cpu"), config.model, config.parallel, clip)
+        clip = clip_shape(config.model, config.parallel, index.frames, index.height, index.width)
+        past_context, units = own_past_context(make_mesh(ranks, ranks, "cpu"), config.model, config.parallel, clip)
         torch.manual_seed(0)
         model = MSCTransformer(config.model)
         x, t = torch.randn(1, len(units), 3, 16, 24), torch.rand(1, len(units))
         with counted() as forward, torch.no_grad():
-            model(x, t, timeline=timeline)
+            model(x, t, past_context=past_context)
         with counted() as both:
-            model(x, t, timeline=timeline).square().mean().backward()
+            model(x, t, past_context=past_context).square().mean().backward()
     return sum(forward), sum(both)

@@ -4,7 +4,7 @@ from typing import get_args
 
 from hypothesis import strategies as st
 
-from msc.pretrain.model.noise_gate import GatePlace
+from msc.pretrain.model.noise_gate import Gate
 from msc.pretrain.model.scales import Scale
 
 
@@ -21,4 +21,4 @@ def scales_and_gate(draw):
         )
         for _ in range(draw(st.integers(1, 3)))
     )
-    return scales, draw(st.sampled_from(get_args(GatePlace)))
+    return scales, draw(st.sampled_from(get_args(Gate)))

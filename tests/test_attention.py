@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,14 +16,14 @@ from torch.nn import functional as F
 
 from msc.pretrain.diffusion.sampler import generate
 from msc.pretrain.model import attention_inputs
-from msc.pretrain.model.attention import MultiScaleAttention, still
-from msc.pretrain.model.attention_inputs import view_frames
+from msc.pretrain.model.attention import MultiScaleAttention
+from msc.pretrain.model.attention_inputs import AttentionInputs
+from msc.pretrain.model.config import ModelConfig
 from msc.pretrain.model.noise_gate import GateConstants
 from msc.pretrain.model.past_context import WholeVideo
 from msc.pretrain.model.rope import normalise_and_rotate
 from msc.pretrain.model.scales import Scale, spatial_windows
 
-THETA = 100.0
 few = settings(max_examples=25, deadline=None)
 
 
@@ -39,32 +39,36 @@ def build(case, seed=0):
     scales, gate, shifted, frames_per_unit, units, (H, W), d = case
     torch.manual_seed(seed)
     width = d * sum(scale.heads for scale in scales)
-    module = MultiScaleAttention(width, scales, gate, shifted).double()
+    constants = tuple(GateConstants(0.3 * i, -0.2 * i) for i in range(len(scales)))
+    config = ModelConfig(
+        width, scales=scales, frames_per_unit=frames_per_unit, gate=gate, rope_theta=100.0, gate_constants=constants
+    )
+    module = MultiScaleAttention(config, shifted).double()
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     T = units * frames_per_unit
     x = torch.randn(2, T, H, W, width, dtype=torch.float64)
     t = torch.rand(2, units, dtype=torch.float64).clamp(0.05, 0.95).repeat_interleave(frames_per_unit, 1)
-    constants = [GateConstants(0.3 * i, -0.2 * i, 0.9 - 0.2 * i, 0.5) for i in range(len(scales))]
-    return module, x, t, constants
+    return module, x, t
 
 
-def run(module, x, t, constants, frames_per_unit, timeline=None):
-    timeline = timeline or WholeVideo()
-    head = module.head_width, still(module.gate)
-    views = view_frames(module.scales, t, x.shape[2:4], frames_per_unit, *head, THETA, module.gate, constants, timeline)
-    return module(x, views)
+def inputs_of(module, x, t):
+    return AttentionInputs(module.config).prepare(t, x.shape[2:4], WholeVideo())
+
+
+def run(module, x, t):
+    return module(x, inputs_of(module, x, t))
 
 
 @few
 @given(videos())
 def test_equals_the_reference_forward_and_gradients(case):
-    module, x, t, constants = build(case)
+    module, x, t = build(case)
     x.requires_grad_()
     inputs = [x, *module.parameters()]
-    fast = run(module, x, t, constants, case[3])
-    slow = reference_attention(module, x, t, case[3], constants, THETA)
+    fast = run(module, x, t)
+    slow = reference_attention(module, x, t)
     torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-10)
     direction = torch.randn_like(fast)
     for a, b in zip(
@@ -78,72 +82,49 @@ def test_equals_the_reference_forward_and_gradients(case):
 @few
 @given(videos(), st.integers(0, 4))
 def test_later_units_leave_earlier_outputs_bit_identical(case, unit):
-    module, x, t, constants = build(case)
+    module, x, t = build(case)
     frames_per_unit, units = case[3], case[4]
     cut = min(unit, units) * frames_per_unit
     changed, noisier = x.clone(), t.clone()
     changed[:, cut:] += torch.randn_like(changed[:, cut:])
     noisier[:, cut:] = 1 - noisier[:, cut:]
-    before = run(module, x, t, constants, frames_per_unit)
-    after = run(module, changed, noisier, constants, frames_per_unit)
+    before = run(module, x, t)
+    after = run(module, changed, noisier)
     assert torch.equal(before[:, :cut], after[:, :cut])
 
 
 def test_one_plain_scale_is_dense_causal_attention():
     scale = Scale(4)
-    module, x, t, constants = build(((scale,), "none", False, 1, 4, (2, 3), 16))
+    module, x, t = build(((scale,), "none", False, 1, 4, (2, 3), 16))
     q, k, v = module.qkv(x).unflatten(-1, (3, 4, 16)).unbind(-3)
-    (attention_inputs,) = view_frames([scale], t, (2, 3), 1, 16, 2, THETA, "none", [None], WholeVideo())
+    (scale_inputs,) = inputs_of(module, x, t)
     q, k = (
-        normalise_and_rotate(y, gain, attention_inputs.rope_own) for gain, y in ((module.q_gain, q), (module.k_gain, k))
+        normalise_and_rotate(y, gain, scale_inputs.rope_own) for gain, y in ((module.q_gain, q), (module.k_gain, k))
     )
     q, k, v = (y.flatten(1, 3).transpose(1, 2) for y in (q, k, v))
     frame = torch.arange(4).repeat_interleave(6)
     dense = F.scaled_dot_product_attention(q, k, v, attn_mask=frame[:, None] >= frame)
     dense = module.out(dense.transpose(1, 2).flatten(-2)).reshape(x.shape)
-    torch.testing.assert_close(run(module, x, t, constants, 1), dense, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(run(module, x, t), dense, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("gate", ["logits", "pair"])
-def test_pure_noise_in_the_past_has_no_influence_at_any_scale(gate):
+def test_pure_noise_in_the_past_has_no_influence_at_any_scale():
     """The limit g -> 0 in the logits: what is left is attention inside the own unit, image diffusion."""
     scales = (Scale(1, 1, 1, 2, 2), Scale(1, 2, 1, None), Scale(1, 2, 2, None))
-    module, x, t, constants = build((scales, gate, False, 1, 5, (4, 4), 8))
+    module, x, t = build((scales, "logits", False, 1, 5, (4, 4), 8))
     t[:, :4] = 1.0
     # positions are relative, so a frame alone at time 0 equals the same frame at time 4
-    alone = run(module, x[:, 4:], t[:, 4:], constants, 1)
-    torch.testing.assert_close(run(module, x, t, constants, 1)[:, 4:], alone, rtol=1e-10, atol=1e-10)
+    alone = run(module, x[:, 4:], t[:, 4:])
+    torch.testing.assert_close(run(module, x, t)[:, 4:], alone, rtol=1e-10, atol=1e-10)
 
 
 def test_a_clean_past_is_seen_whole():
-    """The limit g -> 1: equal to no gate (in the logits, to a gate so weak that its logit is 0)."""
+    """The limit g -> 1: equal to a gate so weak that its logit is 0."""
     scales = (Scale(1, 1, 1, 2, 2), Scale(1, 2, 1, None), Scale(1, 2, 2, None))
-    module, x, t, constants = build((scales, "logits", False, 1, 5, (4, 4), 8))
-    clean = run(module, x, torch.zeros_like(t), constants, 1)
-    weak = run(module, x, t, [GateConstants(1e4, 1e4, 1.0, 1.0)] * 3, 1)
-    torch.testing.assert_close(clean, weak, rtol=1e-12, atol=1e-12)
-    module, x, t, constants = build((scales, "values", False, 1, 5, (4, 4), 8))
-    clean = run(module, x, torch.zeros_like(t), constants, 1)
-    module.gate = "none"
-    torch.testing.assert_close(clean, run(module, x, t, constants, 1), rtol=1e-12, atol=1e-12)
-
-
-def test_mixing_weighs_the_scales_by_what_the_own_noise_leaves():
-    """Clean frames weigh all heads alike; in noise the heads with the larger b take over; the mean stays 1."""
-    scales = (Scale(1, 1, 1, 2), Scale(1, 2, 1, None))
-    module, x, t, _ = build((scales, "mix", False, 1, 3, (2, 2), 8))
-    constants = [GateConstants(-4.0, 0.0, 0.9, 0.9), GateConstants(4.0, 0.0, 0.9, 0.9)]
-    clean = run(module, x, torch.zeros_like(t), constants, 1)
-    torch.nn.init.zeros_(module.delta)
-    module.gate = "none"
-    torch.testing.assert_close(clean, run(module, x, t, constants, 1), rtol=1e-12, atol=1e-12)
-    module.gate = "mix"
-    with torch.no_grad():
-        module.out.weight[:, 8:] = 0  # only the fine head is seen
-    noisy = run(module, x, torch.full_like(t, 1 - 1e-9), constants, 1)
-    module.gate = "none"
-    share = math.exp(-4) / ((math.exp(-4) + math.exp(4)) / 2)
-    torch.testing.assert_close(noisy, share * run(module, x, t, constants, 1), rtol=1e-6, atol=1e-9)
+    module, x, t = build((scales, "logits", False, 1, 5, (4, 4), 8))
+    clean = run(module, x, torch.zeros_like(t))
+    module.config = replace(module.config, gate_constants=(GateConstants(1e4, 1e4),) * 3)
+    torch.testing.assert_close(clean, run(module, x, t), rtol=1e-12, atol=1e-12)
 
 
 @given(st.integers(1, 40), st.one_of(st.none(), st.integers(2, 16)), st.booleans())
@@ -153,23 +134,22 @@ def test_spatial_windows_tile_the_side(side, window, shifted):
 
 
 @pytest.mark.slow  # a minute of tracing
-@pytest.mark.parametrize("gate", ["logits", "pair"])
-def test_compiled_blocks_have_the_gradients_of_eager_ones(gate):
-    assert compiled_gradients(SCALES["default"], gate, "sdpa", "cpu", "aot_eager") < 1e-5
+def test_compiled_blocks_have_the_gradients_of_eager_ones():
+    assert compiled_gradients(SCALES["default"], "logits", "sdpa", "cpu", "aot_eager") < 1e-5
 
 
 def test_tables_are_made_once_and_serve_training_after_anything():
     """Not kept from a tracer, whose tensors die with it, nor as inference mode makes them."""
     model, x, t, text, labels, _ = make(SCALES["default"], 5, 1, dtype=torch.float32)
-    attention_inputs._tables.cache_clear()
+    attention_inputs._rope_tables.cache_clear()
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         model(*(fake.from_tensor(y) for y in (x, t, text, labels)))
         model(fake.from_tensor(x), t, text, labels)
     list(generate(model, x[:, :2], 2, text=text, labels=labels, steps=1))
-    assert attention_inputs._tables.cache_info().currsize == 0
+    assert attention_inputs._rope_tables.cache_info().currsize == 0
     with torch.inference_mode():
         expected = model(x, t, text, labels)
-    made = attention_inputs._tables.cache_info().misses
+    made = attention_inputs._rope_tables.cache_info().misses
     out = model(x, t, text, labels)
     out.square().mean().backward()
-    assert torch.equal(out, expected) and attention_inputs._tables.cache_info().misses == made > 0
+    assert torch.equal(out, expected) and attention_inputs._rope_tables.cache_info().misses == made > 0

@@ -1,5 +1,6 @@
 """launch/cli.py and launch/commands.py: words in, calls and exit codes out."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
 
@@ -260,7 +262,7 @@ def test_train_starts_ranks_that_get_the_same_words(calls: Calls) -> None:
     assert cli.main(words) == 7
     assert calls.check == [("config", Path("x"), False, 2)]
     [(command, ranks, logs)] = calls.launcher
-    assert command == [sys.executable, "-c", commands.PROGRAM, *words]
+    assert command == [sys.executable, "-c", launcher.PROGRAM, *words]
     assert (ranks, logs) == (2, Path("x/logs"))
     assert not calls.train
 
@@ -411,30 +413,25 @@ def test_train_says_what_is_missing(words: list[str], said: str, calls: Calls, c
             "sample",
             ((Path("x"), SampleConfig(nothing=True, steps=4)), {}),
         ),
-        ("export x", "export.export", "export", ((Path("x"), None), {})),
+        ("export x", "export.export", "export", ((), {"run": Path("x")})),
         (
             "export x --out y --weights both --dtype bf16 --max-shard-size 1.5GB --checkpoint 40 --push-to-hub me/it",
             "export.export",
             "export",
             (
-                (Path("x"), Path("y")),
-                {"weights": "both", "dtype": "bf16", "max_shard_size": 1_500_000_000, "step": "40", "push_to": "me/it"},
+                (),
+                {"run": Path("x"), "out": Path("y"), "weights": "both", "dtype": "bf16",
+                 "max_shard_size": 1_500_000_000, "step": "40", "push_to": "me/it"},
             ),
         ),
     ],
-)
+)  # fmt: skip
 def test_commands_on_a_run(words: str, module: str, function: str, expected, monkeypatch, capsys) -> None:
-    got = []
-
-    def stand_in(*arguments: Any, **options: Any) -> str:
-        got.append((arguments, options))
-        return "what happened"
-
-    made = ModuleType(f"msc.pretrain.{module}")
-    setattr(made, function, stand_in)
-    monkeypatch.setitem(sys.modules, made.__name__, made)
+    real = importlib.import_module(f"msc.pretrain.{module}")
+    stand_in = create_autospec(getattr(real, function), return_value="what happened")
+    monkeypatch.setattr(real, function, stand_in)
     assert cli.main(words.split()) == 0
-    assert got == [expected]
+    assert stand_in.call_args == expected
     assert capsys.readouterr().out == "what happened\n"
 
 

@@ -71,7 +71,7 @@ class Sent:
                  "--preset", "demo", f"data.shards={shards}", *SMALL, "parallel.sp=2", f"train.clips={4 * steps}",
                  "checkpoint.every=4", *settings]  # fmt: skip
         self.said = self.msc(*words)
-        (self.record,) = job_records.records(self.run / "jobs")
+        (self.record,) = job_records.read_records(self.run / "jobs")
         self.job = self.record.id
 
     def msc(self, *words: object) -> str:
@@ -82,7 +82,7 @@ class Sent:
         return path.read_text() if path.exists() else "nothing yet"
 
     def state(self) -> str:
-        return sbatch.states([self.job])[self.job][0].name
+        return sbatch.job_states([self.job])[self.job][0].name
 
     def steps(self, rank: int = 0) -> list[dict]:
         file = self.folder / f"{rank}.jsonl"
@@ -103,7 +103,7 @@ class Sent:
 
     def end(self) -> None:
         subprocess.run(["scancel", self.job], capture_output=True)
-        wait_for(lambda: not any(s.active for s in sbatch.states([self.job]).get(self.job, [])), seconds=60)
+        wait_for(lambda: not any(s.active for s in sbatch.job_states([self.job]).get(self.job, [])), seconds=60)
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_preempted_twice_and_the_same_run(sent, shards, tmp_path):
     run.until(lambda: len(run.steps()) > 5, "five steps")
     control("scancel", "--signal=USR1", run.job)  # what --signal makes Slurm send
     run.until_queued_again()
-    assert job_records.notes(run.run / "jobs", run.job)[-1]["verdict"] == "again"
+    assert job_records.read_events(run.run / "jobs", run.job)[-1]["verdict"] == "again"
     run.until(lambda: len(run.steps()) > 9, "more steps")
     control("scontrol", "requeue", run.job)
     run.until_queued_again()
@@ -162,7 +162,7 @@ def test_a_real_time_limit_and_a_preemption_by_another_job(sent):
     run = sent(step_s=0.5, steps=2000, options=["--time", "2"])
     run.until(run.steps, "the first step")  # before, it is queued for want of nodes that are being freed
     run.until(lambda: run.state() == "PENDING", "the time limit", 240)
-    first = job_records.notes(run.run / "jobs", run.job)[-1]
+    first = job_records.read_events(run.run / "jobs", run.job)[-1]
     assert (first["code"], first["verdict"]) == (75, "again") and first["to"] > 0
     control("scontrol", "update", f"jobid={run.job}", "starttime=now", "timelimit=10")
     before = len(run.steps())
@@ -171,7 +171,7 @@ def test_a_real_time_limit_and_a_preemption_by_another_job(sent):
                      "--wrap=sleep 5").strip()  # fmt: skip
     try:
         run.until(lambda: run.state() == "PENDING", "the preemption")
-        second = job_records.notes(run.run / "jobs", run.job)[-1]
+        second = job_records.read_events(run.run / "jobs", run.job)[-1]
         assert second["to"] > first["to"], "it has saved"
     finally:
         control("scancel", urgent)
@@ -263,14 +263,14 @@ def test_a_sweep_as_an_array(shards, tmp_path):
         return [sweep.state(folder, plan, run, queue) for run in plan.runs]
 
     msc(*words, "--jobs", "2", environment=environment)
-    first = job_records.records(folder / "jobs")[-1]
+    first = job_records.read_records(folder / "jobs")[-1]
     try:
         assert first.parts == 3
         left = {run.name for run in sweep.pending(folder, plan)}
         assert left <= {"seed1"}, "a second sweep leaves alone what is queued or running"
         last = f"{first.id}_2"
-        wait_for(lambda: job_records.notes(folder / "seed2/jobs", last)[1:], seconds=120)
-        wait_for(lambda: sbatch.states([last])[last][0].name == "PENDING", seconds=30)
+        wait_for(lambda: job_records.read_events(folder / "seed2/jobs", last)[1:], seconds=120)
+        wait_for(lambda: sbatch.job_states([last])[last][0].name == "PENDING", seconds=30)
         time.sleep(2)  # as in until_queued_again
         control("scontrol", "update", f"jobid={last}", "starttime=now")
         wait_for(lambda: not {"queued", "running"} & set(states()), seconds=180, every=1)
@@ -280,13 +280,15 @@ def test_a_sweep_as_an_array(shards, tmp_path):
         (programs / "broken").unlink()
         msc(*words, environment=environment)
         wait_for(lambda: states() == ["finished"] * 3, seconds=120, every=1)
-        assert [len(job_records.ended(folder / run.name / "jobs")) for run in plan.runs] == [1, 2, 2]
-        wait_for(lambda: not sbatch.states([job_records.records(folder / "jobs")[-1].id]).popitem()[1][0].active)
+        assert [len(job_records.training_attempts(folder / run.name / "jobs")) for run in plan.runs] == [1, 2, 2]
+        wait_for(
+            lambda: not sbatch.job_states([job_records.read_records(folder / "jobs")[-1].id]).popitem()[1][0].active
+        )
         msc(*words)
-        assert len(job_records.records(folder / "jobs")) == 2, "nothing is sent when all is done"
+        assert len(job_records.read_records(folder / "jobs")) == 2, "nothing is sent when all is done"
     finally:
         subprocess.run(
-            ["scancel", *(record.id for record in job_records.records(folder / "jobs"))], capture_output=True
+            ["scancel", *(record.id for record in job_records.read_records(folder / "jobs"))], capture_output=True
         )
 
     from mlflow import MlflowClient
@@ -316,9 +318,9 @@ def test_a_conversion_in_parts(tmp_path):
     words = ["convert", tmp_path / "my videos", *shape, "--workers", "1", "--autoencoder", "pixels"]
     out = tmp_path / "the shards"
     msc("submit", *words, "--out", out, "--parts", "2", "--time", "5")
-    array, merge = job_records.records(job_records.folder(out))
+    array, merge = job_records.read_records(job_records.jobs_folder(out))
     try:
-        wait_for(lambda: sbatch.states([merge.id])[merge.id][0].name == "COMPLETED")
+        wait_for(lambda: sbatch.job_states([merge.id])[merge.id][0].name == "COMPLETED")
     finally:
         subprocess.run(["scancel", array.id, merge.id], capture_output=True)
     msc(*words, "--out", tmp_path / "alone")
@@ -375,7 +377,7 @@ def test_twenty_jobs_write_to_one_server(tmp_path):
             wait_for(lambda: len(complete()) == 20, seconds=400, every=2)
             print(f"20 jobs, 20,000 values: {time.monotonic() - began:.0f} s")
             control("scancel", job)
-            wait_for(lambda: not any(s.active for s in sbatch.states([job])[job]), seconds=60)
+            wait_for(lambda: not any(s.active for s in sbatch.job_states([job])[job]), seconds=60)
             states = {int(r.info.run_name): r.info.status for r in found()}
             assert states == {n: "FINISHED" if n < 16 else "KILLED" for n in range(20)}
             for r in found():

@@ -24,10 +24,8 @@ from hypothesis import strategies as st
 
 from msc.parallel.context_parallel import required_transfers, shard_bounds
 from msc.parallel.mesh import placement_warning
-from msc.pretrain.model.noise_gate import ON_KEYS
 from msc.pretrain.model.past_context import WholeVideo
 
-GATES = ["logits", "values", "pair", "mix"]
 # Units (of how many frames) per video: shared out evenly, unevenly, and one for each rank
 SIZES = {2: [(6, 1), (5, 2), (2, 1)], 4: [(8, 1), (11, 1), (4, 1)], 8: [(16, 1), (19, 1), (8, 1)]}
 
@@ -99,7 +97,7 @@ def test_sharded_equals_one_process(backend, ranks):
     mixed = [("default", "ulysses+halo+halo"), ("for every layout", "halo+ring+ulysses")]
     kinds += mixed if ranks == 2 else []
     cases = [
-        Case(name, layout, units, frames_per_unit, GATES[index % len(GATES)], name == "default", known=index % 3 > 0)
+        Case(name, layout, units, frames_per_unit, "logits", name == "default", known=index % 3 > 0)
         for index, ((name, layout), (units, frames_per_unit)) in enumerate(product(kinds, SIZES[ranks]))
     ]
     results = run_ranks(on_a_rank, ranks, backend, cases)
@@ -117,10 +115,10 @@ def test_sharded_equals_one_process(backend, ranks):
 def test_noise_levels_travel_once_and_only_where_they_are_not_known():
     """As one message for all scales, layouts and layers; training knows those of whole clips."""
     kinds = [("default", "halo"), ("for every layout", "halo+ring+ulysses")]
-    cases = [Case(*kind, 5, gate=gate) for kind in kinds for gate in (*GATES, "none")]
+    cases = [Case(*kind, 5, gate=gate) for kind in kinds for gate in ("logits", "none")]
     for results in run_ranks(noise_on_a_rank, 2, cases):
         for case, (unknown, known, same) in zip(cases, results, strict=True):
-            assert (unknown, known, same) == (int(case.gate in ON_KEYS), 0, True), case
+            assert (unknown, known, same) == (int(case.gate == "logits"), 0, True), case
 
 
 def close(actual, expected, what, tolerance=1e-10):
@@ -179,16 +177,14 @@ KINDS_OF_LAYOUT = [("default", "halo"), ("dense", "ulysses"), ("dense", "ring")]
 @pytest.mark.parametrize("backend, ranks", GROUPS)
 def test_bf16_errs_no_more_on_many_ranks_than_on_one(backend, ranks):
     """Against the same rounded weights in float64. And the same run twice is bit-identical, gradients included."""
-    cases = [Case(*kind, 11, gate="pair", dtype=torch.bfloat16) for kind in KINDS_OF_LAYOUT]
+    cases = [Case(*kind, 11, dtype=torch.bfloat16) for kind in KINDS_OF_LAYOUT]
     once, again = ([*zip(*run, strict=True)] for run in zip(*(
         (ranks_results[: len(cases)], ranks_results[len(cases) :])
         for ranks_results in run_ranks(on_a_rank, ranks, backend, cases * 2)
     ), strict=True))  # fmt: skip
     device = "cuda" if backend == "nccl" else "cpu"  # others round otherwise
     for case, parts, same in zip(cases, once, again, strict=True):
-        model, *inputs = case.make()
-        for block in model.blocks:
-            block.attention.backend = "sdpa"
+        model, *inputs = case.make("sdpa")
         one = summary([backward(model.to(device), *(x.to(device) for x in inputs), WholeVideo())])
         exact = case.make()[0].double()
         truth = summary([backward(exact, *(x.double() if x.is_floating_point() else x for x in inputs), WholeVideo())])

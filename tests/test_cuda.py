@@ -117,30 +117,33 @@ def test_gradients_repeat_bit_by_bit(backend):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("still, heads", [(0, 0), (2, 4), (2, 1), (6, 4)])  # channels and heads of what rides there
+@pytest.mark.parametrize("biased, heads", [(False, 0), (True, 4), (True, 1)])  # of the bias in unrotated channels
 @pytest.mark.parametrize("shape", [(2, 3, 2, 4, 4, 64), (1, 5, 1, 1, 3, 24), (2, 6, 8, 8, 4, 128), (2, 2, 2, 2, 6, 40)])
-def test_queries_and_keys_are_placed_as_by_plain_operations(shape, still, heads, compiled):
-    """Of a view of a projection, with a gradient whose heads lie apart; what rides is per head, or one for all."""
+def test_queries_and_keys_are_placed_as_by_plain_operations(shape, biased, heads, compiled):
+    """Of a view of a projection, with a gradient whose heads lie apart; the bias is per head, or one for all."""
     torch.manual_seed(0)
     B, T, H, W, h, d = shape
     qkv = torch.randn(B, T, H, W, 3, h, d, device="cuda")
     gain = torch.randn(d, device="cuda")
-    ends = torch.randn(B, T, 1, 1, 1 if heads == 1 else h, still, device="cuda")
-    angles = rope.rope_angles(tuple(torch.arange(n, device="cuda") for n in (T, H, W)), d, still or 2, 100.0)
+    bias = torch.randn(B, T, 1 if heads == 1 else h, rope.UNROTATED, device="cuda")
+    angles = rope.rope_angles(tuple(torch.arange(n, device="cuda") for n in (T, H, W)), d, 100.0)
     direction = torch.randn(B, h, T, H, W, d, device="cuda").permute(0, 2, 3, 4, 1, 5)
 
     def results(place):
-        inputs = [x.clone().requires_grad_() for x in (qkv, gain, ends)]
-        out = place(inputs[0].unbind(-3)[1], inputs[1], inputs[2] if still else None)
+        inputs = [x.clone().requires_grad_() for x in (qkv, gain, bias)]
+        out = place(inputs[0].unbind(-3)[1], inputs[1], inputs[2] if biased else None)
         grads = torch.autograd.grad((out * direction).sum(), inputs, allow_unused=True)
         return [x for x in (out, *grads) if x is not None]
 
-    def kernel(x, gain, ends):
-        return rope.normalise_and_rotate(x, gain, angles, ends)
+    def kernel(x, gain, bias):
+        return rope.normalise_and_rotate(x, gain, angles, bias)
 
-    expected = results(lambda x, gain, ends: rope._plain(x, gain, angles.cos, angles.sin, ends))
+    def plain(x, gain, bias):
+        return rope.plain(x, gain, angles.cos, angles.sin, None if bias is None else bias[:, :, None, None])
+
+    expected = results(plain)
     found = results(torch.compile(kernel, dynamic=False) if compiled else kernel)
-    assert len(found) == len(expected) == 3 + bool(still)
+    assert len(found) == len(expected) == 3 + biased
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
 
@@ -148,10 +151,8 @@ def test_queries_and_keys_are_placed_as_by_plain_operations(shape, still, heads,
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("name", ["default", "dense"])
 def test_causality_is_bit_identical(name, backend):
-    model, x, t, text, labels, _ = make(SCALES[name], 8, 1, dtype=torch.float32, width=128)
+    model, x, t, text, labels, _ = make(SCALES[name], 8, 1, dtype=torch.float32, width=128, kernel=backend)
     model = model.cuda().bfloat16()
-    for block in model.blocks:
-        block.attention.backend = backend
     x, t, text, labels = x.cuda(), t.cuda(), text.cuda(), labels.cuda()
     with torch.no_grad():
         whole = model(x, t, text, labels)
@@ -164,13 +165,11 @@ def test_causality_is_bit_identical(name, backend):
 @pytest.mark.parametrize("backend", ["sdpa", "flex"])
 def test_gradients_in_bf16_err_no_more_than_on_a_cpu(backend):
     """With logits far below zero, where the gate closes, and few queries."""
-    model, *inputs = make(SCALES["default"], 11, 1, "pair", torch.bfloat16)
-    exact = make(SCALES["default"], 11, 1, "pair")[0]
+    model, *inputs = make(SCALES["default"], 11, 1, dtype=torch.bfloat16, kernel="sdpa")
+    exact = make(SCALES["default"], 11, 1)[0]
     truth = backward(exact, *(x.double() if x.is_floating_point() else x for x in inputs), WholeVideo())
     on_cpu = backward(model, *inputs, WholeVideo())
-    model.zero_grad()
-    for block in model.cuda().blocks:
-        block.attention.backend = backend
+    model = make(SCALES["default"], 11, 1, dtype=torch.bfloat16, kernel=backend)[0].cuda()
     on_gpu = backward(model, *(x.cuda() for x in inputs), WholeVideo())
     for rough, rougher, right in zip(on_cpu[:2], on_gpu[:2], truth[:2], strict=True):
         assert relative(rougher, right) <= 1.5 * relative(rough, right) + 1e-3
@@ -203,7 +202,7 @@ def test_bf16_weights_train():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("gate", ["logits", "none", "values", "pair", "mix"])
+@pytest.mark.parametrize("gate", ["logits", "none"])
 def test_compiled_blocks_have_the_gradients_of_eager_ones(gate):
     """Torch 2.11 once lost the gradients of q and k here while outputs were right.
 

@@ -126,7 +126,7 @@ def test_a_model_in_use_does_not_depend_on_its_files(run, exported, tmp_path):
 
 def test_nothing_of_the_model_is_left_out():
     """No weight of it is tied, frozen or a buffer: parameters by name are all there is."""
-    for gate in ("none", "mix", "values", "logits", "pair"):
+    for gate in ("none", "logits"):
         config, _ = fake_checkpoints.configured(width=64, gate=gate, classes=3, text_width=5)
         model = MSCTransformer(config.model)
         state = model.state_dict(keep_vars=True)
@@ -281,8 +281,7 @@ BAD = {  # what is done to a folder, and what is said of it
     "another width":      (config(lambda m: m.update(width=64)),
                            r"not match its weights: .*embed.weight \[32, 12\] for \[64, 12\].* more, of another shape"),
     "other names":        (rename_tensor, "embed.weight, which no file holds; embedding.weight, which the model"),
-    "old gate constants": (config(lambda m: m.update(gate_constants=fake_checkpoints.OLD_CONSTANTS)),
-                           "gate_constants holds 2 numbers of every scale.*--dry-run"),
+    "a gate of before":   (config(lambda m: m.update(gate="pair")), "model.gate is 'pair'; it must be one of none"),
     "unknown settings":   (config(lambda m: m.update(rings=3)), "not describe a model of this version: unknown: rings"),
     "wrong types":        (config(lambda m: m.update(scales=[1, 2])), "does not describe a model of this version"),
     "a part missing":     (lambda f: next(f.glob("model-00002*")).unlink(), "not hold a whole exported model: model-0"),

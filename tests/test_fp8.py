@@ -8,9 +8,10 @@ from torch import nn
 
 from msc.parallel import fp8
 from msc.pretrain import parallelize
+from msc.pretrain.model.config import ModelConfig
 from msc.pretrain.model.layers import Block
 from msc.pretrain.model.scales import Scale
-from msc.pretrain.model.transformer import ModelConfig, MSCTransformer
+from msc.pretrain.model.transformer import MSCTransformer
 from msc.pretrain.optimizer import OptimizerConfig
 
 

@@ -110,7 +110,7 @@ def test_layers_of_labels_and_texts_begin_where_there_were_none(source, tmp_path
 
 def test_what_comes_from_the_data_stays_the_new_datas(source):
     run, _ = source
-    other = tuple(GateConstants(1.0, 2.0, 0.5, 0.4) for _ in fake_checkpoints.SCALES)
+    other = tuple(GateConstants(1.0, 2.0) for _ in fake_checkpoints.SCALES)
     new, told, _ = started(run, gate_constants=other, latent_mean=(0.1, 0.2, 0.3))
     assert new.config.gate_constants == other
     assert told[1:] == ["latent_mean are those of the new data", "gate_constants are those of the new data"]

@@ -16,11 +16,12 @@ from torch.nn import functional as F
 
 from msc.pretrain.diffusion.sampler import generate
 from msc.pretrain.kernels import dispatch, flash, flex, rectangle, sdpa
-from msc.pretrain.kernels.blocks import Blocks
-from msc.pretrain.kernels.compile_helpers import pieces
-from msc.pretrain.kernels.dispatch import attend, choose_backend
+from msc.pretrain.kernels.blocks import KeyBlocks
+from msc.pretrain.kernels.compile_helpers import graph_breaks
+from msc.pretrain.kernels.dispatch import attend, choose_kernel
+from msc.pretrain.model.config import ModelConfig
 from msc.pretrain.model.scales import Scale, default_scales
-from msc.pretrain.model.transformer import ModelConfig, MSCTransformer
+from msc.pretrain.model.transformer import MSCTransformer
 
 CASES = [
     (scale, units, n)
@@ -38,13 +39,13 @@ def draw(scale, units, n, dtype=torch.float32):
 
 
 def test_each_device_gets_the_kernel_that_can_run_there(monkeypatch):
-    assert choose_backend("cpu") == "sdpa"  # the one with a backward pass
+    assert choose_kernel("cpu") == "sdpa"  # the one with a backward pass
     monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: object())
-    assert choose_backend("cuda", 64) == "flex" and choose_backend("cuda", 8) == "sdpa"
+    assert choose_kernel("cuda", 64) == "flex" and choose_kernel("cuda", 8) == "sdpa"
     monkeypatch.setattr(flash, "load", lambda capability: ("flash-attn 2", None))
-    assert choose_backend("cuda", 8) == "flash" and choose_backend("cuda", 8, torch.float32) == "sdpa"
+    assert choose_kernel("cuda", 8) == "flash" and choose_kernel("cuda", 8, torch.float32) == "sdpa"
     monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)  # no Triton
-    assert choose_backend("cuda", 64) == "flash" and choose_backend("cuda", 20) == "sdpa"
+    assert choose_kernel("cuda", 64) == "flash" and choose_kernel("cuda", 20) == "sdpa"
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -63,7 +64,7 @@ def test_a_training_step_with_flex_is_captured_whole_and_not_once_per_layer(monk
     monkeypatch.setattr(flex, "flex_attention", lambda q, k, v, **_: F.scaled_dot_product_attention(q, k, v))
     config = ModelConfig(width=64, depth=6, scales=default_scales(4, patch_window=8), patch=1, channels=2)
     torch.manual_seed(0)
-    model = MSCTransformer(config)
+    model = MSCTransformer(config, "flex")
     torch.nn.init.normal_(model.final.weight)
     x, t = torch.randn(1, 9, 2, 12, 12), torch.rand(1, 9)
     graphs = []
@@ -77,8 +78,6 @@ def test_a_training_step_with_flex_is_captured_whole_and_not_once_per_layer(monk
         model(x, t).square().mean().backward()
         return [p.grad.clone() for p in model.parameters()]
 
-    for block in model.blocks:
-        block.attention.backend = "flex"
     expected = step(x, t)
     for block in model.blocks:
         block.compile(backend=count, fullgraph=True)
@@ -107,7 +106,7 @@ def test_looking_for_a_kernel_leaves_a_compiled_block_whole(monkeypatch):
     monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: object())
 
     def named(x):
-        return x * len(dispatch.chosen("auto", 2, "cuda", 64))
+        return x * len(dispatch.resolve_kernel("auto", 2, "cuda", 64))
 
     assert torch.compile(named, backend="eager", fullgraph=True)(torch.ones(1)) == len("flex")
 
@@ -118,7 +117,7 @@ def test_it_is_said_why_what_is_compiled_falls_into_pieces():
     def in_pieces(f):
         counters.clear()
         torch.compile(f, backend="eager")(torch.ones(2))
-        why = pieces()
+        why = graph_breaks()
         counters.clear()
         return why
 
@@ -267,7 +266,7 @@ def test_equal_runs_that_see_equally_many_blocks_are_one_call(monkeypatch):
     check_part(blocks, [((2, 4, 2, 2), [(0, 1), (4, 5)]), ((10, 2, 1, 2), [(8, 9)]), ((13, 1, 1, 1), [(0,)])])
 
 
-def check_part(blocks: Blocks, expected_calls: list) -> None:
+def check_part(blocks: KeyBlocks, expected_calls: list) -> None:
     """All at once, and each unit's first block before its others: merged, and added to what there is."""
     assert sdpa._calls(blocks, torch.device("cpu")) == expected_calls
     torch.manual_seed(0)
@@ -293,7 +292,7 @@ def check_part(blocks: Blocks, expected_calls: list) -> None:
 
 
 def in_parts(
-    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, parts: list[Blocks]
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, parts: list[KeyBlocks]
 ) -> tuple[torch.Tensor, ...]:
     """Output, log-sum-exp and gradients, the last added to random ones and these taken off."""
     inputs = q, k, v
@@ -327,9 +326,9 @@ def test_compiled_calls_with_gaps_between_their_runs_change_nothing_in_the_gaps(
 def test_a_roll_outs_single_unit_needs_no_mask_and_so_no_compiling(monkeypatch):
     monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: object())  # Triton is there
     with torch.no_grad():
-        assert dispatch.chosen("auto", 1, "cuda", 64) == "sdpa"
-        assert dispatch.chosen("auto", 2, "cuda", 64) == "flex"
-    assert dispatch.chosen("auto", 1, "cuda", 64) == "flex", "training has one kernel for all runs of units"
+        assert dispatch.resolve_kernel("auto", 1, "cuda", 64) == "sdpa"
+        assert dispatch.resolve_kernel("auto", 2, "cuda", 64) == "flex"
+    assert dispatch.resolve_kernel("auto", 1, "cuda", 64) == "flex", "training has one kernel for all runs of units"
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from msc.launch.processes import launcher as local
+from msc.parallel.signals import collect_signals
 
 PRINT_ENVIRONMENT = """
 import json, os, sys
@@ -46,7 +47,7 @@ sys.exit(int(sys.argv[2]))
 LAUNCHER = """
 import sys
 from pathlib import Path
-from msc.launch import local
+from msc.launch.processes import launcher as local
 folder, ranks, grace, *command = sys.argv[1:]
 sys.exit(local.run([sys.executable, "-c", *command], int(ranks), Path(folder) / "logs", grace=float(grace)))
 """
@@ -280,7 +281,7 @@ def test_commands_at_a_time_have_gpus_of_their_own(monkeypatch):
 def test_a_signal_that_the_caller_has_caught_is_handed_on(tmp_path):
     """Whoever runs ranks for a job must learn of the signal, or it would start them again after a cancellation."""
     command = [sys.executable, "-c", "import time; time.sleep(60)"]
-    with local.caught_signals() as received:
+    with collect_signals() as received:
         received.append(signal.SIGTERM)
         assert local.run(command, 1, tmp_path, received=received) == 128 + signal.SIGTERM
         assert received == [signal.SIGTERM]

@@ -17,13 +17,13 @@ from msc.parallel.ring import causal_parts, zigzag_units
 from msc.pretrain.kernels.sdpa import _calls
 from msc.pretrain.layout_planner import (
     RING,
-    Clip,
+    ClipShape,
     Rates,
-    choose,
+    choose_layouts,
     estimates,
     halo_values,
+    layout_table,
     ring_values,
-    table,
     ulysses_values,
 )
 from msc.pretrain.model.scales import Scale, default_scales
@@ -50,7 +50,8 @@ def test_bytes_sent_equal_the_closed_forms():
     cases = [Case(name, layout, units, gate="none") for name, layout in kinds for units in (8, 11)]
     results = run_ranks(on_a_rank, 4, "gloo", cases)
     for case, *parts in zip(cases, *results, strict=True):
-        clip, edges = Clip(case.units, 1, (4, 6), 64 // sum(s.heads for s in case.scales)), shard_bounds(case.units, 4)
+        clip = ClipShape(case.units, 1, (4, 6), 64 // sum(s.heads for s in case.scales))
+        edges = shard_bounds(case.units, 4)
         forward, backward = [0] * 4, [0] * 4
         for scale in case.scales:
             size = BATCH * clip.unit_values(scale) * BYTES * LAYERS
@@ -105,7 +106,7 @@ def test_messages_travel_while_own_queries_and_keys_are_placed():
 
 def test_contiguous_shards_of_a_global_mask_are_uneven_work():
     """Slowest rank against the mean: (P/2) / (P - 1/2) in the limit of many units (53 % at P = 8)."""
-    clip = Clip(8000, 1, (8, 8), 64)
+    clip = ClipShape(8000, 1, (8, 8), 64)
     found = estimates(Scale(8), clip, 8, Rates(1e9, 1e12))
     assert found["ulysses"].flops / found["halo"].flops == pytest.approx(4 / 7.5, rel=1e-3)
     assert found["ring"].flops == pytest.approx(found["ulysses"].flops, rel=1e-3)
@@ -115,34 +116,38 @@ def test_contiguous_shards_of_a_global_mask_are_uneven_work():
 
 
 def test_auto_takes_halos_for_windows_and_balance_for_dense_scales():
-    clip = Clip(128, 1, (64, 64), 64)
+    clip = ClipShape(128, 1, (64, 64), 64)
     rates = ParallelConfig().rates
-    assert choose((*default_scales(16), Scale(16)), clip, 8, "auto", rates)[:2] == ("halo", "halo")
-    assert choose((Scale(16),), clip, 8, "auto", rates) == ("ulysses",)
-    assert choose((Scale(9),), clip, 8, "auto", rates) == ("ring",)
-    assert choose((Scale(9),), clip, 2, "auto", rates) == ("ring",)
-    assert choose((Scale(9),), Clip(64, 1, (16, 16), 64), 2, "auto", rates) == ("halo",), "attention in parts is slower"
-    assert choose((Scale(9),), Clip(64, 1, (16, 16), 64), 8, "auto", rates) == ("halo",), "keys travel for longer"
-    assert choose((Scale(16), Scale(8, window=1)), clip, 8, "ring", rates) == ("ring", "halo")
+    assert choose_layouts((*default_scales(16), Scale(16)), clip, 8, "auto", rates)[:2] == ("halo", "halo")
+    assert choose_layouts((Scale(16),), clip, 8, "auto", rates) == ("ulysses",)
+    assert choose_layouts((Scale(9),), clip, 8, "auto", rates) == ("ring",)
+    assert choose_layouts((Scale(9),), clip, 2, "auto", rates) == ("ring",)
+    assert choose_layouts((Scale(9),), ClipShape(64, 1, (16, 16), 64), 2, "auto", rates) == ("halo",), (
+        "attention in parts is slower"
+    )
+    assert choose_layouts((Scale(9),), ClipShape(64, 1, (16, 16), 64), 8, "auto", rates) == ("halo",), (
+        "keys travel for longer"
+    )
+    assert choose_layouts((Scale(16), Scale(8, window=1)), clip, 8, "ring", rates) == ("ring", "halo")
     with pytest.raises(ValueError, match="9 heads of scale 1 do not divide by parallel.sp = 8"):
-        choose((Scale(16), Scale(9)), clip, 8, "ulysses", rates)
+        choose_layouts((Scale(16), Scale(9)), clip, 8, "ulysses", rates)
     with pytest.raises(ValueError, match="time 1 and window null"):
-        choose((Scale(16, window=2),), clip, 8, "ring", rates)
-    (line,) = table((Scale(16),), clip, 8, "auto", rates)
+        choose_layouts((Scale(16, window=2),), clip, 8, "ring", rates)
+    (line,) = layout_table((Scale(16),), clip, 8, "auto", rates)
     assert line[1].startswith("ulysses") and "halo" in line[1] and "ring" in line[1]
 
 
 def test_where_ranks_wait_long_for_each_other_halos_are_chosen():
     """The coarse scale of `base` on four ranks; what is measured there says so (docs/benchmarks.md)."""
-    coarse, clip = PRESETS["base"]().model.scales[-1], Clip(2048, 1, (16, 16), 64)
+    coarse, clip = PRESETS["base"]().model.scales[-1], ClipShape(2048, 1, (16, 16), 64)
     rates = ParallelConfig().rates
-    assert choose((coarse,), clip, 4, "auto", rates) == ("halo",)
-    assert choose((coarse,), clip, 4, "auto", replace(rates, wait_s=0.0)) == ("ulysses",)
-    assert choose((coarse,), replace(clip, units=16384), 4, "auto", rates) == ("ulysses",), "a longer clip"
+    assert choose_layouts((coarse,), clip, 4, "auto", rates) == ("halo",)
+    assert choose_layouts((coarse,), clip, 4, "auto", replace(rates, wait_s=0.0)) == ("ulysses",)
+    assert choose_layouts((coarse,), replace(clip, units=16384), 4, "auto", rates) == ("ulysses",), "a longer clip"
 
 
 def test_a_faster_network_never_makes_a_layout_slower():
-    clip = Clip(64, 1, (16, 16), 64)
+    clip = ClipShape(64, 1, (16, 16), 64)
     for scale in default_scales(16) + (Scale(16),):
         slow, fast = (estimates(scale, clip, 4, Rates(rate, 3e14, 8e-5)) for rate in (1e9, 1e12))
         assert all(fast[layout].seconds <= slow[layout].seconds for layout in fast)

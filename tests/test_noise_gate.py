@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
+import yaml
+from fake_checkpoints import configured
 
 from msc.datasets.prepare.statistics import Statistics, measure_statistics
 from msc.datasets.synthetic import gaussian_fields
-from msc.pretrain.model.noise_gate import (
-    effective_log_snr,
-    gate_constants,
-    log_gate,
-    log_gate_at_nodes,
-    log_snr,
-    node_weights,
-    pooled_log_snr,
-)
+from msc.pretrain.config import flat, load, plain
+from msc.pretrain.model.config import ModelConfig
+from msc.pretrain.model.noise_gate import gate_constants, log_gate, log_snr, pooled_log_snr
 from msc.pretrain.model.scales import Scale
+from msc.pretrain.validation import check_same_model
 
 
 def test_log_snr_is_finite_and_falls():
@@ -32,7 +30,7 @@ def test_log_snr_is_finite_and_falls():
 
 def test_a_group_of_clean_frames_is_finite_in_float32():
     clean = pooled_log_snr(torch.zeros(1, 8), 4)
-    assert clean.isfinite().all() and log_gate_at_nodes(effective_log_snr(clean, 0.9), torch.zeros(1)).isfinite().all()
+    assert clean.isfinite().all() and log_gate(clean, torch.zeros(1)).isfinite().all()
 
 
 @pytest.mark.parametrize("time", [1, 2, 4])
@@ -72,37 +70,24 @@ def test_the_gate_is_the_recoverable_share_of_variance(space, t):
 
 def test_constants_use_the_detail_band_for_the_finest_scale_only():
     statistics = Statistics.default(3)
-    fine, coarse = gate_constants((Scale(1, window=2), Scale(1, 2, 4)), 2, 1, statistics)
+    fine, coarse = gate_constants((Scale(1, window=2), Scale(1, 2, 4)), 2, statistics)
     assert fine[0] == pytest.approx(math.log(statistics.detail(2)))
     assert coarse[0] == pytest.approx(2 * math.log(4) + math.log(statistics.ratio(4, 1)))
     assert coarse[1] == pytest.approx(2 * math.log(4) + math.log(statistics.ratio(4, 4)))
-    assert fine.rho == pytest.approx(statistics.detail_correlation(2, 1.5))
-    assert coarse.rho_pooled == pytest.approx(statistics.correlation(4, 6))
-    (alone,) = gate_constants((Scale(1),), 2, 1, statistics)
+    (alone,) = gate_constants((Scale(1),), 2, statistics)
     assert alone[0] == pytest.approx(2 * math.log(2) + math.log(statistics.ratio(2, 1)))
 
 
-@pytest.mark.parametrize("rho, t_q, t_k", [(0.9, 0.7, 0.3), (0.5, 0.9, 0.1), (0.95, 0.5, 0.5)])
-def test_two_observations_gate_is_the_past_frames_weight_in_the_best_linear_estimate(rho, t_q, t_k):
-    """g is the past frame's weight beside the own noisy frame, in units of an unbiased observation."""
-    torch.manual_seed(0)
-    n = 400_000
-    now = torch.randn(n, dtype=torch.float64)
-    past = rho * now + (1 - rho**2) ** 0.5 * torch.randn(n, dtype=torch.float64)
-    seen = torch.stack([(1 - t) * x + t * torch.randn(n, dtype=torch.float64) for x, t in ((now, t_q), (past, t_k))])
-    weights = torch.linalg.lstsq(seen.T, now[:, None]).solution[:, 0]
-    g = float(weights[1]) * (1 - t_k) * rho
-    snr_q, snr_k = ((1 - t) ** 2 / t**2 for t in (t_q, t_k))
-    effective = effective_log_snr(log_snr(torch.tensor([[t_k]], dtype=torch.float64)), rho)
-    assert float(effective.exp()) == pytest.approx(rho**2 * snr_k / (1 + (1 - rho**2) * snr_k))
-    assert g == pytest.approx(float(effective.exp() / (1 + snr_q + effective.exp())), abs=0.01)
-
-
-def test_interpolation_between_nodes_keeps_the_two_observations_gate():
-    query = torch.linspace(-8, 8, 65, dtype=torch.float64)
-    key = torch.linspace(-8, 5, 53, dtype=torch.float64)
-    exact = torch.nn.functional.logsigmoid(key[None] - torch.nn.functional.softplus(query)[:, None])
-    nodes = log_gate_at_nodes(key[None], torch.zeros(1, dtype=torch.float64))[0, :, 0]  # [keys, nodes]
-    error = node_weights(query) @ nodes.T - exact
-    assert error.abs().max() < 0.25
-    assert (node_weights(query).sum(-1) - 1).abs().max() < 1e-12
+def test_constants_of_earlier_versions_are_read(tmp_path):
+    """They wrote two more numbers of every scale: a run goes on, an exported folder loads."""
+    config, _ = configured()
+    old = [[*row, 0.9, 0.8] for row in config.model.gate_constants]
+    written = plain(asdict(config))
+    written["model"]["gate_constants"] = old
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
+    assert load(file=tmp_path / "config.yaml") == config
+    assert ModelConfig.from_dict(written["model"]) == config.model
+    check_same_model(config, {**flat(config), "model.gate_constants": old})
+    old[0][0] += 1
+    with pytest.raises(ValueError, match="model.gate_constants"):
+        check_same_model(config, {**flat(config), "model.gate_constants": old})

@@ -111,7 +111,7 @@ def test_neither_the_compiler_nor_mlflow_delays_a_start() -> None:
     """Training imported, and a model of labelled clips counted, as every command that trains does first."""
     program = (
         "import sys, msc.pretrain.train; from msc.pretrain import cost; "
-        "from msc.pretrain.model.transformer import ModelConfig; "
+        "from msc.pretrain.model.config import ModelConfig; "
         "cost.parameters(ModelConfig(channels=3, classes=2)); "
         "print(*{'torch._dynamo', 'torch._inductor', 'mlflow', 'deepspeed'} & set(sys.modules))"
     )

@@ -19,8 +19,9 @@ from msc.launch.planning.report import describe, read_planned_step
 from msc.parallel.deepspeed_zero import ZeroConfig
 from msc.pretrain import cost
 from msc.pretrain.diffusion.sampler import Cache, extend_cache
+from msc.pretrain.model.config import ModelConfig
 from msc.pretrain.model.scales import Scale
-from msc.pretrain.model.transformer import ModelConfig, MSCTransformer
+from msc.pretrain.model.transformer import MSCTransformer
 from msc.pretrain.optimizer import OptimizerConfig, make_optimizer, set_schedule
 from msc.pretrain.presets import PRESETS
 from msc.pretrain.tracking.plan_deviation import PlannedStep, describe_deviation, plan_ratios

@@ -20,8 +20,9 @@ from msc.pretrain import config as configuration
 from msc.pretrain.diffusion.autoencoder import open_autoencoder
 from msc.pretrain.inference import sample
 from msc.pretrain.inference.load import TrainedModel
+from msc.pretrain.model.config import ModelConfig
 from msc.pretrain.model.scales import Scale
-from msc.pretrain.model.transformer import ModelConfig, MSCTransformer
+from msc.pretrain.model.transformer import MSCTransformer
 from msc.pretrain.presets import preset
 from msc.pretrain.run_folder import LatentSpace, RunFolder
 

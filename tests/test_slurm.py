@@ -22,12 +22,13 @@ from gloo_ranks import run_ranks
 from test_training import MSC, SMALL, shards, wait_for  # noqa: F401
 
 from msc.datasets.files import last_jsonl_record
-from msc.launch import cli
+from msc.launch import cli, commands
 from msc.launch.processes import slurm_env
 from msc.launch.slurm import cluster_config, job_records, sbatch, submit, supervisor
 from msc.launch.slurm import jobs as status
-from msc.launch.slurm.job_records import Record
-from msc.launch.slurm.sbatch import State
+from msc.launch.slurm.cluster_config import JobRequest
+from msc.launch.slurm.job_records import JobRecord
+from msc.launch.slurm.sbatch import JobState
 from msc.launch.slurm.supervisor import Job, decide
 from msc.pretrain.checkpoints import directory as checkpoint_directory
 from msc.pretrain.tracking import heartbeat
@@ -96,8 +97,8 @@ def test_the_network_device_is_the_one_that_leads_to_another_node():
 
 
 def test_what_is_told_of_the_environment_is_chosen():
-    line = slurm_env.told({**STEP, **slurm_env.rank_environment(STEP), "HF_TOKEN": "geheim"})
-    assert line.startswith("msc: rank 6 of 8; MASTER_ADDR=gpu07, MASTER_PORT=10123, NCCL_DEBUG=WARN")
+    line = slurm_env.describe_rank({**STEP, **slurm_env.rank_environment(STEP), "HF_TOKEN": "geheim"})
+    assert line.startswith("rank 6 of 8; MASTER_ADDR=gpu07, MASTER_PORT=10123, NCCL_DEBUG=WARN")
     assert "geheim" not in line
 
 
@@ -107,9 +108,9 @@ def test_what_is_told_of_the_environment_is_chosen():
 def test_a_site_is_read_and_checked(tmp_path):
     file = tmp_path / "site.yaml"
     file.write_text("partition: gpu\nsetup: [module load cuda]\nsbatch: {exclusive: true, nice: 5}\n")
-    got = cluster_config.read(file)
+    got = cluster_config.read_cluster_config(file)
     assert (got.partition, got.setup, got.sbatch) == ("gpu", ("module load cuda",), {"exclusive": True, "nice": 5})
-    assert cluster_config.read(None) == cluster_config.Site()
+    assert cluster_config.read_cluster_config(None) == cluster_config.ClusterConfig()
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ def test_a_site_is_read_and_checked(tmp_path):
 def test_mistakes_in_a_site(text, said, tmp_path):
     (tmp_path / "site.yaml").write_text(text)
     with pytest.raises(ValueError) as error:
-        cluster_config.read(tmp_path / "site.yaml")
+        cluster_config.read_cluster_config(tmp_path / "site.yaml")
     assert said in str(error.value)
     assert str(tmp_path / "site.yaml") in str(error.value)
 
@@ -141,18 +142,18 @@ def test_mistakes_in_a_site(text, said, tmp_path):
 def test_a_secret_in_a_faulty_site_is_not_shown(tmp_path):
     (tmp_path / "site.yaml").write_text("environment: {TOKEN: [geheim]}")
     with pytest.raises(ValueError, match=r"environment\.TOKEN") as error:
-        cluster_config.read(tmp_path / "site.yaml")
+        cluster_config.read_cluster_config(tmp_path / "site.yaml")
     assert "geheim" not in str(error.value)
 
 
 def test_where_the_site_is_looked_for(tmp_path):
     environment = {"XDG_CONFIG_HOME": str(tmp_path)}
-    assert cluster_config.find(None, environment) is None
+    assert cluster_config.find_config_file(None, environment) is None
     (tmp_path / "msc").mkdir()
     (tmp_path / "msc/site.yaml").touch()
-    assert cluster_config.find(None, environment) == tmp_path / "msc/site.yaml"
-    assert cluster_config.find(None, environment | {"MSC_SITE": "x"}) == Path("x")
-    assert cluster_config.find(Path("y"), environment | {"MSC_SITE": "x"}) == Path("y")
+    assert cluster_config.find_config_file(None, environment) == tmp_path / "msc/site.yaml"
+    assert cluster_config.find_config_file(None, environment | {"MSC_SITE": "x"}) == Path("x")
+    assert cluster_config.find_config_file(Path("y"), environment | {"MSC_SITE": "x"}) == Path("y")
 
 
 # What becomes of a job ---------------------------------------------------------------------------------------
@@ -190,10 +191,10 @@ def test_what_begins_anew_does_not_run_into_its_time_limit_twice(command, local_
 
 
 def test_starts_without_a_new_checkpoint_are_counted_from_the_last():
-    assert job_records.fruitless([], 0) == 0
-    assert job_records.fruitless([0, 0, 40], 40) == 1
-    assert job_records.fruitless([0, 40, 40, 40], 40) == 3
-    assert job_records.fruitless([0, 40, 40], 80) == 0
+    assert job_records.starts_without_progress([], 0) == 0
+    assert job_records.starts_without_progress([0, 0, 40], 40) == 1
+    assert job_records.starts_without_progress([0, 40, 40, 40], 40) == 3
+    assert job_records.starts_without_progress([0, 40, 40], 80) == 0
 
 
 @pytest.fixture
@@ -208,11 +209,11 @@ def local_job(tmp_path, monkeypatch):
             return code
 
         monkeypatch.setattr(supervisor, "run_ranks", ranks)
-        monkeypatch.setattr(supervisor, "reached", lambda made: clock[0])
+        monkeypatch.setattr(supervisor, "progress_of", lambda made: clock[0])
         monkeypatch.setattr(supervisor, "took_a_step", lambda made, since, start: clock[0] > start)
-        monkeypatch.setattr(supervisor, "settle", lambda made, code: None)
+        monkeypatch.setattr(supervisor, "end_own_mlflow_run", lambda made, code: None)
         made = Job(words, str(tmp_path / "run"), str(tmp_path / "run/jobs"), "local")
-        code = supervisor.attempts(made, [])
+        code = supervisor.run_attempts(made, [])
         return code, left
 
     return run
@@ -229,7 +230,7 @@ def test_a_job_goes_on_while_it_gets_further_and_is_given_up_when_it_does_not(lo
 
 def test_a_job_that_slurm_starts_again_and_again_is_given_up(tmp_path, local_job, capsys):
     for _ in range(3):
-        job_records.note(tmp_path / "run/jobs", str(os.getpid()), **{"from": 40})
+        job_records.append_event(tmp_path / "run/jobs", str(os.getpid()), **{"from": 40})
     assert local_job((0, 80), before=40) == (1, [(0, 80)])
     assert "given up" in capsys.readouterr().err
     assert local_job((0, 80), before=60)[0] == 0
@@ -241,7 +242,7 @@ def test_a_part_of_a_conversion_is_judged_by_its_own_groups(tmp_path):
     for number in (0, 1, 3, 4, 6):
         (work / f"group-{number:06d}.json").touch()
     of = Job(("convert",), str(tmp_path / "shards"), "x", "slurm")
-    assert [supervisor.reached(replace(of, part=part)) for part in (None, (0, 3), (1, 3), (2, 3))] == [5, 3, 2, 0]
+    assert [supervisor.progress_of(replace(of, part=part)) for part in (None, (0, 3), (1, 3), (2, 3))] == [5, 3, 2, 0]
 
 
 def test_groups_of_a_conversion_to_a_symbolic_link_are_found(tmp_path):
@@ -249,7 +250,7 @@ def test_groups_of_a_conversion_to_a_symbolic_link_are_found(tmp_path):
     (tmp_path / "disk/.shards.partial/.work").mkdir(parents=True)
     (tmp_path / "disk/.shards.partial/.work/group-000000.json").touch()
     (tmp_path / "out").symlink_to(tmp_path / "disk/shards")
-    assert supervisor.reached(Job(("convert",), str(tmp_path / "out"), "x", "slurm")) == 1
+    assert supervisor.progress_of(Job(("convert",), str(tmp_path / "out"), "x", "slurm")) == 1
 
 
 def test_a_job_does_not_start_beside_another_one_in_its_run(tmp_path, monkeypatch, capsys):
@@ -258,7 +259,7 @@ def test_a_job_does_not_start_beside_another_one_in_its_run(tmp_path, monkeypatc
     made = Job(("train",), str(run), str(run / "jobs"), "local")
     with heartbeat.write_heartbeat(run, 2, seconds=0.05):
         wait_for(lambda: heartbeat.read(run), seconds=10)
-        assert supervisor.attempts(made, []) == supervisor.USER_ERROR
+        assert supervisor.run_attempts(made, []) == supervisor.USER_ERROR
     assert f"{run} is being trained: process {os.getpid()} on " in capsys.readouterr().err
 
 
@@ -269,7 +270,7 @@ def test_only_its_own_run_in_mlflow_is_ended_by_a_job(whose, settled, tmp_path, 
     monkeypatch.setattr("msc.pretrain.tracking.tracker.end_mlflow_run", lambda run, state: found.append(state))
     monkeypatch.setenv(heartbeat.JOB_VARIABLE, "7")
     (tmp_path / "heartbeat.json").write_text(json.dumps({"time": time.time(), "phase": "report", "job": whose}))
-    supervisor.settle(Job(("train",), str(tmp_path), "x", "local"), 137)
+    supervisor.end_own_mlflow_run(Job(("train",), str(tmp_path), "x", "local"), 137)
     assert found == settled
 
 
@@ -301,12 +302,12 @@ def test_a_run_that_has_ended_or_was_killed_may_go_on(beat, tmp_path):
 
 def test_a_part_of_an_array_speaks_for_itself():
     array = {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3"}
-    assert supervisor.slurm_number({"SLURM_JOB_ID": "17", **array}) == "17_3"
-    assert supervisor.slurm_number({"SLURM_JOB_ID": "17"}) == "17"
+    assert supervisor.slurm_job_id({"SLURM_JOB_ID": "17", **array}) == "17_3"
+    assert supervisor.slurm_job_id({"SLURM_JOB_ID": "17"}) == "17"
 
 
 def test_a_job_that_has_changed_code_says_so(capsys):
-    supervisor.say_changes(Job(("train",), "x", "x", "local", code=(("mlflow.source.git.commit", "0" * 40),)))
+    supervisor.warn_of_changed_code(Job(("train",), "x", "x", "local", code=(("mlflow.source.git.commit", "0" * 40),)))
     assert "the code is not what was submitted: mlflow.source.git.commit 000" in capsys.readouterr().err
 
 
@@ -319,7 +320,8 @@ def test_words_of_the_command_and_options_may_mix():
     assert (args.inner.command, args.inner.items, args.inner.preset) == ("train", ["c.yaml", "a.b=1", "c.d=2"], "demo")
     args = cli.parse(["submit", "--parts", "4", "convert", "v w", "--out", "s", "--partition", "p", "--frames", "8"])
     assert args.inner.argv == ["convert", "v w", "--out", "s", "--frames", "8"]
-    assert submit.options(args) == ["--partition", "p", "--parts", "4"]
+    job_request = JobRequest(**commands.options_for(JobRequest, args))
+    assert job_request.options() == ["--partition", "p", "--parts", "4"]
 
 
 @pytest.mark.parametrize(
@@ -359,11 +361,11 @@ def test_every_option_reaches_all_evaluations(tmp_path, monkeypatch, capsys):
         run.mkdir()
         (run / "config.yaml").touch()
     sent = []
-    monkeypatch.setattr(sbatch, "send", lambda jobs, *_: sent.extend(jobs) or "7")
+    monkeypatch.setattr(sbatch, "submit_array", lambda function, jobs, *_: sent.extend(jobs) or "7")
     assert cli.main(["submit", "evaluate", *map(str, runs), *options]) == 0, capsys.readouterr().err
     for run, job in zip(runs, sent, strict=True):
         alone = ["evaluate", str(run), *options]
-        assert vars(cli.parse(job.words)) | {"argv": alone} == vars(cli.parse(alone))
+        assert vars(cli.parse(job.arguments)) | {"argv": alone} == vars(cli.parse(alone))
 
 
 def test_the_plan_of_a_run_goes_with_its_job(shards, tmp_path, monkeypatch, capsys):
@@ -371,20 +373,20 @@ def test_the_plan_of_a_run_goes_with_its_job(shards, tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     sent = []
-    monkeypatch.setattr(sbatch, "send", lambda jobs, *_: sent.extend(jobs) or "7")
+    monkeypatch.setattr(sbatch, "submit_array", lambda function, jobs, *_: sent.extend(jobs) or "7")
     words = ["submit", "--preset", "demo", f"data.shards={shards}", *SMALL, "--run", "run", "--plan", "plan.json"]
     assert cli.main(words) == 2 and "plan.json: No such file" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     (tmp_path / "plan.json").write_text(json.dumps({"step_s": 1.0, "memory_gib": 2.0}))
     assert cli.main(words) == 0
     again = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("go on"))
-    assert cli.parse(sent[0].words).plan == cli.parse(shlex.split(again)[3:]).inner.plan == tmp_path / "plan.json"
+    assert cli.parse(sent[0].arguments).plan == cli.parse(shlex.split(again)[3:]).inner.plan == tmp_path / "plan.json"
 
 
 @pytest.mark.parametrize("name", ["a\nb", "100%", "a\\b"])
 def test_paths_that_no_batch_script_can_hold_are_refused(name):
     with pytest.raises(ValueError, match="folder"):
-        sbatch.check_path(Path("/x") / name)
+        sbatch.check_folder(Path("/x") / name)
 
 
 # A submission from end to end, with programs that stand in for sbatch and srun -------------------------------
@@ -438,7 +440,7 @@ def test_hostile_names_and_secrets_on_the_whole_way(shards, stand_ins, tmp_path,
     command = ["submit", *words, "--run", str(run), "--site", str(file), "--nodes", "1", "--tasks-per-node", "2"]
     assert cli.main(command) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
-    wait_for(lambda: job_records.notes(run / "jobs", "77")[1:], seconds=60)
+    wait_for(lambda: job_records.read_events(run / "jobs", "77")[1:], seconds=60)
 
     argv, environment = json.loads((stand_ins / "rank").read_text())
     assert argv[2:] == ["train", "--resume", "--run", str(run)]
@@ -461,7 +463,7 @@ def test_hostile_names_and_secrets_on_the_whole_way(shards, stand_ins, tmp_path,
     assert name.removeprefix("--job-name=").replace("_", "").isalnum()
     assert not list(tmp_path.rglob("PWNED"))
 
-    (record,) = job_records.records(run / "jobs")
+    (record,) = job_records.read_records(run / "jobs")
     assert (record.id, record.cluster, record.tasks) == ("77", "slurm", 2) and "msc.version" in record.code
     capsys.readouterr()
     assert cli.main(["status", str(run)]) == 0  # Slurm has forgotten it
@@ -502,7 +504,7 @@ def test_a_conversion_whose_merge_is_refused_is_taken_back(code, stand_ins, tmp_
     assert "job limit reached" in said and (stand_ins / "cancelled").read_text() == "77\n"
     assert ("job 77 was accepted, and is cancelled" in said) == (code == 0)
     assert ("job 77 was accepted and could not be taken back: no answer" in said) == (code == 1)
-    assert [record.id for record in job_records.records(jobs)] == ["77"] * code
+    assert [record.id for record in job_records.read_records(jobs)] == ["77"] * code
     assert (len(list(jobs.glob("*.pkl"))) >= 3) == (code == 1)
 
 
@@ -511,8 +513,8 @@ def test_all_parts_of_an_array_may_run_at_once(parallel, at_once, stand_ins, tmp
     """submitit's own default is 256."""
     (stand_ins / "sbatch").write_text(f"#!/bin/sh\ncp \"$1\" '{stand_ins}/script'\necho Submitted batch job 77\n")
     jobs = [Job(("convert",), "x", "x", "slurm")] * 257
-    options = sbatch.parameters(cluster_config.Site(), "x", 1, 1, 0, parallel=parallel)
-    assert sbatch.send(jobs, tmp_path / "jobs", options, {}) == "77"
+    options = sbatch.executor_parameters(cluster_config.ClusterConfig(), "x", 1, 1, 0, parallel=parallel)
+    assert sbatch.submit_array(supervisor.supervise, jobs, tmp_path / "jobs", options, {}) == "77"
     assert f"#SBATCH --array=0-256%{at_once}\n" in (stand_ins / "script").read_text()
 
 
@@ -526,7 +528,7 @@ def test_a_job_in_the_background_is_watched_ended_and_saved(shards, tmp_path, ca
     assert cli.main(["submit", *where, "--preset", "demo", f"data.shards={shards}", *SMALL, "train.clips=40000"]) == 0
     said = capfd.readouterr().out
     assert f"msc submit --cluster local --resume --run {run}" in said
-    (record,) = job_records.records(run / "jobs")
+    (record,) = job_records.read_records(run / "jobs")
     wait_for(lambda: last_jsonl_record(run / "log.jsonl").get("step", 0) > 3)
     wait_for(lambda: heartbeat.read(run)["phase"] != "starting", seconds=20)
     assert cli.main(["status", str(run)]) == 0
@@ -542,7 +544,7 @@ def test_a_job_in_the_background_is_watched_ended_and_saved(shards, tmp_path, ca
     said = capfd.readouterr().out
     assert "stopped at step" in said and f"in the queue again: msc submit --cluster local --resume --run {run}" in said
     assert cli.main(["logs", str(run), "--rank", "1"]) == 2
-    assert not submit.still_active([replace(record, created=1.0)]), "another process with its number is not the job"
+    assert not submit.active_records([replace(record, created=1.0)]), "another process with its number is not the job"
 
 
 def test_a_job_here_and_now_saves_at_ctrl_c(shards, tmp_path):
@@ -573,9 +575,9 @@ def test_a_job_here_and_now_saves_at_ctrl_c(shards, tmp_path):
 )
 def test_a_job_of_another_machine_is_cancelled_there(notes, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    job_records.write(Path("run/jobs"), Record("17", "local", ("train",), "x", host="elsewhere"))
+    job_records.write_record(Path("run/jobs"), JobRecord("17", "local", ("train",), "x", host="elsewhere"))
     for note in notes:
-        job_records.note(Path("run/jobs"), "17", **note)
+        job_records.append_event(Path("run/jobs"), "17", **note)
     assert cli.main(["cancel", "run"]) == 2
     assert said in capsys.readouterr().err
 
@@ -585,35 +587,35 @@ def test_a_job_of_another_machine_is_cancelled_there(notes, said, tmp_path, monk
 NOW = 1_000_000.0
 BEAT = {"time": NOW - 2, "started": NOW - 900, "step": 7, "phase": "forward and backward", "since": NOW - 3, "job": "5"}
 OLD = BEAT | {"time": NOW - 300}
-SENT = Record("5", "slurm", ("train",), "log", host="n1")
-RUN = status.Facts(Path("r"), 400, 4, {"step": 7, "clock": 28, "loss": 1.5, "tokens_per_s": 3100.0, "clips_per_s": 2.0},
-                   BEAT, (5, 20, NOW - 130), SENT)  # fmt: skip
+SENT = JobRecord("5", "slurm", ("train",), "log", host="n1")
+LINE = {"step": 7, "clock": 28, "loss": 1.5, "tokens_per_s": 3100.0, "clips_per_s": 2.0}
+RUN = status.RunStatus(Path("r"), 400, 4, LINE, BEAT, (5, 20, NOW - 130), SENT)  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("changes", "queue", "said"),
     [
-        ({}, [State("RUNNING")], "RUNNING"),
-        ({"beat": BEAT | {"since": NOW - 700}}, [State("RUNNING")], "RUNNING (forward and backward for 11 min)"),
-        ({"beat": OLD}, [State("RUNNING")], "LOST (silent for 5 min in step 7, forward and backward)"),
-        ({"beat": OLD}, [State("PENDING", "BeginTime", "12:00")], "PENDING (BeginTime, starts 12:00)"),
-        ({"beat": None, "saved": None}, [State("PENDING", "Priority")], "PENDING (Priority)"),
-        ({"beat": None, "saved": None}, [State("RUNNING")], "STARTING"),
-        ({"beat": BEAT | {"phase": "ended"}}, [State("FAILED", exit="1:0")], "FAILED (exit 1:0)"),
+        ({}, [JobState("RUNNING")], "RUNNING"),
+        ({"beat": BEAT | {"since": NOW - 700}}, [JobState("RUNNING")], "RUNNING (forward and backward for 11 min)"),
+        ({"beat": OLD}, [JobState("RUNNING")], "LOST (silent for 5 min in step 7, forward and backward)"),
+        ({"beat": OLD}, [JobState("PENDING", "BeginTime", "12:00")], "PENDING (BeginTime, starts 12:00)"),
+        ({"beat": None, "saved": None}, [JobState("PENDING", "Priority")], "PENDING (Priority)"),
+        ({"beat": None, "saved": None}, [JobState("RUNNING")], "STARTING"),
+        ({"beat": BEAT | {"phase": "ended"}}, [JobState("FAILED", exit="1:0")], "FAILED (exit 1:0)"),
         ({"beat": BEAT | {"phase": "ended"}}, [], "STOPPED"),
-        ({"saved": (100, 400, NOW), "beat": BEAT | {"phase": "ended"}}, [State("COMPLETED")], "FINISHED"),
+        ({"saved": (100, 400, NOW), "beat": BEAT | {"phase": "ended"}}, [JobState("COMPLETED")], "FINISHED"),
         ({"beat": None, "saved": None, "record": None}, [], "NOT STARTED"),
-        ({}, [State("RUNNING"), State("PENDING"), State("PENDING")], "2 PENDING, 1 RUNNING"),
+        ({}, [JobState("RUNNING"), JobState("PENDING"), JobState("PENDING")], "2 PENDING, 1 RUNNING"),
     ],
 )  # fmt: skip
 def test_the_state_of_a_run(changes, queue, said):
-    assert status.state(replace(RUN, **changes), queue, False, NOW) == said
+    assert status.describe_state(replace(RUN, **changes), queue, False, NOW) == said
 
 
 def test_the_row_of_a_run():
-    got = status.row(RUN, "RUNNING", NOW)
+    got = status.table_row(RUN, "RUNNING", NOW)
     assert got == ["r", "5", "7/100", "1.5000", "3,100", "3 min", "step 5, 2 min ago", "RUNNING"]
-    assert status.row(replace(RUN, line=None, saved=None), "STARTING", NOW)[2:7] == ["0/100", "-", "-", "-", "-"]
+    assert status.table_row(replace(RUN, line=None, saved=None), "STARTING", NOW)[2:7] == ["0/100", "-", "-", "-", "-"]
     assert [status.duration(s) for s in (5, 60, 3660, 200_000)] == ["5 s", "1 min", "1 h 1 min", "2 d 7 h"]
 
 
@@ -640,7 +642,7 @@ def test_the_heartbeat_tells_the_phase_and_the_end(tmp_path):
 def test_a_slurm_that_does_not_answer_is_not_taken_for_an_empty_queue(stand_ins, tmp_path, capsys):
     (stand_ins / "squeue").write_text("#!/bin/sh\necho 'cannot reach the controller' >&2\nexit 1\n")
     run = tmp_path / "run"
-    job_records.write(run / "jobs", Record("5", "slurm", ("train",), "x"))
+    job_records.write_record(run / "jobs", JobRecord("5", "slurm", ("train",), "x"))
     (run / "config.yaml").write_text("train: {clips: 4, batch: 1}")
     assert cli.main(["submit", "--resume", "--run", str(run)]) == 1
     assert "squeue fails, so what has become of jobs is not known; try again: cannot reach" in capsys.readouterr().err
@@ -657,34 +659,34 @@ def test_slurm_is_asked_once_and_understood(stand_ins):
     (stand_ins / "sacct").write_text(
         "#!/bin/sh\nprintf '7|CANCELLED by 0|0:15\\n8_0|FAILED|1:0\\n8_1|COMPLETED|0:0\\n'\n"
     )
-    got = sbatch.states(["5", "6", "7", "8", "9"])
-    assert got["5"] == [State("RUNNING", "", "2026-01-01T00:00:00")] and got["5"][0].active
+    got = sbatch.job_states(["5", "6", "7", "8", "9"])
+    assert got["5"] == [JobState("RUNNING", "", "2026-01-01T00:00:00")] and got["5"][0].active
     assert [s.name for s in got["6"]] == ["PENDING", "RUNNING"] and got["6"][0].reason == "Resources"
-    assert got["7"] == [State("CANCELLED", exit="0:15")] and not got["7"][0].active
+    assert got["7"] == [JobState("CANCELLED", exit="0:15")] and not got["7"][0].active
     assert [s.name for s in got["8"]] == ["FAILED", "COMPLETED"] and "9" not in got
-    assert sbatch.states(["8_1"]) == {"8_1": [State("COMPLETED", exit="0:0")]}
+    assert sbatch.job_states(["8_1"]) == {"8_1": [JobState("COMPLETED", exit="0:0")]}
     asked = (stand_ins / "asked").read_text().splitlines()
     assert len(asked) == 2 and "--jobs=5,6,7,8,9 " in asked[0] and "--jobs=8 " in asked[1]
 
 
 def test_a_job_that_slurm_has_forgotten_is_no_failure_of_slurm(stand_ins):
     (stand_ins / "squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2\nexit 1\n")
-    assert sbatch.states(["5"]) == {}
+    assert sbatch.job_states(["5"]) == {}
 
 
 def test_jobs_are_cancelled_with_few_questions(tmp_path, monkeypatch):
     """For all of a run at once, and seconds apart: one job goes at the second look, the other at the third."""
     asked, slept, here = [], [], time.sleep
     for number in "567":
-        job_records.write(tmp_path / "run/jobs", Record(number, "slurm", ("evaluate",), "x"))
+        job_records.write_record(tmp_path / "run/jobs", JobRecord(number, "slurm", ("evaluate",), "x"))
 
     def states(numbers):
         asked.append(list(numbers))
-        return {number: [State("RUNNING" if len(asked) < int(number) - 3 else "CANCELLED")] for number in numbers}
+        return {number: [JobState("RUNNING" if len(asked) < int(number) - 3 else "CANCELLED")] for number in numbers}
 
-    monkeypatch.setattr(sbatch, "states", states)
+    monkeypatch.setattr(sbatch, "job_states", states)
     monkeypatch.setattr(status.shutil, "which", lambda name: name)
     monkeypatch.setattr(status.subprocess, "run", lambda *_, **__: None)
     monkeypatch.setattr(status.time, "sleep", lambda seconds: slept.append(seconds) if seconds > 1 else here(seconds))
     assert status.cancel(tmp_path / "run") == "ended: 5, 6, 7"
-    assert asked == [["5", "6", "7"]] * 4 and slept == [status.ASK_SECONDS] * 2
+    assert asked == [["5", "6", "7"]] * 4 and slept == [status.POLL_SECONDS] * 2

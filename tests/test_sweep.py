@@ -302,8 +302,8 @@ def test_a_sweep_is_taken_back_only_until_slurm_has_it(shards, tmp_path, monkeyp
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sbatch, "send", (lambda *_: "77") if accepted else fail)
-    monkeypatch.setattr(job_records, "write", fail)
+    monkeypatch.setattr(sbatch, "submit_array", (lambda *_: "77") if accepted else fail)
+    monkeypatch.setattr(job_records, "write_record", fail)
     assert cli.main(["sweep", str(file), "--out", str(tmp_path / "runs"), "--cluster", "slurm"]) == 2
     said = capsys.readouterr().err
     assert "No space left on device" in said and ("job 77: 2 of 2 runs" in said) == accepted
@@ -313,11 +313,11 @@ def test_a_sweep_is_taken_back_only_until_slurm_has_it(shards, tmp_path, monkeyp
 def test_slurm_is_asked_once_for_all_runs_that_are_sent_again(shards, tmp_path, monkeypatch):  # noqa: F811
     file = write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1, 2]}, set={"metrics.tracking_uri": "none"})
     folder, asked = tmp_path / "runs", []
-    monkeypatch.setattr(sbatch, "states", lambda numbers: asked.append(len(numbers)) or {})
-    monkeypatch.setattr(sbatch, "send", lambda *_: "77")
+    monkeypatch.setattr(sbatch, "job_states", lambda numbers: asked.append(len(numbers)) or {})
+    monkeypatch.setattr(sbatch, "submit_array", lambda *_: "77")
     for _ in range(2):
         assert cli.main(["sweep", str(file), "--out", str(folder), "--cluster", "slurm"]) == 0
-    assert len(job_records.records(folder / "jobs")) == 1 and len(job_records.records(folder / "seed0/jobs")) == 1
+    assert [len(job_records.read_records(folder / name)) for name in ("jobs", "seed0/jobs")] == [1, 1]
     assert asked == [0, 3, 3, 3], "each time to see what is to do, and for the table"
 
 
@@ -326,11 +326,15 @@ def test_where_runs_that_were_sent_are(shards, tmp_path, monkeypatch):  # noqa: 
     plan = read_sweep_spec(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1, 2]}))
     for number, run in enumerate(plan.runs):
         jobs = tmp_path / run.name / "jobs"
-        job_records.write(jobs, job_records.Record(f"7_{number}", "slurm", ("train",), "x"))
-        job_records.note(jobs, f"7_{number}", **{"from": 0})
-        job_records.note(jobs, f"7_{number}", code=1)
-    states = {"7_0": [sbatch.State("PENDING")], "7_1": [sbatch.State("RUNNING")], "7_2": [sbatch.State("FAILED")]}
-    monkeypatch.setattr(sbatch, "states", lambda numbers: {number: states[number] for number in numbers})
+        job_records.write_record(jobs, job_records.JobRecord(f"7_{number}", "slurm", ("train",), "x"))
+        job_records.append_event(jobs, f"7_{number}", **{"from": 0})
+        job_records.append_event(jobs, f"7_{number}", code=1)
+    states = {
+        "7_0": [sbatch.JobState("PENDING")],
+        "7_1": [sbatch.JobState("RUNNING")],
+        "7_2": [sbatch.JobState("FAILED")],
+    }
+    monkeypatch.setattr(sbatch, "job_states", lambda numbers: {number: states[number] for number in numbers})
     queue = sweep.in_queue(tmp_path, plan)
     assert [sweep.state(tmp_path, plan, run, queue) for run in plan.runs] == ["queued", "running", "failed"]
     assert [run.name for run in sweep.pending(tmp_path, plan)] == ["seed2"]
@@ -342,12 +346,12 @@ def test_other_jobs_of_a_run_are_not_its_training(shards, tmp_path, monkeypatch)
     run = plan.runs[0]
     jobs = tmp_path / run.name / "jobs"
     for number, (word, code) in enumerate({"train": 75, "evaluate": 1}.items()):
-        job_records.write(jobs, job_records.Record(str(number), "slurm", (word,), "x"))
-        job_records.note(jobs, str(number), **{"from": 0})
-        job_records.note(jobs, str(number), code=code)
+        job_records.write_record(jobs, job_records.JobRecord(str(number), "slurm", (word,), "x"))
+        job_records.append_event(jobs, str(number), **{"from": 0})
+        job_records.append_event(jobs, str(number), code=code)
     for running, said in {"0": "running", "1": "stopped"}.items():
-        queue = {running: [sbatch.State("RUNNING")]}
-        monkeypatch.setattr(sbatch, "states", lambda numbers, q=queue: {n: q[n] for n in numbers if n in q})
+        queue = {running: [sbatch.JobState("RUNNING")]}
+        monkeypatch.setattr(sbatch, "job_states", lambda numbers, q=queue: {n: q[n] for n in numbers if n in q})
         assert sweep.state(tmp_path, plan, run, sweep.in_queue(tmp_path, plan)) == said
     assert [attempt["code"] for attempt in sweep.attempts(tmp_path, run)] == [75]
 
@@ -396,7 +400,7 @@ def test_a_password_of_the_store_reaches_runs_and_nothing_that_is_read(shards, t
     program = "import json, os, sys; json.dump([sys.argv, os.environ['MLFLOW_TRACKING_URI']], open(sys.argv[1], 'w'))"
 
     def command(*given):
-        return [sys.executable, "-c", program, str(tmp_path / "told"), *sweep.words(*given)]
+        return [sys.executable, "-c", program, str(tmp_path / "told"), *sweep.train_request(*given).command_line()]
 
     monkeypatch.setattr(sweep, "command", command)
     monkeypatch.setattr(sweep.Tracker, "flush", lambda tracker: False)  # nobody answers: no need to wait
@@ -415,8 +419,8 @@ def test_a_run_that_has_begun_goes_on(tmp_path):
     plan, run = SweepSpec((), "demo", None, 2), RunSpec("a", {"train.seed": 3})
     fresh = sweep.command(tmp_path, plan, run, "abc", "sqlite:///x.db")
     assert fresh[3:] == [
-        "train", "--run", str(tmp_path / "a"), "--preset", "demo", "train.seed=3", "metrics.parent=abc",
-        "metrics.tracking_uri=sqlite:///x.db", "--processes", "2",
+        "train", "--run", str(tmp_path / "a"), "--preset", "demo", "--processes", "2", "train.seed=3",
+        "metrics.parent=abc", "metrics.tracking_uri=sqlite:///x.db",
     ]  # fmt: skip
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "config.yaml").touch()

@@ -20,10 +20,10 @@ from typing import Literal, cast
 from msc.datasets.shards.index import Index
 from msc.pretrain import cost
 from msc.pretrain.config import Config
-from msc.pretrain.layout_planner import Clip, Layout, Rates, choose, estimates
+from msc.pretrain.layout_planner import ClipShape, ParallelLayout, Rates, choose_layouts, estimates
+from msc.pretrain.model.config import ModelConfig
 from msc.pretrain.model.scales import spatial_windows
-from msc.pretrain.model.transformer import ModelConfig
-from msc.pretrain.parallelize import check_parallel, clip_of, peak_activation_bytes
+from msc.pretrain.parallelize import check_parallel, clip_shape, peak_activation_bytes
 
 from . import hardware
 from .hardware import Device
@@ -42,7 +42,7 @@ class Plan:
     gpus: int
     dp: int
     accumulate: int
-    layouts: tuple[Layout, ...]
+    layouts: tuple[ParallelLayout, ...]
     parameters: int
     tokens: int
     flops: float
@@ -93,16 +93,16 @@ def make_plan(config: Config, index: Index, device: Device, gpus: int) -> Plan:
     units = index.frames // model.frames_per_unit
     dp = check_parallel(parallel, model, gpus, units)
     accumulate = config.train.accumulate(dp)
-    clip = clip_of(model, parallel, index.frames, index.height, index.width)
+    clip = clip_shape(model, parallel, index.frames, index.height, index.width)
     speed = hardware.COMPILED if parallel.compile else hardware.EAGER
     peak = device.fp32 if parallel.precision == "fp32" else device.peak
     attention_rate = peak * speed.attention
     inside = parallel.sp <= device.node and device.node % parallel.sp == 0
     rate = (device.link if inside else device.network) * hardware.LINKS
     rates = Rates(rate, attention_rate, parallel.wait_s)
-    layouts: tuple[Layout, ...] = ()
+    layouts: tuple[ParallelLayout, ...] = ()
     if parallel.sp > 1:
-        layouts = choose(model.scales, clip, parallel.sp, parallel.layout, rates)
+        layouts = choose_layouts(model.scales, clip, parallel.sp, parallel.layout, rates)
     kept = peak_activation_bytes(model, parallel, clip, config.train.micro, recompute=False)
     count = cost.parameters(model)
     bf16 = parallel.precision != "fp32"
@@ -158,7 +158,7 @@ def make_plan(config: Config, index: Index, device: Device, gpus: int) -> Plan:
     )  # fmt: skip
 
 
-def memory(config: Config, clip: Clip, count: int, gpus: int) -> dict[str, float]:
+def memory(config: Config, clip: ClipShape, count: int, gpus: int) -> dict[str, float]:
     """Bytes per GPU by part, of the rank with the most activations."""
     bf16, stage = config.parallel.precision != "fp32", config.parallel.zero.stage
     parts = {name: float(size) for name, size in cost.state_parts(count, stage, gpus, bf16).items()}

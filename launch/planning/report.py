@@ -12,7 +12,7 @@ from msc.datasets.files import write_atomically
 from msc.datasets.loading.mixture import open_shards, single_set
 from msc.datasets.shards.index import Index
 from msc.pretrain.config import Config
-from msc.pretrain.model.transformer import check_clip
+from msc.pretrain.model.config import check_clip
 from msc.pretrain.tracking.plan_deviation import PlannedStep
 from msc.pretrain.validation import ASSUMED_INDEX, costliest_index, resolve
 

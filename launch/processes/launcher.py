@@ -12,12 +12,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+from msc.parallel.signals import STOP_SIGNALS, collect_signals
+
+# What a rank runs. Not `-m msc.launch.cli`: under -m cloudpickle sends classes by value.
+PROGRAM = "import sys; from msc.launch.cli import main; sys.exit(main())"
 POLL_SECONDS = 0.05
 TAIL_LINES = 20
 TAIL_BYTES = 16_000
@@ -34,6 +37,11 @@ class Rank:
     process: subprocess.Popen[bytes]
     log: Path | None
     start: int = 0
+
+
+def msc_command(arguments: Sequence[str], python: str = sys.executable) -> list[str]:
+    """The program and arguments of `msc ARGUMENTS`."""
+    return [python, "-c", PROGRAM, *arguments]
 
 
 def free_port() -> int:
@@ -169,18 +177,6 @@ def kill(ranks: Sequence[Rank], number: int, groups: bool = True) -> None:
             (os.killpg if groups else os.kill)(rank.process.pid, number)
 
 
-@contextmanager
-def caught_signals() -> Iterator[list[int]]:
-    """Collects the signals that are to be forwarded instead of dying from them."""
-    received: list[int] = []
-    previous = {number: signal.signal(number, lambda got, _: received.append(got)) for number in FORWARDED}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 def tail(rank: Rank) -> list[str]:
     """The last lines that a rank wrote in this launch (none for rank 0, whose output is on the terminal)."""
     if rank.log is None:
@@ -224,7 +220,7 @@ def run(
     once.
     Returns 0, or the code of the rank that failed first, as a shell counts it (128 + signal).
     """
-    with caught_signals() if received is None else nullcontext(received) as received:
+    with collect_signals() if received is None else nullcontext(received) as received:
         started = start(command, ranks, logs, os.environ if environment is None else environment)
         running = list(started)
         try:
@@ -251,7 +247,7 @@ def _wait(running: list[Rank], received: Sequence[int], grace: float) -> tuple[l
     ended_by_us: set[int] = set()
     failed_at = time.monotonic()
     while running:
-        for number in FORWARDED:
+        for number in STOP_SIGNALS:
             if number in received and number not in forwarded:
                 forwarded.add(number)
                 kill(running, number, groups=False)

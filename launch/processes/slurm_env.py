@@ -110,7 +110,7 @@ def interface_of(address: str, devices: Mapping[str, Sequence[str]]) -> str | No
     return next((name for name, found in devices.items() if address in [a.partition("%")[0] for a in found]), None)
 
 
-def told(environment: Mapping[str, str]) -> str:
+def describe_rank(environment: Mapping[str, str]) -> str:
     """One line on where this rank is, for the log."""
     place = f"rank {environment['RANK']} of {environment['WORLD_SIZE']}"
-    return f"msc: {place}; " + ", ".join(f"{name}={environment[name]}" for name in TOLD if name in environment)
+    return f"{place}; " + ", ".join(f"{name}={environment[name]}" for name in TOLD if name in environment)

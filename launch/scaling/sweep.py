@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,14 +23,17 @@ from typing import Any, Literal
 from msc.datasets.errors import INTERRUPTED, REQUEUE
 from msc.datasets.files import append_jsonl, last_jsonl_record, locked, read_jsonl, write_atomically
 from msc.datasets.text_table import text_table
+from msc.parallel.signals import collect_signals
 from msc.pretrain.config import Config, dump, flat, load
 from msc.pretrain.tracking.mlflow_store import without_credentials
 from msc.pretrain.tracking.tracker import Tracker
 
-from ..commands import PROGRAM, said
 from ..processes import launcher
+from ..processes.train_request import TrainRequest
 from ..slurm import job_records, sbatch
 from .sweep_spec import RunSpec, SweepSpec
+
+log = logging.getLogger(__name__)
 
 State = Literal["finished", "running", "queued", "failed", "stopped", "waiting"]
 
@@ -94,7 +97,7 @@ def renamed(folder: Path, sweep: SweepSpec, known: dict[str, dict[str, Any]]) ->
 
 
 def state(
-    folder: Path, sweep: SweepSpec, run: RunSpec, queue: Mapping[str, sbatch.State] = MappingProxyType({})
+    folder: Path, sweep: SweepSpec, run: RunSpec, queue: Mapping[str, sbatch.JobState] = MappingProxyType({})
 ) -> State:
     """Where a run stands: finished means trained to its last clip, and evaluated if it is to be. queue: `in_queue`."""
     if (job := queue.get(run.name)) is not None and job.active:
@@ -102,13 +105,13 @@ def state(
     return "running" if is_held(folder, run) else reached(folder, sweep, run)
 
 
-def in_queue(folder: Path, sweep: SweepSpec) -> dict[str, sbatch.State]:
+def in_queue(folder: Path, sweep: SweepSpec) -> dict[str, sbatch.JobState]:
     """What Slurm says of the runs that were sent to it; one question for all. ConnectionError if it does not answer."""
     sent = {}
     for run in sweep.runs:
-        if records := [r for r in job_records.trainings(folder / run.name / "jobs") if r.cluster == "slurm"]:
+        if records := [r for r in job_records.training_records(folder / run.name / "jobs") if r.cluster == "slurm"]:
             sent[run.name] = records[-1].id
-    states = sbatch.states(list(sent.values()))
+    states = sbatch.job_states(list(sent.values()))
     return {name: states[number][0] for name, number in sent.items() if number in states}
 
 
@@ -133,25 +136,23 @@ def pending(folder: Path, sweep: SweepSpec) -> list[RunSpec]:
     return [run for run in sweep.runs if state(folder, sweep, run, queue) not in ("finished", "running", "queued")]
 
 
-def words(folder: Path, sweep: SweepSpec, run: RunSpec, parent: str | None = None, uri: str | None = None) -> list[str]:
-    """The `msc train` that starts a run, or goes on with it. parent, uri: the MLflow run to be shown under, and its
-    store."""
+def train_request(
+    folder: Path, sweep: SweepSpec, run: RunSpec, parent: str | None = None, uri: str | None = None
+) -> TrainRequest:
+    """The `msc train` that starts or resumes a run. parent, uri: the MLflow run to be shown under, and its store."""
     own = folder / run.name
-    words = ["train", "--run", str(own)]
     if (own / "config.yaml").is_file():
-        return [*words, "--resume"]
-    words += ["--preset", sweep.preset] if sweep.preset else []
-    words += [str(sweep.config)] if sweep.config else []
+        return TrainRequest(own, resume=True)
     tracking = [f"metrics.parent={parent}"] if parent else []
     tracking += [f"metrics.tracking_uri={uri}"] if uri else []
-    return [*words, *run.overrides, *tracking]
+    return TrainRequest(own, sweep.config, (*run.overrides, *tracking), sweep.preset)
 
 
 def command(
     folder: Path, sweep: SweepSpec, run: RunSpec, parent: str | None = None, uri: str | None = None
 ) -> list[str]:
-    train = words(folder, sweep, run, parent, uri)
-    return [sys.executable, "-c", PROGRAM, *train, "--processes", str(sweep.processes)]
+    request = replace(train_request(folder, sweep, run, parent, uri), processes=sweep.processes)
+    return launcher.msc_command(request.command_line())
 
 
 @dataclass
@@ -173,8 +174,8 @@ def run_all(folder: Path, sweep: SweepSpec, jobs: int = 1) -> int:
     sweep = prepare(folder, sweep)
     tracker, uri = open_parent(folder, sweep)
     waiting, running, failed = pending(folder, sweep), list[Started](), 0
-    said(f"{len(sweep.runs)} runs, {len(sweep.runs) - len(waiting)} of them done or under way; {folder}")
-    with launcher.caught_signals() as received:
+    log.info(f"{len(sweep.runs)} runs, {len(sweep.runs) - len(waiting)} of them done or under way; {folder}")
+    with collect_signals() as received:
         handed_on: set[int] = set()
         while waiting or running:
             while waiting and free and not received:
@@ -196,7 +197,7 @@ def run_all(folder: Path, sweep: SweepSpec, jobs: int = 1) -> int:
                 running.remove(one)
                 free.append(one.gpus)
                 failed += finish(folder, one) not in (0, REQUEUE)
-                said(f"{one.run.name}: {outcome(folder, sweep, one)}")
+                log.info(f"{one.run.name}: {outcome(folder, sweep, one)}")
             if received and not running:
                 break
             time.sleep(0.1)
@@ -216,7 +217,7 @@ def open_parent(folder: Path, sweep: SweepSpec) -> tuple[Tracker, str | None]:
     if tracker.config.tracking_uri == "none":
         return tracker, None
     if tracker.run_id is None:
-        said("MLflow does not answer; the runs will not be shown under one parent")
+        log.info("MLflow does not answer; the runs will not be shown under one parent")
     return tracker, without_credentials(tracker.config.resolve(folder))
 
 
@@ -295,7 +296,7 @@ def table(folder: Path, sweep: SweepSpec) -> str:
         queue = in_queue(folder, sweep)
     except ConnectionError as error:
         queue = {}
-        said(f"{error}; states are those of the run folders")
+        log.info(f"{error}; states are those of the run folders")
     for run in sweep.runs:
         own, now = folder / run.name, state(folder, sweep, run, queue)
         counts[now] = counts.get(now, 0) + 1
@@ -315,7 +316,8 @@ def last_loss(run: Path) -> float:
 def attempts(folder: Path, run: RunSpec) -> list[dict[str, Any]]:
     """Every start of a run that has come to an end, here or as a job, oldest first."""
     here = [attempt for attempt in read_jsonl(folder / "attempts.jsonl") if attempt["run"] == run.name]
-    return sorted([*here, *job_records.ended(folder / run.name / "jobs")], key=lambda attempt: attempt["began"])
+    jobs = job_records.training_attempts(folder / run.name / "jobs")
+    return sorted([*here, *jobs], key=lambda attempt: attempt["began"])
 
 
 def last_code(folder: Path, run: RunSpec) -> int | None:

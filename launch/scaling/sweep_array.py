@@ -6,36 +6,38 @@ Each of them is what `msc submit` sends for a single run: it saves, requeues and
 
 from __future__ import annotations
 
+import logging
 import os
-from argparse import Namespace
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from msc.pretrain.tracking.tracker import State
 
-from .. import cli
-from ..commands import said
 from ..slurm import job_records, sbatch, submit
+from ..slurm.cluster_config import JobRequest
 from . import sweep
 from .sweep_spec import SweepSpec
 
+log = logging.getLogger(__name__)
 
-def send(folder: Path, plan: SweepSpec, args: Namespace) -> int:
+
+def send(folder: Path, plan: SweepSpec, file: Path, job_request: JobRequest, parallel: int = 0) -> int:
     """Send an array with a job for every run that is neither finished nor under way; ValueError, and nothing sent, if
     one of them cannot be. Where it was sent is in the folders of the sweep and of every run."""
-    site = submit.settings(args)
-    per_node = args.tasks_per_node or args.gpus_per_node or max(1, plan.processes // (args.nodes or 1))
-    if (tasks := (args.nodes or 1) * per_node) != plan.processes:
+    config = job_request.cluster_config()
+    if job_request.tasks_per_node is None and job_request.gpus_per_node is None:
+        job_request = replace(job_request, tasks_per_node=max(1, plan.processes // (job_request.nodes or 1)))
+    if (tasks := job_request.tasks) != plan.processes:
         raise ValueError(f"the sweep file says processes: {plan.processes}, but {tasks} tasks are asked for")
     folder = folder.absolute()
-    sbatch.check_path(folder)
+    sbatch.check_folder(folder)
     plan = sweep.prepare(folder, plan)
     todo = sweep.pending(folder, plan)
     held = {run.name: lock for run in todo if (lock := sweep.take(folder, run)) is not None}
     todo = [run for run in todo if run.name in held]
     if not todo:
-        said("every run is finished or under way: nothing is sent")
+        log.info("every run is finished or under way: nothing is sent")
         return 0
     fresh = [folder / run.name for run in todo if not (folder / run.name / "config.yaml").is_file()]
     tracker, uri = sweep.open_parent(folder, plan)
@@ -43,10 +45,9 @@ def send(folder: Path, plan: SweepSpec, args: Namespace) -> int:
     try:
         parts = []
         for run in todo:
-            inner = cli.parse(sweep.words(folder, plan, run, tracker.run_id, uri))
-            own, words, again = submit.prepare_training(inner, args, tasks, idle=True)
-            parts.append(submit.job_of(args, site, words, own, own / "jobs", tasks, again))
-        record = submit.send(parts, folder / "jobs", args, site, folder.name, per_node, parallel=args.jobs or 0)
+            request = sweep.train_request(folder, plan, run, tracker.run_id, uri)
+            parts.append(submit.prepare_training(request, job_request, config, check_active=False))
+        record = submit.submit_array(parts, folder / "jobs", job_request, config, folder.name, parallel=parallel)
     except (ValueError, OSError):
         for own in fresh:  # they are still to be begun
             with suppress(OSError):
@@ -54,10 +55,10 @@ def send(folder: Path, plan: SweepSpec, args: Namespace) -> int:
                 own.rmdir()
         raise
     else:  # Slurm has it: whatever fails now, its number is known and the runs keep their folders
-        said(f"job {record.id}: {len(todo)} of {len(plan.runs)} runs, the others are finished or under way; {folder}")
-        job_records.write(folder / "jobs", replace(record, words=("sweep", str(args.file))))
-        for part, own_record in zip(parts, submit.each(record, parts), strict=True):
-            job_records.write(Path(part.jobs), own_record)
+        log.info(f"job {record.id}: {len(todo)} of {len(plan.runs)} runs, others are finished or under way; {folder}")
+        job_records.write_record(folder / "jobs", replace(record, arguments=("sweep", str(file))))
+        for part, own_record in zip(parts, submit.part_records(record, parts), strict=True):
+            job_records.write_record(Path(part.jobs), own_record)
         state = "FINISHED"
     finally:
         tracker.finish(state)

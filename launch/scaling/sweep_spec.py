@@ -34,7 +34,7 @@ from msc.datasets.loading.mixture import open_shards
 from msc.datasets.shards.index import Index
 from msc.pretrain import cost
 from msc.pretrain.config import Config, load
-from msc.pretrain.model.transformer import check_clip
+from msc.pretrain.model.config import check_clip
 from msc.pretrain.presets import preset
 from msc.pretrain.validation import absolute_paths, resolve
 

@@ -1,30 +1,36 @@
-"""What a cluster wants of every job, written once: ~/.config/msc/site.yaml, or $MSC_SITE, or `--site FILE`."""
+"""Cluster configuration: what a cluster wants of every job, written once in ~/.config/msc/site.yaml, $MSC_SITE or
+`--site FILE`; and JobRequest, what a single command line asks for."""
 
 import dataclasses
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import yaml
 
 from msc.datasets.files import describe_validation_error, nearest
 
+Cluster = Literal["slurm", "local", "debug"]
+
 TIME = re.compile(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}")  # as sbatch reads it: minutes, [H:]MM:SS, D-H[:MM[:SS]]
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 OPTION = re.compile(r"[a-z][a-z-]*")
+# Options of sbatch that the way jobs are written, signalled and requeued rests on.
+RESERVED = ("array", "dependency", "error", "job-name", "nodes", "ntasks-per-node", "open-mode", "output", "requeue",
+            "signal")  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Site:
-    """partition, account, qos, constraint, time: of sbatch; the command line goes over them. sbatch: further options
-    of it, without "--"; true for those that take no value.
+class ClusterConfig:
+    """partition, account, qos, constraint, time, cpus_per_task, mem: of sbatch; a JobRequest overrides them. sbatch:
+    further options of it, without "--"; true for those that take no value.
     signal_seconds: how long before the time limit, or the end of a preemption's grace, the ranks are told to save.
     starts: how often in a row a job may start without a new checkpoint in between before it is given up.
-    python: the interpreter on the nodes (default: the one that submits). container: words before it, such as
+    python: the interpreter on the nodes (default: the one that submits). container: command before it, such as
     [apptainer, exec, --nv, msc.sif]. srun: further arguments of srun. setup: lines of shell before anything else, such
     as `module load cuda`; they are written to the job's script, so secrets belong in `environment`, which is not.
     """
@@ -52,65 +58,97 @@ class Site:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("partition", "account", "qos", "constraint", "mem", "python"):
-            one_line(getattr(self, name), name)
+            check_one_line(getattr(self, name), name)
         for name, value in self.sbatch.items():
             if not OPTION.fullmatch(name):
                 raise ValueError(f"sbatch.{name} is not an option of sbatch: write it without the leading --")
-            if name in OURS:
+            if name in RESERVED:
                 raise ValueError(f"sbatch.{name} is set by msc submit itself and cannot be changed here")
-            one_line(str(value), f"sbatch.{name}")
+            check_one_line(str(value), f"sbatch.{name}")
         for name in self.environment:
             if not VARIABLE.fullmatch(name):
-                raise ValueError(f"environment.{name} is not a name that a variable can have")
+                raise ValueError(f"environment.{name} is not a name of an environment variable")
 
     @property
     def variables(self) -> dict[str, str]:
         return {name: str(value) for name, value in self.environment.items()}
 
 
-# Options of sbatch that the way jobs are written, signalled and requeued rests on.
-OURS = ("array", "dependency", "error", "job-name", "nodes", "ntasks-per-node", "open-mode", "output", "requeue",
-        "signal")  # fmt: skip
+@dataclass(frozen=True)
+class JobRequest:
+    """The options of `msc submit` and `msc sweep --cluster slurm` that say where a command runs; None: not given.
+
+    partition to cpus_per_task override the cluster configuration, read from `site`. parts: of a conversion.
+    """
+
+    cluster: Cluster = "slurm"
+    nodes: int | None = None
+    gpus_per_node: int | None = None
+    tasks_per_node: int | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    time: str | None = None
+    mem: str | None = None
+    cpus_per_task: int | None = None
+    site: Path | None = None
+    parts: int | None = None
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.tasks_per_node or self.gpus_per_node or 1
+
+    @property
+    def tasks(self) -> int:
+        return (self.nodes or 1) * self.ranks_per_node
+
+    def options(self) -> list[str]:
+        """The command-line options that ask for the same."""
+        values = {name: value for name, value in vars(self).items() if value not in (None, "slurm")}
+        return [part for name, value in values.items() for part in ("--" + name.replace("_", "-"), str(value))]
+
+    def cluster_config(self) -> ClusterConfig:
+        """The cluster configuration of the file, with what this request overrides."""
+        names = ("partition", "account", "qos", "constraint", "time", "mem", "cpus_per_task")
+        overrides = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return replace(read_cluster_config(find_config_file(self.site)), **overrides)
 
 
-def one_line(text: str, name: str) -> str:
-    """`text`; ValueError if it would not stay on one line of a batch script."""
+def check_one_line(text: str, name: str) -> None:
+    """ValueError if `text` would not stay on one line of a batch script."""
     if CONTROL.search(text):
         raise ValueError(f"{name} is {text!r}; it must not hold line breaks or other control characters")
-    return text
 
 
-def find(given: Path | None, environment: Mapping[str, str] = os.environ) -> Path | None:
-    """The file to read: named by `--site`, else by $MSC_SITE, else the user's own, if there is one."""
-    if given is not None or environment.get("MSC_SITE"):
-        return given or Path(environment["MSC_SITE"])
+def find_config_file(site: Path | None, environment: Mapping[str, str] = os.environ) -> Path | None:
+    """The file named by `--site`, else by $MSC_SITE, else the user's own, if it exists."""
+    if site is not None or environment.get("MSC_SITE"):
+        return site or Path(environment["MSC_SITE"])
     home = Path(environment.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "msc" / "site.yaml"
     return home if home.is_file() else None
 
 
-def read(path: Path | None) -> Site:
-    """The settings in a file, checked; ValueError names the file, the key and the nearest key there is."""
+def read_cluster_config(path: Path | None) -> ClusterConfig:
+    """The settings in a file, checked; ValueError names the file, the key and the nearest valid key."""
     if path is None:
-        return Site()
+        return ClusterConfig()
     try:
         values = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, Mapping):
         raise ValueError(f"{path} must be a table of keys, not {values!r}")
-    known = [f.name for f in dataclasses.fields(Site)]
+    keys = [f.name for f in dataclasses.fields(ClusterConfig)]
     for key in values:
-        if key not in known:
-            near = nearest(str(key), known)
+        if key not in keys:
+            near = nearest(str(key), keys)
             raise ValueError(f"{path}: unknown key {key}" + (f"; did you mean {near}?" if near else ""))
-    return build(values, str(path))
 
-
-def build(values: Mapping[str, Any], source: str) -> Site:
     import pydantic  # 0.1 s that `msc --help` need not wait for
 
     try:
-        return pydantic.TypeAdapter(Site).validate_python(values)
+        return pydantic.TypeAdapter(ClusterConfig).validate_python(values)
     except pydantic.ValidationError as error:
-        # not the value: it may be a secret
-        raise ValueError(f"{source}: {describe_validation_error(error, values=False)}") from None
+        # without the values, which may be secrets
+        raise ValueError(f"{path}: {describe_validation_error(error, values=False)}") from None

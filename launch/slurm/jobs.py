@@ -1,7 +1,8 @@
-"""`msc status`, `msc logs`, `msc cancel`: what files and Slurm say of a run. Only `cancel` ends anything."""
+"""Jobs of run folders: `msc status`, `msc logs` and `msc cancel`, from files, processes and Slurm."""
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -20,22 +21,24 @@ from msc.datasets.files import last_jsonl_record
 from msc.datasets.text_table import text_table
 from msc.pretrain.checkpoints import directory as checkpoint_directory
 from msc.pretrain.tracking import heartbeat
+from msc.pretrain.tracking.tracker import end_mlflow_run
 
-from .. import commands
 from . import job_records, sbatch
-from .job_records import Record
-from .sbatch import State
-from .submit import part_log, process_of, still_active
+from .job_records import JobRecord
+from .sbatch import JobState
+from .submit import active_records, part_log, process_of
 
-STANDS = 120.0  # seconds in one phase after which that is worth saying
+log = logging.getLogger(__name__)
+
+LONG_PHASE = 120.0  # seconds in one phase after which it is shown
 CANCEL_SECONDS = 90  # Slurm sends SIGKILL KillWait (30) seconds after SIGTERM
-ASK_SECONDS = 5  # between questions to Slurm, which answers everybody on the cluster
+POLL_SECONDS = 5  # between questions to Slurm, which answers everybody on the cluster
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What a run folder says. clips, batch: of its configuration. line: the last report. saved: (step, clock, time) of
-    the newest checkpoint."""
+class RunStatus:
+    """What the files of a run folder say. clips, batch: of its configuration. line: the last report. saved: (step,
+    clock, time) of the newest checkpoint. record: its newest job."""
 
     run: Path
     clips: int = 0
@@ -43,19 +46,19 @@ class Facts:
     line: Mapping[str, Any] | None = None
     beat: Mapping[str, Any] | None = None
     saved: tuple[int, int, float] | None = None
-    record: Record | None = None
+    record: JobRecord | None = None
 
 
-def read(run: Path) -> Facts:
-    """ValueError if `run` is neither a run folder nor one with jobs."""
-    jobs = job_records.folder(run)
-    records = job_records.trainings(jobs) or job_records.records(jobs)
+def read_status(run: Path) -> RunStatus:
+    """FileNotFoundError if `run` is neither a run folder nor one with jobs."""
+    jobs = job_records.jobs_folder(run)
+    records = job_records.training_records(jobs) or job_records.read_records(jobs)
     record = records[-1] if records else None
     config = run / "config.yaml"
     if not config.is_file():
         if record is None:
             raise FileNotFoundError(f"{run} is not a run folder: it has no config.yaml, and no job was sent for it")
-        return Facts(run, record=record)
+        return RunStatus(run, record=record)
     train = yaml.safe_load(config.read_text())["train"]
     saved = None
     for path in checkpoint_directory.resume_candidates(run)[:1]:
@@ -65,50 +68,51 @@ def read(run: Path) -> Facts:
         except (ValueError, OSError):  # being pruned, or damaged
             pass
     beat = heartbeat.read(run) or None
-    return Facts(run, train["clips"], train["batch"], last_jsonl_record(run / "log.jsonl"), beat, saved, record)
+    return RunStatus(run, train["clips"], train["batch"], last_jsonl_record(run / "log.jsonl"), beat, saved, record)
 
 
-def state(facts: Facts, queue: Sequence[State], alive: bool, now: float) -> str:
+def describe_state(status: RunStatus, queue: Sequence[JobState], alive: bool, now: float) -> str:
     """One phrase on what the run is doing. queue: what Slurm says of its job; alive: its process, for a local one."""
-    record, beat = facts.record, facts.beat
-    if facts.saved is not None and facts.saved[1] >= facts.clips and not (beat and heartbeat.is_fresh(beat, now)):
+    record, beat = status.record, status.beat
+    fresh = beat is not None and heartbeat.is_fresh(beat, now)
+    if status.saved is not None and status.saved[1] >= status.clips and not fresh:
         return "FINISHED"
     if record is not None and record.cluster == "slurm" and queue:
         if len(queue) > 1:
             return ", ".join(f"{count} {name}" for name, count in sorted(Counter(s.name for s in queue).items()))
-        found = queue[0]
-        if found.name == "PENDING":
-            start = f", starts {found.start}" if found.start else ""
-            return f"PENDING ({found.reason}{start})"
-        if found.name != "RUNNING":
-            return found.name + (f" (exit {found.exit})" if found.exit not in ("", "0:0") else "")
-    lives = beat is not None and heartbeat.is_fresh(beat, now)
-    if beat is None or (not lives and beat["phase"] == heartbeat.ENDED):
+        job = queue[0]
+        if job.name == "PENDING":
+            return f"PENDING ({job.reason}{f', starts {job.start}' if job.start else ''})"
+        if job.name != "RUNNING":
+            return job.name + (f" (exit {job.exit})" if job.exit not in ("", "0:0") else "")
+    if beat is None or (not fresh and beat["phase"] == heartbeat.ENDED):
         waiting = alive or any(s.name == "RUNNING" for s in queue)
-        return "STARTING" if waiting else "STOPPED" if facts.saved or beat else "NOT STARTED"
-    if not lives:
+        return "STARTING" if waiting else "STOPPED" if status.saved or beat else "NOT STARTED"
+    if not fresh:
         return f"LOST (silent for {duration(now - beat['time'])} in step {beat['step']}, {beat['phase']})"
     if beat["phase"] == "starting":
         return "STARTING"
-    stands = now - beat["since"]
-    return "RUNNING" + (f" ({beat['phase']} for {duration(stands)})" if stands > STANDS else "")
+    seconds = now - beat["since"]
+    return "RUNNING" + (f" ({beat['phase']} for {duration(seconds)})" if seconds > LONG_PHASE else "")
 
 
-def row(facts: Facts, word: str, now: float) -> list[str]:
-    line, saved = facts.line or {}, facts.saved
+HEADER = ["run", "job", "step", "loss", "tokens/s", "left", "checkpoint", "state"]
+
+
+def table_row(status: RunStatus, state: str, now: float) -> list[str]:
+    line, saved = status.line or {}, status.saved
     step = max(line.get("step", 0), saved[0] if saved else 0)
     clock = max(line.get("clock", 0), saved[1] if saved else 0)
-    steps = -(-facts.clips // facts.batch)
-    running = word.startswith("RUNNING") and line.get("clips_per_s")
+    running = state.startswith("RUNNING") and line.get("clips_per_s")
     return [
-        str(facts.run),
-        f"{facts.record.id}" if facts.record else "-",
-        f"{step:,}/{steps:,}" if facts.clips else "-",
+        str(status.run),
+        status.record.id if status.record else "-",
+        f"{step:,}/{-(-status.clips // status.batch):,}" if status.clips else "-",
         f"{line['loss']:.4f}" if "loss" in line else "-",
         f"{line['tokens_per_s']:,.0f}" if running else "-",
-        duration((facts.clips - clock) / line["clips_per_s"]) if running else "-",
+        duration((status.clips - clock) / line["clips_per_s"]) if running else "-",
         f"step {saved[0]:,}, {duration(now - saved[2])} ago" if saved else "-",
-        word,
+        state,
     ]
 
 
@@ -122,37 +126,29 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
-HEAD = ["run", "job", "step", "loss", "tokens/s", "left", "checkpoint", "state"]
-
-
-def table(runs: Sequence[Path]) -> str:
-    all_facts = [read(run) for run in runs]
-    numbers = [f.record.id for f in all_facts if f.record is not None and f.record.cluster == "slurm"]
+def status_table(runs: Sequence[Path]) -> str:
+    """The table of `msc status`, by default of the runs in runs/."""
+    runs = runs or sorted(path.parent for path in Path("runs").glob("*/config.yaml"))
+    if not runs:
+        raise FileNotFoundError("there is no run in runs/: name run folders")
+    statuses = [read_status(run) for run in runs]
+    slurm_jobs = [s.record.id for s in statuses if s.record is not None and s.record.cluster == "slurm"]
     try:
-        queue = sbatch.states(numbers)
+        queue = sbatch.job_states(slurm_jobs)
     except ConnectionError as error:
         queue = {}
-        commands.said(f"{error}; states are those of the run folders")
-    now, rows = time.time(), [HEAD]
-    for facts in all_facts:
-        alive = facts.record is not None and process_of(facts.record) is not None
-        rows.append(row(facts, state(facts, queue.get(facts.record.id, []) if facts.record else [], alive, now), now))
-    return text_table(rows)
+        log.warning(f"{error}; states are those of the run folders")
+    now, rows = time.time(), []
+    for status in statuses:
+        alive = status.record is not None and process_of(status.record) is not None
+        states = queue.get(status.record.id, []) if status.record else []
+        rows.append(table_row(status, describe_state(status, states, alive, now), now))
+    return text_table(rows, HEADER)
 
 
-def runs_here() -> list[Path]:
-    found = sorted(path.parent for path in Path("runs").glob("*/config.yaml"))
-    if not found:
-        raise FileNotFoundError("there is no run in runs/: name run folders")
-    return found
-
-
-# Logs -----------------------------------------------------------------------------------------------------
-
-
-def log_of(run: Path, rank: int | None) -> Path:
-    """Where a rank of the last job writes, or a part of the last conversion; FileNotFoundError says what there is."""
-    records = job_records.records(job_records.folder(run))
+def log_path(run: Path, rank: int | None) -> Path:
+    """Where a rank of the last job writes, or a part of the last conversion; FileNotFoundError names the logs there."""
+    records = job_records.read_records(job_records.jobs_folder(run))
     arrays = [record for record in records if record.parts]
     if arrays and rank is not None:
         path = Path(part_log(arrays[-1], rank))
@@ -163,43 +159,41 @@ def log_of(run: Path, rank: int | None) -> Path:
     else:
         raise FileNotFoundError(f"{run} has no job: rank 0 of `msc train` writes to its terminal")
     if not path.is_file():
-        there = ", ".join(sorted(p.name for p in (run / "logs").glob("rank_*.log"))) or "none"
-        raise FileNotFoundError(f"{path} is not there (yet); logs of other ranks: {there}")
+        others = ", ".join(sorted(p.name for p in (run / "logs").glob("rank_*.log"))) or "none"
+        raise FileNotFoundError(f"{path} is not there (yet); logs of other ranks: {others}")
     return path
 
 
 def show_log(run: Path, rank: int | None, follow: bool, lines: int) -> None:
-    with log_of(run, rank).open("rb") as log:
-        log.seek(max(0, log.seek(0, os.SEEK_END) - 1000 * lines))
-        sys.stdout.buffer.write(b"".join(log.read().splitlines(keepends=True)[-lines:]))
-        sys.stdout.flush()
-        while follow:
-            if new := log.read():
-                sys.stdout.buffer.write(new)
-                sys.stdout.flush()
-            else:
+    with log_path(run, rank).open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1000 * lines))
+        text = b"".join(file.read().splitlines(keepends=True)[-lines:])
+        while True:
+            sys.stdout.buffer.write(text)
+            sys.stdout.flush()
+            if not follow:
+                return
+            while not (text := file.read()):
                 time.sleep(0.5)
 
 
-# Ending ---------------------------------------------------------------------------------------------------
-
-
-def is_left_elsewhere(jobs: Path, record: Record) -> bool:
-    """Whether a job went into the background of another machine, and its end was not written down."""
+def runs_elsewhere(jobs: Path, record: JobRecord) -> bool:
+    """Whether a job went into the background of another machine, and its end was not recorded."""
     if record.cluster == "slurm" or record.host == os.uname().nodename:
         return False
-    last = (job_records.notes(jobs, record.id) or [{}])[-1]
+    last = (job_records.read_events(jobs, record.id) or [{}])[-1]
     return last.get("verdict", "again") == "again"
 
 
 def cancel(run: Path) -> str:
-    """End the jobs of a run that are still in the queue or alive, wait until they are gone; what was done, as text."""
-    jobs = job_records.folder(run)
-    active = still_active(job_records.records(jobs))
+    """End the jobs of a run that are in the queue or alive, and wait until they are gone; returns a report."""
+    jobs = job_records.jobs_folder(run)
+    records = job_records.read_records(jobs)
+    active = active_records(records)
     if not active:
-        if others := [record for record in job_records.records(jobs) if is_left_elsewhere(jobs, record)]:
+        if elsewhere := [record for record in records if runs_elsewhere(jobs, record)]:
             raise ValueError(
-                f"job {others[-1].id} of {run} was started on {others[-1].host}, and no sign of its end is here: "
+                f"job {elsewhere[-1].id} of {run} was started on {elsewhere[-1].host}, and no sign of its end is here: "
                 "use `msc cancel` there"
             )
         raise ValueError(f"no job of {run} is in the queue or running")
@@ -210,16 +204,13 @@ def cancel(run: Path) -> str:
             subprocess.run(["scancel", record.id], check=True)
         elif (process := process_of(record)) is not None:
             process.send_signal(signal.SIGTERM)
-    until = time.monotonic() + CANCEL_SECONDS
-    pause = ASK_SECONDS if any(record.cluster == "slurm" for record in active) else 1
-    while (left := still_active(active)) and time.monotonic() < until:
+    deadline = time.monotonic() + CANCEL_SECONDS
+    pause = POLL_SECONDS if any(record.cluster == "slurm" for record in active) else 1
+    while (remaining := active_records(active)) and time.monotonic() < deadline:
         time.sleep(pause)
-    if left:
-        return f"told to end, but not gone yet: {', '.join(record.id for record in left)}"
-    ended = f"ended: {', '.join(record.id for record in active)}"
-    if any(record.words[0] == "train" for record in active):
-        from msc.pretrain.tracking.tracker import end_mlflow_run
-
-        if end_mlflow_run(run, "KILLED"):
-            ended += "; its MLflow run, which was left RUNNING, is now KILLED"
-    return ended
+    if remaining:
+        return f"signalled, but not gone yet: {', '.join(record.id for record in remaining)}"
+    report = f"ended: {', '.join(record.id for record in active)}"
+    if any(record.arguments[0] == "train" for record in active) and end_mlflow_run(run, "KILLED"):
+        report += "; its MLflow run, which was left RUNNING, is now KILLED"
+    return report

@@ -1,7 +1,7 @@
-"""To Slurm and back: sends jobs through submitit, asks squeue and sacct what became of them.
+"""Slurm's programs: submits functions through submitit, and asks squeue and sacct for the states of jobs.
 
-Nothing goes through a shell: programs get lists of words, and what submitit writes into its batch script is quoted by
-it. Only what quoting cannot make harmless there is refused (`check_path`).
+Nothing goes through a shell: programs get lists of arguments, and submitit quotes what it writes into its batch script.
+Only what quoting cannot make harmless there is refused (`check_folder`).
 """
 
 from __future__ import annotations
@@ -10,21 +10,24 @@ import io
 import os
 import re
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .cluster_config import Site, one_line
-from .supervisor import Job, attend
+from .cluster_config import ClusterConfig, check_one_line
 
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "STAGE_OUT")
 
 
+class SubmissionError(ValueError):
+    """sbatch refused a job, or is not installed."""
+
+
 @dataclass(frozen=True)
-class State:
-    """What Slurm says of a job. start: when it expects to start one that waits, as text."""
+class JobState:
+    """What Slurm says of a job. start: when it expects to start a pending one, as text. exit: `code:signal`."""
 
     name: str
     reason: str = ""
@@ -36,68 +39,72 @@ class State:
         return self.name in ACTIVE
 
 
-def check_path(folder: Path) -> None:
-    """ValueError for paths that a batch script cannot hold: Slurm puts numbers for %, and reads a line as its own."""
-    one_line(str(folder), "the folder")
+def check_folder(folder: Path) -> None:
+    """ValueError for paths that a batch script cannot hold: Slurm expands %, and `\\` joins its lines."""
+    check_one_line(str(folder), "the folder")
     for sign in "%\\":
         if sign in str(folder):
             raise ValueError(f"the folder {str(folder)!r} has {sign!r} in it, which Slurm replaces: choose another")
 
 
-def job_name(text: str) -> str:
-    """A name for squeue's narrow columns and sacct's database."""
-    return re.sub(r"[^\w.+-]", "_", text, flags=re.ASCII)[:60] or "msc"
-
-
-def parameters(
-    site: Site, name: str, nodes: int, tasks_per_node: int, gpus_per_node: int, dependency: str = "", parallel: int = 0
-) -> dict[str, Any]:
-    """What submitit's SlurmExecutor is told, for `site`, over which the command line has gone already."""
-    extra = {option: value for option, value in site.sbatch.items() if value is not False}
+def executor_parameters(
+    config: ClusterConfig, name: str, nodes: int, tasks_per_node: int, gpus_per_node: int, dependency: str = "",
+    parallel: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """The parameters of submitit's SlurmExecutor. parallel: parts of an array at a time (0: all)."""
+    extra = {option: value for option, value in config.sbatch.items() if value is not False}
     if dependency:
         extra |= {"dependency": dependency, "kill-on-invalid-dep": "yes"}
-    named: dict[str, Any] = {
-        "partition": site.partition, "account": site.account, "qos": site.qos, "constraint": site.constraint,
-        "time": site.time, "mem": site.mem, "cpus_per_task": site.cpus_per_task, "gpus_per_node": gpus_per_node,
+    optional: dict[str, Any] = {
+        "partition": config.partition, "account": config.account, "qos": config.qos, "constraint": config.constraint,
+        "time": config.time, "mem": config.mem, "cpus_per_task": config.cpus_per_task, "gpus_per_node": gpus_per_node,
         "array_parallelism": parallel,
     }  # fmt: skip
-    return {option: value for option, value in named.items() if value} | {
-        "job_name": job_name(name),
+    return {option: value for option, value in optional.items() if value} | {
+        # for squeue's narrow columns and sacct's database
+        "job_name": re.sub(r"[^\w.+-]", "_", name, flags=re.ASCII)[:60] or "msc",
         "nodes": nodes,
         "ntasks_per_node": tasks_per_node,
         "wckey": None,  # submitit's own default is refused where such keys are checked
         "stderr_to_stdout": True,
-        "use_srun": False,  # supervisor.py starts the ranks and looks after them
-        "setup": ["export PYTHONSAFEPATH=1", *site.setup],
+        "use_srun": False,  # the submitted function starts the ranks
+        "setup": ["export PYTHONSAFEPATH=1", *config.setup],
         # To the ranks, not to the batch script; USR1 for they may get TERM as well, and two of a kind end at once.
-        "additional_parameters": {**extra, "signal": f"USR1@{site.signal_seconds}", "requeue": True},
+        "additional_parameters": {**extra, "signal": f"USR1@{config.signal_seconds}", "requeue": True},
     }
 
 
-def send(jobs: Sequence[Job], folder: Path, options: Mapping[str, Any], environment: Mapping[str, str]) -> str:
-    """Submit one job, or several as an array; Slurm's number of it. ValueError says what sbatch had against it."""
+def submit_array(
+    function: Callable[..., Any], arguments: Sequence[Any], folder: Path, parameters: Mapping[str, Any],
+    environment: Mapping[str, str],
+) -> str:  # fmt: skip
+    """Submit `function(argument)` as a job, for several arguments as an array; returns Slurm's number of it.
+    environment: added to the job's, written nowhere. SubmissionError with sbatch's message if it refuses."""
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     folder.mkdir(parents=True, exist_ok=True)
     try:
         executor = submitit.SlurmExecutor(folder)
-        # where nothing is said of it, submitit has at most 256 parts of an array run at once
-        executor.update_parameters(**{"array_parallelism": len(jobs), **options})
-        # sbatch hands the environment on to the job; nothing writes it down. What it says on stderr is raised, too.
-        with added(environment), redirect_stderr(io.StringIO()):
-            sent = [executor.submit(attend, jobs[0])] if len(jobs) == 1 else executor.map_array(attend, jobs)
+        # submitit's own default lets at most 256 parts of an array run at once
+        executor.update_parameters(**{"array_parallelism": len(arguments), **parameters})
+        # sbatch hands the environment on to the job. What it says on stderr is in the exception, too.
+        with added_environment(environment), redirect_stderr(io.StringIO()):
+            if len(arguments) == 1:
+                jobs = [executor.submit(function, arguments[0])]
+            else:
+                jobs = executor.map_array(function, arguments)
     except (FailedJobError, FailedSubmissionError) as error:
-        raise ValueError("; ".join(line.strip() for line in str(error).splitlines()) or "sbatch failed") from None
+        raise SubmissionError("; ".join(line.strip() for line in str(error).splitlines()) or "sbatch failed") from None
     except RuntimeError as error:  # submitit's for a machine without Slurm
-        raise ValueError(f"{error} Use --cluster local to run here") from None
-    return str(sent[0].job_id).partition("_")[0]
+        raise SubmissionError(f"{error} Use --cluster local to run here") from None
+    return str(jobs[0].job_id).partition("_")[0]
 
 
 @contextmanager
-def added(environment: Mapping[str, str]) -> Iterator[None]:
+def added_environment(variables: Mapping[str, str]) -> Iterator[None]:
     before = dict(os.environ)
-    os.environ.update(environment)
+    os.environ.update(variables)
     try:
         yield
     finally:
@@ -105,31 +112,31 @@ def added(environment: Mapping[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def states(numbers: Sequence[str]) -> dict[str, list[State]]:
-    """What Slurm knows of jobs by their numbers: of an array a State for each part, of a part (`17_3`) its own; none
-    for those it has forgotten. ConnectionError where it does not answer. One question for all, and of no other jobs."""
+def job_states(numbers: Sequence[str]) -> dict[str, list[JobState]]:
+    """What Slurm knows of jobs by number: of an array one state for each part, of a part (`17_3`) its own; none for
+    those that it has forgotten. One question for all. ConnectionError where Slurm does not answer."""
     if not numbers:
         return {}
-    whole = ",".join(dict.fromkeys(number.partition("_")[0] for number in numbers))
-    found: dict[str, list[State]] = {}
+    arrays = ",".join(dict.fromkeys(number.partition("_")[0] for number in numbers))
+    states: dict[str, list[JobState]] = {}
 
-    def add(number: str, state: State) -> None:
+    def add(number: str, state: JobState) -> None:
         for name in {number, number.partition("_")[0]}:
-            found.setdefault(name, []).append(state)
+            states.setdefault(name, []).append(state)
 
-    for line in _ask(["squeue", "--noheader", "--array", "--states=all", f"--jobs={whole}", "--format=%i|%T|%r|%S"]):
+    for line in _lines(["squeue", "--noheader", "--array", "--states=all", f"--jobs={arrays}", "--format=%i|%T|%r|%S"]):
         number, name, reason, start = line.split("|")
-        add(number, State(name, reason if reason != "None" else "", start if start != "N/A" else ""))
-    if missing := [number for number in numbers if number not in found]:
-        what = ["--format=JobID,State,ExitCode", f"--jobs={','.join(missing)}"]
-        for line in _ask(["sacct", "--noheader", "--allocations", "--parsable2", *what], needed=False):
+        add(number, JobState(name, reason if reason != "None" else "", start if start != "N/A" else ""))
+    if missing := [number for number in numbers if number not in states]:
+        query = ["--format=JobID,State,ExitCode", f"--jobs={','.join(missing)}"]
+        for line in _lines(["sacct", "--noheader", "--allocations", "--parsable2", *query], required=False):
             number, name, code = line.split("|")
-            add(number, State(name.partition(" ")[0], exit=code))
-    return {number: found[number] for number in numbers if number in found}
+            add(number, JobState(name.partition(" ")[0], exit=code))
+    return {number: states[number] for number in numbers if number in states}
 
 
-def _ask(command: Sequence[str], needed: bool = True) -> list[str]:
-    """Lines that a program of Slurm's prints, none where there is no such program. needed: ConnectionError if it fails;
+def _lines(command: Sequence[str], required: bool = True) -> list[str]:
+    """Lines that a program of Slurm prints, none where it is not installed. required: ConnectionError if it fails;
     otherwise it may (there may be no accounting)."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -138,6 +145,6 @@ def _ask(command: Sequence[str], needed: bool = True) -> list[str]:
     except subprocess.TimeoutExpired:
         done = subprocess.CompletedProcess(command, 1, "", "no answer within 60 s")
     reason = done.stderr.strip()
-    if done.returncode and needed and "Invalid job id" not in reason:  # said of a single job that it has forgotten
+    if done.returncode and required and "Invalid job id" not in reason:  # its answer for a single forgotten job
         raise ConnectionError(f"{command[0]} fails, so what has become of jobs is not known; try again: {reason}")
     return done.stdout.splitlines()

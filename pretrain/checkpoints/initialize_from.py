@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..inference.load import read_run
-from ..model.transformer import Made, ModelConfig, MSCTransformer
+from ..model.config import ModelConfig
+from ..model.transformer import MSCTransformer, OnPartBuilt
 from . import directory as checkpoint_directory
 from . import format as checkpoint_format
 from .exported_weights import Shapes, abbreviated, open_exported
@@ -104,7 +105,7 @@ def taken(start: InitialWeights, config: ModelConfig, shapes: Shapes) -> set[str
 @contextmanager
 def open_initial_weights(
     place: Path, config: ModelConfig, autoencoder: str, newest: Path | None = None
-) -> Iterator[tuple[list[str], Made]]:
+) -> Iterator[tuple[list[str], OnPartBuilt]]:
     """What a new model takes of the weights that `find` finds, in lines; and what copies it into a part of the model,
     given the part's name ("" for all of it). A rank so reads a part at a time."""
     found = find_weights(place, newest)

@@ -27,7 +27,7 @@ _START, _CONTEXT = 0, 1  # what a frame's noise is for
 
 
 class Cache:
-    """A `Timeline` whose past is remembered: the units generated so far."""
+    """A `PastContext` whose past is remembered: the units generated so far."""
 
     grows = True
 
@@ -36,7 +36,7 @@ class Cache:
         self.writing = False
         self._kept: dict[Key, Tensor] = {}
 
-    def ask(
+    def exchange(
         self, key: Key, x_BU: Tensor, before: Callable[[int], int], kept: int | None, every: int = 1
     ) -> Callable[[], Tensor | None]:
         stored, need = self._kept.get(key), before(self.first)
@@ -46,7 +46,7 @@ class Cache:
         earlier = None if stored is None or need == 0 else stored[:, stored.shape[1] - need :]
         return lambda: earlier
 
-    def levels(self, t_BUF: Tensor, kept: int | None) -> tuple[Tensor, int]:
+    def noise_levels(self, t_BUF: Tensor, kept: int | None) -> tuple[Tensor, int]:
         stored = self._kept.get(LEVELS)
         if self.writing:
             self._kept[LEVELS] = _newest(stored, t_BUF, kept)

@@ -19,7 +19,8 @@ from ..diffusion.rectified_flow import DiffusionConfig, frame_losses, frame_shif
 from ..inference.load import TrainedModel, open_run
 from ..inference.preview import half_of_clip
 from ..inference.progress import progress
-from ..model.transformer import check_clip, precondition
+from ..model.config import check_clip
+from ..model.transformer import precondition
 from ..requests import EvaluateConfig
 from ..run_folder import RunFolder
 from ..tracking.tracker import Tracker

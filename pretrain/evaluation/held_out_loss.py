@@ -15,7 +15,6 @@ from ..batch_inputs import BatchInputs, InputBuilder
 from ..config import Config
 from ..diffusion.rectified_flow import add_noise, frame_losses
 from ..diffusion.sampler import Cache, extend_cache
-from ..model.layers import Block
 from ..model.transformer import MSCTransformer
 from .confidence import ClipRatios, with_total
 
@@ -83,7 +82,7 @@ def held_out_losses(
     for batch, count in held_out_batches(shards, config.train.held_out, config.train.micro, ranks, rank, frames):
         builder = builders[batch.bucket]
         inputs = builder(batch)
-        velocity = model(inputs.noisy, inputs.t, inputs.text, inputs.labels, builder.timeline, inputs.all_t)
+        velocity = model(inputs.noisy, inputs.t, inputs.text, inputs.labels, builder.past_context, inputs.all_t)
         counted = inputs.supervised & (torch.arange(len(inputs.t), device=inputs.t.device) < count)[:, None]
         losses.add(frame_losses(velocity, inputs.x, inputs.noise), inputs.t, counted)
     model.train()
@@ -140,9 +139,6 @@ def blind(model: MSCTransformer, hidden: Collection[int]) -> MSCTransformer:
         replace(scale, time=1, window=0) if i in hidden else scale for i, scale in enumerate(model.config.scales)
     )
     with torch.device("meta"):
-        other = MSCTransformer(replace(model.config, scales=scales))
+        other = MSCTransformer(replace(model.config, scales=scales), model.attention_inputs.kernel)
     other.load_state_dict(model.state_dict(), assign=True)
-    for block, own in zip(other.blocks, model.blocks, strict=True):
-        assert isinstance(block, Block) and isinstance(own, Block)
-        block.attention.backend = own.attention.backend
     return other.eval()

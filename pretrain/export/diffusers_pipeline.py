@@ -22,7 +22,8 @@ from ..checkpoints.exported_weights import read_export_config
 from ..diffusion.autoencoder import open_autoencoder, to_float
 from ..diffusion.rectified_flow import DiffusionConfig, frame_shift
 from ..diffusion.sampler import generate
-from ..model.transformer import MSCTransformer, check_clip
+from ..model.config import check_clip
+from ..model.transformer import MSCTransformer
 
 
 class PipelineTransformer(MSCTransformer, ModelMixin):

@@ -20,14 +20,14 @@ def constant(function: Function) -> Function:
     return function
 
 
-def many_shapes() -> None:
+def allow_many_shapes() -> None:
     """Let torch compile a function for more shapes than its default of 8, before it runs it uncompiled."""
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, VARIANTS)
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, VARIANTS)
 
 
-def pieces() -> str:
+def graph_breaks() -> str:
     """Why what was compiled so far is more than one graph, and how often; nothing where it is not, or by design: the
     ring and flash-attn keep out of compilers."""
     breaks = torch._dynamo.utils.counters["graph_break"].most_common()

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from . import sdpa  # the other kernels bring torch's compiler along, seconds that not everyone need pay
-from .blocks import Blocks
+from .blocks import KeyBlocks
 from .compile_helpers import constant
 
-Attend = Callable[[Tensor, Tensor, Tensor, Blocks], Tensor]
-Backend = Literal["auto", "sdpa", "flex", "flash"]
+Attend = Callable[[Tensor, Tensor, Tensor, KeyBlocks], Tensor]
+Kernel = Literal["auto", "sdpa", "flex", "flash"]
 Masks = dict[int, Any]  # what FlexAttention knows of blocks beforehand (flex.Prepared), by their tokens
 
 
@@ -26,8 +26,8 @@ def attend(
     q_BUnhd: Tensor,
     k_BRnhd: Tensor,
     v_BRnhd: Tensor,
-    blocks: Blocks,
-    backend: Backend = "auto",
+    blocks: KeyBlocks,
+    kernel: Kernel = "auto",
     masks: Masks | None = None,
 ) -> Tensor:
     """Softmax attention of each query unit to its own list of key blocks.
@@ -36,8 +36,8 @@ def attend(
     `blocks[u]` names the blocks unit u sees, never none. Logits are scaled by `d**-0.5`. `masks` are those that
     `prepare` made for the blocks, if it was asked. Returns `[B, U, n, h, d]`.
     """
-    backend = chosen(backend, len(blocks), q_BUnhd.device.type, q_BUnhd.shape[-1], q_BUnhd.dtype)
-    if backend == "flex":
+    kernel = resolve_kernel(kernel, len(blocks), q_BUnhd.device.type, q_BUnhd.shape[-1], q_BUnhd.dtype)
+    if kernel == "flex":
         from . import flex
 
         n, d = q_BUnhd.shape[2], q_BUnhd.shape[-1]
@@ -45,40 +45,40 @@ def attend(
         prepared = masks[n] if masks and n in masks else flex.prepare(blocks, n, q_BUnhd.device, d)
         return flex.attend(q_BUnhd, k_BRnhd, v_BRnhd, prepared)
     assert len(blocks) == q_BUnhd.shape[1] and all(blocks), "every query unit needs at least its own keys"
-    if backend == "flash":
+    if kernel == "flash":
         from . import flash
 
         return flash.attend(q_BUnhd, k_BRnhd, v_BRnhd, blocks)
     return sdpa.attend(q_BUnhd, k_BRnhd, v_BRnhd, blocks)
 
 
-def prepare(blocks: Blocks, sizes: Collection[int], device: torch.device, head_width: int, backend: Backend) -> Masks:
+def prepare(blocks: KeyBlocks, sizes: Collection[int], device: torch.device, head_width: int, kernel: Kernel) -> Masks:
     """What a kernel can know of `blocks` before queries and keys are there, for blocks of these numbers of tokens.
 
     Made outside of what may be compiled: a compiler would unroll it.
     """
-    assert backend != "auto", "the kernel itself, see `chosen`"
-    if backend != "flex" or not blocks:
+    assert kernel != "auto", "the kernel itself, see `resolve_kernel`"
+    if kernel != "flex" or not blocks:
         return {}
     from . import flex
 
     return {n: flex.prepare(blocks, n, device, head_width) for n in sizes}
 
 
-def chosen(
-    backend: Backend, units: int, device_type: str, head_width: int, dtype: torch.dtype = torch.bfloat16
-) -> Backend:
-    """The kernel itself where `backend` is "auto": as `choose_backend`, but a roll-out's single unit is one rectangle
+def resolve_kernel(
+    kernel: Kernel, units: int, device_type: str, head_width: int, dtype: torch.dtype = torch.bfloat16
+) -> Kernel:
+    """The kernel itself where `kernel` is "auto": as `choose_kernel`, but a roll-out's single unit is one rectangle
     without a mask, and as its past grows `flex` would compile anew for every length."""
-    if backend != "auto":
-        return backend
+    if kernel != "auto":
+        return kernel
     if units == 1 and not torch.is_grad_enabled():
         return "sdpa"
-    return choose_backend(device_type, head_width, dtype)
+    return choose_kernel(device_type, head_width, dtype)
 
 
 @constant
-def choose_backend(device_type: str, head_width: int = 64, dtype: torch.dtype = torch.bfloat16) -> Backend:
+def choose_kernel(device_type: str, head_width: int = 64, dtype: torch.dtype = torch.bfloat16) -> Kernel:
     """The kernel that "auto" means on a device ("cpu", "cuda").
 
     FlexAttention has no backward pass on a CPU and needs Triton and heads of 16 channels; on a GPU it is several
@@ -98,9 +98,9 @@ def choose_backend(device_type: str, head_width: int = 64, dtype: torch.dtype = 
     return "flash"
 
 
-def check_backend(backend: Backend, head_width: int, dtype: torch.dtype) -> None:
+def check_kernel(kernel: Kernel, head_width: int, dtype: torch.dtype) -> None:
     """ValueError if a kernel that was asked for by name cannot run."""
-    if backend == "flash":
+    if kernel == "flash":
         from . import flash
 
         flash.check(head_width, dtype)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .blocks import Blocks
+from .blocks import KeyBlocks
 
 # (q, k, v [tokens, h, d], cu_seqlens_q=, cu_seqlens_k=, max_seqlen_q=, max_seqlen_k=, softmax_scale=) -> out or
 # (out, ...); by name, because versions have them in different orders
@@ -66,8 +66,10 @@ def check(head_width: int, dtype: torch.dtype) -> None:
 
 
 @torch.compiler.disable
-def attend(q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, blocks: Blocks, kernel: Varlen | None = None) -> Tensor:
-    """See backends.attend. `kernel` stands in for flash-attn's function, of the same signature."""
+def attend(
+    q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, blocks: KeyBlocks, kernel: Varlen | None = None
+) -> Tensor:
+    """See dispatch.attend. `kernel` stands in for flash-attn's function, of the same signature."""
     if kernel is None:
         check(q_BUnhd.shape[-1], q_BUnhd.dtype)
         _, kernel = load(capability())
@@ -82,7 +84,7 @@ def attend(q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, blocks: Blocks, ke
     return torch.cat(outs, 1)
 
 
-def pack(blocks: Blocks, rows: int) -> list[Blocks]:
+def pack(blocks: KeyBlocks, rows: int) -> list[KeyBlocks]:
     """Cut the units into runs that see at most COPIES · rows blocks in all. One unit alone sees at most `rows`."""
     packs: list[list[tuple[int, ...]]] = [[]]
     for seen in blocks:
@@ -92,7 +94,7 @@ def pack(blocks: Blocks, rows: int) -> list[Blocks]:
     return [tuple(run) for run in packs]
 
 
-def _call(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, kernel: Varlen) -> Tensor:
+def _call(q: Tensor, k: Tensor, v: Tensor, blocks: KeyBlocks, kernel: Varlen) -> Tensor:
     batch, _, tokens, _, width = q.shape
     index, ends_q, ends_k = _plan(blocks, batch, tokens, q.device)
     longest = max(map(len, blocks)) * tokens
@@ -106,8 +108,8 @@ def _call(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, kernel: Varlen) -> Te
 
 
 @lru_cache(maxsize=256)
-def _plan(blocks: Blocks, batch: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Blocks to gather, and the cumulative lengths of query and key sequences, clip after clip."""
+def _plan(blocks: KeyBlocks, batch: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """KeyBlocks to gather, and the cumulative lengths of query and key sequences, clip after clip."""
     index = torch.tensor([block for seen in blocks for block in seen], device=device)
     sizes = torch.tensor([0] + [len(seen) for seen in blocks] * batch)
     ends_k = (sizes.cumsum(0) * tokens).to(device, torch.int32)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from .blocks import Blocks
-from .compile_helpers import VARIANTS, many_shapes
+from .blocks import KeyBlocks
+from .compile_helpers import VARIANTS, allow_many_shapes
 
 TILE = 128
 # Tiles that were fastest on an H100 (tests/bench/flex_tiles.py, docs/benchmarks.md), by compute capability and channels
@@ -37,7 +37,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Any) -> A
 def compiled(*shapes: object) -> Callable[..., Any]:
     """FlexAttention for tensors of some shapes. Each has code of its own: torch keeps all that it compiled of one piece
     of code in a row and tries one after the other at every call, with a dozen shapes for most of a call's time."""
-    many_shapes()
+    allow_many_shapes()
     return torch.compile(FunctionType(_attend.__code__.replace(), globals()), dynamic=False)
 
 
@@ -58,7 +58,7 @@ class Prepared(NamedTuple):
     tiles: dict[str, int]
 
 
-def prepare(blocks: Blocks, n: int, device: torch.device, head_width: int) -> Prepared:
+def prepare(blocks: KeyBlocks, n: int, device: torch.device, head_width: int) -> Prepared:
     """For `attend`, before tensors are there. Not to be compiled: a compiler would unroll the table."""
     nvidia = device.type == "cuda" and torch.version.hip is None  # AMD's GPUs count differently
     capability = torch.cuda.get_device_capability(device)[0] if nvidia else 0
@@ -66,7 +66,7 @@ def prepare(blocks: Blocks, n: int, device: torch.device, head_width: int) -> Pr
 
 
 def attend(q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, prepared: Prepared) -> Tensor:
-    """See backends.attend; of its blocks, prepared."""
+    """See dispatch.attend; of its blocks, prepared."""
     units, n = q_BUnhd.shape[1:3]
     q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (q_BUnhd, k_BRnhd, v_BRnhd))
     if torch.compiler.is_compiling() or not q.is_cuda:  # of a compiled model it becomes a part
@@ -82,7 +82,7 @@ def attend(q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, prepared: Prepared
 
 
 @lru_cache(maxsize=64)
-def block_mask(blocks: Blocks, n: int, device: str) -> BlockMask:
+def block_mask(blocks: KeyBlocks, n: int, device: str) -> BlockMask:
     """Mask of `len(blocks)` query units over the key blocks, all of n tokens; the last unit sees the last block."""
     rows = blocks[-1][-1] + 1
     table = torch.zeros(len(blocks), rows, dtype=torch.bool)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from . import rectangle
-from .blocks import Blocks
+from .blocks import KeyBlocks
 
 CPU_UNITS = 16  # units that are joined to a call on a CPU, see _calls
 
 
-def attend(q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, blocks: Blocks) -> Tensor:
-    """See backends.attend."""
+def attend(q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, blocks: KeyBlocks) -> Tensor:
+    """See dispatch.attend."""
     return _Rectangles.apply(q_BUnhd, k_BRnhd, v_BRnhd, blocks)
 
 
@@ -28,7 +28,7 @@ class _Rectangles(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: KeyBlocks) -> Tensor:
         out, statistics = torch.empty_like(q), []
         for units, seen in _calls(blocks, q.device):
             part, log_sum = rectangle.forward(_fold(q, units), _gather(k, seen), _gather(v, seen))
@@ -48,7 +48,7 @@ class _Rectangles(torch.autograd.Function):
 
 
 def attend_part(
-    q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, blocks: Blocks, out_BUnhd: Tensor, log_sum_BUnh1: Tensor
+    q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, blocks: KeyBlocks, out_BUnhd: Tensor, log_sum_BUnh1: Tensor
 ) -> None:
     """Merge attention to part of the keys into that to the parts before, in place.
 
@@ -66,7 +66,7 @@ def attend_part(
 
 
 def differentiate_part(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, blocks: Blocks,
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, blocks: KeyBlocks,
     grads: tuple[Tensor, Tensor, Tensor],
 ) -> None:  # fmt: skip
     """Add what part of the keys gives to the gradients of q, k and v, of their type or a wider one: `grads`, in place.
@@ -116,7 +116,7 @@ def _differentiate_calls(
             _scatter_add(grad_v, dv, seen)
 
 
-def _calls(blocks: Blocks, device: torch.device) -> Calls:
+def _calls(blocks: KeyBlocks, device: torch.device) -> Calls:
     """Runs of units and what each of them sees, by calls; units that see nothing are left out.
 
     In a ring a run of units sees the same of another rank's keys: a copy of them for each unit would be many times the

@@ -3,7 +3,7 @@
 The heads are divided among the scales (scales.py). A group's queries, keys and values are average-pooled
 to its resolution after the projection, attend there to their own unit and to the visible past, and are
 repeated back to full resolution. With the single scale `(all heads, 1, 1, None)` this is dense causal
-attention. What of the past lies elsewhere (another rank, a generation cache) comes through the views' timeline
+attention. What of the past lies elsewhere (another rank, a generation cache) comes through the past context
 (past_context.py); this module knows neither ranks nor caches. Shape suffixes: B batch, T frames, U units, F frames of a
 unit, H W token grid, n tokens of a unit, R key blocks, h heads, d head width, D width.
 """
@@ -17,34 +17,29 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..kernels.blocks import Blocks
-from ..kernels.dispatch import Attend, Backend, attend
-from .attention_inputs import View
-from .noise_gate import NODES, ON_KEYS, GatePlace, effective_log_snr, log_gate, log_gate_at_nodes, node_weights
+from ..kernels.dispatch import Attend, KeyBlocks, attend
+from .attention_inputs import ScaleInputs
+from .config import ModelConfig
+from .noise_gate import log_gate
 from .past_context import Layer
-from .rope import Rope, normalise_and_rotate, still_channels
-from .scales import Scale, spatial_windows
+from .rope import UNROTATED, Rope, normalise_and_rotate, unrotated_channels
+from .scales import spatial_windows
 
 FIRST = Layer(0)
 
 
-def still(gate: GatePlace) -> int:
-    """Channels of a head that carry no position, half of them at the end of each half; there the gate rides."""
-    return len(NODES) if gate == "pair" else 2
-
-
 @dataclass(frozen=True)
-class Part:
-    """One scale of one call, between asking for its past and attending to it. `[B, U, F, H, W, h, d]`."""
+class OwnUnits:
+    """One scale's queries, keys and values of the own units `[B, U, F, H, W, h, d]`, and its past on the way."""
 
-    key: tuple[Layer, int]  # and scale
-    view: View
+    key: tuple[Layer, int]  # layer and scale
+    inputs: ScaleInputs
     delta_h: Tensor | None
     q: Tensor
     kv: Tensor  # raw, as it travels: [B, U, F, H, W, 2, h, d]
     k_past: Tensor  # as later units see the own ones: gated
-    v_past: Tensor
     k_own: Tensor  # as a unit sees itself
+    v_past: Tensor
     v_own: Tensor
     past: Callable[[], Tensor | None]
 
@@ -52,172 +47,121 @@ class Part:
 class MultiScaleAttention(nn.Module):
     """Self-attention over frames `[B, T, H, W, D]` on several scales, causal between units.
 
-    gate: where the noise gate g acts. "logits" adds log g to the logits of past keys, so that g → 0 falls
-    back to image diffusion; "pair" does so with the gate of two observations, which also asks how much the
-    query's frame knows itself; "values" multiplies past values by g. The own unit is never gated. "mix" weighs
-    the outputs of the heads by g at the query's own noise, normalised to mean 1. "none" leaves it out.
     `shifted` moves local spatial windows by half.
     """
 
-    def __init__(self, width: int, scales: Sequence[Scale], gate: GatePlace = "logits", shifted: bool = False):
+    def __init__(self, config: ModelConfig, shifted: bool = False):
         super().__init__()
-        self.scales = tuple(scales)
-        self.gate: GatePlace = gate
+        self.config = config
         self.shifted = shifted
-        self.backend: Backend = "auto"  # set by parallelize
-        self.heads = sum(scale.heads for scale in self.scales)
-        if width % self.heads:
-            raise ValueError(f"width {width} does not divide by {self.heads} heads")
-        self.head_width = width // self.heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.out = nn.Linear(config.width, config.width, bias=False)
         # Parameters of this module, not submodules: ZeRO-3 gathers per module call, in step on all ranks, and
         # how often keys are normalised depends on which groups a rank completes.
-        self.q_gain = nn.Parameter(torch.ones(self.head_width))
-        self.k_gain = nn.Parameter(torch.ones(self.head_width))
-        self.delta = nn.Parameter(torch.zeros(self.heads)) if gate != "none" else None
+        self.q_gain = nn.Parameter(torch.ones(config.head_width))
+        self.k_gain = nn.Parameter(torch.ones(config.head_width))
+        self.delta = nn.Parameter(torch.zeros(config.heads)) if config.gate == "logits" else None
 
-    def forward(self, x_BTHWD: Tensor, views: Sequence[View], layer: Layer = FIRST) -> Tensor:
-        qkv = self.qkv(x_BTHWD).unflatten(-1, (3, self.heads, self.head_width))
+    def forward(self, x_BTHWD: Tensor, inputs: Sequence[ScaleInputs], layer: Layer = FIRST) -> Tensor:
+        qkv = self.qkv(x_BTHWD).unflatten(-1, (3, self.config.heads, self.config.head_width))
         frames = x_BTHWD.shape[1]
-        sizes = [scale.heads for scale in self.scales]
+        sizes = [scale.heads for scale in self.config.scales]
         deltas = [None] * len(sizes) if self.delta is None else self.delta.split(sizes)
-        groups = zip(qkv.split(sizes, dim=-2), views, deltas, strict=True)
+        groups = zip(qkv.split(sizes, dim=-2), inputs, deltas, strict=True)
         # The past of all scales is on its way while own queries and keys are placed; only then is it waited for.
-        parts = [self._ask((layer, i), *group) for i, group in enumerate(groups)]
-        pasts = [self._receive(part) for part in parts]
+        own_units = [self._own_units((layer, i), *group) for i, group in enumerate(groups)]
+        pasts = [self._receive_past(own) for own in own_units]
         outs = []
-        for part, past in zip(parts, pasts, strict=True):
-            out = self._attend(part, *past)
-            if part.view.placement is not None:
-                out = part.view.placement.leave(out)
-            outs.append(repeat_space(out.reshape(out.shape[0], frames, *out.shape[3:]), part.view.scale.space))
-        if self.gate == "mix":
-            outs = self._mixed(outs, views, deltas)
+        for own, past in zip(own_units, pasts, strict=True):
+            out = self._attend(own, *past)
+            if own.inputs.placement is not None:
+                out = own.inputs.placement.leave(out)
+            outs.append(repeat_space(out.reshape(out.shape[0], frames, *out.shape[3:]), own.inputs.scale.space))
         return self.out(torch.cat(outs, dim=-2).flatten(-2))
 
-    def _ask(self, key: tuple[Layer, int], qkv_BTHW3hd: Tensor, view: View, delta_h: Tensor | None) -> Part:
-        """Queries and keys of the own units; asks for the earlier ones."""
-        scale = view.scale
-        x = pool_space(qkv_BTHW3hd, scale.space).unflatten(1, (-1, view.frames_per_unit))
-        if view.placement is not None:
-            x = view.placement.enter(x)
-            delta_h = None if delta_h is None else delta_h[view.placement.heads]
+    def _own_units(
+        self, key: tuple[Layer, int], qkv_BTHW3hd: Tensor, inputs: ScaleInputs, delta_h: Tensor | None
+    ) -> OwnUnits:
+        """Queries, keys and values of the own units; requests the earlier ones."""
+        scale = inputs.scale
+        x = pool_space(qkv_BTHW3hd, scale.space).unflatten(1, (-1, inputs.frames_per_unit))
+        if inputs.placement is not None:
+            x = inputs.placement.enter(x)
+            delta_h = None if delta_h is None else delta_h[inputs.placement.heads]
         q, kv = x.split((1, 2), -3)  # on the way back a split costs one pass, slices cost several
-        past = view.timeline.ask(("past", *key), kv, scale.fresh_before, scale.fresh_kept)
-        q = place(q.squeeze(-3), self.q_gain, view.rope_own, self._asking(q, view.log_snr_query))
-        k, v = self._gated(kv, view.rope_own, view.log_snr_own, view.constants.rho, delta_h)
-        return Part(key, view, delta_h, q, kv, k, v, self._ungated(k), kv.unbind(-3)[1], past)
+        past = inputs.past_context.exchange(("past", *key), kv, scale.fresh_before, scale.fresh_kept)
+        # The gate's log g is added to the logits by channels of a head that carry no position; no kernel needs to know
+        # of it, and no head grows wider: the query holds 1 there, a key √d · log g (see _place_keys).
+        query_bias = None if delta_h is None else q.new_ones(1, 1, 1, UNROTATED)
+        q = normalise_and_rotate(q.squeeze(-3), self.q_gain, inputs.rope_own, query_bias)
+        k, v = self._place_keys(kv, inputs.rope_own, inputs.log_snr_own, delta_h)
+        k_own = k
+        if delta_h is not None:
+            ungated = k.new_ones(self.config.head_width)
+            unrotated_channels(ungated).zero_()
+            k_own = k * ungated
+        return OwnUnits(key, inputs, delta_h, q, kv, k, k_own, v, kv.unbind(-3)[1], past)
 
-    def _receive(self, part: Part) -> tuple[list[Tensor], list[Tensor], Callable | None]:
-        """Keys and values of the units before the run and of the groups pooled in time; asks for earlier groups."""
-        view, scale = part.view, part.view.scale
-        past = part.past()
+    def _receive_past(self, own: OwnUnits) -> tuple[list[Tensor], list[Tensor], Callable[[], Tensor | None] | None]:
+        """Keys and values of the units before the run and of the groups pooled in time; requests earlier groups."""
+        inputs, scale = own.inputs, own.inputs.scale
+        past = own.past()
         k, v = [], []
         if past is not None:
-            k_past, v_past = self._gated(past, view.rope_past, view.log_snr_past, view.constants.rho, part.delta_h)
+            k_past, v_past = self._place_keys(past, inputs.rope_past, inputs.log_snr_past, own.delta_h)
             k, v = [k_past], [v_past]
         if scale.time == 1:
             return k, v, None
-        fresh = part.kv if past is None else torch.cat((past, part.kv), 1)
-        pooled = self._pool_time(fresh, view, part.delta_h)
-        key, before = ("pooled past", *part.key), scale.pooled_before
-        groups = view.timeline.ask(key, pooled, before, scale.window, every=scale.time)
+        fresh = own.kv if past is None else torch.cat((past, own.kv), 1)
+        pooled = self._pool_time(fresh, inputs, own.delta_h)
+        groups = inputs.past_context.exchange(
+            ("pooled past", *own.key), pooled, scale.pooled_before, scale.window, every=scale.time
+        )
         k_pooled, v_pooled = pooled.unbind(-3)
         return [k_pooled, *k], [v_pooled, *v], groups
 
-    def _attend(self, part: Part, k: list[Tensor], v: list[Tensor], groups: Callable | None) -> Tensor:
+    def _attend(
+        self, own: OwnUnits, k: list[Tensor], v: list[Tensor], groups: Callable[[], Tensor | None] | None
+    ) -> Tensor:
         """Output of the own units.
 
         Key blocks lie as Scale.key_blocks orders them: [pooled groups | unpooled units | own units, ungated].
         """
-        view = part.view
+        inputs = own.inputs
         if groups is not None and (earlier := groups()) is not None:
             k_pooled, v_pooled = earlier.unbind(-3)
             k, v = [k_pooled, *k], [v_pooled, *v]
-        k, v = [*k, part.k_past], [*v, part.v_past]
-        if self.gate in ON_KEYS:
-            k, v = [*k, part.k_own], [*v, part.v_own]
-        elsewhere = None if view.placement is None else view.placement.attend
-        kernel = elsewhere or partial(attend, backend=self.backend, masks=view.masks)
+        k, v = [*k, own.k_past], [*v, own.v_past]
+        if own.delta_h is not None:
+            k, v = [*k, own.k_own], [*v, own.v_own]
+        elsewhere = None if inputs.placement is None else inputs.placement.attend
+        kernel = elsewhere or partial(attend, kernel=inputs.kernel, masks=inputs.masks)
         k_row, v_row = (x[0] if len(x) == 1 else torch.cat(x, 1) for x in (k, v))
-        return attend_windows(part.q, k_row, v_row, view.blocks, view.scale.patch_window, self.shifted, kernel)
+        return attend_windows(own.q, k_row, v_row, inputs.key_blocks, inputs.scale.patch_window, self.shifted, kernel)
 
-    def _pool_time(self, fresh: Tensor, view: View, delta_h: Tensor | None) -> Tensor:
+    def _pool_time(self, fresh: Tensor, inputs: ScaleInputs, delta_h: Tensor | None) -> Tensor:
         """Keys and values of the groups that own units complete: `[B, groups, F, H, W, 2, h, d]`."""
-        if view.rope_groups is None:
+        if inputs.rope_groups is None:
             return fresh[:, :0]
-        time, frames = view.scale.time, fresh.shape[2]
-        finished = view.rope_groups.frames // frames
-        members = _cut(fresh, 0, finished * time).flatten(1, 2)
+        time, frames = inputs.scale.time, fresh.shape[2]
+        units = inputs.rope_groups.frames // frames * time
+        # all of them as they are where they can be, because on the way back even a whole slice costs a pass
+        members = (fresh if units == fresh.shape[1] else fresh[:, :units]).flatten(1, 2)
         kv = members.unflatten(1, (-1, time)).mean(2).unflatten(1, (-1, frames))
-        kv = self._gated(kv, view.rope_groups, view.log_snr_groups, view.constants.rho_pooled, delta_h)
-        return torch.stack(kv, -3)
+        return torch.stack(self._place_keys(kv, inputs.rope_groups, inputs.log_snr_groups, delta_h), -3)
 
-    # The gate of the logits rides in the channels of a head that carry no position; no kernel needs to know of it,
-    # and no head grows wider. "logits": the query holds 1 in two channels, a key √d·log g split into
-    # a coarse and a fine half so that bf16 keeps it to 2^-16. "pair": one channel per node.
-
-    def _gated(
-        self, kv: Tensor, rope: Rope, log_snr_BF: Tensor | None, rho: float, delta_h: Tensor | None
+    def _place_keys(
+        self, kv: Tensor, rope: Rope, log_snr_BT: Tensor | None, delta_h: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Past keys, placed, and values `[B, U, F, H, W, h, d]` with the gate on them; from raw ones."""
+        """Keys, normalised, rotated and gated, and values `[B, U, F, H, W, h, d]`; from raw ones."""
         k, v = kv.unbind(-3)
-        tail = None
-        if self.gate in ON_KEYS:
-            assert log_snr_BF is not None and delta_h is not None
-            delta_h = delta_h.to(log_snr_BF.dtype)
-            if self.gate == "pair":
-                tail = log_gate_at_nodes(effective_log_snr(log_snr_BF, rho), delta_h) * self.head_width**0.5
-            else:
-                log_g = log_gate(log_snr_BF, delta_h).unsqueeze(-1)
-                if self.gate == "values":
-                    v = v * log_g.exp().to(v.dtype).unflatten(1, k.shape[1:3])[:, :, :, None, None]
-                else:
-                    bias = log_g * self.head_width**0.5
-                    coarse = bias.to(k.dtype)
-                    tail = torch.cat((coarse, bias - coarse), -1)
-        return place(k, self.k_gain, rope, tail), v
-
-    def _ungated(self, k: Tensor) -> Tensor:
-        if self.gate not in ("logits", "pair"):
-            return k
-        kept = k.new_ones(self.head_width)
-        still_channels(kept, still(self.gate)).zero_()
-        return k * kept
-
-    def _asking(self, q: Tensor, log_snr_BT: Tensor | None) -> Tensor | None:
-        """What queries carry in the still channels: `[B, frames, 1, channels]`."""
-        if self.gate == "logits":
-            return q.new_ones(1, 1, 1, still(self.gate))
-        if self.gate == "pair":
+        key_bias = None
+        if delta_h is not None:
             assert log_snr_BT is not None
-            return node_weights(log_snr_BT).unsqueeze(2)
-        return None
-
-    def _mixed(self, outs: list[Tensor], views: Sequence[View], deltas: Sequence[Tensor | None]) -> list[Tensor]:
-        """Outputs `[B, T, H, W, h, d]` of the scales, weighed by what each still tells at the frame's own noise."""
-        log_g = torch.cat([_own_log_gate(view, delta) for view, delta in zip(views, deltas, strict=True)], -1)
-        weights = (self.heads * log_g.softmax(-1)).split([scale.heads for scale in self.scales], -1)
-        return [
-            out * weight[:, :, None, None, :, None].to(out.dtype) for out, weight in zip(outs, weights, strict=True)
-        ]
-
-
-def _own_log_gate(view: View, delta_h: Tensor | None) -> Tensor:
-    assert view.log_snr_query is not None and delta_h is not None
-    return log_gate(view.log_snr_query, delta_h.to(view.log_snr_query.dtype))
-
-
-def _cut(x: Tensor, start: int, stop: int) -> Tensor:
-    """`x[:, start:stop]`; all of it as it is, because on the way back even a whole slice costs a pass."""
-    return x if (start, stop) == (0, x.shape[1]) else x[:, start:stop]
-
-
-def place(x_BUFHWhd: Tensor, gain_d: Tensor, rope: Rope, tail_BThc: Tensor | None = None) -> Tensor:
-    """Normalised and rotated to where the units lie; `tail` takes the place of the still channels."""
-    tail = None if tail_BThc is None else tail_BThc[:, :, None, None]
-    return normalise_and_rotate(x_BUFHWhd.flatten(1, 2), gain_d, rope, tail).unflatten(1, x_BUFHWhd.shape[1:3])
+            bias = log_gate(log_snr_BT, delta_h).unsqueeze(-1) * self.config.head_width**0.5
+            coarse = bias.to(k.dtype)  # a coarse and a fine half, so that bf16 keeps it to 2^-16
+            key_bias = torch.cat((coarse, bias - coarse), -1)
+        return normalise_and_rotate(k, self.k_gain, rope, key_bias), v
 
 
 def pool_space(x_BTHW: Tensor, space: int) -> Tensor:
@@ -241,7 +185,7 @@ def attend_windows(
     q_BUFHWhd: Tensor,
     k_BRFHWhd: Tensor,
     v_BRFHWhd: Tensor,
-    blocks: Blocks,
+    blocks: KeyBlocks,
     window: int | None,
     shifted: bool,
     kernel: Attend = attend,

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.compile_helpers import many_shapes
+from ..kernels.compile_helpers import allow_many_shapes
 from ..kernels.rectangle import scaled_dot_product
 from .attention import MultiScaleAttention
-from .attention_inputs import View
-from .noise_gate import GatePlace
+from .attention_inputs import ScaleInputs
+from .config import ModelConfig
 from .past_context import Layer
-from .scales import Scale
 
 
 class NoiseEmbedding(nn.Module):
@@ -84,13 +83,14 @@ class CrossAttention(nn.Module):
 class Block(nn.Module):
     """Self-attention, optional cross-attention, feed-forward; modulated per frame by its noise level."""
 
-    def __init__(self, width: int, hidden: int, scales: Sequence[Scale], gate: GatePlace, shifted: bool, text: bool):
+    def __init__(self, config: ModelConfig, shifted: bool):
         super().__init__()
+        width = config.width
         self.attention_norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.attention = MultiScaleAttention(width, scales, gate, shifted)
-        self.cross_attention = CrossAttention(width, self.attention.heads) if text else None
+        self.attention = MultiScaleAttention(config, shifted)
+        self.cross_attention = CrossAttention(width, config.heads) if config.text_width else None
         self.feed_forward_norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.feed_forward = FeedForward(width, hidden)
+        self.feed_forward = FeedForward(width, config.hidden)
         self.modulation = nn.Parameter(torch.zeros(6, width))
 
     def forward(
@@ -98,14 +98,14 @@ class Block(nn.Module):
         x_BTHWD: Tensor,
         modulation_BT6D: Tensor,
         text: tuple[Tensor, Tensor] | None,
-        views: Sequence[View],
+        inputs: Sequence[ScaleInputs],
         layer: Layer,
     ) -> Tensor:
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (
             part[:, :, None, None] for part in (modulation_BT6D + self.modulation).unbind(2)
         )
         h = self.attention_norm(x_BTHWD) * (1 + scale_a) + shift_a
-        x = x_BTHWD + gate_a * self.attention(h, views, layer)
+        x = x_BTHWD + gate_a * self.attention(h, inputs, layer)
         if self.cross_attention is not None:
             assert text is not None
             x = x + self.cross_attention(x, *text)
@@ -118,5 +118,5 @@ class Block(nn.Module):
         Each for itself: after a second shape torch would otherwise compile for all shapes at once, and attention
         of any shape took two and a half times as long (H200, torch 2.11).
         """
-        many_shapes()
+        allow_many_shapes()
         super().compile(dynamic=False, **options)

@@ -1,6 +1,6 @@
 """How the attention reaches what it needs of a video but does not hold: two small protocols.
 
-A `Timeline` says where a run of units lies and brings its past. It may name a `Placement` for a scale: another
+A `PastContext` says where a run of units lies and brings its past. It may name a `Placement` for a scale: another
 place where that scale's attention is computed. Neither tells who else there is; the parallel package and the
 generation cache provide them.
 """
@@ -55,7 +55,7 @@ class Placement(Protocol):
         ...
 
 
-class Timeline(Protocol):
+class PastContext(Protocol):
     """Where a run of units lies in its video, and how to get at what comes before it.
 
     first: the first unit of the run. grows: whether the past has another length at every call, so that it does not pay
@@ -68,7 +68,7 @@ class Timeline(Protocol):
     @property
     def grows(self) -> bool: ...
 
-    def ask(
+    def exchange(
         self, key: Key, x_BU: Tensor, before: Callable[[int], int], kept: int | None, every: int = 1
     ) -> Callable[[], Tensor | None]:
         """Hand on the own items and ask for earlier ones. Returns at once; its result waits for those.
@@ -80,7 +80,7 @@ class Timeline(Protocol):
         """
         ...
 
-    def levels(self, t_BUF: Tensor, kept: int | None) -> tuple[Tensor, int]:
+    def noise_levels(self, t_BUF: Tensor, kept: int | None) -> tuple[Tensor, int]:
         """Hand on the noise levels of the own units; levels of a run of units, and its first unit. No gradient.
 
         The run holds all units whose attention is computed here and all that they see: those before the own ones that
@@ -94,17 +94,17 @@ class Timeline(Protocol):
 
 
 class WholeVideo:
-    """The timeline of a video that lies here from its first frame: nothing comes before it."""
+    """The past_context of a video that lies here from its first frame: nothing comes before it."""
 
     first = 0
     grows = False
 
-    def ask(
+    def exchange(
         self, key: Key, x_BU: Tensor, before: Callable[[int], int], kept: int | None, every: int = 1
     ) -> Callable[[], Tensor | None]:
         return lambda: None
 
-    def levels(self, t_BUF: Tensor, kept: int | None) -> tuple[Tensor, int]:
+    def noise_levels(self, t_BUF: Tensor, kept: int | None) -> tuple[Tensor, int]:
         return t_BUF, 0
 
     def placement(self, scale: int) -> Placement | None:

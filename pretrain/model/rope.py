@@ -15,13 +15,16 @@ from torch.autograd.function import once_differentiable
 
 TRITON = importlib.util.find_spec("triton") is not None
 EPS = 1e-6  # of the mean square
+UNROTATED = (
+    2  # channels of a head that carry no position, half of them at the end of each half: there is the gate's bias
+)
 
 
 @dataclass(frozen=True)
 class Rope:
     """Rotation of tokens at `frames × rows × columns`; cos and sin `[T, H, W, 1, d/2]`, one pair of channels each.
 
-    The last pairs stand still (cosine 1, sine 0): their channels carry no position.
+    The last pair does not rotate (cosine 1, sine 0).
     """
 
     cos: Tensor
@@ -33,18 +36,13 @@ class Rope:
 
 
 def rope_angles(
-    positions: tuple[Tensor, Tensor, Tensor],
-    head_width: int,
-    still: int,
-    theta: float,
-    dtype: torch.dtype = torch.float32,
+    positions: tuple[Tensor, Tensor, Tensor], head_width: int, theta: float, dtype: torch.dtype = torch.float32
 ) -> Rope:
     """Tables for tokens at the product of three axes' positions (in frames, rows and columns).
 
-    Of the `head_width / 2` pairs the last `still / 2` do not rotate; the others are divided evenly among time, height
-    and width, time first.
+    The pairs of channels that rotate are divided evenly among time, height and width, time first.
     """
-    pairs = (head_width - still) // 2
+    pairs = (head_width - UNROTATED) // 2
     shares = [pairs // 3 + (axis < pairs % 3) for axis in range(3)]
     sizes = [len(position) for position in positions]
     cos, sin = [], []
@@ -56,37 +54,44 @@ def rope_angles(
         angles = (position.double()[:, None] * speeds).reshape(shape)
         cos.append(angles.cos().to(dtype).expand(*sizes, 1, share))
         sin.append(angles.sin().to(dtype).expand(*sizes, 1, share))
-    cos.append(cos[0].new_ones(()).expand(*sizes, 1, still // 2))
-    sin.append(sin[0].new_zeros(()).expand(*sizes, 1, still // 2))
+    cos.append(cos[0].new_ones(()).expand(*sizes, 1, UNROTATED // 2))
+    sin.append(sin[0].new_zeros(()).expand(*sizes, 1, UNROTATED // 2))
     return Rope(torch.cat(cos, -1), torch.cat(sin, -1))
 
 
-def normalise_and_rotate(x_BTHWhd: Tensor, gain_d: Tensor, rope: Rope, tail: Tensor | None = None) -> Tensor:
+def normalise_and_rotate(x_BTHWhd: Tensor, gain_d: Tensor, rope: Rope, bias_BThc: Tensor | None = None) -> Tensor:
     """Every head's root mean square becomes 1, times a gain per channel; then channels i and d/2 + i rotate together.
 
-    `tail` `[B, T, 1, 1, h or 1, channels]`, if given, takes the place of the channels that carry no position: its first
-    half ends the head's first half, its second half the second. One function with its own backward pass, as it acts on
-    all queries and keys: autograd's would keep and move several times as much. In bf16 an angle's cosine would lose
-    what tells distant frames apart, so all of it is done in the tables' type.
+    T may be several dimensions, such as units and frames. `bias`, if given (its dimensions B, T and h may be 1), takes
+    the place of the unrotated channels: its first half ends the head's first half, its second half the second. In bf16
+    an angle's cosine would lose what tells distant frames apart, so all of it is computed in the tables' type.
 
-    On a GPU this is a Triton kernel (rope_triton.py). Elsewhere a compiler gets the plain operations: torch 2.11's
-    lost this function's gradient without a word (q and k got none, outputs were right; torch 2.13's does not).
+    A function with a backward pass of its own, as it acts on all queries and keys: autograd's would keep and move
+    several times as much. On a GPU it is a Triton kernel (rope_triton.py). Elsewhere a compiler gets the plain
+    operations: torch 2.11's lost this function's gradient without a word (q and k got none, outputs were right; torch
+    2.13's does not).
     """
-    if TRITON and x_BTHWhd.is_cuda and rope.cos.dtype == torch.float32 and x_BTHWhd.dtype != torch.float64:
+    frames = x_BTHWhd.shape[1:-4]
+    x = x_BTHWhd.flatten(1, -5)
+    bias = None if bias_BThc is None else bias_BThc[:, :, None, None]
+    if TRITON and x.is_cuda and rope.cos.dtype == torch.float32 and x.dtype != torch.float64:
         from . import rope_triton
 
-        return rope_triton.normalise_and_rotate(x_BTHWhd, gain_d, rope.cos, rope.sin, tail, EPS)
-    if torch.compiler.is_compiling():
-        return _plain(x_BTHWhd, gain_d, rope.cos, rope.sin, tail)
-    return _NormaliseAndRotate.apply(x_BTHWhd, gain_d, rope.cos, rope.sin, tail)
+        out = rope_triton.normalise_and_rotate(x, gain_d, rope.cos, rope.sin, bias, EPS)
+    elif torch.compiler.is_compiling():
+        out = plain(x, gain_d, rope.cos, rope.sin, bias)
+    else:
+        out = _NormaliseAndRotate.apply(x, gain_d, rope.cos, rope.sin, bias)
+    return out.unflatten(1, frames)
 
 
-def _plain(x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, tail: Tensor | None) -> Tensor:
+def plain(x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None) -> Tensor:
+    """The same by autograd's operations; bias `[B, T, 1, 1, h, channels]`."""
     exact = x.to(cos.dtype)
     a, b = (exact * (exact.square().mean(-1, keepdim=True) + EPS).rsqrt() * gain).chunk(2, -1)
     halves = torch.stack((a * cos - b * sin, a * sin + b * cos), -2)
-    if tail is not None:
-        ends = tail.to(cos.dtype).unflatten(-1, (2, -1))
+    if bias is not None:
+        ends = bias.to(cos.dtype).unflatten(-1, (2, -1))
         pairs = cos.shape[-1] - ends.shape[-1]
         halves = torch.cat((halves[..., :pairs], ends.expand(*halves.shape[:-1], -1)), -1)
     return halves.flatten(-2).to(x.dtype)
@@ -94,24 +99,24 @@ def _plain(x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, tail: Tensor | Non
 
 class _NormaliseAndRotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, tail: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None) -> Tensor:
         inverse = x.to(cos.dtype).square().mean(-1, keepdim=True).add_(EPS).rsqrt_()
         out = _rotate((x * inverse).mul_(gain), cos, sin)
-        if tail is not None:
-            still_channels(out, tail.shape[-1]).copy_(tail.unflatten(-1, (2, -1)))
+        if bias is not None:
+            unrotated_channels(out).copy_(bias.unflatten(-1, (2, -1)))
         ctx.save_for_backward(x, gain, cos, sin, inverse)
-        ctx.tail = None if tail is None else (tail.shape, tail.dtype)
+        ctx.bias = None if bias is None else (bias.shape, bias.dtype)
         return out.to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, gain, cos, sin, inverse = ctx.saved_tensors
-        grad, grad_tail = grads[0].to(cos.dtype, copy=True), None
-        if ctx.tail is not None:
-            (*shape, channels), dtype = ctx.tail
-            ends = still_channels(grad, channels)
-            grad_tail = ends.sum_to_size(*shape, 2, channels // 2).flatten(-2).to(dtype, copy=True)
+        grad, grad_bias = grads[0].to(cos.dtype, copy=True), None
+        if ctx.bias is not None:
+            (*shape, channels), dtype = ctx.bias
+            ends = unrotated_channels(grad)
+            grad_bias = ends.sum_to_size(*shape, 2, channels // 2).flatten(-2).to(dtype, copy=True)
             ends.zero_()
         grad = _rotate(grad, cos, -sin)
         unit = x * inverse
@@ -119,12 +124,12 @@ class _NormaliseAndRotate(torch.autograd.Function):
         grad_gain = product.flatten(0, -2).sum(0)
         along = (product @ gain.to(product.dtype)).unsqueeze(-1).mul_(inverse).div_(-x.shape[-1])
         grad_x = grad.mul_(gain).mul_(inverse).addcmul_(unit, along)
-        return grad_x.to(x.dtype), grad_gain.to(gain.dtype), None, None, grad_tail
+        return grad_x.to(x.dtype), grad_gain.to(gain.dtype), None, None, grad_bias
 
 
-def still_channels(x_d: Tensor, channels: int) -> Tensor:
-    """The channels that carry no position, of heads of d: a view `[..., 2, channels/2]`."""
-    return x_d.unflatten(-1, (2, -1))[..., x_d.shape[-1] // 2 - channels // 2 :]
+def unrotated_channels(x_d: Tensor) -> Tensor:
+    """The channels of heads of d that carry no position: a view `[..., 2, UNROTATED/2]`."""
+    return x_d.unflatten(-1, (2, -1))[..., -(UNROTATED // 2) :]
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

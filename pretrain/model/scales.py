@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..kernels.blocks import Blocks
+from ..kernels.blocks import KeyBlocks
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,10 @@ class Scale:
         if self.patch_window is not None and self.patch_window < 2:
             raise ValueError(f"scale patch_window is {self.patch_window}; it must be at least 2, or null")
 
+    def spatial_windows(self, side: int, shifted: bool) -> list[tuple[int, int, int]]:
+        """Local windows along a side of the full token grid, in tokens of this scale: see the function below."""
+        return spatial_windows(side // self.space, self.patch_window, shifted)
+
     # What a query in unit `first` needs of the past ------------------------------------------------
 
     def fresh_before(self, first: int) -> int:
@@ -64,7 +68,7 @@ class Scale:
         """Groups pooled in time that a run of units completes."""
         return (first + units) // self.time - first // self.time if self.time > 1 else 0
 
-    def key_blocks(self, first: int, units: int, separate_own: bool) -> Blocks:
+    def key_blocks(self, first: int, units: int, separate_own: bool) -> KeyBlocks:
         """Which blocks of keys each of `units` own units, starting at unit `first`, attends to.
 
         The key blocks lie in one row: the pooled groups, then the unpooled units (past ones and own

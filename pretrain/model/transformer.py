@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,122 +17,43 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..checkpoints.exported_weights import ExportedWeights, open_exported
-from .attention import still
-from .attention_inputs import View, view_frames
+from ..kernels.dispatch import Kernel
+from .attention_inputs import AttentionInputs
+from .config import ModelConfig
 from .layers import Block, NoiseEmbedding
-from .noise_gate import GateConstants, GatePlace
-from .past_context import Layer, Timeline, WholeVideo
-from .scales import Scale, check_scales
+from .past_context import Layer, PastContext, WholeVideo
 
 M = TypeVar("M", bound=nn.Module)
-Made = Callable[[str, nn.Module], None]  # given the name and the module of a part of the model
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Everything that fixes the weights' shapes and the function they compute.
-
-    width: D, divisible by the number of heads; the heads are those of `scales`, in order.
-    patch: side in latents of one token. frames_per_unit: frames of one autoregressive step.
-    gate: where the noise gate acts ("logits", "pair", "values", "mix", "none"); see model/attention.py.
-    classes: number of class labels (0: none). text_width: width of text embeddings (0: none).
-    The last four are taken from the shards when training starts and travel with the weights: latent
-    channels, their mean and standard deviation, and the gate's constants per scale.
-    """
-
-    width: int = 128
-    depth: int = 6
-    scales: tuple[Scale, ...] = (Scale(2, 1, 1, 2, 16), Scale(1, 2, 1, 8), Scale(1, 4, 4, None))
-    patch: int = 2
-    frames_per_unit: int = 1
-    mlp_ratio: float = 4.0
-    gate: GatePlace = "logits"
-    rope_theta: float = 10_000.0
-    classes: int = 0
-    text_width: int = 0
-    channels: int = 0
-    latent_mean: tuple[float, ...] = ()
-    latent_std: tuple[float, ...] = ()
-    gate_constants: tuple[GateConstants, ...] = ()
-
-    def __post_init__(self):
-        if not self.scales:
-            raise ValueError("model.scales is empty; at least one scale is needed")
-        if self.width % self.heads:
-            raise ValueError(f"model.width {self.width} does not divide by the scales' {self.heads} heads")
-        least = 16 if self.gate == "pair" else 8
-        if self.head_width < least or self.head_width % 2:
-            raise ValueError(
-                f"model.width {self.width} over {self.heads} heads gives a head width of {self.head_width}; "
-                f"it must be even and at least {least} with model.gate {self.gate}"
-            )
-        if self.hidden < 1:
-            raise ValueError(f"model.mlp_ratio is {self.mlp_ratio}; it must be positive")
-        for name in ("depth", "patch", "frames_per_unit"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
-
-    @property
-    def heads(self) -> int:
-        return sum(scale.heads for scale in self.scales)
-
-    @property
-    def head_width(self) -> int:
-        return self.width // self.heads
-
-    @property
-    def hidden(self) -> int:
-        return int(self.width * self.mlp_ratio)
-
-    @staticmethod
-    def from_dict(values: dict) -> ModelConfig:
-        """From plain JSON values; ValueError names keys that are unknown, and constants of an earlier version."""
-        values = dict(values)
-        if unknown := sorted(values.keys() - {field.name for field in dataclasses.fields(ModelConfig)}):
-            raise ValueError(f"unknown: {', '.join(unknown)}")
-        if any(len(constants) != len(GateConstants._fields) for constants in values["gate_constants"]):
-            raise ValueError(
-                f"gate_constants holds {len(values['gate_constants'][0])} numbers of every scale, as an earlier "
-                f"version measured them, and now needs {', '.join(GateConstants._fields)}: "
-                "take them from what `msc train --dry-run` prints for the same shards and scales"
-            )
-        values["scales"] = tuple(Scale(**scale) for scale in values["scales"])
-        for name in ("latent_mean", "latent_std"):
-            values[name] = tuple(values[name])
-        values["gate_constants"] = tuple(GateConstants(*four) for four in values["gate_constants"])
-        return ModelConfig(**values)
-
-
-def check_clip(config: ModelConfig, frames: int, height: int, width: int) -> None:
-    """Raise ValueError if a clip of `frames × height × width` latents does not fit the model's scales and patches."""
-    for name, side in (("height", height), ("width", width)):
-        if side % config.patch:
-            raise ValueError(f"the latent {name} of {side} does not divide by model.patch {config.patch}")
-    check_scales(config.scales, config.heads, (height // config.patch, width // config.patch))
-    if frames % config.frames_per_unit:
-        raise ValueError(f"{frames} latent frames do not divide into units of {config.frames_per_unit} frames")
+OnPartBuilt = Callable[[str, nn.Module], None]  # called with the name and the module of a part of the model
 
 
 class MSCTransformer(nn.Module):
     """Multi-scale causal video diffusion transformer."""
 
-    def __init__(self, config: ModelConfig, made: Made | None = None):
-        """made: called with the name and the module of every block, and of every layer outside of blocks, as soon as
+    def __init__(
+        self,
+        config: ModelConfig,
+        kernel: Kernel = "auto",
+        recompute: bool = False,
+        on_part_built: OnPartBuilt | None = None,
+    ):
+        """kernel: which computes attention (kernels/dispatch.py). recompute: activation checkpointing per block.
+        on_part_built: called with the name and module of every block, and of every layer outside of blocks, as soon as
         it has its first weights: what takes them from elsewhere, or keeps only a rank's share of them, does it there.
         """
         super().__init__()
         if config.channels < 1:
             raise ValueError("model.channels is 0; it is taken from the shards' index when training starts")
-        self.config = config
-        self.recompute = False  # activation checkpointing, set by parallelize
+        self.config, self.recompute = config, recompute
+        self.attention_inputs = AttentionInputs(config, kernel)
         width, tokens = config.width, config.channels * config.patch**2
 
         def new(name: str, module: M, zero: bool = False) -> M:
             init_weights(module, config.depth)
             if zero:
                 nn.init.zeros_(module.get_parameter("weight"))
-            if made is not None:
-                made(name, module)
+            if on_part_built is not None:
+                on_part_built(name, module)
             return module
 
         self.embed = new("embed", nn.Linear(tokens, width))
@@ -146,8 +66,7 @@ class MSCTransformer(nn.Module):
         self.text = new("text", nn.Linear(config.text_width, width)) if config.text_width else None
         self.blocks = nn.ModuleList()
         for layer in range(config.depth):
-            block = Block(width, config.hidden, config.scales, config.gate, bool(layer % 2), config.text_width > 0)
-            self.blocks.append(new(f"blocks.{layer}", block))
+            self.blocks.append(new(f"blocks.{layer}", Block(config, shifted=bool(layer % 2))))
         self.final_norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.final_modulate = new("final_modulate", nn.Linear(width, 2 * width), zero=True)
         self.final = new("final", nn.Linear(width, tokens), zero=True)
@@ -158,20 +77,20 @@ class MSCTransformer(nn.Module):
         t_BT: Tensor,
         text_BLE: Tensor | None = None,
         labels_B: Tensor | None = None,
-        timeline: Timeline | None = None,
+        past_context: PastContext | None = None,
         all_t_BT: Tensor | None = None,
     ) -> Tensor:
         """Velocity `ε - x` of every frame, `[B, T, C, H, W]` in the type of x.
 
         x: noisy normalised latents of the own frames; t: their noise levels in [0, 1]; text: embeddings
-        (zeros where dropped or padded); labels: class numbers, `classes` meaning none; timeline: where the frames
+        (zeros where dropped or padded); labels: class numbers, `classes` meaning none; past_context: where the frames
         lie in their video and where to get the past from (default: the whole video is here); all_t: noise levels of
-        all frames of the video, if they are known (default: the timeline brings what is needed).
+        all frames of the video, if they are known (default: the past_context brings what is needed).
         """
-        config, timeline = self.config, timeline or WholeVideo()
+        config, past_context = self.config, past_context or WholeVideo()
         kind = self.embed.weight.dtype
         tokens = self.embed(patchify(x_BTCHW, config.patch).to(kind))
-        views = self.view(t_BT, (tokens.shape[2], tokens.shape[3]), timeline, all_t_BT)
+        inputs = self.attention_inputs.prepare(t_BT, (tokens.shape[2], tokens.shape[3]), past_context, all_t_BT)
         embedding = self.noise(t_BT)
         if self.label is not None:
             none = torch.full((x_BTCHW.shape[0],), config.classes, device=x_BTCHW.device)
@@ -187,39 +106,17 @@ class MSCTransformer(nn.Module):
             text = (self.text(text_BLE.to(kind)), seen_BL)
         modulation = self.modulate(torch.nn.functional.silu(embedding)).unflatten(-1, (6, -1))
         for number, block in enumerate(self.blocks):
-            arguments = (tokens, modulation, text, views, Layer(number))
+            arguments = (tokens, modulation, text, inputs, Layer(number))
             if self.recompute and torch.is_grad_enabled():
                 # nothing in a block is random, and to set generators back takes the CPU time
                 tokens = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
-            elif timeline.grows:
+            elif past_context.grows:
                 tokens = block._call_impl(*arguments)  # as it is, compiled or not
             else:
                 tokens = block(*arguments)
         shift, scale = self.final_modulate(embedding)[:, :, None, None].chunk(2, -1)
         residual = self.final(self.final_norm(tokens) * (1 + scale) + shift)
         return precondition(x_BTCHW, t_BT, unpatchify(residual, config.patch, config.channels))
-
-    def view(
-        self, t_BT: Tensor, grid: tuple[int, int], timeline: Timeline, all_t_BT: Tensor | None = None
-    ) -> list[View]:
-        """What each scale needs to know of these frames; computed once for all layers."""
-        config = self.config
-        first = self.blocks[0]
-        assert isinstance(first, Block)
-        return view_frames(
-            config.scales,
-            t_BT,
-            grid,
-            config.frames_per_unit,
-            config.head_width,
-            still(config.gate),
-            config.rope_theta,
-            config.gate,
-            config.gate_constants or (None,) * len(config.scales),
-            timeline,
-            first.attention.backend,
-            all_t_BT,
-        )
 
     # Latents as the autoencoder gives them <-> zero mean, unit variance per channel ---------------------
 

@@ -29,11 +29,12 @@ from msc.parallel.process_group import keep_freed_memory
 from msc.pretrain import cost
 from msc.pretrain.kernels import rectangle, sdpa
 from msc.pretrain.model.attention import MultiScaleAttention
-from msc.pretrain.model.attention_inputs import View
+from msc.pretrain.model.attention_inputs import ScaleInputs
+from msc.pretrain.model.config import ModelConfig
 from msc.pretrain.model.layers import Block
 from msc.pretrain.model.past_context import WholeVideo
 from msc.pretrain.model.scales import Scale, default_scales
-from msc.pretrain.model.transformer import ModelConfig, MSCTransformer
+from msc.pretrain.model.transformer import MSCTransformer
 
 GRID, WIDTH, HEADS = (16, 16), 256, 4
 COMMON = {"width": WIDTH, "depth": 1, "patch": 1, "channels": 4}
@@ -55,23 +56,23 @@ def medians(runs: int, *contenders: Callable[[], object]) -> list[float]:
     return [statistics.median(times) for times in zip(*rounds, strict=True)]
 
 
-def make(config: ModelConfig, frames: int) -> tuple[Block, list[View], Tensor, Tensor]:
-    """A block, its views, and its inputs: tokens and modulation."""
+def make(config: ModelConfig, frames: int) -> tuple[Block, list[ScaleInputs], Tensor, Tensor]:
+    """A block, the inputs of its scales, and its own: tokens and modulation."""
     torch.manual_seed(0)
     model = MSCTransformer(config)
     (block,) = model.blocks
     assert isinstance(block, Block)
-    views = model.view(torch.rand(1, frames), GRID, WholeVideo())
+    inputs = model.attention_inputs.prepare(torch.rand(1, frames), GRID, WholeVideo())
     x = torch.randn(1, frames, *GRID, WIDTH, requires_grad=True)
-    return block, views, x, torch.randn(1, frames, 6, WIDTH, requires_grad=True)
+    return block, inputs, x, torch.randn(1, frames, 6, WIDTH, requires_grad=True)
 
 
 def block_step(config: ModelConfig, frames: int) -> Callable[[], None]:
-    block, views, x, modulation = make(config, frames)
+    block, inputs, x, modulation = make(config, frames)
     direction = torch.randn_like(x)
 
     def step() -> None:
-        block(x, modulation, None, views, 0).backward(direction)
+        block(x, modulation, None, inputs, 0).backward(direction)
         for tensor in (x, modulation, *block.parameters()):
             tensor.grad = None
 
@@ -103,16 +104,16 @@ def dense_attention(frames: int) -> tuple[Callable[[], None], Callable[[], None]
 
 def module_and_pure_work(frames: int) -> tuple[Callable[[], None], Callable[[], None]]:
     """Forward and backward of the multi-scale module, and of its matrix products and rectangles alone."""
-    block, views, x, _ = make(MULTI_SCALE, frames)
+    block, inputs, x, _ = make(MULTI_SCALE, frames)
     module = block.attention
     direction = torch.randn_like(x)
 
     def step() -> None:
-        module(x, views).backward(direction)
+        module(x, inputs).backward(direction)
         for tensor in (x, *module.parameters()):
             tensor.grad = None
 
-    rectangles = rectangles_of(module, x, views)
+    rectangles = rectangles_of(module, x, inputs)
     tokens, grad = x.detach().flatten(0, 3), direction.flatten(0, 3)
     qkv, out = module.qkv.weight.detach(), module.out.weight.detach()
 
@@ -128,19 +129,19 @@ def module_and_pure_work(frames: int) -> tuple[Callable[[], None], Callable[[], 
     return step, pure
 
 
-def rectangles_of(module: MultiScaleAttention, x: Tensor, views: list[View]) -> list[tuple[Tensor, ...]]:
+def rectangles_of(module: MultiScaleAttention, x: Tensor, inputs: list[ScaleInputs]) -> list[tuple[Tensor, ...]]:
     """Queries, keys and values of all calls that the module makes, each gathered and in one piece."""
     rectangles = []
     forward = rectangle.forward
 
-    def recording(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-        rectangles.append(tuple(tensor.detach().contiguous() for tensor in inputs))
-        return forward(*inputs)
+    def recording(*operands: Tensor) -> tuple[Tensor, Tensor]:
+        rectangles.append(tuple(tensor.detach().contiguous() for tensor in operands))
+        return forward(*operands)
 
     rectangle.forward = recording  # type: ignore[assignment]
     try:
         with torch.no_grad():
-            module(x, views)
+            module(x, inputs)
     finally:
         rectangle.forward = forward
     return rectangles
@@ -148,7 +149,7 @@ def rectangles_of(module: MultiScaleAttention, x: Tensor, views: list[View]) -> 
 
 def kept_bytes(config: ModelConfig, frames: int) -> int:
     """Bytes of what autograd keeps for the block's backward pass, each storage once, parameters left out."""
-    block, views, x, modulation = make(config, frames)
+    block, inputs, x, modulation = make(config, frames)
     weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
     kept: dict[int, int] = {}
 
@@ -159,7 +160,7 @@ def kept_bytes(config: ModelConfig, frames: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = block(x, modulation, None, views, 0)
+        out = block(x, modulation, None, inputs, 0)
     del out
     return sum(kept.values())
 

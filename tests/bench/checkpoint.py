@@ -37,8 +37,8 @@ def stall(args: argparse.Namespace, folder: Path) -> None:
     from msc.pretrain.checkpoints.async_writer import Writer
     from msc.pretrain.checkpoints.directory import CheckpointMeta
     from msc.pretrain.checkpoints.format import CheckpointConfig
+    from msc.pretrain.model.config import ModelConfig
     from msc.pretrain.model.scales import default_scales
-    from msc.pretrain.model.transformer import ModelConfig
     from msc.pretrain.optimizer import OptimizerConfig
     from msc.pretrain.parallelize import ParallelConfig, build, parallelize
 
@@ -105,9 +105,10 @@ MARKS: list[tuple[str, float]] = []
 
 def rank() -> int:
     """`msc` as a rank or launcher that notes when each part of its start was done."""
-    from msc.launch import cli, commands
+    from msc.launch import cli
+    from msc.launch.processes import launcher
 
-    commands.PROGRAM = PROGRAM
+    launcher.PROGRAM = PROGRAM
     if "RANK" not in os.environ:
         return cli.main()
     import psutil

@@ -97,7 +97,7 @@ def read_index(content: bytes) -> None:
     assert all("/" not in shard.name for shards in index.splits.values() for shard in shards)
     found = index.statistics
     describe(FOLDER, index)
-    gate_constants(SCALES, 2, 1, mix_statistics([(1.0, found), (2.0, found)]))
+    gate_constants(SCALES, 2, mix_statistics([(1.0, found), (2.0, found)]))
     batches_per_round(Shards((ShardSet(FOLDER, index),)), "train", 1)
 
 

@@ -69,15 +69,15 @@ def rank() -> None:
 
     from msc.parallel import deepspeed_zero, process_group
     from msc.pretrain.optimizer import OptimizerConfig
-    from msc.pretrain.parallelize import build, clip_of, make_mesh, own_timeline, parallelize
+    from msc.pretrain.parallelize import build, clip_shape, make_mesh, own_past_context, parallelize
 
     case = json.loads(os.environ["CASE"])
     process_group.keep_freed_memory = lambda: None  # what it keeps is no peak of the model's
     world = process_group.join_process_group(300)
     config, index = configure(case)
     mesh = make_mesh(world.world_size, config.parallel.sp, "cpu")
-    clip = clip_of(config.model, config.parallel, index.frames, index.height, index.width)
-    timeline, units = own_timeline(mesh, config.model, config.parallel, clip)
+    clip = clip_shape(config.model, config.parallel, index.frames, index.height, index.width)
+    past_context, units = own_past_context(mesh, config.model, config.parallel, clip)
     deepspeed_zero._deepspeed()
     x = torch.randn(1, len(units) * config.model.frames_per_unit, index.channels, index.height, index.width)
     t = torch.rand(x.shape[:2])
@@ -88,7 +88,7 @@ def rank() -> None:
         model = build(config.model, config.parallel, world.device)
         engine = parallelize(model, config.parallel, OptimizerConfig(), 1)
         for _ in range(3):
-            deepspeed_zero.backward(engine, engine(x, t, None, None, timeline).square().mean())
+            deepspeed_zero.backward(engine, engine(x, t, None, None, past_context).square().mean())
             deepspeed_zero.step(engine, lambda norm: "")
     resident = held("VmHWM") - before
     with tempfile.TemporaryDirectory() as folder:

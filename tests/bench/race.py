@@ -29,10 +29,10 @@ from msc.pretrain.diffusion.rectified_flow import add_noise, frame_losses
 from msc.pretrain.diffusion.sampler import generate
 from msc.pretrain.evaluation.metrics import psnr
 from msc.pretrain.inference.contact_sheet import write_contact_sheet
-from msc.pretrain.model.layers import Block
+from msc.pretrain.model.config import ModelConfig
 from msc.pretrain.model.noise_gate import gate_constants
 from msc.pretrain.model.scales import Scale, default_scales
-from msc.pretrain.model.transformer import ModelConfig, MSCTransformer
+from msc.pretrain.model.transformer import MSCTransformer
 
 PATCH, HEADS = 2, 4
 
@@ -148,10 +148,9 @@ def load_into(target: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
 @torch.no_grad()
 def continued(model: MSCTransformer, x: Tensor, steps: int) -> Tensor:
     """Held-out clips from their first half on, normalised: `[B, T, C, H, W]`."""
-    for block in model.blocks:  # many shapes: not compiled
-        assert isinstance(block, Block)
-        block.attention.backend = "sdpa"
-        block._compiled_call_impl = None
+    weights = model.state_dict()
+    model = MSCTransformer(model.config, "sdpa").to(x.device)  # many shapes: not compiled
+    model.load_state_dict(weights, assign=True)
     given = x.shape[1] // 2
     with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
         new = list(generate(model, x[:, :given], x.shape[1] - given, steps=steps, seed=5))
@@ -213,7 +212,7 @@ def main() -> None:
         torch.manual_seed(0)
         config = ModelConfig(
             width=args.width, depth=args.depth, scales=scales, patch=PATCH, channels=3,
-            gate="none" if name == "dense" else "logits", gate_constants=gate_constants(scales, PATCH, 1, statistics),
+            gate="none" if name == "dense" else "logits", gate_constants=gate_constants(scales, PATCH, statistics),
         )  # fmt: skip
         model = MSCTransformer(config).to(device)
         if args.compile:

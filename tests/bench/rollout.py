@@ -20,8 +20,9 @@ from msc.launch.planning import hardware
 from msc.launch.planning.plan import plan_rollout
 from msc.pretrain import cost
 from msc.pretrain.diffusion.sampler import Cache, generate, limit_context
+from msc.pretrain.model.config import ModelConfig
 from msc.pretrain.model.scales import default_scales
-from msc.pretrain.model.transformer import ModelConfig, MSCTransformer
+from msc.pretrain.model.transformer import MSCTransformer
 
 SHOWN = 10  # rows of the table
 

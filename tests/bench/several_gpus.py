@@ -43,13 +43,14 @@ from msc.launch.planning import hardware
 from msc.launch.planning.plan import make_plan
 from msc.launch.processes import launcher
 from msc.parallel import collectives, deepspeed_zero, process_group
+from msc.parallel.signals import collect_signals
 from msc.pretrain import cost
 from msc.pretrain.diffusion.rectified_flow import add_noise, frame_losses
-from msc.pretrain.layout_planner import choose
+from msc.pretrain.layout_planner import choose_layouts
 from msc.pretrain.model.layers import Block
 from msc.pretrain.model.scales import Scale
 from msc.pretrain.model.transformer import MSCTransformer
-from msc.pretrain.parallelize import build, check_parallel, clip_of, make_mesh, own_timeline, parallelize
+from msc.pretrain.parallelize import build, check_parallel, clip_shape, make_mesh, own_past_context, parallelize
 from msc.pretrain.presets import PRESETS
 from msc.pretrain.validation import ASSUMED_INDEX, resolve
 
@@ -82,8 +83,8 @@ def layouts_of(args: argparse.Namespace, job: dict[str, Any]) -> str:
     if job["ranks"] == 1:
         return ""
     config, index = configure(args, job)
-    clip = clip_of(config.model, config.parallel, index.frames, index.height, index.width)
-    found = choose(config.model.scales, clip, job["ranks"], job["layout"], config.parallel.rates)
+    clip = clip_shape(config.model, config.parallel, index.frames, index.height, index.width)
+    found = choose_layouts(config.model.scales, clip, job["ranks"], job["layout"], config.parallel.rates)
     return found[0] if len(set(found)) == 1 else "+".join(found)
 
 
@@ -144,19 +145,17 @@ def training_step(
     """A function that takes one step and returns this rank's share of the loss."""
     config, index = configure(args, job)
     device, parallel = world.device, config.parallel
-    clip = clip_of(config.model, parallel, index.frames, index.height, index.width)
-    timeline, units = own_timeline(mesh, config.model, parallel, clip)
+    clip = clip_shape(config.model, parallel, index.frames, index.height, index.width)
+    past_context, units = own_past_context(mesh, config.model, parallel, clip)
     torch.manual_seed(0)
     if args.engine:
         model = parallelize(build(config.model, parallel, device, awake), parallel, config.optimizer, 1)
     else:
         with device:  # made there at once: on a CPU large ones take minutes
-            model = MSCTransformer(config.model, awake)
+            model = MSCTransformer(config.model, parallel.attention, parallel.recompute, awake)
         model = model.to(device, torch.float32 if parallel.precision == "fp32" else torch.bfloat16)
-        model.recompute = parallel.recompute
         for block in model.blocks:
             assert isinstance(block, Block)
-            block.attention.backend = parallel.attention
             if parallel.compile:
                 block.compile(fullgraph="ring" not in job["layouts"])  # what falls into pieces waits for the CPU
     colour = torch.randn(config.model.channels, 1, 1, device=device)  # of the whole video: something to learn
@@ -169,7 +168,7 @@ def training_step(
     noisy = add_noise(x, noise, t)
 
     def step() -> Any:
-        errors = frame_losses(model(noisy, t, None, None, timeline, all_t), x, noise)
+        errors = frame_losses(model(noisy, t, None, None, past_context, all_t), x, noise)
         share = errors.sum() / index.frames
         if args.engine:
             deepspeed_zero.backward(model, share * world.world_size)
@@ -342,7 +341,7 @@ def run(args: argparse.Namespace, folder: Path) -> None:
     """Start ranks for all jobs of one number of GPUs, again for what is left after one that failed, and so on."""
     end, waiting = time.time() + args.seconds, jobs_of(args)
     environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {})}
-    with launcher.caught_signals() as received:
+    with collect_signals() as received:
         while waiting and not received and time.time() < end:
             size = waiting[0]["ranks"], waiting[0]["copies"]
             batch = [job for job in waiting if (job["ranks"], job["copies"]) == size][: 1 if args.engine else None]

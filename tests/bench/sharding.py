@@ -22,11 +22,12 @@ import torch.multiprocessing as mp
 
 from msc.parallel import collectives
 from msc.parallel.context_parallel import shard_bounds
-from msc.pretrain.layout_planner import Clip, choose, halo_values, ring_values, ulysses_values
-from msc.pretrain.model.past_context import Timeline, WholeVideo
+from msc.pretrain.layout_planner import ClipShape, choose_layouts, halo_values, ring_values, ulysses_values
+from msc.pretrain.model.config import ModelConfig
+from msc.pretrain.model.past_context import PastContext, WholeVideo
 from msc.pretrain.model.scales import Scale, default_scales
-from msc.pretrain.model.transformer import ModelConfig, MSCTransformer
-from msc.pretrain.parallelize import ParallelConfig, sharded_timeline
+from msc.pretrain.model.transformer import MSCTransformer
+from msc.pretrain.parallelize import ParallelConfig, sharded_past_context
 
 HEADS, HEAD_WIDTH, GRID = 16, 64, (64, 64)  # the width of `base`, 4,096 tokens per frame
 RANKS, RUNS = 2, 7
@@ -48,7 +49,7 @@ def traffic() -> None:
     scales = default_scales(HEADS)
     for frames in (32, 128, 512):
         for ranks in (2, 4, 8, 16):
-            clip, edges = Clip(frames, 1, GRID, HEAD_WIDTH), shard_bounds(frames, ranks)
+            clip, edges = ClipShape(frames, 1, GRID, HEAD_WIDTH), shard_bounds(frames, ranks)
             megabytes = clip.value_bytes / 1e6
             halos = [halo_values(scale, edges, clip.unit_values(scale)) for scale in scales]
             ulysses = sum(max(ulysses_values(edges, clip.unit_values(scale))) for scale in scales) * megabytes
@@ -70,15 +71,15 @@ def step_times(rank: int, ranks: int, port: int, name: str, layout: Any, frames:
     torch.manual_seed(0)
     model = MSCTransformer(config)
     edges = shard_bounds(frames, ranks)
-    timeline: Timeline = WholeVideo()
+    past_context: PastContext = WholeVideo()
     if ranks > 1:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         dist.init_process_group("gloo")
         if layout != APART:
-            clip = Clip(frames, 1, (16, 16), config.head_width, 4)
-            layouts = choose(scales, clip, ranks, layout, ParallelConfig().rates)
+            clip = ClipShape(frames, 1, (16, 16), config.head_width, 4)
+            layouts = choose_layouts(scales, clip, ranks, layout, ParallelConfig().rates)
             assert dist.group.WORLD is not None
-            timeline = sharded_timeline(dist.group.WORLD, edges, config, layouts)
+            past_context = sharded_past_context(dist.group.WORLD, edges, config, layouts)
     x, t = torch.randn(1, edges[rank + 1] - edges[rank], 4, 32, 32), torch.rand(1, edges[rank + 1] - edges[rank])
     waited = [0.0]
     wait = collectives.wait_all_to_all
@@ -95,7 +96,7 @@ def step_times(rank: int, ranks: int, port: int, name: str, layout: Any, frames:
         if ranks > 1:
             dist.barrier()
         waited[0], start = 0.0, time.perf_counter()
-        model(x, t, timeline=timeline).square().mean().backward()
+        model(x, t, past_context=past_context).square().mean().backward()
         times.append((time.perf_counter() - start, waited[0]))
     results.put((rank, times[2:]))
     if ranks > 1:

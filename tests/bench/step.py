@@ -28,18 +28,20 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from msc.parallel import collectives, fp8
 from msc.parallel.context_parallel import shard_bounds
 from msc.pretrain import cost
+from msc.pretrain.kernels.dispatch import Kernel
+from msc.pretrain.model.config import ModelConfig
 from msc.pretrain.model.layers import Block
-from msc.pretrain.model.past_context import Timeline, WholeVideo
+from msc.pretrain.model.past_context import PastContext, WholeVideo
 from msc.pretrain.model.scales import Scale
-from msc.pretrain.model.transformer import ModelConfig, MSCTransformer
-from msc.pretrain.parallelize import sharded_timeline
+from msc.pretrain.model.transformer import MSCTransformer
+from msc.pretrain.parallelize import sharded_past_context
 from msc.pretrain.presets import PRESETS
 from msc.pretrain.tracking.throughput import mfu
 
 SIDE = 32  # latents: 16 x 16 tokens with patch 2
 
 
-def timeline_of(config: ModelConfig, frames: int, part: tuple[int, int] | None) -> Timeline:
+def past_context_of(config: ModelConfig, frames: int, part: tuple[int, int] | None) -> PastContext:
     """Of a whole clip, or of a rank's part, in a group that talks to nobody."""
     if part is None:
         return WholeVideo()
@@ -50,35 +52,33 @@ def timeline_of(config: ModelConfig, frames: int, part: tuple[int, int] | None) 
         collectives.wait_all_to_all = lambda x, route: x
     edges = shard_bounds(frames // config.frames_per_unit * ranks, ranks)
     assert dist.group.WORLD is not None
-    return sharded_timeline(dist.group.WORLD, edges, config, ["halo"] * len(config.scales))
+    return sharded_past_context(dist.group.WORLD, edges, config, ["halo"] * len(config.scales))
 
 
 def training_step(
-    config: ModelConfig, frames: int, backend: str, compiled: bool, recompute: bool, in_fp8: bool = False,
+    config: ModelConfig, frames: int, kernel: Kernel, compiled: bool, recompute: bool, in_fp8: bool = False,
     part: tuple[int, int] | None = None,
 ) -> Callable[[], None]:  # fmt: skip
     """A function that makes one forward and backward pass; on a GPU it returns when all of it is started."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
-    model = MSCTransformer(config)
+    model = MSCTransformer(config, kernel, recompute)
     torch.nn.init.normal_(model.final.weight, std=0.02)  # of zeros the backward pass would be zeros: faster on a GPU
     model = model.to(device, dtype)
-    model.recompute = recompute
     for block in model.blocks:
         assert isinstance(block, Block)
-        block.attention.backend = backend  # type: ignore[assignment]
         if in_fp8:
             fp8.convert_linear_layers(block)
         if compiled:
             block.compile()
     x = torch.randn(1, frames, config.channels, SIDE, SIDE, device=device)
     t = torch.rand(1, frames, device=device)
-    timeline = timeline_of(config, frames, part)
+    past_context = past_context_of(config, frames, part)
 
     def step() -> None:
         with fp8.autocast(in_fp8):
-            y = model(x, t, timeline=timeline)
+            y = model(x, t, past_context=past_context)
         y.float().square().mean().backward()
         model.zero_grad(set_to_none=True)
 
@@ -96,12 +96,12 @@ def timed(step: Callable[[], object]) -> tuple[float, float]:
 
 
 def measure(
-    config: ModelConfig, frames: int, backend: str, compiled: bool, recompute: bool, runs: int, top: int = 0,
+    config: ModelConfig, frames: int, kernel: Kernel, compiled: bool, recompute: bool, runs: int, top: int = 0,
     in_fp8: bool = False, part: tuple[int, int] | None = None, trace: str | None = None,
 ) -> dict:  # fmt: skip
     """Median seconds of a step and of the CPU, peak memory in bytes, FLOPs; with `top`, a list of so many kernels."""
     torch._dynamo.reset()
-    step, on_gpu = training_step(config, frames, backend, compiled, recompute, in_fp8, part), torch.cuda.is_available()
+    step, on_gpu = training_step(config, frames, kernel, compiled, recompute, in_fp8, part), torch.cuda.is_available()
     for _ in range(2):
         timed(step)
     if on_gpu:

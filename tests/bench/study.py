@@ -29,10 +29,11 @@ from msc.datasets.synthetic import curtains, gaussian_fields, moving_textures, t
 from msc.pretrain import cost
 from msc.pretrain.diffusion.rectified_flow import add_noise, frame_losses, shift_levels
 from msc.pretrain.diffusion.sampler import generate
+from msc.pretrain.model.config import ModelConfig
 from msc.pretrain.model.layers import Block
 from msc.pretrain.model.noise_gate import gate_constants
 from msc.pretrain.model.scales import Scale, default_scales
-from msc.pretrain.model.transformer import ModelConfig, MSCTransformer
+from msc.pretrain.model.transformer import MSCTransformer
 
 TASKS = ("fields", "textures", "real", "curtains", "camera")
 SIDE, PATCH, HEADS = 24, 2, 4  # 12 x 12 tokens per frame
@@ -54,9 +55,6 @@ VARIANTS: dict[str, tuple[tuple[Scale, ...], str, bool, bool]] = {
     "none": (MULTI, "none", False, False),
     "fixed": (MULTI, "logits", False, False),
     "logits": (MULTI, "logits", True, False),
-    "pair": (MULTI, "pair", True, False),
-    "values": (MULTI, "values", True, False),
-    "mix": (MULTI, "mix", True, False),
     "unpooled": ((*MULTI[:2], Scale(1, 4, 1)), "logits", True, False),  # the coarse scale keeps every frame
 }
 
@@ -263,21 +261,14 @@ def roll_out(model: MSCTransformer, x: Tensor, units: int, level: float) -> dict
     }
 
 
-def kernel(model: MSCTransformer, name: str) -> None:
-    for block in model.blocks:
-        assert isinstance(block, Block)
-        block.attention.backend = name  # type: ignore[assignment]
-
-
 def build(task: Task, variant: str, seed: int, args: argparse.Namespace) -> MSCTransformer:
     scales, gate, learned, _ = VARIANTS[variant]
     torch.manual_seed(seed)
-    model = MSCTransformer(configure(task, scales, gate, args)).to(task.held_out.device)
+    model = MSCTransformer(configure(task, scales, gate, args), args.backend).to(task.held_out.device)
     for block in model.blocks:
         assert isinstance(block, Block)
         if block.attention.delta is not None:
             block.attention.delta.requires_grad_(learned)
-    kernel(model, args.backend)
     if args.compile:
         for block in model.blocks:
             block.compile()
@@ -287,7 +278,7 @@ def build(task: Task, variant: str, seed: int, args: argparse.Namespace) -> MSCT
 def configure(task: Task, scales: tuple[Scale, ...], gate: str, args: argparse.Namespace) -> ModelConfig:
     return ModelConfig(
         width=args.width, depth=args.depth, scales=scales, patch=PATCH, gate=gate,  # type: ignore[arg-type]
-        channels=task.held_out.shape[2], gate_constants=gate_constants(scales, PATCH, 1, task.statistics),
+        channels=task.held_out.shape[2], gate_constants=gate_constants(scales, PATCH, task.statistics),
     )  # fmt: skip
 
 
@@ -303,9 +294,9 @@ def run(name: str, task: Task, variant: str, seeds: list[int], args: argparse.Na
     seconds = train(models, task, steps, args.batch, args.lr)
     results = []
     for seed, model in models.items():
-        kernel(model, "sdpa")  # evaluation has many shapes; compiling a kernel for each would take longer
-        for block in model.blocks:
-            block._compiled_call_impl = None
+        weights = model.state_dict()
+        model = MSCTransformer(model.config, "sdpa").to(task.held_out.device)  # evaluation has many shapes to compile
+        model.load_state_dict(weights)
         results.append({
             "task": name, "variant": variant, "seed": seed, "steps": steps, "batch": args.batch, "width": args.width,
             "depth": args.depth, "flops": flops * args.batch * steps, "seconds": seconds, **examine(name, task, model),
