@@ -394,7 +394,7 @@ def test_a_card_that_somebody_edited_is_kept(run, tmp_path):
     assert "kept" not in export(path, dtype="bf16")
     assert card.read_bytes() != first, "a card that nobody edited is renewed"
     card.write_bytes(first.replace(b"# license: ...", b"license: mit"))
-    assert "README.md is not as it was written, and kept" in export(path)
+    assert "README.md was edited and is kept" in export(path)
     assert b"license: mit" in card.read_bytes() and (path / "export" / "model.safetensors").is_file()
 
 
@@ -429,7 +429,7 @@ def test_upload_makes_a_private_repository_and_sends_the_folder(run, tmp_path, m
         ("upload", {"repo_id": "me/first", "folder_path": tmp_path / "out", "commit_message": "msc export of step 40",
                     "delete_patterns": model_card.OWN_WEIGHTS, "ignore_patterns": None}),
     ]  # fmt: skip
-    assert "its README.md is as it was" in model_card.push(tmp_path / "out", "me/card", "x")
+    assert "its README.md was not changed" in model_card.push(tmp_path / "out", "me/card", "x")
     assert Api.calls[-1][1]["ignore_patterns"] == ["README.md"]
     assert not [p for p in (tmp_path / "out").iterdir() if b"hf_secret" in p.read_bytes()]
     monkeypatch.setattr(Api, "failure", ConnectionError("no route to host"))

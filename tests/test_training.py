@@ -441,7 +441,7 @@ def test_evaluate_measures_a_run_and_another_beside_it(trained, finished):
         for name, row in table["rows"].items():
             if " - other's" in name:
                 assert set(row["mean"]) <= {0, None}, name
-    card = model_card.measured(result)
+    card = model_card.results(result)
     assert "| continuations: PSNR, mean (dB) | sample | " in card
     assert "other's" not in card and str(trained) not in card
     assert "PSNR" in done.stdout and done.stdout.strip() == (trained / "evaluation.txt").read_text().strip()
