@@ -236,22 +236,3 @@ def describe_validation_error(error: "pydantic.ValidationError", values: bool = 
         problems.append(message)
     more = error.error_count() - len(problems)
     return "; ".join(problems) + (f"; and {more} more" if more else "")
-
-
-class Forgiving:
-    """A text stream that drops what cannot be written: a log on a full disk must not end the run it belongs to."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        with suppress(OSError):
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with suppress(OSError):
-            self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from msc.pretrain.requests import EvaluateConfig, SampleConfig
+from msc.pretrain.requests import EvaluateConfig, SampleConfig, TrainingStart
+from msc.pretrain.run_folder import RunFolder
 
 from .processes import launcher, slurm_env
 from .processes.train_request import TrainRequest, split_items
@@ -30,7 +31,7 @@ def options_for(function: Callable[..., Any], args: Namespace, **options: Any) -
     return {name: values[name] for name in names if values.get(name) is not None}
 
 
-def convert(args: Namespace) -> int:
+def convert(args: Namespace) -> None:
     import torch
 
     from msc.datasets.prepare.convert import ConvertConfig
@@ -61,7 +62,6 @@ def convert(args: Namespace) -> int:
     print(report.text)
     if args.part is None:
         print(f"a few of the clips: {contact_sheet_of(args.out, autoencoder, args.out / 'contact.png')}")
-    return 0
 
 
 def inspect(args: Namespace) -> int:
@@ -136,15 +136,13 @@ def train(args: Namespace) -> int:
                 "CUDA_VISIBLE_DEVICES=-1"
             )
     if not is_rank and processes > 1:
-        return launcher.run(launcher.msc_command(args.argv), processes, run / "logs")
+        return launcher.run(launcher.msc_command(args.argv), processes, RunFolder(run).logs)
     if not is_rank:
         os.environ.update(launcher.rank_environment(os.environ, 0, 1, launcher.free_port()))
     from msc.pretrain import train as training  # a mistake in the settings need not wait for DeepSpeed
 
-    options = {"back_to": request.rollback, "again": request.again or None}
-    options["planned"] = planned_step(request.plan, config, processes)
-    options = {name: value for name, value in options.items() if value is not None}
-    return training.train(config, run, request.resumes, **options)
+    planned = planned_step(request.plan, config, processes)
+    return training.train(TrainingStart(config, run, request.resumes, request.rollback, request.again, planned))
 
 
 def enter_slurm_step(request: TrainRequest) -> None:
@@ -156,9 +154,9 @@ def enter_slurm_step(request: TrainRequest) -> None:
     os.environ.update(slurm_env.rank_environment(os.environ, interface))
     rank = int(os.environ["RANK"])
     if rank:
-        logs = request.run / "logs"
-        logs.mkdir(parents=True, exist_ok=True)
-        file = os.open(logs / f"rank_{rank}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        path = RunFolder(request.run).rank_log(rank)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         for stream in (1, 2):
             os.dup2(file, stream)
     print(f"msc: {slurm_env.describe_rank(os.environ)}", file=sys.stderr, flush=True)  # every rank's, unlike log.info
@@ -180,7 +178,7 @@ def planned_step(plan: Path | None, config: Any, processes: int) -> Any:
         return None
 
 
-def plan(args: Namespace) -> int:
+def plan(args: Namespace) -> None:
     from msc.pretrain.config import load
     from msc.pretrain.presets import PRESETS, preset
 
@@ -199,14 +197,10 @@ def plan(args: Namespace) -> int:
     changes |= {"node": args.node} if args.node else {}
     keys = [override.partition("=")[0] for override in overrides]
     device = dataclasses.replace(device, **changes)
-    print(
-        report_plan(
-            **options_for(
-                report_plan, args, config=config, device=device, given=keys, units=args.roll_out, out=args.json
-            )
-        )
+    options = options_for(
+        report_plan, args, config=config, device=device, given=keys, units=args.roll_out, out=args.json
     )
-    return 0
+    print(report_plan(**options))
 
 
 def sweep(args: Namespace) -> int:
@@ -249,40 +243,37 @@ def checkpoints(args: Namespace) -> int:
     return 0 if whole else 1
 
 
-def evaluate(args: Namespace) -> int:
+def evaluate(args: Namespace) -> None:
     request = EvaluateConfig(**options_for(EvaluateConfig, args))
 
     from msc.pretrain.evaluation.evaluate import evaluate as evaluate_run
 
     for run in args.run:
         print(evaluate_run(run, request))
-    return 0
 
 
-def sample(args: Namespace) -> int:
+def sample(args: Namespace) -> None:
     prompt, label = tuple(args.prompt or ()), tuple(args.label or ())
     request = SampleConfig(**options_for(SampleConfig, args, prompt=prompt, label=label))
 
     from msc.pretrain.inference.sample import sample as sample_run
 
     print(sample_run(args.run, request))
-    return 0
 
 
-def export(args: Namespace) -> int:
+def export(args: Namespace) -> None:
     from msc.pretrain.export.export import export as export_run
 
     options = options_for(export_run, args, step=args.checkpoint, push_to=args.push_to_hub)
     print(export_run(**options))
-    return 0
 
 
 def doctor(args: Namespace) -> int:
-    from . import doctor as examination
+    from .doctor import as_json, as_text, is_healthy, run_checks
 
-    checks = examination.examine()
-    print(examination.as_json(checks) if args.json else examination.as_text(checks))
-    return 0 if examination.healthy(checks) else 1
+    checks = run_checks()
+    print(as_json(checks) if args.json else as_text(checks))
+    return 0 if is_healthy(checks) else 1
 
 
 def submit(args: Namespace) -> int:
@@ -301,22 +292,19 @@ def submit(args: Namespace) -> int:
     return submission.submit_command(inner.argv, run or inner.out, job_request, getattr(inner, "part", None))
 
 
-def status(args: Namespace) -> int:
+def status(args: Namespace) -> None:
     from .slurm.jobs import status_table
 
     print(status_table(args.runs))
-    return 0
 
 
-def logs(args: Namespace) -> int:
+def logs(args: Namespace) -> None:
     from .slurm.jobs import show_log
 
     show_log(args.run, args.rank, args.follow, args.lines)
-    return 0
 
 
-def cancel(args: Namespace) -> int:
+def cancel(args: Namespace) -> None:
     from .slurm.jobs import cancel as cancel_jobs
 
     print(cancel_jobs(args.run))
-    return 0

@@ -1,4 +1,4 @@
-"""What is wrong with this machine, and how to put it right: `msc doctor`.
+"""Doctor: checks of this machine and its installation, each with a remedy: `msc doctor`.
 
 Everything is tried for real (imports, a compiler, a codec), not read from metadata: what is installed and
 does not load is the usual trouble.
@@ -18,81 +18,91 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from msc.datasets.files import free_bytes
+from msc.datasets.text_table import text_table
 
 GIB = 2**30
 DISTRIBUTION = "msc-video"
 # Distribution and the module that is imported to try it.
-NEEDED = "torch deepspeed webdataset submitit mlflow av safetensors numpy pydantic pyyaml:yaml matplotlib"
+NEEDED = "torch deepspeed webdataset submitit mlflow av safetensors numpy pydantic pyyaml:yaml matplotlib scipy"
 PACKAGES = [(name, module or name) for name, _, module in (row.partition(":") for row in NEEDED.split())]
-KERNELS = (
-    ("flash-attn 2", "flash_attn"),
-    ("flash-attn 3", "flash_attn_interface"),
-    ("flash-attn 4", "flash_attn.cute"),
-    ("transformer-engine", "transformer_engine.pytorch"),
-)
+# Versions before these load, and fail later.
+FIXED_IN = {"deepspeed": ("0.19.8", "ZeRO 1 and 2 give NaN from the first step (overlapping, bf16, compiled blocks)")}
+KERNELS = {
+    "flash-attn 2": "flash_attn",
+    "flash-attn 3": "flash_attn_interface",
+    "flash-attn 4": "flash_attn.cute",
+    "transformer-engine": "transformer_engine.pytorch",
+}
+
+State = Literal["ok", "note", "problem", "broken"]
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at. state: "ok", "note" (works, worth knowing), "problem" (something will be slow or
-    fail), "broken" (nothing will work). `fix` says what to do about the last two."""
+    """state: "ok", "note" (works, worth knowing), "problem" (something will be slow or fail) or "broken" (nothing will
+    work). fix: what to do about the last two."""
 
     name: str
-    state: Literal["ok", "note", "problem", "broken"]
-    found: str
+    state: State
+    detail: str
     fix: str = ""
 
 
-def examine(folder: Path | None = None) -> list[Check]:
-    """Every check, in the order in which a person would ask. `folder` (default: this one) holds the runs."""
-    folder = Path.cwd() if folder is None else folder
+def run_checks(folder: Path | None = None) -> list[Check]:
+    """Every check. folder: where the runs are (default: this one)."""
     return [
         *python_checks(),
         *package_checks(),
-        *device_checks(),
-        *compiler_checks(),
+        *torch_checks(),
         *codec_checks(),
         *kernel_checks(),
-        *space_checks(folder),
+        *space_checks(folder or Path.cwd()),
     ]
 
 
-def healthy(checks: list[Check]) -> bool:
+def is_healthy(checks: list[Check]) -> bool:
     return all(check.state != "broken" for check in checks)
 
 
 def as_json(checks: list[Check]) -> str:
-    return json.dumps({"healthy": healthy(checks), "checks": [asdict(check) for check in checks]}, indent=2)
+    """The checks, and what torch.utils.collect_env says of the machine, for a bug report."""
+    report = {"healthy": is_healthy(checks), "checks": [asdict(check) for check in checks]}
+    return json.dumps({**report, "environment": torch_environment()}, indent=2, default=str)
 
 
 def as_text(checks: list[Check]) -> str:
-    """A table, each trouble followed by its fix, and one line that sums up."""
-    width = max(len(check.name) for check in checks)
-    lines = []
+    """A table, each trouble followed by its fix, and a summary line."""
+    rows = []
     for check in checks:
-        lines.append(f"{check.state:8}{check.name:{width}}  {check.found}")
-        if check.fix:
-            lines.append(f"{'':8}{'':{width}}  -> {check.fix}")
-    count = {state: sum(check.state == state for check in checks) for state in ("broken", "problem")}
-    if not any(count.values()):
-        lines.append("everything needed is there")
-    else:
-        lines.append(f"{count['broken']} broken, {count['problem']} to look at: see the lines with ->")
-    return "\n".join(lines)
+        rows.append((check.state, check.name, check.detail))
+        rows += [("", "", f"-> {check.fix}")] if check.fix else []
+    broken, problems = (sum(check.state == state for check in checks) for state in ("broken", "problem"))
+    summary = f"{broken} broken, {problems} to look at: see the lines with ->"
+    return f"{text_table(rows)}\n{summary if broken or problems else 'everything needed is there'}"
+
+
+def torch_environment() -> dict[str, Any]:
+    """Versions, GPUs, driver and CPU, by the tool that PyTorch asks for in bug reports; {} without torch."""
+    if import_error("torch"):
+        return {}
+    from torch.utils.collect_env import get_env_info
+
+    with quiet():
+        return get_env_info()._asdict()
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Libraries greet on both streams while they are imported; `--json` must stay JSON."""
+    """Libraries print greetings while they are imported; `--json` must stay JSON."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
 
 
-def attempt(module: str) -> str:
-    """Import a module for real: "" if it works, else why not, in one line."""
+def import_error(module: str) -> str:
+    """Import a module for real: "" if that works, else the error in one line."""
     try:
         with quiet():
             importlib.import_module(module)
@@ -102,114 +112,132 @@ def attempt(module: str) -> str:
     return ""
 
 
-def required_versions(requirements: list[str]) -> dict[str, str]:
-    """{distribution: version specifier} of the requirements that no extra brings."""
-    from packaging.requirements import Requirement  # comes with deepspeed and mlflow
-
-    parsed = [Requirement(requirement) for requirement in requirements]
-    return {found.name: str(found.specifier) for found in parsed if found.marker is None}
-
-
-def version_fits(version: str, specifier: str) -> bool:
-    from packaging.specifiers import SpecifierSet
-
-    return SpecifierSet(specifier).contains(version, prereleases=True)
-
-
 def python_checks() -> list[Check]:
-    version = platform.python_version()
-    fits = sys.version_info >= (3, 11)
-    machine = f"{platform.system()} {platform.machine()}"
-    if sys.platform.startswith("linux"):
-        system = Check("system", "ok", machine)
-    else:
-        system = Check("system", "problem", machine, "train on Linux: signals and process care are Linux's here")
-    return [
-        Check("python", "ok", f"{version} at {sys.executable}")
-        if fits
-        else Check("python", "broken", version, "make a virtual environment with Python 3.11 or newer"),
-        system,
-    ]
+    machine, linux = f"{platform.system()} {platform.machine()}", sys.platform.startswith("linux")
+    fix = "" if linux else "train on Linux: signals and process control are Linux's here"
+    python = Check("python", "ok", f"{platform.python_version()} at {sys.executable}")
+    return [python, Check("system", "ok" if linux else "problem", machine, fix)]
 
 
 def package_checks() -> list[Check]:
     try:
-        wanted = required_versions(metadata.requires(DISTRIBUTION) or [])
+        versions = required_versions(metadata.requires(DISTRIBUTION) or [])
         own = Check("msc", "ok", f"{metadata.version(DISTRIBUTION)} at {Path(__file__).parent.parent}")
     except metadata.PackageNotFoundError:
-        wanted = {}
+        versions = {}
         own = Check("msc", "problem", "is not installed", "pip install -c constraints.txt -e .")
-    return [own, *(package_check(name, module, wanted.get(name, "")) for name, module in PACKAGES)]
+    return [own, *(package_check(name, module, versions.get(name, "")) for name, module in PACKAGES)]
+
+
+def required_versions(requirements: list[str]) -> dict[str, str]:
+    """{distribution: version specifier} of the requirements outside of extras."""
+    from packaging.requirements import Requirement
+
+    parsed = [Requirement(requirement) for requirement in requirements]
+    return {requirement.name: str(requirement.specifier) for requirement in parsed if requirement.marker is None}
 
 
 def package_check(name: str, module: str, specifier: str = "") -> Check:
-    """Whether a needed package is there, loads, and has a version that satisfies `specifier`."""
+    """Whether a needed package is installed, loads, and has a version that satisfies `specifier`."""
     install = f"pip install -c constraints.txt '{name}{specifier}'"
     try:
         version = metadata.version(name)
     except metadata.PackageNotFoundError:
         return Check(name, "broken", "is not installed", install)
-    if reason := attempt(module):
-        found = f"{version} does not load: {reason}"
-        return Check(name, "broken", found, f"{install} --force-reinstall --no-deps")
-    if specifier and not version_fits(version, specifier):
+    if reason := import_error(module):
+        return Check(name, "broken", f"{version} does not load: {reason}", f"{install} --force-reinstall --no-deps")
+    from packaging.specifiers import SpecifierSet  # comes with deepspeed and mlflow
+    from packaging.version import Version
+
+    if name in FIXED_IN and Version(version) < Version(FIXED_IN[name][0]):
+        fixed, symptom = FIXED_IN[name]
+        return Check(name, "broken", f"{version}: {symptom}", f"pip install -c constraints.txt '{name}>={fixed}'")
+    if not SpecifierSet(specifier).contains(version, prereleases=True):
         return Check(name, "problem", f"{version}, but {specifier} is needed", install)
     return Check(name, "ok", version)
 
 
-def device_checks() -> list[Check]:
-    if attempt("torch"):
+def torch_checks() -> list[Check]:
+    if import_error("torch"):
         return []
     import torch
 
-    present = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    checks, cuda = [], torch.version.cuda
     if torch.cuda.is_available():
-        checks = []
         for i in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(i)
-            memory, sm = properties.total_memory / GIB, f"{properties.major}{properties.minor}"
-            checks.append(Check(f"gpu {i}", "ok", f"{properties.name}, {memory:.0f} GiB, sm_{sm}"))
-        checks.append(Check("cuda", "ok", f"{torch.version.cuda}"))
+            gpu = torch.cuda.get_device_properties(i)
+            detail = f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB, sm_{gpu.major}{gpu.minor}"
+            checks.append(Check(f"gpu {i}", "ok", detail))
+        checks.append(Check("cuda", "ok", f"{cuda}"))
         if not torch.distributed.is_nccl_available():
-            checks.append(
-                Check("nccl", "problem", "this torch has none", "needed for more than one GPU: another torch")
-            )
-        return checks
-    if present and torch.version.cuda is None:
-        return [Check("gpu", "problem", f"{present} present, but this torch has no CUDA", "install a CUDA torch")]
+            checks.append(Check("nccl", "problem", "not in this torch", "for several GPUs install another torch"))
+    else:
+        checks.append(no_gpu_check(cuda, len(list(Path("/dev").glob("nvidia[0-9]*")))))
+    # DeepSpeed compiles its communication for CPU ranks at the first start; GPU ranks compile nothing.
+    missing: State = "note" if torch.cuda.is_available() else "broken"
+    return [*checks, *compiler_checks(missing), *attention_checks(), *open_files()]
+
+
+def no_gpu_check(cuda: str | None, present: int) -> Check:
+    """cuda: the version that torch was built for; present: GPUs by their device files."""
+    if present and cuda is None:
+        return Check("gpu", "problem", f"{present} present, but this torch has no CUDA", "install a CUDA torch")
     if present and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
-        found = f"{present} present, but torch (CUDA {torch.version.cuda}) cannot use them"
         fix = "see whether `nvidia-smi` works, and whether the driver is new enough for that CUDA"
-        return [Check("gpu", "problem", found, fix)]
-    return [Check("gpu", "note", f"none: the CPU is used, {os.cpu_count()} cores (good for trying out)")]
+        return Check("gpu", "problem", f"{present} present, but torch (CUDA {cuda}) cannot use them", fix)
+    return Check("gpu", "note", f"none: the CPU is used, {os.cpu_count()} cores (good for trying out)")
 
 
-def compiler_checks() -> list[Check]:
-    """DeepSpeed compiles its communication for CPU ranks at the first start; GPU ranks compile nothing."""
-    if attempt("torch"):
-        return []
-    import torch
-
-    needed: Literal["note", "broken"] = "note" if torch.cuda.is_available() else "broken"
+def compiler_checks(missing: State) -> list[Check]:
+    """missing: the state where one is missing."""
     compiler = os.environ.get("CXX", "g++")
     programs = Path(sys.executable).parent  # `msc train` puts it on PATH
     ninja = shutil.which("ninja", path=f"{programs}{os.pathsep}{os.environ.get('PATH', '')}")
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    return [
-        Check("compiler", "ok", found)
-        if (found := shutil.which(compiler))
-        else Check("compiler", needed, f"no {compiler}", "install a C++ compiler (Debian: apt-get install g++)"),
-        Check("ninja", "ok", ninja)
-        if ninja
-        else Check("ninja", needed, "not on PATH", "pip install -c constraints.txt ninja"),
-        Check("python headers", "ok", str(header))
-        if header.exists()
-        else Check("python headers", needed, f"no {header}", "install them (Debian: apt-get install python3-dev)"),
-    ]
+    rows = [
+        ("compiler", shutil.which(compiler), f"no {compiler}", "install a C++ compiler (Debian: apt-get install g++)"),
+        ("ninja", ninja, "not on PATH", "pip install -c constraints.txt ninja"),
+        ("python headers", header.exists() and str(header), f"no {header}",
+         "install them (Debian: apt-get install python3-dev)"),
+    ]  # fmt: skip
+    return [Check(name, "ok", path) if path else Check(name, missing, detail, fix) for name, path, detail, fix in rows]
+
+
+def attention_checks() -> list[Check]:
+    """Which kernel "auto" picks, and which can be selected by name."""
+    try:
+        with quiet():
+            import torch
+
+            from msc.pretrain.kernels import flash
+            from msc.pretrain.kernels.dispatch import choose_kernel
+
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            names = ["sdpa", "flex"] if device == "cuda" else ["sdpa"]
+            with contextlib.suppress(ValueError):
+                if device == "cuda":
+                    names.append(f"flash ({flash.load(flash.capability())[0]})")
+            detail = f"{choose_kernel(device)} on {device}; parallel.attention may be {', '.join(names)}"
+            return [Check("attention", "ok", detail)]
+    except Exception as error:  # whatever it is, training would meet it too
+        return [Check("attention", "broken", f"{type(error).__name__}: {error}", "report this with the text above")]
+
+
+def open_files() -> list[Check]:
+    """For how many ranks the first of them could keep connections."""
+    from msc.parallel.process_group import OPEN_FILES_BASE, OPEN_FILES_PER_RANK
+
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if hard == resource.RLIM_INFINITY:
+        return [Check("open files", "ok", "no limit")]
+    ranks = max(0, hard - OPEN_FILES_BASE) // OPEN_FILES_PER_RANK
+    detail = f"{hard:,} for a process at most (ulimit -Hn), enough for {ranks:,} ranks"
+    fix = "" if ranks >= 64 else "raise it for jobs: limits.conf, or LimitNOFILE of slurmd"
+    return [Check("open files", "problem" if fix else "ok", detail, fix)]
 
 
 def codec_checks() -> list[Check]:
-    if attempt("av"):
+    if import_error("av"):
         return []
     import av
 
@@ -222,91 +250,40 @@ def codec_checks() -> list[Check]:
 
 
 def kernel_checks() -> list[Check]:
-    """Optional kernels by real import; and the attention that training would use."""
+    """Optional kernels, by import."""
     checks = []
-    for name, module in KERNELS:
-        reason = attempt(module)
+    for name, module in KERNELS.items():
+        reason = import_error(module)
+        parts = module.split(".")
+        names = [".".join(parts[: i + 1]) for i in range(len(parts))]
         if not reason:
             checks.append(Check(name, "ok", "loads"))
-        elif is_missing(module, reason):
+        elif any(reason == f"ModuleNotFoundError: No module named {missing!r}" for missing in names):
             checks.append(Check(name, "note", "not installed (optional)"))
-        else:
+        else:  # the kernel is there, and something that it needs is not
             fix = f"rebuild {name} for this torch: pip install with --no-build-isolation --force-reinstall"
             checks.append(Check(name, "problem", f"does not load: {reason}", fix))
-    if not attempt("torch"):
-        checks.append(attention_check())
     return checks
-
-
-def is_missing(module: str, reason: str) -> bool:
-    """Whether the module itself is not there, rather than something that it needs."""
-    parts = module.split(".")
-    names = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    return any(reason == f"ModuleNotFoundError: No module named {name!r}" for name in names)
-
-
-def attention_check() -> Check:
-    """Which kernel "auto" picks, and which can be asked for by name."""
-    try:
-        with quiet():
-            import torch
-
-            from msc.pretrain.kernels import flash
-            from msc.pretrain.kernels.dispatch import choose_kernel
-
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            named = ["sdpa", "flex"] if device == "cuda" else ["sdpa"]
-            with contextlib.suppress(ValueError):
-                if device == "cuda":
-                    named.append(f"flash ({flash.load(flash.capability())[0]})")
-            found = f"{choose_kernel(device)} on {device}; parallel.attention may be {', '.join(named)}"
-            return Check("attention", "ok", found)
-    except Exception as error:  # whatever it is, training would meet it too
-        return Check("attention", "broken", f"{type(error).__name__}: {error}", "report this with the text above")
 
 
 def space_checks(folder: Path) -> list[Check]:
     import psutil
 
-    checks = [
-        free_space("disk", folder, 20, "checkpoints need about 16 bytes a parameter: free some, or --run elsewhere")
-    ]
-    shared = Path("/dev/shm")
-    if shared.is_dir():
+    fix = "checkpoints need about 16 bytes a parameter: free some, or --run elsewhere"
+    checks = [space_check("disk", folder, 20, fix)]
+    if (shared := Path("/dev/shm")).is_dir():
         # Loader workers hand their batches over in it; containers often have 64 MiB.
-        checks.append(
-            free_space("shared memory", shared, 1, "start the container with --shm-size=8g, or data.workers=0")
-        )
-    checks += open_files()
+        fix = "start the container with --shm-size=8g, or data.workers=0"
+        checks.append(space_check("shared memory", shared, 1, fix))
     memory = psutil.virtual_memory()
-    found = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free"
-    if memory.available < 4 * GIB:
-        checks.append(Check("memory", "problem", found, "end other programs, or train with fewer processes"))
-    else:
-        checks.append(Check("memory", "ok", found))
-    return checks
+    fix = "end other programs, or train with fewer processes" if memory.available < 4 * GIB else ""
+    detail = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free"
+    return [*checks, Check("memory", "problem" if fix else "ok", detail, fix)]
 
 
-def open_files() -> list[Check]:
-    """For how many ranks the first of them could keep connections."""
-    if attempt("torch"):
-        return []
-    from msc.parallel.process_group import OPEN_FILES_BASE, OPEN_FILES_PER_RANK
-
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    if hard == resource.RLIM_INFINITY:
-        return [Check("open files", "ok", "no limit")]
-    ranks = max(0, hard - OPEN_FILES_BASE) // OPEN_FILES_PER_RANK
-    found = f"{hard:,} for a process at most (ulimit -Hn), enough for {ranks:,} ranks"
-    fix = "" if ranks >= 64 else "raise it for jobs: limits.conf, or LimitNOFILE of slurmd"
-    return [Check("open files", "problem" if fix else "ok", found, fix)]
-
-
-def free_space(name: str, folder: Path, enough_gib: float, fix: str) -> Check:
-    free = free_bytes(folder)
-    found = f"{free / GIB:.1f} GiB free at {folder}"
+def space_check(name: str, folder: Path, enough_gib: float, fix: str) -> Check:
     if not os.access(folder, os.W_OK):
         return Check(name, "broken", f"{folder} cannot be written to", "work in a folder that is yours")
-    if free < enough_gib * GIB:
-        return Check(name, "problem", found, fix)
-    return Check(name, "ok", found)
+    free = free_bytes(folder)
+    little = free < enough_gib * GIB
+    return Check(name, "problem" if little else "ok", f"{free / GIB:.1f} GiB free at {folder}", fix if little else "")

@@ -1,18 +1,20 @@
-"""From a batch of the loader to what the model trains on: normalised latents, their noise, their levels."""
+"""Batch inputs: what the model trains on, made of a batch of the loader: normalised latents, noise levels t, noise."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from msc.datasets.loading.dataloader import Attach, Batch
+from msc.datasets.loading.dataloader import Batch
 
 from .diffusion.autoencoder import Autoencoder
-from .diffusion.rectified_flow import DiffusionConfig, add_noise, frame_noise, keep_condition, noise_levels
+from .diffusion.loss import Loss
+from .diffusion.rectified_flow import DiffusionConfig, add_noise, frame_noise, frame_shift, keep_condition, noise_levels
 from .model.past_context import PastContext, WholeVideo
 from .model.transformer import MSCTransformer
 
@@ -35,11 +37,11 @@ class BatchInputs:
 
     @property
     def supervised(self) -> Tensor:
-        return self.t > 0
+        return Loss().supervised(self.t)
 
 
 def latents_of(batch: Batch, autoencoder: Autoencoder, device: torch.device) -> Tensor:
-    """Latents `[B, T, C, h, w]` of a batch in float32, not normalised, on `device`. Video comes there as bytes and is
+    """Latents `[B, T, C, h, w]` of a batch in float32, not normalised, on `device`. Video is moved there as bytes and
     encoded there, a clip at a time: in floating point a batch of it would take many times the memory."""
     if batch.latents is not None:
         return batch.latents.to(device, non_blocking=True).float()
@@ -48,18 +50,45 @@ def latents_of(batch: Batch, autoencoder: Autoencoder, device: torch.device) -> 
 
 
 @dataclass(frozen=True)
+class NoiseSource:
+    """Noise levels and noise for the clips of one bucket: functions of (seed, sample, epoch, frame) alone.
+
+    size: frames, height and width of its latents. units: the rank's own. The loader's workers draw both, as the noise
+    would take a good part of a GPU's step.
+    """
+
+    diffusion: DiffusionConfig
+    seed: int
+    size: tuple[int, int, int]
+    channels: int
+    frames_per_unit: int
+    units: range
+
+    @property
+    def frames(self) -> range:
+        """The own latent frames of every clip."""
+        return range(self.units.start * self.frames_per_unit, self.units.stop * self.frames_per_unit)
+
+    @property
+    def shift(self) -> float:
+        return frame_shift(self.diffusion, *self.size[1:])
+
+    def __call__(self, sample: int, epoch: int) -> tuple[Tensor, Tensor]:
+        """t of all frames of a clip `[T]`, noise of the own ones `[own T, C, H, W]`."""
+        units = self.size[0] // self.frames_per_unit
+        t = noise_levels(self.diffusion, self.shift, self.seed, sample, epoch, units, self.frames_per_unit)
+        return t, frame_noise(self.seed, sample, epoch, self.frames, (self.channels, *self.size[1:]))
+
+
+@dataclass(frozen=True)
 class InputBuilder:
-    """How batches of one bucket become inputs in a run: the same on every rank but for `units`, the rank's own, and
+    """Makes batches of one bucket into inputs: the same on every rank but for the own units of `noise`, and
     `past_context`, where those lie in their clips.
     """
 
     model: MSCTransformer
     autoencoder: Autoencoder
-    diffusion: DiffusionConfig
-    shift: float
-    seed: int
-    units: range
-    all_units: int
+    noise: NoiseSource
     text_dropout: float
     device: torch.device
     past_context: PastContext = field(default_factory=WholeVideo)
@@ -67,37 +96,30 @@ class InputBuilder:
     @property
     def frames(self) -> range:
         """The own latent frames of every clip."""
-        per_unit = self.model.config.frames_per_unit
-        return range(self.units.start * per_unit, self.units.stop * per_unit)
+        return self.noise.frames
 
-    def levels(self, batch: Batch) -> Tensor:
-        """Noise levels of the own frames, `[B, T]` on the CPU; known before anything is decoded."""
-        return self._all_levels(batch)[:, self.frames.start : self.frames.stop]
-
-    def _all_levels(self, batch: Batch) -> Tensor:
-        per_unit = self.model.config.frames_per_unit
-        t = [
-            noise_levels(self.diffusion, self.shift, self.seed, sample, epoch, self.all_units, per_unit)
-            for sample, epoch in zip(batch.samples, batch.epochs, strict=True)
-        ]
-        return torch.stack(t)
+    def own_t(self, batch: Batch) -> Tensor:
+        """Noise levels of the own frames, `[B, T]` on the CPU, of a batch that carries them."""
+        assert batch.t is not None
+        return batch.t[:, self.frames.start : self.frames.stop]
 
     def __call__(self, batch: Batch) -> BatchInputs:
         latents = latents_of(batch, self.autoencoder, self.device)
         assert latents.shape[1] == len(self.frames)
         clips = list(zip(batch.samples, batch.epochs, strict=True))
-        noise = batch.attached
-        if noise is None:
-            noise = torch.stack([frame_noise(self.seed, *clip, self.frames, latents.shape[2:]) for clip in clips])
-        kept = keep_condition(self.text_dropout, self.seed, clips)
+        if batch.t is None or batch.noise is None:  # the loader drew none
+            t, noise = zip(*(self.noise(*clip) for clip in clips), strict=True)
+            batch = replace(batch, t=torch.stack(t), noise=torch.stack(noise))
+        kept = keep_condition(self.text_dropout, self.noise.seed, clips)
         text = None if batch.text is None else batch.text * kept[:, None, None]
         labels = None if batch.labels is None else batch.labels.where(kept, self.model.config.classes)
 
+        assert batch.t is not None and batch.noise is not None
         to = partial(Tensor.to, device=self.device, non_blocking=True)
-        all_t = to(self._all_levels(batch))
+        all_t = to(batch.t)
         return BatchInputs(
             self.model.normalise(latents),
-            to(noise),
+            to(batch.noise),
             all_t[:, self.frames.start : self.frames.stop],
             None if text is None else to(text),
             None if labels is None else to(labels),
@@ -105,39 +127,16 @@ class InputBuilder:
         )
 
 
-def noise_beside(builders: Sequence[InputBuilder], sizes: Sequence[tuple[int, int, int]]) -> Attach:
-    """For the loader to attach: the noise of every clip's own frames, which would take a good part of a GPU's step.
-
-    sizes: (frames, height, width) of every bucket's latents, as `builders` are of every bucket.
-    """
-    channels = builders[0].model.config.channels
-    own = [
-        (builder.frames, (channels, height, width)) for builder, (_, height, width) in zip(builders, sizes, strict=True)
-    ]
-    return partial(_noise, builders[0].seed, own)
-
-
-def _noise(seed: int, own: list[tuple[range, tuple[int, int, int]]], sample: int, epoch: int, bucket: int) -> Tensor:
-    return frame_noise(seed, sample, epoch, *own[bucket])
+def draw_noise(sources: Sequence[NoiseSource], sample: int, epoch: int, bucket: int) -> tuple[Tensor, Tensor]:
+    """For the loader, with the `sources` of every bucket: t and noise of a clip."""
+    return sources[bucket](sample, epoch)
 
 
 def micro_batches(batch: Batch, size: int) -> list[Batch]:
-    """Cut a batch into parts of `size` clips."""
-
-    def cut(value: Tensor | None, some: slice) -> Tensor | None:
-        return None if value is None else value[some]
-
+    """Split a batch into parts of `size` clips."""
+    values = {item.name: getattr(batch, item.name) for item in fields(batch) if item.name != "unreadable"}
+    per_clip: dict[str, Any] = {name: value for name, value in values.items() if isinstance(value, list | Tensor)}
     return [
-        Batch(
-            batch.samples[some],
-            batch.epochs[some],
-            batch.keys[some],
-            batch.bucket,
-            video=cut(batch.video, some),
-            latents=cut(batch.latents, some),
-            text=cut(batch.text, some),
-            labels=cut(batch.labels, some),
-            attached=cut(batch.attached, some),
-        )
-        for some in (slice(i, i + size) for i in range(0, len(batch.samples), size))
+        replace(batch, unreadable=(), **{name: value[i : i + size] for name, value in per_clip.items()})
+        for i in range(0, len(batch.samples), size)
     ]

@@ -1,14 +1,14 @@
-"""The whole configuration of a run: defaults < preset < YAML file < `section.key=value`.
+"""Configuration of a run: defaults < preset < YAML file < `section.key=value`, validated strictly.
 
-The sections are frozen dataclasses that live beside the code they steer; they check their own values.
-Nothing is ignored silently: an unknown key is an error that names the nearest known one.
+The sections are frozen dataclasses beside the code they configure, which check their own values. An unknown key is an
+error that names the nearest valid one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ from .parallelize import ParallelConfig
 from .tracking.spike_guard import GuardConfig
 from .tracking.tracker import MetricsConfig
 
-# Settings that are lists of tables, with one such table.
-LISTS: dict[str, Any] = {"scales": Scale(1), "shards": ShardSetConfig("x")}
+# Settings that are lists of tables, with one such table each.
+TABLE_LISTS: dict[str, Any] = {"scales": Scale(1), "shards": ShardSetConfig("x")}
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ class TrainConfig:
         return -(-self.clips // self.batch)
 
     def accumulate(self, dp: int) -> int:
-        """Micro-batches per rank and step; ValueError if the batch cannot be cut so."""
+        """Micro-batches per rank and step; ValueError if the batch does not divide."""
         if self.batch % (dp * self.micro):
             raise ValueError(
-                f"train.batch {self.batch} does not divide by {dp} data-parallel rows × train.micro {self.micro}"
+                f"train.batch {self.batch} does not divide by {dp} data-parallel ranks × train.micro {self.micro}"
             )
         return self.batch // (dp * self.micro)
 
@@ -83,18 +83,17 @@ class Config:
 
 
 def load(base: Config | None = None, file: Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Lay a YAML file and single settings over `base` (a preset, or the defaults).
+    """Merge a YAML file and single settings into `base` (a preset, or the defaults).
 
-    ValueError names the offending key or value and where it came from.
+    ValueError names the offending key or value and its source.
     """
     values = dataclasses.asdict(base or Config())
     if file is not None:
         try:
-            text = Path(file).read_text()
-            read = yaml.safe_load(text) or {}
+            content = yaml.safe_load(Path(file).read_text()) or {}
         except yaml.YAMLError as error:
             raise ValueError(f"{file} is not valid YAML: {error}") from None
-        _merge(values, read, Config, str(file), "")
+        _merge(values, content, Config, str(file), "")
     for override in overrides:
         name, sign, text = override.partition("=")
         if not sign or not name:
@@ -106,11 +105,11 @@ def load(base: Config | None = None, file: Path | None = None, overrides: Sequen
         for part in reversed(name.split(".")):
             nested = {part: nested}
         _merge(values, nested, Config, "the command line", "")
-    return build(values)
+    return validated(values)
 
 
-def build(values: Mapping[str, Any]) -> Config:
-    """Validate plain values into a Config."""
+def validated(values: Mapping[str, Any]) -> Config:
+    """A Config of plain values; ValueError describes those that are not valid."""
     import pydantic
 
     try:
@@ -126,43 +125,47 @@ def dump(config: Config) -> str:
 
 def flat(config: Config) -> dict[str, Any]:
     """`{"section.key": value}`, for MLflow parameters and comparisons."""
+    return dict(_leaves(plain(dataclasses.asdict(config)), ""))
 
-    def walk(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in values.items():
-            found |= walk(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        return found
 
-    return walk(plain(dataclasses.asdict(config)), "")
+def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def plain(value: Any) -> Any:
+    """With tuples as lists, as YAML and JSON have them."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _merge(values: dict[str, Any], new: Any, kind: type, source: str, prefix: str) -> None:
-    """Write `new` over `values`, section by section, refusing keys that the dataclass `kind` does not have."""
+def _merge(values: dict[str, Any], new: Any, section: type, source: str, prefix: str) -> None:
+    """Write `new` over `values`, section by section, rejecting keys that the dataclass `section` does not have."""
     if not isinstance(new, Mapping):
         raise ValueError(f"{source}: {prefix.rstrip('.') or 'the configuration'} must be a table of keys, not {new!r}")
-    types = typing.get_type_hints(kind)
+    types = typing.get_type_hints(section)
     for key, value in new.items():
         if key not in types:
-            raise ValueError(f"{source}: unknown key {prefix}{key}{_nearest(prefix + str(key))}")
+            raise ValueError(f"{source}: unknown key {prefix}{key}{_hint(prefix + str(key))}")
         if dataclasses.is_dataclass(types[key]):
             _merge(values[key], value, typing.cast(type, types[key]), source, f"{prefix}{key}.")
         else:
-            if key in LISTS and isinstance(value, list | tuple):
-                for item in value:  # a list of tables: each is checked against its own fields
-                    _merge(dataclasses.asdict(LISTS[key]), item, type(LISTS[key]), source, f"{prefix}{key}.")
+            if key in TABLE_LISTS and isinstance(value, list | tuple):
+                for item in value:  # each table is checked against its own fields
+                    table = TABLE_LISTS[key]
+                    _merge(dataclasses.asdict(table), item, type(table), source, f"{prefix}{key}.")
             if key == "gate_constants":
                 value = without_correlations(value)
             values[key] = "" if value is None and types[key] is str else value  # `key=` empties a text
 
 
-def _nearest(name: str) -> str:
-    known = list(flat(Config())) + [section.name for section in dataclasses.fields(Config)]
-    leaves = {path.rsplit(".", 1)[-1]: path for path in known}
-    near = nearest(name, known) or leaves.get(nearest(name.rsplit(".", 1)[-1], leaves))
-    return f"; did you mean {near}?" if near else ""
+def _hint(name: str) -> str:
+    """The nearest key by its whole path, else by its last part."""
+    keys = [*flat(Config()), *(section.name for section in dataclasses.fields(Config))]
+    by_last_part = {key.rsplit(".", 1)[-1]: key for key in keys}
+    best = nearest(name, keys) or by_last_part.get(nearest(name.rsplit(".", 1)[-1], by_last_part), "")
+    return f"; did you mean {best}?" if best else ""

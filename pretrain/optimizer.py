@@ -1,7 +1,7 @@
 """AdamW that carries an exponential moving average of the weights in its own state.
 
-The average lives beside Adam's moments on the fp32 master weights, so whatever shards, offloads or saves
-the optimizer does the same to it. Schedules are functions of the sample clock (clips seen).
+The average is stored beside Adam's moments of the fp32 master weights, so whatever shards, offloads or saves the
+optimizer does the same to it. Schedules are functions of the sample clock (clips seen).
 """
 
 from __future__ import annotations
@@ -71,38 +71,33 @@ class AdamWEMA(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        # The average begins with the weights before the first step, whether or not somebody has looked at it by then.
+        # The average begins with the weights before the first step, whether or not they were evaluated by then.
         updated = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
-        first = {p: p.detach().clone() for those in updated for p in those if "ema" not in self.state[p]}
+        initial = {p: p.detach().clone() for group in updated for p in group if "ema" not in self.state[p]}
         loss = super().step(closure)
-        for p, weight in first.items():
+        for p, weight in initial.items():
             self.state[p]["ema"] = weight
-        for group, those in zip(self.param_groups, updated, strict=True):
-            if those:
-                averages = [self.state[p]["ema"] for p in those]
-                torch._foreach_lerp_(averages, [p.detach() for p in those], 1 - group["ema_decay"])
+        for group, weights in zip(self.param_groups, updated, strict=True):
+            if weights:
+                averages = [self.state[p]["ema"] for p in weights]
+                torch._foreach_lerp_(averages, [p.detach() for p in weights], 1 - group["ema_decay"])
         return loss
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamWEMA:
     """Matrices with weight decay, everything else without."""
-    matrices = [p for p in model.parameters() if p.requires_grad and _dimensions(p) >= 2]
-    rest = [p for p in model.parameters() if p.requires_grad and _dimensions(p) < 2]
+
+    def is_matrix(parameter: nn.Parameter) -> bool:
+        return len(getattr(parameter, "ds_shape", parameter.shape)) >= 2  # ZeRO-3 leaves an empty tensor behind
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": rest, "weight_decay": 0.0},
+        {"params": [p for p in parameters if is_matrix(p)], "weight_decay": config.weight_decay, "ema_decay": 0.0},
+        {"params": [p for p in parameters if not is_matrix(p)], "weight_decay": 0.0, "ema_decay": 0.0},
     ]
-    return AdamWEMA(
-        [{**group, "ema_decay": 0.0} for group in groups if group["params"]],
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        fused=True,  # one pass over the weights, and no copies of them on the way
-    )
-
-
-def _dimensions(parameter: nn.Parameter) -> int:
-    return len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty tensor behind
+    # fused: one pass over the weights, and no copies of them on the way
+    groups = [group for group in groups if group["params"]]
+    return AdamWEMA(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def set_schedule(groups: list[dict], config: OptimizerConfig, clock: int, clips: int, batch: int) -> float:

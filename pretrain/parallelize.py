@@ -1,4 +1,4 @@
-"""From settings to a model that trains on a mesh: built part by part; then, in this order, recompute, compile, ZeRO."""
+"""Parallelize: a model built part by part, then prepared to train on a mesh: fp8, compilation, ZeRO, in this order."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from torch import nn
 
 from msc.parallel import fp8
 from msc.parallel.context_parallel import ShardedPastContext, shard_bounds
-from msc.parallel.deepspeed_zero import Precision, ZeroConfig, check_zero, make_engine, shard_parameters
-from msc.parallel.mesh import Mesh, data_parallel_size, make_mesh
+from msc.parallel.deepspeed_zero import Precision, check_zero, make_engine, shard_parameters
+from msc.parallel.deepspeed_zero import ZeroConfig as ZeroConfig
+from msc.parallel.mesh import Mesh, data_parallel_size
 from msc.parallel.ring import Ring
 from msc.parallel.ulysses import Ulysses
 
@@ -28,29 +29,16 @@ from .model.past_context import PastContext, WholeVideo
 from .model.transformer import MSCTransformer, OnPartBuilt
 from .optimizer import OptimizerConfig, make_optimizer
 
-__all__ = [
-    "Mesh",
-    "ParallelConfig",
-    "ZeroConfig",
-    "check_fp8",
-    "build",
-    "check_parallel",
-    "make_mesh",
-    "parallelize",
-    "own_past_context",
-]
-
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """sp: ranks that share one video along time; the rest of the world is data parallel. recompute: activation
-    checkpointing per block. compile: torch.compile per block. timeout: seconds in which all ranks end when one
-    is lost or stuck. stall: seconds in one phase, such as a pass or a checkpoint, after which the whole run is taken
-    to hang and ended (0: never). attention: the kernel ("auto", "sdpa", "flex", "flash"; see dispatch.py). layout:
-    how scales are shared out along time ("auto", "halo", "ulysses", "ring"; see layout_planner.py); "auto" takes for
-    each scale what is cheapest between ranks that compute flops_per_s, send bytes_per_s, and wait wait_s for each
-    other in
-    an exchange of all."""
+    """sp: ranks of a context-parallel group, which share one video along time; the rest of the world is data parallel.
+    recompute: activation checkpointing per block. compile: torch.compile per block. timeout: seconds in which all ranks
+    end when one is lost or stalled. stall: seconds in one phase, such as a pass or a checkpoint, after which the whole
+    run counts as hung and is ended (0: never). attention: kernel ("auto", "sdpa", "flex", "flash"; see dispatch.py).
+    layout: the parallel layout of scales ("auto", "halo", "ulysses", "ring"; see layout_planner.py); "auto" takes for
+    each scale the cheapest between ranks that compute flops_per_s, send bytes_per_s, and wait wait_s for each other in
+    a collective."""
 
     sp: int = 1
     precision: Precision = "bf16"
@@ -83,7 +71,7 @@ class ParallelConfig:
 
 
 def check_parallel(config: ParallelConfig, model: ModelConfig, world: int, units: int) -> int:
-    """Data-parallel rows; ValueError if the world, the clip or the heads cannot be shared out so."""
+    """Data-parallel ranks; ValueError if the world, the clip or the heads cannot be divided so."""
     shard_bounds(units, config.sp)
     if config.sp > 1:
         check_layout(model.scales, config.sp, config.layout)
@@ -96,7 +84,7 @@ def check_fp8(config: ParallelConfig, tokens: int) -> None:
 
 
 def clip_shape(model: ModelConfig, config: ParallelConfig, frames: int, height: int, width: int) -> ClipShape:
-    """What the layouts depend on, for clips of `frames × height × width` latents."""
+    """What the parallel layouts depend on, for clips of `frames × height × width` latents."""
     grid = (height // model.patch, width // model.patch)
     value_bytes = 4 if config.precision == "fp32" else 2
     return ClipShape(frames // model.frames_per_unit, model.frames_per_unit, grid, model.head_width, value_bytes)
@@ -136,12 +124,11 @@ def sharded_past_context(
     return ShardedPastContext(group, edges, placements)
 
 
-def build(
+def build_model(
     model: ModelConfig, config: ParallelConfig, device: torch.device, on_part_built: OnPartBuilt | None = None
 ) -> MSCTransformer:
-    """A new model on `device`, the same on every rank. A part of it at a time is made on the CPU, where seeds give the
-    same numbers everywhere, and at ZeRO-3 sharded at once. on_part_built: called with every part while it is still
-    whole."""
+    """A new model on `device`, the same on every rank. A part at a time is built on the CPU, where seeds give the same
+    numbers everywhere, and at ZeRO-3 sharded at once. on_part_built: called with every part while it is still whole."""
 
     def place_part(name: str, part: nn.Module) -> None:
         if on_part_built is not None:
@@ -151,13 +138,8 @@ def build(
     return MSCTransformer(model, config.attention, config.recompute, place_part)
 
 
-def parallelize(
-    model: MSCTransformer,
-    config: ParallelConfig,
-    optimizer: OptimizerConfig,
-    accumulate: int,
-) -> Any:
-    """The DeepSpeed engine that trains `model`, as `build` made it on every rank."""
+def parallelize(model: MSCTransformer, config: ParallelConfig, optimizer: OptimizerConfig, accumulate: int) -> Any:
+    """The DeepSpeed engine that trains `model`, as `build_model` built it on every rank."""
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
     check_kernel(config.attention, model.config.head_width, dtype)
     for block in model.blocks:

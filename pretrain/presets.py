@@ -1,9 +1,9 @@
-"""Named starting points. Sizes differ in width, depth, heads and patch; everything else says why it differs."""
+"""Presets: named starting points. Sizes differ in width, depth, heads and patch; other differences are explained."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Literal, cast
+from collections.abc import Callable
+from functools import partial
 
 from msc.datasets.loading.mixture import DataConfig
 
@@ -13,16 +13,6 @@ from .model.config import ModelConfig
 from .model.scales import default_scales
 from .optimizer import OptimizerConfig
 from .parallelize import ParallelConfig, ZeroConfig
-
-# fmt: off
-#                     width depth heads patch      lr  stage recompute
-_SIZES = {
-    "pilot":         (  768,   12,   12,    2,   3e-4,     2, False),  # about 100 M parameters
-    "base":          ( 1024,   32,   16,    2,   2e-4,     2, True),   # about 400 M
-    "2b":            ( 2048,   40,   16,    2,   1e-4,     2, True),
-    "14b":           ( 5120,   44,   40,    2,   5e-5,     3, True),
-}
-# fmt: on
 
 
 def demo() -> Config:
@@ -38,36 +28,28 @@ def demo() -> Config:
     )
 
 
-def _size(name: str) -> Config:
-    width, depth, heads, patch, lr, stage, recompute = _SIZES[name]
+def sized(width: int, depth: int, heads: int, patch: int, lr: float, zero: ZeroConfig, recompute: bool) -> Config:
     return Config(
         model=ModelConfig(width=width, depth=depth, scales=default_scales(heads), patch=patch),
         optimizer=OptimizerConfig(lr=lr),
-        parallel=ParallelConfig(recompute=recompute, zero=ZeroConfig(stage=cast(Literal[2, 3], stage))),
-        train=replace(TrainConfig(), clips=10_000_000, batch=256),
+        parallel=ParallelConfig(recompute=recompute, zero=zero),
+        train=TrainConfig(clips=10_000_000, batch=256),
     )
 
 
-def pilot() -> Config:
-    return _size("pilot")
-
-
-def base() -> Config:
-    return _size("base")
-
-
-def two_b() -> Config:
-    return _size("2b")
-
-
-def fourteen_b() -> Config:
-    return _size("14b")
+# fmt: off
+PRESETS: dict[str, Callable[[], Config]] = {
+    "demo": demo,
+    #                       width depth heads patch    lr  zero                 recompute
+    "pilot": partial(sized,   768,   12,   12,    2, 3e-4, ZeroConfig(stage=2), False),  # about 100 M parameters
+    "base":  partial(sized,  1024,   32,   16,    2, 2e-4, ZeroConfig(stage=2), True),   # about 400 M
+    "2b":    partial(sized,  2048,   40,   16,    2, 1e-4, ZeroConfig(stage=2), True),
+    "14b":   partial(sized,  5120,   44,   40,    2, 5e-5, ZeroConfig(stage=3), True),
+}
+# fmt: on
 
 
 def preset(name: str) -> Config:
     if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+        raise ValueError(f"unknown preset {name!r}; valid are {', '.join(PRESETS)}")
     return PRESETS[name]()
-
-
-PRESETS = {"demo": demo, "pilot": pilot, "base": base, "2b": two_b, "14b": fourteen_b}

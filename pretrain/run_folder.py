@@ -30,97 +30,50 @@ class LatentSpace:
         )
 
 
+class _File:
+    """A path in the run folder, by its name."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __get__(self, folder: RunFolder, owner: type | None = None) -> Path:
+        return folder.path / self.name
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """The paths of a run. JSONL files are written with `append_jsonl` and read with `read_jsonl` of datasets/files."""
 
     path: Path
 
-    @property
-    def config(self) -> Path:
-        """The resolved configuration; a folder with this file is a run."""
-        return self.path / "config.yaml"
-
-    @property
-    def latent_space(self) -> Path:
-        return self.path / "data.json"
-
-    # JSONL, a record per line --------------------------------------------------------------------------------
-
-    @property
-    def log(self) -> Path:
-        """Loss, learning rate and throughput: {"step", "clock", "loss", ...} per report."""
-        return self.path / "log.jsonl"
-
-    @property
-    def held_out(self) -> Path:
-        """{"step", "clock", "mean", ...} per held-out evaluation."""
-        return self.path / "held_out.jsonl"
-
-    @property
-    def skipped_steps(self) -> Path:
-        """{"step", "clock", "batch", "why", "clips"} per step that the spike guard skipped."""
-        return self.path / "skipped.jsonl"
-
-    @property
-    def unreadable_clips(self) -> Path:
-        """{"step", "sample", "why"} per clip that could not be read."""
-        return self.path / "broken.jsonl"
+    config = _File("config.yaml")  # the resolved configuration; a folder that has it is a run
+    latent_space = _File("data.json")
+    # a record per report, held-out evaluation, step that the spike guard skipped, clip that could not be read
+    log = _File("log.jsonl")  # {"step", "clock", "loss", ...}
+    held_out = _File("held_out.jsonl")  # {"step", "clock", "mean", ...}
+    skipped_steps = _File("skipped.jsonl")  # {"step", "clock", "batch", "why", "clips"}
+    unreadable_clips = _File("broken.jsonl")  # {"step", "sample", "why"}
+    checkpoints = _File("checkpoints")  # step-00000500/ ... and `latest`; see checkpoints/directory.py
+    excluded_ranges = _File("left_out.json")  # of the sample clock, by `msc train --rollback`
+    heartbeat = _File("heartbeat.json")
+    mlflow = _File("mlflow.json")  # identity of the MLflow run
+    unsent_metrics = _File("mlflow-unsent-live.json")  # with the newest checkpoint; others at a process's end
+    jobs = _File("jobs")  # records of Slurm jobs
+    logs = _File("logs")  # output of ranks
+    samples = _File("samples")
+    export = _File("export")
 
     @property
     def step_logs(self) -> tuple[Path, ...]:
         """Every file with a record per step, cut back to the checkpoint that a resumed run starts from."""
         return self.log, self.skipped_steps, self.unreadable_clips, self.held_out
 
-    # State ---------------------------------------------------------------------------------------------------
-
-    @property
-    def checkpoints(self) -> Path:
-        """step-00000500/ ... and `latest`; see checkpoints/directory.py."""
-        return self.path / "checkpoints"
-
-    @property
-    def excluded_ranges(self) -> Path:
-        """Ranges of the sample clock left out by `msc train --rollback`."""
-        return self.path / "left_out.json"
-
-    @property
-    def heartbeat(self) -> Path:
-        return self.path / "heartbeat.json"
-
-    @property
-    def mlflow(self) -> Path:
-        """Identity of the MLflow run."""
-        return self.path / "mlflow.json"
-
-    @property
-    def jobs(self) -> Path:
-        """Records of the Slurm jobs of this run."""
-        return self.path / "jobs"
-
-    @property
-    def logs(self) -> Path:
-        """Output of ranks."""
-        return self.path / "logs"
-
     def rank_log(self, rank: int) -> Path:
         return self.logs / f"rank_{rank}.log"
-
-    # Results -------------------------------------------------------------------------------------------------
-
-    @property
-    def samples(self) -> Path:
-        return self.path / "samples"
-
-    @property
-    def export(self) -> Path:
-        return self.path / "export"
 
     def evaluation(self, suffix: str, step: int | None = None) -> Path:
         """Result of `msc evaluate` as "json", "txt" or "png"; of the newest checkpoint, or of a step named by hand."""
         return self.path / (f"evaluation.{suffix}" if step is None else f"evaluation-{step:08d}.{suffix}")
-
-    # Contents ------------------------------------------------------------------------------------------------
 
     def exists(self) -> bool:
         """Whether a run began here."""

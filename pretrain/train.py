@@ -1,8 +1,9 @@
-"""Training, from the first process to the last checkpoint. `train` reads from top to bottom."""
+"""Training: from joining the process group to the last checkpoint. `_train` reads from top to bottom."""
 
 from __future__ import annotations
 
 import faulthandler
+import logging
 import os
 import signal
 import socket
@@ -17,330 +18,285 @@ import torch
 from tqdm import tqdm
 
 from msc.datasets.errors import REQUEUE, DeterministicFailure
-from msc.datasets.files import Forgiving, append_jsonl, write_atomically
+from msc.datasets.files import append_jsonl, write_atomically
 from msc.datasets.loading.dataloader import loader
 from msc.datasets.loading.mixture import Shards, check_shard_sizes, open_shards
 from msc.parallel import consistency, control_plane, deepspeed_zero, fp8, process_group
-from msc.parallel.mesh import placement_warning
+from msc.parallel.console import configure_logging
+from msc.parallel.mesh import make_mesh, placement_warning
 from msc.parallel.signals import STOP_SIGNALS, collect_signals
 from msc.parallel.watchdog import is_communication_error, watch_ranks
 
 from . import cost
-from .batch_inputs import InputBuilder, micro_batches, noise_beside
+from .batch_inputs import InputBuilder, NoiseSource, draw_noise, micro_batches
 from .checkpoints import directory as checkpoint_directory
 from .checkpoints import format as checkpoint_format
 from .checkpoints import initialize_from, rollback
 from .checkpoints.async_writer import Writer
 from .config import Config, dump, flat
 from .diffusion.autoencoder import open_autoencoder
-from .diffusion.rectified_flow import frame_losses, frame_shift
+from .diffusion.loss import Loss
 from .evaluation.held_out_loss import LossByNoise, held_out_losses
 from .inference.preview import write_preview
 from .kernels.compile_helpers import graph_breaks
+from .model.transformer import MSCTransformer
 from .optimizer import set_schedule
-from .parallelize import build, clip_shape, make_mesh, own_past_context, parallelize
+from .parallelize import build_model, clip_shape, own_past_context, parallelize
+from .requests import TrainingStart
 from .run_folder import LatentSpace, RunFolder
 from .tracking import heartbeat, spike_guard
 from .tracking.mlflow_store import code_version, read_identity
-from .tracking.plan_deviation import PlannedStep, describe_deviation, plan_ratios
+from .tracking.plan_deviation import describe_deviation, plan_ratios
 from .tracking.throughput import DESCRIPTION, Meter
 from .tracking.tracker import State, Tracker
 from .tracking.unreadable_clips import UnreadableClips, read_unreadable_clips
 from .validation import latent_sizes, resolve
 
+log = logging.getLogger(__name__)
 PACKAGES = [Path(__file__).parents[1] / name for name in ("pretrain", "parallel", "datasets", "launch")]
 
 
-def train(
-    config: Config, run: Path, resume: bool, back_to: str | None = None, again: bool = False,
-    planned: PlannedStep | None = None,
-) -> int:  # fmt: skip
-    """Train in this process, one of the world that RANK and WORLD_SIZE describe; returns the exit code.
-
-    back_to: step or folder of a checkpoint to go back to first, leaving out all clips since. again: also if the run
-    last went back to that one already. planned: what a plan says of a step; the run says once if it is off.
-    """
-    sys.stdout, sys.stderr = Forgiving(sys.stdout), Forgiving(sys.stderr)
+def train(start: TrainingStart) -> int:
+    """Train in this process, one of the world that RANK and WORLD_SIZE describe; returns the exit code."""
+    configure_logging()
     faulthandler.enable()
-    faulthandler.register(signal.SIGUSR2)  # "where are you?": all stacks to stderr, also while a C call never returns
-    # A second one of a kind interrupts at once. Not so SIGTERM and SIGUSR1 from Slurm, which repeats itself (at a time
-    # limit slurmd and srun both send SIGTERM) and has SIGKILL for those who take too long.
+    faulthandler.register(signal.SIGUSR2)  # all stacks to stderr on request, also while a C call never returns
+    config, run = start.config, start.run
+    # A second signal of a kind interrupts at once. Not so SIGTERM and SIGUSR1 from Slurm, which repeats itself (at a
+    # time limit slurmd and srun both send SIGTERM) and has SIGKILL for those who take too long.
     interrupting = (signal.SIGINT,) if "SLURM_STEP_ID" in os.environ else STOP_SIGNALS
-    with collect_signals(interrupting) as stopping:
+    with collect_signals(interrupting) as stop_signals:
         world = process_group.join_process_group(config.parallel.timeout)
-        # Again, and for good: since the command line looked, imports and waiting for all ranks have taken their time.
-        control_plane.run_on_rank_0(partial(heartbeat.acquire_run, run, world.world_size, checkpoint_format.say))
+        # A second time: since the command line checked, imports and waiting for all ranks have taken their time.
+        control_plane.run_on_rank_0(partial(heartbeat.acquire_run, run, world.world_size, log.info))
+        heartbeat_run, timeout = run if world.is_rank_0 else None, config.parallel.timeout
         with (
-            heartbeat.write_heartbeat(
-                run if world.is_rank_0 else None, world.world_size, stall=config.parallel.stall
-            ) as beat,
-            watch_ranks(
-                world.rank, world.world_size, process_group.collective_timeout(config.parallel.timeout)
-            ) as watched,
+            heartbeat.write_heartbeat(heartbeat_run, world.world_size, stall=config.parallel.stall) as beat,
+            watch_ranks(world.rank, world.world_size, process_group.collective_timeout(timeout)) as watch,
         ):
 
-            def at(step: int, phase: str) -> None:
+            def enter_phase(step: int, phase: str) -> None:
                 beat(step, phase)
-                watched(step, phase)
+                watch(step, phase)
 
-            return _train(config, run, resume, back_to, again, planned, stopping, world, at)
+            return _train(start, world, stop_signals, enter_phase)
 
 
 def _train(
-    config: Config, run: Path, resume: bool, back_to: str | None, again: bool, planned: PlannedStep | None,
-    stopping: list[int], world: process_group.RankInfo, at: Callable[[int, str], None],
-) -> int:  # fmt: skip
-    # The world: who we are, and which part of every clip is ours ------------------------------------
-    shards = open_shards(config.data)
-    config = resolve(config, shards.index)
+    start: TrainingStart,
+    world: process_group.RankInfo,
+    stop_signals: list[int],
+    enter_phase: Callable[[int, str], None],
+) -> int:
+    # --- the world: which rank this is, and which part of every clip is its own ------------------------------
+    folder = RunFolder(start.run)
+    shards = open_shards(start.config.data)
+    config = resolve(start.config, shards.index)
+    versions = checkpoint_format.library_versions()
     consistency.check_consistency(
-        {**flat(config), **checkpoint_format.library_versions(), "code": consistency.source_digest(PACKAGES),
-         "run": str(run.absolute()),
-         "resume": resume, "back to": back_to, "again": again,
-         "index.json": " ".join(found.digest for found in shards.sets)}
+        {**flat(config), **versions, "code": consistency.source_digest(PACKAGES), "run": str(folder.path.absolute()),
+         "resume": start.resume, "rollback": start.rollback, "again": start.again,
+         "index.json": " ".join(shard_set.digest for shard_set in shards.sets)}
     )  # fmt: skip
-    versions = {
-        **checkpoint_format.library_versions(),
-        **control_plane.run_on_rank_0(code_version),
-    }  # git, on a node that is not in a hurry
+    versions |= control_plane.run_on_rank_0(code_version)  # calls git, which takes its time on a busy node
     control_plane.run_on_rank_0(partial(check_shard_sizes, shards), patient=True)
     mesh = make_mesh(world.world_size, config.parallel.sp, world.device.type)
-    if (
-        told := placement_warning(control_plane.gather_objects(socket.gethostname()), config.parallel.sp)
-    ) and world.is_rank_0:
-        checkpoint_format.say(told)
-    # of every bucket: where our frames lie in its clips, and which those are
-    past_contexts = [
-        own_past_context(mesh, config.model, config.parallel, clip_shape(config.model, config.parallel, *size))
-        for size in latent_sizes(shards)
-    ]
-    batch, micro, accumulate = config.train.batch, config.train.micro, config.train.accumulate(mesh.dp)
+    if warning := placement_warning(control_plane.gather_objects(socket.gethostname()), config.parallel.sp):
+        log.info(warning)
+    batch_size, accumulate = config.train.batch, config.train.accumulate(mesh.dp)
 
-    # The model, the same on every rank until DeepSpeed shards it -------------------------------------
+    # --- the model: the same on every rank until DeepSpeed shards it -----------------------------------------
     torch.manual_seed(config.train.seed)
-    if config.train.init_from and not (
-        resume and control_plane.run_on_rank_0(lambda: bool(checkpoint_directory.resume_candidates(run)))
-    ):
-        source = Path(config.train.init_from)
-        newest = control_plane.run_on_rank_0(
-            partial(checkpoint_directory.latest, source)
-        )  # a run that is still training may save meanwhile
-        with initialize_from.open_initial_weights(source, config.model, shards.index.autoencoder, newest) as (
-            begun,
-            fill,
-        ):
-            model = build(config.model, config.parallel, world.device, fill)
-        for line in begun if world.is_rank_0 else []:
-            checkpoint_format.say(line)
-    else:
-        model = build(config.model, config.parallel, world.device)
+    model = initial_model(start, config, shards, world.device)
     engine = parallelize(model, config.parallel, config.optimizer, accumulate)
 
-    # Where we are: the sample clock counts clips over all ranks and is all that order and schedules need
-    writer = Writer(run, config.checkpoint, config.parallel.timeout)
-    if back_to is not None:
-        control_plane.run_on_rank_0(partial(rollback.roll_back, run, back_to, again))
-    left_out = control_plane.run_on_rank_0(partial(rollback.read_excluded_ranges, run))
-    before = checkpoint_format.load_newest(run, engine) if resume else None
-    clock, step = (before.clock, before.step) if before else (0, 0)
-    history = spike_guard.History.read(before.guard if before else None)
-    if before:
+    # --- resume: the sample clock counts clips over all ranks; order and schedules depend on nothing else ----
+    writer = Writer(folder.path, config.checkpoint, config.parallel.timeout)
+    if start.rollback is not None:
+        control_plane.run_on_rank_0(partial(rollback.roll_back, folder.path, start.rollback, start.again))
+    excluded_ranges = control_plane.run_on_rank_0(partial(rollback.read_excluded_ranges, folder.path))
+    checkpoint = checkpoint_format.load_newest(folder.path, engine) if start.resume else None
+    clock, step = (checkpoint.clock, checkpoint.step) if checkpoint else (0, 0)
+    history = spike_guard.History.read(checkpoint.guard if checkpoint else None)
+    if checkpoint:
         writer.step = step  # it need not be written again
     writer.reserve(engine)
     if world.is_rank_0:
-        for change in checkpoint_format.resume_differences(
-            before, shards.samples("train"), order_settings(config, shards)
-        ):
-            print(f"msc: {change}", file=sys.stderr, flush=True)
-        run.mkdir(parents=True, exist_ok=True)
-        write_atomically(run / "config.yaml", dump(config).encode())
-        RunFolder(run).write_latent_space(LatentSpace.of(shards.index))
-        for name in ("log.jsonl", "skipped.jsonl", "broken.jsonl", "held_out.jsonl"):
-            rollback.truncate_jsonl(run / name, step)
+        order = order_settings(config, shards)
+        for difference in checkpoint_format.resume_differences(checkpoint, shards.samples("train"), order):
+            log.info(difference)
+        folder.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder.config, dump(config).encode())
+        folder.write_latent_space(LatentSpace.of(shards.index))
+        for path in folder.step_logs:
+            rollback.truncate_jsonl(path, step)
 
-    # The data: this rank's rows and frames, from this clock on ---------------------------------------
+    # --- data: this rank's clips and frames, from this clock on ----------------------------------------------
     autoencoder = open_autoencoder(shards.index.autoencoder, world.device)
-    builders = [
-        InputBuilder(
-            model=model,
-            autoencoder=autoencoder,
-            diffusion=config.diffusion,
-            shift=frame_shift(config.diffusion, height, width),
-            seed=config.train.seed,
-            units=units,
-            all_units=frames // config.model.frames_per_unit,
-            text_dropout=config.data.text_dropout,
-            device=world.device,
-            past_context=past_context,
+    builders, tokens, flops = [], [], []  # of every bucket
+    for size in latent_sizes(shards):
+        clip = clip_shape(config.model, config.parallel, *size)
+        past_context, units = own_past_context(mesh, config.model, config.parallel, clip)
+        noise = NoiseSource(
+            config.diffusion, config.train.seed, size, config.model.channels, config.model.frames_per_unit, units
         )
-        for (frames, height, width), (past_context, units) in zip(latent_sizes(shards), past_contexts, strict=True)
-    ]
-    clips = loader(
-        shards,
-        "train",
-        seed=config.train.seed,
-        clock=clock,
-        clips=batch,
-        rank=mesh.dp_rank,
-        ranks=mesh.dp,
+        builders.append(InputBuilder(model, autoencoder, noise, config.data.text_dropout, world.device, past_context))
+        tokens.append(size[0] * cost.tokens_per_frame(config.model, *size[1:]))
+        flops.append(cost.step_flops(config.model, *size) / world.world_size)
+    batches = loader(
+        shards, "train", seed=config.train.seed, clock=clock, clips=batch_size, rank=mesh.dp_rank, ranks=mesh.dp,
         frames=[(builder.frames.start, builder.frames.stop) for builder in builders],
-        workers=config.data.workers,
-        prefetch=config.data.prefetch,
-        window=config.data.window,
-        max_bad=config.data.max_bad,
-        attach=noise_beside(builders, latent_sizes(shards)),
-    )
-    known = control_plane.run_on_rank_0(partial(read_unreadable_clips, run))
-    broken = UnreadableClips(run, shards.samples("train"), config.data.max_bad, known)
-    # What is told, and to whom -----------------------------------------------------------------------
-    tracker = Tracker(config.metrics)
-    mlflow = (
-        None if read_identity(run) else (before.mlflow if before else None)
-    )  # the run folder knows better, if it knows
-    tracker.start(run, flat(config), dump(config), run.name, resume=mlflow, enabled=world.is_rank_0)
-    if step == 0:  # later it is the user's
-        tracker.tags({"mlflow.note.content": DESCRIPTION})
-    meter = Meter(world.device)
-    tokens = [
-        frames * cost.tokens_per_frame(config.model, height, width) for frames, height, width in latent_sizes(shards)
-    ]
-    flops = [cost.step_flops(config.model, *size) / world.world_size for size in latent_sizes(shards)]
-    bar = tqdm(
-        total=config.train.steps,
-        initial=step,
-        desc=run.name,
-        unit="step",
-        disable=not (world.is_rank_0 and sys.stderr.isatty()),
-    )
-    state: State = "FAILED"
-    reports, off_plan = 0, False
+        workers=config.data.workers, prefetch=config.data.prefetch, window=config.data.window,
+        max_bad=config.data.max_bad, draw=partial(draw_noise, [builder.noise for builder in builders]),
+    )  # fmt: skip
+    reasons = control_plane.run_on_rank_0(partial(read_unreadable_clips, folder.path))
+    unreadable = UnreadableClips(folder.path, shards.samples("train"), config.data.max_bad, reasons)
 
-    def save() -> None:
-        at(step, "checkpoint")
-        # the order of clips is a function of the seed and their number; `clock` is the cursor in it
+    # --- reports ---------------------------------------------------------------------------------------------
+    tracker, meter = Tracker(config.metrics), Meter(world.device)
+    # of a checkpoint copied here without its MLflow run; otherwise the run folder names the newer one
+    mlflow_run = checkpoint.mlflow if checkpoint and not read_identity(folder.path) else None
+    name = folder.path.name
+    tracker.start(folder.path, flat(config), dump(config), name, resume=mlflow_run, enabled=world.is_rank_0)
+    if step == 0:  # later the note is the user's
+        tracker.tags({"mlflow.note.content": DESCRIPTION})
+    show_bar = world.is_rank_0 and sys.stderr.isatty()
+    bar = tqdm(total=config.train.steps, initial=step, desc=name, unit="step", disable=not show_bar)
+    reports, has_deviated = 0, False
+    state: State = "FAILED"
+
+    def save_checkpoint() -> None:
+        enter_phase(step, "checkpoint")
+        # the order of clips is a function of the seed and their number; `clock` is the position in it
         meta = checkpoint_directory.CheckpointMeta(
             step=step, clock=clock, clips=shards.samples("train"), guard=asdict(history), mlflow=tracker.run_id,
             config=flat(config), versions=versions,
         )  # fmt: skip
         tracker.log(writer.save(engine, meta), step)
-        if broken.found and world.is_rank_0:
-            tracker.artifact(broken.path)
+        if unreadable.reasons and world.is_rank_0:
+            tracker.artifact(unreadable.path)
         tracker.keep()
 
-    def look() -> None:
-        """Held-out loss and a preview from the averaged weights; training does not notice."""
-        at(step, "held-out loss")
+    def held_out_evaluation() -> None:
+        """Held-out loss and previews of the averaged weights; training is as without."""
+        enter_phase(step, "held-out evaluation")
         with deepspeed_zero.averaged_weights(engine):
-            losses = held_out_losses(engine.module, config, shards, builders, mesh.dp, mesh.dp_rank)
-            pictures = write_preview(engine.module, config, shards, builders, run, step, world.rank) if step else []
-        tracker.log(losses.metrics("held_out/"), step)
-        for picture in pictures if world.is_rank_0 else []:
-            tracker.artifact(picture, "samples")
+            held_out = held_out_losses(engine.module, config, shards, builders, mesh.dp, mesh.dp_rank)
+            previews = []
+            if step:
+                previews = write_preview(engine.module, config, shards, builders, folder.path, step, world.rank)
+        tracker.log(held_out.metrics("held_out/"), step)
         if world.is_rank_0:
-            append_jsonl(run / "held_out.jsonl", {"step": step, "clock": clock, **losses.metrics("")})
-            bar.write(f"step {step}: held-out loss {losses.mean:.4f} (averaged weights)", file=sys.stderr)
+            for preview in previews:
+                tracker.artifact(preview, "samples")
+            append_jsonl(folder.held_out, {"step": step, "clock": clock, **held_out.metrics("")})
+            log.info("step %d: held-out loss %.4f (averaged weights)", step, held_out.mean)
 
     try:
+        loss = Loss()
         if step == 0 and config.train.evaluate:
-            look()
-        losses = LossByNoise.zeros(world.device)
+            held_out_evaluation()
+        since_report = LossByNoise.zeros(world.device)
         while clock < config.train.clips:
-            # One step: all its clips, their noise, and how many frames count over all ranks
-            at(step, "reading clips")
+            # --- one batch; supervised frames, stop signals and unreadable clips are counted over all ranks --
+            enter_phase(step, "reading clips")
             with meter.waiting():
-                clips_of_step = next(clips)
-            at(step, "counting frames")
-            builder = builders[clips_of_step.bucket]
-            supervised, unread = (builder.levels(clips_of_step) > 0).sum(), len(clips_of_step.unreadable)
-            counted, stop, bad = process_group.all_reduce_sum(
-                torch.tensor([float(supervised), float(bool(stopping)), float(unread)], device=world.device)
-            ).tolist()
-            if stop:
+                batch = next(batches)
+            enter_phase(step, "counting frames")
+            builder = builders[batch.bucket]
+            own = [float(loss.supervised(builder.own_t(batch)).sum()), bool(stop_signals), len(batch.unreadable)]
+            sums = process_group.all_reduce_sum(torch.tensor(own, device=world.device))
+            supervised_frames, stopping, unreadable_count = sums.tolist()
+            if stopping:
                 break
-            if bad:
-                met = control_plane.gather_objects(clips_of_step.unreadable)
-                broken.note(step, (pair for pairs in met for pair in pairs), world.is_rank_0)
-            if rollback.is_excluded(left_out, clock, batch):
-                step, clock = step + 1, clock + batch
+            if unreadable_count:
+                all_unreadable = control_plane.gather_objects(batch.unreadable)
+                unreadable.add(step, (clip for clips in all_unreadable for clip in clips), world.is_rank_0)
+            if rollback.is_excluded(excluded_ranges, clock, batch_size):
+                step, clock = step + 1, clock + batch_size
                 bar.update()
                 continue
-            rate = set_schedule(engine.optimizer.param_groups, config.optimizer, clock, config.train.clips, batch)
+            rate = set_schedule(engine.optimizer.param_groups, config.optimizer, clock, config.train.clips, batch_size)
 
-            # Forward and backward; a rank's share of the global loss, times the world DeepSpeed averages over
-            at(step, "forward and backward")
+            # --- forward and backward --------------------------------------------------------------------------
+            enter_phase(step, "forward and backward")
             of_step, errors_of_step = LossByNoise.zeros(world.device), []
-            for clips_of_part in micro_batches(clips_of_step, micro):
+            for micro_batch in micro_batches(batch, config.train.micro):
                 with meter.waiting():
-                    part = builder(clips_of_part)
+                    inputs = builder(micro_batch)
                 with fp8.autocast(config.parallel.precision == "fp8"):
-                    velocity = engine(part.noisy, part.t, part.text, part.labels, builder.past_context, part.all_t)
-                errors = frame_losses(velocity, part.x, part.noise)
-                of_step.add(errors.detach(), part.t, part.supervised)
+                    velocity = engine(
+                        inputs.noisy, inputs.t, inputs.text, inputs.labels, builder.past_context, inputs.all_t
+                    )
+                errors = loss.per_frame(velocity, inputs.x, inputs.noise)
+                of_step.add(errors.detach(), inputs.t, inputs.supervised)
                 errors_of_step.append(errors.detach())
-                share = (errors * part.supervised).sum() / counted
-                deepspeed_zero.backward(engine, share * world.world_size)
+                # DeepSpeed averages gradients over the world, of which this is a rank's part of a sum
+                part = loss.mean(errors, inputs.t, supervised_frames)
+                deepspeed_zero.backward(engine, part * world.world_size)
 
-            # The update, unless loss or gradient norm speak against it: then nothing has changed but the clock
+            # --- update, unless the spike guard skips it: then nothing has changed but the clock ---------------
             of_step.reduce()
-            objection = partial(spike_guard.skip_reason, config.guard, history, of_step.mean)
-            norm, objected = deepspeed_zero.step(engine, objection)
-            history = spike_guard.updated_history(config.guard, history, of_step.mean, norm, objected)
-            step, clock = step + 1, clock + batch
-            if objected:
-                found = control_plane.gather_objects(rollback.clip_losses(clips_of_step, errors_of_step))
+            guard = partial(spike_guard.skip_reason, config.guard, history, of_step.mean)
+            norm, skip_reason = deepspeed_zero.step(engine, guard)
+            history = spike_guard.updated_history(config.guard, history, of_step.mean, norm, skip_reason)
+            step, clock = step + 1, clock + batch_size
+            if skip_reason:
+                clip_losses = control_plane.gather_objects(rollback.clip_losses(batch, errors_of_step))
                 if world.is_rank_0:
                     tracker.log({"skipped": history.skipped}, step)
-                    rollback.record_skipped_step(run, step, clock - batch, batch, objected, found)
+                    rollback.record_skipped_step(
+                        folder.path, step, clock - batch_size, batch_size, skip_reason, clip_losses
+                    )
                 if history.in_a_row >= config.guard.stop_after:
                     writer.leave(others_live=True)  # the last checkpoint is one to go back to, once it is whole
-                    raise DeterministicFailure(rollback.too_many_skipped_message(run, step, history.in_a_row, objected))
+                    raise DeterministicFailure(
+                        rollback.too_many_skipped_message(folder.path, step, history.in_a_row, skip_reason)
+                    )
             else:
-                losses.merge(of_step)
-            meter.step(batch * tokens[clips_of_step.bucket], batch, batch * flops[clips_of_step.bucket])
+                since_report.merge(of_step)
+            meter.step(batch_size * tokens[batch.bucket], batch_size, batch_size * flops[batch.bucket])
             bar.update()
 
-            # Reports, checkpoints, held-out loss
-            at(step, "report")
+            # --- report, checkpoint, held-out evaluation -------------------------------------------------------
+            enter_phase(step, "report")
             done = clock >= config.train.clips
             if step % config.train.report == 0 or done:
                 values = {
-                    "loss": losses.mean,
-                    "grad_norm": norm,
-                    "lr": rate,
-                    "clock": clock,
-                    "skipped": history.skipped,
-                    "broken": len(broken.found),
-                    **meter.read(),
-                }
+                    "loss": since_report.mean, "grad_norm": norm, "lr": rate, "clock": clock,
+                    "skipped": history.skipped, "broken": len(unreadable.reasons), **meter.read(),
+                }  # fmt: skip
                 reports += 1  # the first holds compilation and the first allocations
-                if reports == 1 and config.parallel.compile and world.is_rank_0 and (why := graph_breaks()):
-                    told = f"blocks are compiled in pieces, so that the CPU takes longer to start a step: {why}"
-                    bar.write(f"msc: {told}", file=sys.stderr)
-                if planned is not None and reports > 1 and world.is_rank_0:
-                    tracker.log(plan_ratios(values, planned), step)
-                    if not off_plan and (told := describe_deviation(values, planned)):
-                        off_plan = True
-                        bar.write(f"msc: step {step}: {told}", file=sys.stderr)
-                tracker.log({**values, **losses.metrics("loss/")}, step)
+                tracker.log({**values, **since_report.metrics("loss/")}, step)
                 if world.is_rank_0:
-                    append_jsonl(run / "log.jsonl", {"step": step, **values})
-                    bar.set_postfix(loss=f"{losses.mean:.4f}")
+                    if reports == 1 and config.parallel.compile and (breaks := graph_breaks()):
+                        log.info(
+                            "compiled blocks have graph breaks, so that the CPU launches a step slower: %s", breaks
+                        )
+                    if start.planned is not None and reports > 1:
+                        tracker.log(plan_ratios(values, start.planned), step)
+                        if not has_deviated and (deviation := describe_deviation(values, start.planned)):
+                            has_deviated = True
+                            log.info("step %d: %s", step, deviation)
+                    append_jsonl(folder.log, {"step": step, **values})
+                    bar.set_postfix(loss=f"{values['loss']:.4f}")
                     if bar.disable:
-                        print(progress(step, config.train.steps, values), file=sys.stderr, flush=True)
-                losses = LossByNoise.zeros(world.device)
+                        log.info(progress_line(step, config.train.steps, values))
+                since_report = LossByNoise.zeros(world.device)
             if step % config.checkpoint.every == 0 and not done:
-                save()
+                save_checkpoint()
             if config.train.evaluate and step % config.train.evaluate == 0 and not done:
-                look()
+                held_out_evaluation()
                 meter.read()  # its time is not training's
-        save()
+        save_checkpoint()
         writer.finish()
-        if clock >= config.train.clips and config.train.evaluate:
-            look()
-        state = "FINISHED" if clock >= config.train.clips else "KILLED"
-        if world.is_rank_0 and state == "KILLED":
-            print(f"stopped at step {step}, saved; go on with: msc train --resume --run {run}", file=sys.stderr)
-        return 0 if state == "FINISHED" else REQUEUE
+        done = clock >= config.train.clips
+        if done and config.train.evaluate:
+            held_out_evaluation()
+        state = "FINISHED" if done else "KILLED"
+        if not done:
+            log.info("stopped at step %d, saved; go on with: msc train --resume --run %s", step, folder.path)
+        return 0 if done else REQUEUE
     except KeyboardInterrupt:
         state = "KILLED"
         raise
@@ -349,20 +305,35 @@ def _train(
         raise
     finally:
         bar.close()
-        clips.close()
+        batches.close()
         tracker.finish(state)
         if state != "FAILED":  # after a failure the others may hang in a collective: do not wait for them
             process_group.leave_process_group()
 
 
+def initial_model(start: TrainingStart, config: Config, shards: Shards, device: torch.device) -> MSCTransformer:
+    """A new model, with random weights or those of train.init_from, which a run that resumes does not read again."""
+    candidates = partial(checkpoint_directory.resume_candidates, start.run)
+    if not config.train.init_from or (start.resume and control_plane.run_on_rank_0(candidates)):
+        return build_model(config.model, config.parallel, device)
+    source = Path(config.train.init_from)
+    # one for all ranks, as a run that is still training may save meanwhile
+    newest = control_plane.run_on_rank_0(partial(checkpoint_directory.latest, source))
+    with initialize_from.open_initial_weights(source, config.model, shards.index.autoencoder, newest) as (lines, fill):
+        model = build_model(config.model, config.parallel, device, fill)
+    for line in lines:
+        log.info(line)
+    return model
+
+
 def order_settings(config: Config, shards: Shards) -> dict[str, Any]:
-    """What the order of clips depends on, besides the seed and their number, as it is kept in a checkpoint."""
+    """The settings that the order of clips depends on, besides the seed and their number, to compare on resume."""
     names = ["data.window", *(["train.batch"] if len(shards.shapes) > 1 else [])]
     names += ["data.shards"] if len(shards.sets) > 1 else []
     return {name: value for name, value in flat(config).items() if name in names}
 
 
-def progress(step: int, steps: int, values: dict[str, float]) -> str:
+def progress_line(step: int, steps: int, values: dict[str, float]) -> str:
     return (
         f"step {step}/{steps}  loss {values['loss']:.4f}  norm {values['grad_norm']:.3f}  lr {values['lr']:.2e}  "
         f"{values['tokens_per_s']:,.0f} tokens/s  {values['clips_per_s']:.2f} clips/s  wait {values['data_wait']:.1%}"

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from msc.pretrain.presets import preset
+from msc.pretrain.requests import TrainingStart
 from msc.pretrain.tracking import heartbeat
 from msc.pretrain.train import train
 
@@ -27,7 +28,7 @@ def each_for_itself(rank: int, ranks: int, run: Path) -> str:
 
 
 def as_one_run(rank: int, ranks: int, run: Path) -> str:
-    return told(lambda: train(preset("demo"), run, resume=False))
+    return told(lambda: train(TrainingStart(preset("demo"), run)))
 
 
 def told(start: Callable[[], object]) -> str:

@@ -1,4 +1,4 @@
-"""What workers of a conversion run in test_convert: `cut`, with sources that kill whoever decodes them."""
+"""Clip extraction for test_convert with sources that kill the worker process that decodes them."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import signal
 from pathlib import Path
 
 from msc.datasets.prepare import clip_extraction as original
-from msc.datasets.prepare.clip_extraction import Cut, Task
+from msc.datasets.prepare.clip_extraction import Extraction, ExtractionTask
 
-cut = original.cut
+extract_clips = original.extract_clips
 
 
-def crash(task: Task) -> Cut:
-    """Dies of a source called deadly, behind a first clip, and of one called hungry the first time."""
+def extract_or_crash(task: ExtractionTask) -> Extraction:
+    """Dies on a source called deadly, after its first clip, and the first time on one called hungry."""
     name = Path(task.source.name).name
-    tried = task.spool.parent / f"tried {name}"
-    if name == "deadly.mp4" or (name == "hungry.mp4" and not tried.exists()):
-        tried.touch()
-        task.file(0).write_bytes(b"half a clip")
+    attempted = task.spool.parent / f"attempted {name}"
+    if name == "deadly.mp4" or (name == "hungry.mp4" and not attempted.exists()):
+        attempted.touch()
+        task.clip_file(0).write_bytes(b"half a clip")
         os.kill(os.getpid(), signal.SIGSEGV)
-    return cut(task)
+    return extract_clips(task)

@@ -1,4 +1,4 @@
-"""What test_mixture runs on its ranks: shards whose check takes longer than a collective waits."""
+"""What ranks of test_mixture run: a check of shards that takes longer than the timeout of a collective."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""launch/cli.py and launch/commands.py: words in, calls and exit codes out."""
+"""Command line and commands: arguments in, calls and exit codes out."""
 
 import importlib
 import os
@@ -17,7 +17,7 @@ import msc.pretrain
 from msc.launch import cli, commands
 from msc.launch.processes import launcher
 from msc.pretrain.presets import preset
-from msc.pretrain.requests import EvaluateConfig, SampleConfig
+from msc.pretrain.requests import EvaluateConfig, SampleConfig, TrainingStart
 
 MSC = Path(sys.executable).with_name("msc")
 
@@ -36,13 +36,13 @@ STUDY = ["plan", "sweep", "fit"]
 
 
 @pytest.mark.parametrize("command", ["", *WORK, *JOBS, *STUDY])
-def test_help_names_everything(command: str, capsys) -> None:
+def test_help_of_every_command(command: str, capsys) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main([*command.split(), "--help"])
     assert end.value.code == 0
-    said = capsys.readouterr().out
-    assert f"usage: msc {command}".strip() in said
-    assert "--traceback" in said
+    output = capsys.readouterr().out
+    assert f"usage: msc {command}".strip() in output
+    assert "--traceback" in output
 
 
 def test_help_is_fast_and_imports_nothing_heavy() -> None:
@@ -62,7 +62,7 @@ def test_version() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [
         (["train", "--presett", "demo"], "unrecognized arguments: --presett"),
         (
@@ -84,14 +84,14 @@ def test_version() -> None:
         ([], "COMMAND"),
     ],
 )
-def test_usage_errors_end_with_code_2_and_say_what(words: list[str], said: str, capsys) -> None:
+def test_usage_errors_exit_with_code_2(arguments: list[str], message: str, capsys) -> None:
     with pytest.raises(SystemExit) as end:
-        cli.main(words)
+        cli.main(arguments)
     assert end.value.code == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_settings_and_sources_may_stand_anywhere() -> None:
+def test_positionals_may_follow_options() -> None:
     args = cli.parse(["train", "a.b=1", "--preset", "demo", "c.yaml", "--resume", "d.e=-2"])
     assert args.items == ["a.b=1", "c.yaml", "d.e=-2"]
     args = cli.parse(["convert", "a.mp4", "--out", "x", "b.mp4", "c"])
@@ -112,26 +112,26 @@ def raising(module: str, error: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         ("ValueError('batch 3 does not divide by 2')", "msc: batch 3 does not divide by 2\n"),
         ("FileNotFoundError('no index.json in x: run `msc convert` first')", "msc: no index.json in x: run"),
         ("FileExistsError(17, 'File exists', 'runs/a')", "msc: runs/a: File exists\n"),
     ],
 )
-def test_a_users_mistake_is_one_line(error: str, said: str, monkeypatch, capsys) -> None:
+def test_user_error_is_one_line(error: str, message: str, monkeypatch, capsys) -> None:
     monkeypatch.setattr(commands, "doctor", raising("msc.pretrain.somewhere", error))
     assert cli.main(["doctor"]) == 2
     got = capsys.readouterr()
-    assert got.err.startswith(said)
+    assert got.err.startswith(message)
     assert got.err.count("\n") == 1
     assert got.out == ""
-    for words in (["doctor", "--traceback"], ["--traceback", "doctor"]):
-        assert cli.main(words) == 1
+    for arguments in (["doctor", "--traceback"], ["--traceback", "doctor"]):
+        assert cli.main(arguments) == 1
         assert "Traceback (most recent call last)" in capsys.readouterr().err
 
 
-def test_the_systems_errors_are_one_line_wherever_they_come_from(monkeypatch, capsys) -> None:
+def test_os_error_is_one_line(monkeypatch, capsys) -> None:
     monkeypatch.setattr(commands, "doctor", lambda args: Path("/no/such/file").read_text() and 0)
     assert cli.main(["doctor"]) == 2
     assert capsys.readouterr().err == "msc: /no/such/file: No such file or directory\n"
@@ -148,12 +148,12 @@ def test_the_systems_errors_are_one_line_wherever_they_come_from(monkeypatch, ca
 def test_a_bug_shows_its_traceback(module: str, error: str, monkeypatch, capsys) -> None:
     monkeypatch.setattr(commands, "doctor", raising(module, error))
     assert cli.main(["doctor"]) == 1
-    said = capsys.readouterr().err
-    assert "Traceback (most recent call last)" in said
-    assert error.partition("(")[0] in said
+    output = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in output
+    assert error.partition("(")[0] in output
 
 
-def test_a_rank_that_fails_ends_even_if_something_waits_at_exit(tmp_path: Path) -> None:
+def test_failed_rank_does_not_wait_for_exit_handlers(tmp_path: Path) -> None:
     program = """
 import atexit, os, time
 from msc.launch import cli, commands
@@ -171,7 +171,7 @@ cli.main(["doctor"])
     assert time.monotonic() - began < 30
 
 
-def test_ctrl_c_and_a_closed_pipe_are_no_bugs(monkeypatch, capsys) -> None:
+def test_ctrl_c_and_closed_pipe_show_no_traceback(monkeypatch, capsys) -> None:
     monkeypatch.setattr(commands, "doctor", raising("torch", "KeyboardInterrupt()"))
     assert cli.main(["doctor"]) == 130
     assert capsys.readouterr().err == "msc: interrupted\n"
@@ -185,7 +185,7 @@ def test_ctrl_c_and_a_closed_pipe_are_no_bugs(monkeypatch, capsys) -> None:
     assert "Exception ignored" not in done.stderr
 
 
-def test_a_real_mistake_on_a_real_command_line(tmp_path: Path) -> None:
+def test_user_error_of_a_real_process(tmp_path: Path) -> None:
     done = run("train", "--preset", "nosuch", "--run", str(tmp_path / "run"))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("msc: unknown preset 'nosuch'")
@@ -202,16 +202,15 @@ class Calls:
 
     load: list[tuple] = field(default_factory=list)
     check: list[tuple] = field(default_factory=list)
-    train: list[tuple] = field(default_factory=list)
+    train: list[TrainingStart] = field(default_factory=list)
     launcher: list[tuple] = field(default_factory=list)
-    options: list[dict] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
 
 
 @pytest.fixture
 def calls(monkeypatch, tmp_path: Path) -> Calls:
     """`msc train` over stand-ins, in an empty folder, in an environment that no launcher has touched."""
-    made = Calls()
+    calls = Calls()
     monkeypatch.chdir(tmp_path)
     for name in [*os.environ]:
         if (
@@ -227,42 +226,41 @@ def calls(monkeypatch, tmp_path: Path) -> Calls:
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setattr(msc.pretrain, name, module, raising=False)
 
-    def train(*arguments: Any, **options: Any) -> int:
-        made.train.append(arguments)
-        made.options.append(options)
-        made.environment.update(os.environ)
+    def train(start: TrainingStart) -> int:
+        calls.train.append(start)
+        calls.environment.update(os.environ)
         return 5
 
-    stand_in("config", load=lambda *arguments: made.load.append(arguments) or "config")
+    stand_in("config", load=lambda *arguments: calls.load.append(arguments) or "config")
     stand_in(
         "validation",
         describe=lambda config, processes: f"plan of {config} on {processes}",
-        check=lambda *arguments: made.check.append(arguments) or "checked",
+        validate=lambda *arguments: calls.check.append(arguments) or "checked",
     )
     stand_in("train", train=train)
-    monkeypatch.setattr(launcher, "run", lambda *arguments: made.launcher.append(arguments) or 7)
+    monkeypatch.setattr(launcher, "run", lambda *arguments: calls.launcher.append(arguments) or 7)
     monkeypatch.setattr(launcher, "visible_gpus", lambda environment: 0)
     monkeypatch.setattr(os, "_exit", lambda code: None)  # how a rank among others ends
-    return made
+    return calls
 
 
 def test_train_in_this_process(calls: Calls) -> None:
     assert cli.main(["train", "c.yaml", "--preset", "demo", "a.b=1"]) == 5
     assert calls.load == [(preset("demo"), Path("c.yaml"), ["a.b=1"])]
     assert calls.check == [("config", Path("runs/c"), False, 1)]
-    assert calls.train == [("checked", Path("runs/c"), False)]
+    assert calls.train == [TrainingStart("checked", Path("runs/c"), False)]
     assert calls.environment["RANK"] == calls.environment["LOCAL_RANK"] == "0"
     assert calls.environment["WORLD_SIZE"] == "1"
     assert int(calls.environment["MASTER_PORT"]) > 0
     assert not calls.launcher
 
 
-def test_train_starts_ranks_that_get_the_same_words(calls: Calls) -> None:
-    words = ["train", "--preset", "demo", "--run", "x", "--processes", "2", "a.b=1"]
-    assert cli.main(words) == 7
+def test_train_starts_ranks_with_the_same_arguments(calls: Calls) -> None:
+    arguments = ["train", "--preset", "demo", "--run", "x", "--processes", "2", "a.b=1"]
+    assert cli.main(arguments) == 7
     assert calls.check == [("config", Path("x"), False, 2)]
     [(command, ranks, logs)] = calls.launcher
-    assert command == [sys.executable, "-c", launcher.PROGRAM, *words]
+    assert command == [sys.executable, "-c", launcher.PROGRAM, *arguments]
     assert (ranks, logs) == (2, Path("x/logs"))
     assert not calls.train
 
@@ -276,8 +274,8 @@ def test_every_visible_gpu_gets_a_rank(calls: Calls, monkeypatch) -> None:
 def test_a_rank_trains_and_starts_nothing(calls: Calls) -> None:
     os.environ.update(launcher.rank_environment({}, 1, 2, 4321), **{launcher.LAUNCHED: "1"})
     assert cli.main(["train", "--preset", "demo", "--processes", "2"]) == 5
-    assert calls.train == [("config", Path("runs/demo"), False)]
-    assert not calls.check, "the launcher has checked before it made the run folder"
+    assert calls.train == [TrainingStart("config", Path("runs/demo"), False)]
+    assert not calls.check, "the launcher has checked before it calls the run folder"
     assert not calls.launcher
     assert calls.environment["MASTER_PORT"] == "4321"
 
@@ -286,15 +284,15 @@ def test_a_rank_of_another_launcher_checks_for_itself(calls: Calls) -> None:
     os.environ.update(launcher.rank_environment({}, 1, 8, 4321))
     assert cli.main(["train", "--preset", "demo"]) == 5
     assert calls.check == [("config", Path("runs/demo"), False, 8)]
-    assert calls.train == [("checked", Path("runs/demo"), False)]
+    assert calls.train == [TrainingStart("checked", Path("runs/demo"), False)]
 
 
-def test_half_an_environment_of_a_rank_is_refused(calls: Calls, capsys) -> None:
+def test_incomplete_rank_environment_is_refused(calls: Calls, capsys) -> None:
     os.environ["RANK"] = "0"
     assert cli.main(["train", "--preset", "demo"]) == 2
-    said = capsys.readouterr().err
-    assert "WORLD_SIZE" in said
-    assert "MASTER_ADDR" in said
+    output = capsys.readouterr().err
+    assert "WORLD_SIZE" in output
+    assert "MASTER_ADDR" in output
     assert not calls.train
 
 
@@ -304,14 +302,14 @@ def test_dry_run_prints_the_plan_and_starts_nothing(calls: Calls, capsys) -> Non
     assert not (calls.check or calls.train or calls.launcher)
 
 
-def test_resume_reads_the_runs_own_configuration(calls: Calls, capsys) -> None:
+def test_resume_reads_the_configuration_of_the_run(calls: Calls, capsys) -> None:
     assert cli.main(["train", "--resume", "--run", "x"]) == 2
     assert "x/config.yaml" in capsys.readouterr().err
     Path("x").mkdir()
     Path("x/config.yaml").touch()
     assert cli.main(["train", "--resume", "--run", "x", "a.b=1"]) == 5
     assert calls.load == [(None, Path("x/config.yaml"), ["a.b=1"])]
-    assert calls.train == [("checked", Path("x"), True)]
+    assert calls.train == [TrainingStart("checked", Path("x"), True)]
 
 
 def test_a_rollback_is_a_resume(calls: Calls, capsys) -> None:
@@ -319,8 +317,8 @@ def test_a_rollback_is_a_resume(calls: Calls, capsys) -> None:
     Path("x/config.yaml").touch()
     assert cli.main(["train", "--run", "x", "--rollback", "6"]) == 2
     assert "6 is not a checkpoint of x; it has those of steps: 5" in capsys.readouterr().err
-    for wanted in ("5", "x/checkpoints/step-00000005"):
-        assert cli.main(["train", "--run", "x", "--rollback", wanted]) == 5
+    for checkpoint in ("5", "x/checkpoints/step-00000005"):
+        assert cli.main(["train", "--run", "x", "--rollback", checkpoint]) == 5
     Path("x/left_out.json").write_text('{"clips": [[8, 12]], "back_to": "step-00000006"}')
     os.environ.pop("RANK")  # what the calls before left in this process
     assert cli.main(["train", "--run", "x", "--rollback", "6"]) == 5  # gone back to before it was pruned
@@ -330,22 +328,21 @@ def test_a_rollback_is_a_resume(calls: Calls, capsys) -> None:
     assert cli.main(["train", "--run", "x", "--resume", "--again"]) == 2
     assert "--rollback N" in capsys.readouterr().err
     assert [arguments[2] for arguments in calls.check] == [True] * 4
-    five = {"back_to": "5"}
-    expected = [five, {"back_to": "x/checkpoints/step-00000005"}, {"back_to": "6"}, {**five, "again": True}]
-    assert calls.options == expected
+    expected = [("5", False), ("x/checkpoints/step-00000005", False), ("6", False), ("5", True)]
+    assert [(start.rollback, start.again) for start in calls.train] == expected
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [
         (["train"], "--preset"),
         (["train", "--resume"], "--run"),
         (["train", "a.yaml", "b.yaml"], "a.yaml and b.yaml"),
     ],
 )
-def test_train_says_what_is_missing(words: list[str], said: str, calls: Calls, capsys) -> None:
-    assert cli.main(words) == 2
-    assert said in capsys.readouterr().err
+def test_train_without_configuration(arguments: list[str], message: str, calls: Calls, capsys) -> None:
+    assert cli.main(arguments) == 2
+    assert message in capsys.readouterr().err
     assert not calls.load
 
 
@@ -353,7 +350,7 @@ def test_train_says_what_is_missing(words: list[str], said: str, calls: Calls, c
 
 
 @pytest.mark.parametrize(
-    ("words", "module", "function", "expected"),
+    ("arguments", "module", "function", "expected"),
     [
         ("evaluate x", "evaluation.evaluate", "evaluate", ((Path("x"), EvaluateConfig()), {})),
         (
@@ -426,22 +423,22 @@ def test_train_says_what_is_missing(words: list[str], said: str, calls: Calls, c
         ),
     ],
 )  # fmt: skip
-def test_commands_on_a_run(words: str, module: str, function: str, expected, monkeypatch, capsys) -> None:
+def test_commands_on_a_run(arguments: str, module: str, function: str, expected, monkeypatch, capsys) -> None:
     real = importlib.import_module(f"msc.pretrain.{module}")
     stand_in = create_autospec(getattr(real, function), return_value="what happened")
     monkeypatch.setattr(real, function, stand_in)
-    assert cli.main(words.split()) == 0
+    assert cli.main(arguments.split()) == 0
     assert stand_in.call_args == expected
     assert capsys.readouterr().out == "what happened\n"
 
 
 @pytest.mark.parametrize("size", ["0GB", "5", "GB", "-1GB", "5GiB"])
-def test_a_size_that_is_none(size: str, capsys) -> None:
+def test_invalid_file_size(size: str, capsys) -> None:
     with pytest.raises(SystemExit):
         cli.main(["export", "x", f"--max-shard-size={size}"])
     assert "is not a size such as 5GB" in capsys.readouterr().err
 
 
-def test_nothing_has_no_context(capsys) -> None:
+def test_nothing_excludes_context(capsys) -> None:
     assert cli.main(["sample", "x", "--nothing", "--context", "2"]) == 2
     assert "--context is 2" in capsys.readouterr().err

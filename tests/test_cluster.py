@@ -35,11 +35,11 @@ def no_slurm() -> str:
         return "there is no sinfo"
     command = ["sinfo", "-h", "-N", "-t", "idle,mixed,allocated,completing", "-o", "%N"]
     try:
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except subprocess.TimeoutExpired:
         return "sinfo reaches nobody within 10 s"
-    nodes = len(set(asked.stdout.split()))
-    return "" if nodes >= 2 else asked.stderr.strip() or f"sinfo knows {nodes} usable nodes, and two are needed"
+    nodes = len(set(done.stdout.split()))
+    return "" if nodes >= 2 else done.stderr.strip() or f"sinfo knows {nodes} usable nodes, and two are needed"
 
 
 pytestmark = pytest.mark.skipif(bool(REASON := no_slurm()), reason=f"no Slurm: {REASON}")
@@ -64,13 +64,13 @@ class Sent:
         (folder / "msc-with-faults").write_text(f"#!/bin/sh\nshift 2\nexec {sys.executable} -c '{PROGRAM}' \"$@\"\n")
         (folder / "msc-with-faults").chmod(0o755)
         (folder / "site.yaml").write_text(f"python: {folder}/msc-with-faults\nsignal_seconds: 30\n")
-        wanted = json.dumps({"consumed": str(folder), **faults})
-        self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "MSC_FAULTS": wanted}
+        faults_json = json.dumps({"consumed": str(folder), **faults})
+        self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "MSC_FAULTS": faults_json}
         self.environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
         words = ["submit", "--nodes", "2", "--site", folder / "site.yaml", "--time", "10", *options, "--run", self.run,
                  "--preset", "demo", f"data.shards={shards}", *SMALL, "parallel.sp=2", f"train.clips={4 * steps}",
                  "checkpoint.every=4", *settings]  # fmt: skip
-        self.said = self.msc(*words)
+        self.output = self.msc(*words)
         (self.record,) = job_records.read_records(self.run / "jobs")
         self.job = self.record.id
 
@@ -108,19 +108,19 @@ class Sent:
 
 @pytest.fixture
 def sent(tmp_path, shards):
-    made: list[Sent] = []
+    submissions: list[Sent] = []
 
     def send(*settings, **options) -> Sent:
-        made.append(Sent(tmp_path / f"{len(made)}", shards, *settings, **options))
-        return made[-1]
+        submissions.append(Sent(tmp_path / f"{len(submissions)}", shards, *settings, **options))
+        return submissions[-1]
 
     yield send
-    for one in made:
+    for one in submissions:
         one.end()
 
 
 @pytest.mark.gloo
-def test_preempted_twice_and_the_same_run(sent, shards, tmp_path):
+def test_preempted_twice_is_bit_identical(sent, shards, tmp_path):
     """The signal before a time limit, and a requeue from outside, on two nodes: bit for bit the run left alone."""
     uri = f"metrics.tracking_uri=sqlite:///{tmp_path}/mlflow.db"
     run = sent(uri, step_s=0.25, steps=16)
@@ -147,16 +147,16 @@ def test_preempted_twice_and_the_same_run(sent, shards, tmp_path):
     from mlflow import MlflowClient
 
     client = MlflowClient(uri.partition("=")[2])
-    (found,) = client.search_runs([client.get_experiment_by_name("msc").experiment_id])
-    assert found.info.run_id == read_identity(run.run)["run_id"]
-    assert (found.info.status, found.data.tags["msc.starts"]) == ("FINISHED", "3")
-    assert {point.step for point in client.get_metric_history(found.info.run_id, "loss")} == set(range(1, 17))
+    (mlflow_run,) = client.search_runs([client.get_experiment_by_name("msc").experiment_id])
+    assert mlflow_run.info.run_id == read_identity(run.run)["run_id"]
+    assert (mlflow_run.info.status, mlflow_run.data.tags["msc.starts"]) == ("FINISHED", "3")
+    assert {point.step for point in client.get_metric_history(mlflow_run.info.run_id, "loss")} == set(range(1, 17))
     assert "FINISHED" in run.msc("status", run.run) and "16/16" in run.msc("status", run.run)
 
 
 @pytest.mark.slow
 @pytest.mark.gloo
-def test_a_real_time_limit_and_a_preemption_by_another_job(sent):
+def test_time_limit_and_preemption(sent):
     if "urgent" not in control("sinfo", "-h", "-o", "%R").split():
         pytest.skip("there is no partition `urgent` that preempts")
     run = sent(step_s=0.5, steps=2000, options=["--time", "2"])
@@ -180,7 +180,7 @@ def test_a_real_time_limit_and_a_preemption_by_another_job(sent):
 @pytest.mark.slow
 @pytest.mark.gloo
 @pytest.mark.parametrize("what", ["killed", "rank 0 killed", "hung", "fails at once", "cancelled", "node down"])
-def test_what_goes_wrong(what, sent, tmp_path):
+def test_failures(what, sent, tmp_path):
     """As in the table of docs/slurm.md; prints the times that are in it."""
     hurt = {"hung": {"hang": [1, 28]}, "fails at once": {"fail": [1, 0]}}.get(what, {})
     uri = f"sqlite:///{tmp_path}/mlflow.db" if what == "rank 0 killed" else "none"
@@ -238,7 +238,7 @@ def nodes() -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.gloo
-def test_a_sweep_as_an_array(shards, tmp_path):
+def test_sweep_array(shards, tmp_path):
     """Of three runs one is killed and requeued, alone, though it has the array's own number; one fails: sent again, it
     alone is repeated. Then two of them are evaluated, as an array."""
     folder, programs = tmp_path / "runs" / "a sweep", tmp_path / "programs"
@@ -276,7 +276,7 @@ def test_a_sweep_as_an_array(shards, tmp_path):
         wait_for(lambda: not {"queued", "running"} & set(states()), seconds=180, every=1)
         assert states() == ["finished", "failed", "finished"], msc("logs", folder, "--rank", "0")
         assert "2 finished, 1 failed" in msc(*words, "--status")
-        assert "1 FAILED, 2 COMPLETED" in (said := msc("status", folder)) or "2 COMPLETED, 1 FAILED" in said
+        assert "1 FAILED, 2 COMPLETED" in (output := msc("status", folder)) or "2 COMPLETED, 1 FAILED" in output
         (programs / "broken").unlink()
         msc(*words, environment=environment)
         wait_for(lambda: states() == ["finished"] * 3, seconds=120, every=1)
@@ -295,11 +295,11 @@ def test_a_sweep_as_an_array(shards, tmp_path):
 
     client = MlflowClient(f"sqlite:///{tmp_path}/m.db")
     parent = read_identity(folder)["run_id"]
-    found = client.search_runs([client.get_experiment_by_name("msc").experiment_id])
-    assert {run.info.run_name: run.info.status for run in found} == {
+    mlflow_runs = client.search_runs([client.get_experiment_by_name("msc").experiment_id])
+    assert {run.info.run_name: run.info.status for run in mlflow_runs} == {
         "a sweep": "FINISHED", "seed0": "FINISHED", "seed1": "FINISHED", "seed2": "FINISHED"
     }  # fmt: skip
-    assert {run.data.tags.get("mlflow.parentRunId") for run in found} == {None, parent}
+    assert {run.data.tags.get("mlflow.parentRunId") for run in mlflow_runs} == {None, parent}
 
     runs = [folder / "seed0", folder / "seed2"]
     msc("submit", "evaluate", *runs, "--clips", "2", "--site", site, environment=environment)
@@ -310,7 +310,7 @@ def test_a_sweep_as_an_array(shards, tmp_path):
 # Conversions -------------------------------------------------------------------------------------------------
 
 
-def test_a_conversion_in_parts(tmp_path):
+def test_conversion_in_parts(tmp_path):
     from msc.datasets.synthetic import write_videos
 
     write_videos(tmp_path / "my videos", seed=0, clips=4, frames=20, height=16, width=24)
@@ -353,7 +353,7 @@ tracker.finish("KILLED" if stopping else "FINISHED", timeout=60)
 
 
 @pytest.mark.slow
-def test_twenty_jobs_write_to_one_server(tmp_path):
+def test_twenty_jobs_on_one_mlflow_server(tmp_path):
     port = free_port()
     uri = f"http://127.0.0.1:{port}"
     (tmp_path / "tracked.py").write_text(TRACKED)
@@ -367,20 +367,20 @@ def test_twenty_jobs_write_to_one_server(tmp_path):
 
             client = MlflowClient(uri)
 
-            def found() -> list:
+            def runs_of_msc() -> list:
                 experiment = client.get_experiment_by_name("msc")
                 return client.search_runs([experiment.experiment_id]) if experiment else []
 
             def complete() -> list[str]:
-                return [r.info.run_name for r in found() if r.data.metrics.get("e") == 199 + int(r.info.run_name)]
+                return [r.info.run_name for r in runs_of_msc() if r.data.metrics.get("e") == 199 + int(r.info.run_name)]
 
             wait_for(lambda: len(complete()) == 20, seconds=400, every=2)
             print(f"20 jobs, 20,000 values: {time.monotonic() - began:.0f} s")
             control("scancel", job)
             wait_for(lambda: not any(s.active for s in sbatch.job_states([job])[job]), seconds=60)
-            states = {int(r.info.run_name): r.info.status for r in found()}
+            states = {int(r.info.run_name): r.info.status for r in runs_of_msc()}
             assert states == {n: "FINISHED" if n < 16 else "KILLED" for n in range(20)}
-            for r in found():
+            for r in runs_of_msc():
                 for name in "abcde":
                     points = client.get_metric_history(r.info.run_id, name)
                     assert [p.value for p in sorted(points, key=lambda p: p.step)] == [

@@ -19,7 +19,7 @@ from msc.datasets.loading.mixture import single_set
 from msc.datasets.loading.shard_reader import ShardReader
 from msc.datasets.prepare import clip_extraction, shard_writer
 from msc.datasets.prepare import convert as converting
-from msc.datasets.prepare.clip_ranges import border, pieces, runs
+from msc.datasets.prepare.clip_ranges import held_out_border, split_into_clips, split_ranges
 from msc.datasets.prepare.convert import ConvertConfig, convert
 from msc.datasets.prepare.progress import count_finished_groups
 from msc.datasets.prepare.sources import find_sources
@@ -78,7 +78,7 @@ def test_the_border_lies_between_training_and_held_out():
         for least in (1, 4, 8):
             for held_out in (0.0, 0.1, 0.5):
                 for draw in (0.05, 0.9):
-                    plan = runs(list(range(length)), held_out, least, draw)
+                    plan = split_ranges(list(range(length)), held_out, least, draw)
                     (first, end), (start, last) = plan["train"], plan["held_out"]
                     assert first == 0 and last == length and end == start
                     if not held_out:
@@ -87,9 +87,9 @@ def test_the_border_lies_between_training_and_held_out():
                         assert last - start == round(length * held_out)
                     else:  # too short to be divided
                         assert end == (0 if draw < held_out else length)
-    assert runs(list(range(20)), 0.25, 4, 0.0) == {"train": (0, 15), "held_out": (15, 20)}
-    assert pieces(0, 15, [4]) == [(0, 4), (4, 4), (8, 4)]
-    assert pieces(0, 3, [4]) == []
+    assert split_ranges(list(range(20)), 0.25, 4, 0.0) == {"train": (0, 15), "held_out": (15, 20)}
+    assert split_into_clips(0, 15, [4]) == [(0, 4), (4, 4), (8, 4)]
+    assert split_into_clips(0, 3, [4]) == []
 
 
 def test_of_short_videos_a_share_is_held_out_whole(tmp_path):
@@ -115,7 +115,7 @@ def test_of_short_videos_a_share_is_held_out_whole(tmp_path):
 def test_a_frame_shown_several_times_stays_on_one_side():
     shown = [i // 4 for i in range(40)]  # four ticks per source frame
     for held_out in (0.1, 0.23, 0.31, 0.5, 0.99):
-        end, start = border(shown, held_out)
+        end, start = held_out_border(shown, held_out)
         assert not set(shown[:end]) & set(shown[start:])
         assert start - end < 4
 
@@ -200,15 +200,47 @@ def test_statistics_are_those_of_the_training_clips(tmp_path, videos):
     assert measure_statistics(blocks(samples.read(i)[1]) for i in range(len(samples))) == index.statistics
 
 
-def test_statistics_open_only_the_shards_of_the_clips_they_take(tmp_path, videos, monkeypatch):
+def test_statistics_of_a_large_set_open_only_the_shards_of_their_sample(tmp_path, videos, monkeypatch):
     scanned = []
-    monkeypatch.setattr(converting, "MEASURED_CLIPS", 2)
+    monkeypatch.setattr(converting, "WHOLE_VALUES", 1)
+    monkeypatch.setattr(converting, "MIN_SEGMENTS", 2)
     monkeypatch.setattr(converting, "scan", lambda path: scanned.append(path.name) or scan(path))
     convert(settings(tmp_path, videos), blocks, 2)
     index = read_index(tmp_path / "out")
     samples = ShardReader(tmp_path / "out", index, "train")
     assert measure_statistics(blocks(samples.read(i)[1]) for i in (0, len(samples) // 2)) == index.statistics
     assert len(scanned) == 2 < len(index.splits["train"])
+
+
+@pytest.mark.parametrize("store", ["video", "latent"])
+def test_statistics_of_long_clips_are_those_of_segments(tmp_path, videos, monkeypatch, store):
+    monkeypatch.setattr(converting, "WHOLE_VALUES", 1)
+    monkeypatch.setattr(converting, "SEGMENT_FRAMES", 8)
+    results = []
+    for workers in (1, 2):
+        config = settings(tmp_path / str(workers), videos, frames=48, store=store, workers=workers)
+        results.append(convert(dataclasses.replace(config, held_out=0.0), blocks, 2) and read_index(config.out))
+    assert results[0].statistics == results[1].statistics
+    samples = ShardReader(tmp_path / "1" / "out", results[0], "train")
+    clips = [samples.read(i)[1] if store == "latent" else blocks(samples.read(i)[1]) for i in range(3)]
+    chosen = [divmod(i, 3) for i in range(9)]  # all segments of 8 latent frames
+    want = measure_statistics(clips[clip][8 * part : 8 * part + 8] for clip, part in chosen)
+    for name in ("mean", "std", "ratios"):
+        measured = torch.tensor(getattr(results[0].statistics, name))
+        torch.testing.assert_close(measured, torch.tensor(getattr(want, name)))
+
+
+def test_sampled_statistics_are_near_those_of_all_clips(tmp_path, monkeypatch):
+    sources = real_videos()
+    config = settings(tmp_path, *sources, stride=2, frames=16, height=48, width=64)
+    convert(config, pixels, 1)
+    whole = read_index(tmp_path / "out").statistics
+    monkeypatch.setattr(converting, "WHOLE_VALUES", 1)
+    convert(dataclasses.replace(config, overwrite=True), pixels, 1)
+    sampled = read_index(tmp_path / "out").statistics
+    assert sampled.clips < whole.clips / 3
+    assert torch.allclose(torch.tensor(sampled.std), torch.tensor(whole.std), rtol=0.05)
+    assert torch.allclose(torch.tensor(sampled.ratios), torch.tensor(whole.ratios), atol=0.03)
 
 
 def test_latents_are_stored_in_their_place(tmp_path, videos):
@@ -300,10 +332,10 @@ def test_a_passing_trouble_is_not_recorded(tmp_path, videos, monkeypatch, troubl
     with monkeypatch.context() as patch:
         if trouble == "gone":
             patch.setattr(converting, "find_sources", listed)
-            patch.setattr(shard_writer, "copies", lambda _: {})
+            patch.setattr(shard_writer, "find_copies", lambda _: {})
         else:
             patch.setattr(decode, "open_bytes", unreadable)
-        message = {"gone": "is gone, and all beside it", "unreadable": "Stale file handle: .*synthetic-001.mp4"}
+        message = {"gone": "have disappeared", "unreadable": "Stale file handle: .*synthetic-001.mp4"}
         with pytest.raises(OSError, match=message[trouble]):
             convert(config, blocks, 2)
     assert count_finished_groups(tmp_path / "out") == (trouble != "gone")
@@ -343,7 +375,7 @@ def test_one_file_that_cannot_be_read_is_tried_again_and_then_broken(tmp_path, v
         return tar.open_bytes(place)
 
     monkeypatch.setattr(decode, "open_bytes", unreadable)
-    monkeypatch.setattr(tar, "PATIENCE", (0, 0))
+    monkeypatch.setattr(tar, "READ_PAUSES", (0, 0))
     report = convert(settings(tmp_path, videos), blocks, 2)
     broken = (("videos/deep/er/synthetic-001.mp4", f"cannot be read: {os.strerror(errno.EIO)}"),)
     assert report.skipped == (() if tries == 2 else broken)
@@ -353,7 +385,7 @@ def test_one_file_that_cannot_be_read_is_tried_again_and_then_broken(tmp_path, v
 def test_too_many_broken_videos_stop_the_conversion(tmp_path, videos):
     for i in range(3):
         (videos / f"broken{i}.mp4").write_bytes(b"nonsense" * (100 + i))
-    with pytest.raises(ValueError, match=r"2 of 6 sources are broken, at most 20% .*broken0.mp4: is not"):
+    with pytest.raises(ValueError, match=r"2 of 6 sources are unreadable, at most 20% .*broken0.mp4: is not"):
         convert(settings(tmp_path, videos), blocks, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["videos"]
 
@@ -362,7 +394,7 @@ def test_a_video_that_kills_workers_is_broken_and_one_that_kills_once_is_not(tmp
     for seed, name in enumerate(("deadly", "hungry"), 1):
         write_videos(tmp_path / name, seed, 1, 60, 48, 64)
         (tmp_path / name / "synthetic-000.mp4").rename(videos / "deep" / f"{name}.mp4")
-    monkeypatch.setattr(clip_extraction, "cut", crashing_workers.crash)
+    monkeypatch.setattr(clip_extraction, "extract_clips", crashing_workers.extract_or_crash)
     results = []
     for workers in (2, 3):
         config = settings(tmp_path / str(workers), videos, workers=workers, clips_per_shard=2)
@@ -385,7 +417,7 @@ def test_folders_without_videos_and_wrong_sources_are_refused(tmp_path):
         with pytest.raises(ValueError, match="is an address or a command"):
             convert(settings(tmp_path, address), blocks, 2)
     for name in ("a\0b", "~nobody-of-this-name/a"):
-        with pytest.raises(ValueError, match="is no path"):
+        with pytest.raises(ValueError, match="is not a valid path"):
             convert(settings(tmp_path, name), blocks, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty"]
 

@@ -1,4 +1,4 @@
-"""Order and batches: pure functions of the position, the same for any ranks, workers, restarts and slices."""
+"""Shuffling and batches: pure functions of the position, the same for any ranks, workers, restarts and frames."""
 
 import dataclasses
 import itertools
@@ -85,13 +85,13 @@ def test_every_epoch_is_a_permutation_of_its_own():
     assert epoch_permutation(1000, 7, 0) != epoch_permutation(1000, 8, 0)
 
 
-def test_order_is_a_pure_function_that_does_not_change_between_versions():
+def test_shuffling_does_not_change_between_versions():
     assert epoch_permutation(10, 0, 0) == epoch_permutation(10, 0, 0)
     assert epoch_permutation(10, 0, 0) == [4, 1, 5, 8, 0, 6, 3, 9, 7, 2]
     assert sample_at(123456789012, 10**9, 42) == (123, 290189562)
 
 
-def test_order_is_spread_evenly():
+def test_permutations_are_uniform():
     # Each of 6 samples is first in about a sixth of the epochs, and after each other one about as often.
     first, after = torch.zeros(6), torch.zeros(6, 6)
     for epoch in range(1200):
@@ -106,7 +106,7 @@ def test_order_is_spread_evenly():
     assert (large.diff().abs().mean() / 5000 - 1 / 3).abs() < 0.02
 
 
-def test_position_is_random_access():
+def test_any_position_is_computed_directly():
     whole = [(epoch, sample) for epoch in range(3) for sample in epoch_permutation(17, 5, epoch)]
     assert [sample_at(k, 17, 5) for k in range(51)] == whole
     assert [sample_at(k, 4, 5, shuffle=False) for k in (0, 3, 4, 9)] == [(0, 0), (0, 3), (1, 0), (2, 1)]
@@ -120,7 +120,7 @@ def test_position_is_random_access():
         sample_at(-1, 4, 5)
 
 
-def test_rows_of_ranks_are_a_partition():
+def test_ranks_partition_a_batch():
     for clips, ranks in ((8, 1), (8, 2), (8, 4), (8, 8)):
         parts = [positions_of_rank(100, clips, rank, ranks) for rank in range(ranks)]
         assert [k for part in parts for k in part] == list(range(100, 108))
@@ -133,7 +133,7 @@ def test_rows_of_ranks_are_a_partition():
 # --- batches -----------------------------------------------------------------------------------------------
 
 
-def test_batches_follow_the_order(shards):
+def test_batches_follow_the_permutation(shards):
     found = read(shards, 12)
     assert [s for batch in found for s in batch.samples] == [sample_at(k, 21, 3)[1] for k in range(48)]
     assert [e for batch in found for e in batch.epochs] == [k // 21 for k in range(48)]
@@ -160,7 +160,7 @@ def test_ranks_and_workers_change_nothing(shards, ranks, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_restart_continues_as_if_nothing_had_been(shards, workers):
+def test_a_restart_continues_with_the_same_batches(shards, workers):
     whole = read(shards, 12)
     for batches in (1, 5, 6, 11):  # within and across epochs
         assert all(
@@ -203,24 +203,24 @@ def test_each_sp_rank_decodes_only_its_frames(shards, monkeypatch):
     assert asked == ([(2, 6)] * 4 if read_index(shards).store == "video" else [])
 
 
-def number(sample: int, epoch: int, bucket: int) -> torch.Tensor:
-    return torch.tensor([100.0 * epoch + sample, bucket])
+def draw(sample: int, epoch: int, bucket: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.tensor([sample / 100]), torch.tensor([100.0 * epoch + sample, bucket])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_what_is_attached_comes_with_its_clip(shards, workers):
-    for batch in read(shards, 8, workers=workers, attach=number):
-        expected = [number(*clip, 0) for clip in zip(batch.samples, batch.epochs, strict=True)]
-        assert torch.equal(batch.attached, torch.stack(expected))
-    assert read(shards, 1)[0].attached is None
+def test_noise_is_drawn_for_every_clip(shards, workers):
+    for batch in read(shards, 8, workers=workers, draw=draw):
+        t, noise = zip(*(draw(*clip, 0) for clip in zip(batch.samples, batch.epochs, strict=True)), strict=True)
+        assert torch.equal(batch.t, torch.stack(t)) and torch.equal(batch.noise, torch.stack(noise))
+    assert read(shards, 1)[0].noise is None
 
 
 def test_all_tensors_of_a_batch_are_pinned(shards, monkeypatch):
-    (batch,) = read(shards, 1, attach=number)
+    (batch,) = read(shards, 1, draw=draw)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self + 1)  # a GPU's part, which is not here
     pinned = batch.pin_memory()
     assert torch.equal(media(pinned), media(batch) + 1)
-    assert torch.equal(pinned.attached, batch.attached + 1)
+    assert torch.equal(pinned.noise, batch.noise + 1)
     assert (pinned.samples, pinned.epochs, pinned.keys) == (batch.samples, batch.epochs, batch.keys)
 
 
@@ -235,7 +235,7 @@ def test_held_out_clips_come_once_and_in_order(shards):
         read(shards, 1, "held_out", clips=2, stop=3, ranks=2)
 
 
-def test_mistakes_are_refused(shards):
+def test_invalid_loader_arguments_are_refused(shards):
     for options, message in (
         ({"clips": 3, "ranks": 2}, "3 clips per batch .* 2 data-parallel ranks"),
         ({"frames": [(2, 2)]}, "frames 2 to 2 asked for, clips have 4"),
@@ -256,7 +256,7 @@ def test_mistakes_are_refused(shards):
         assert media(next(whole)).shape[1] == 8
 
 
-def test_reading_leaves_the_random_numbers_of_training_alone(shards):
+def test_loading_leaves_the_global_random_state_alone(shards):
     torch.manual_seed(5)
     before = torch.get_rng_state()
     read(shards, 2)
@@ -321,13 +321,13 @@ def test_a_worker_has_its_socket_before_it_reads(shards, monkeypatch):
     with tempfile.TemporaryDirectory() as folder:  # pytest's own names are too long for sockets
         monkeypatch.setattr(tempfile, "tempdir", folder)
 
-        def sockets(*_) -> torch.Tensor:
-            return torch.tensor(len(list(Path(folder).glob("pymp-*/*"))))
+        def sockets(*_) -> tuple[torch.Tensor, torch.Tensor]:
+            return torch.zeros(1), torch.tensor(len(list(Path(folder).glob("pymp-*/*"))))
 
         index = read_index(shards)
-        batches = loader(single_set(shards, index), "train", seed=0, clock=0, clips=2, workers=1, attach=sockets)
+        batches = loader(single_set(shards, index), "train", seed=0, clock=0, clips=2, workers=1, draw=sockets)
         with closing(batches):
-            assert next(batches).attached.tolist() == [1, 1]
+            assert next(batches).noise.tolist() == [1, 1]
         assert not os.listdir(folder)
 
 
@@ -375,13 +375,13 @@ def damaged(sample: tuple[str, dict[str, bytes]], how: str) -> tuple[str, dict[s
 
 
 @pytest.mark.parametrize("how", ["bit", "short", "json", "no checksum", "other size", "no video"])
-def test_a_broken_sample_is_named_and_replaced_alike_everywhere(tmp_path, capsys, how):
+def test_an_unreadable_clip_is_logged_and_replaced_alike_everywhere(tmp_path, caplog, how):
     samples = video_samples(40)
     index = small_index(tmp_path, [damaged(s, how) if i in (3, 4) else s for i, s in enumerate(samples)])
     options = {"seed": 1, "clock": 0, "clips": 8, "stop": 80}
     whole = list(loader(single_set(tmp_path, index), "train", workers=0, **options))
-    told = capsys.readouterr().err
-    assert told.count("data: skipped sample clip-3 of ") == told.count("data: skipped sample clip-4 of ") == 1
+    for key in ("clip-3", "clip-4"):
+        assert caplog.text.count(f"unreadable clip skipped: sample {key} of ") == 1
     wanted = [sample_at(k, 40, 1)[1] for k in range(80)]
     assert [s for b in whole for s in b.samples] == [5 if s in (3, 4) else s for s in wanted]
     assert [e for b in whole for e in b.epochs] == [0] * 40 + [1] * 40
@@ -395,15 +395,15 @@ def test_a_broken_sample_is_named_and_replaced_alike_everywhere(tmp_path, capsys
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("bad", [3, 40])
-def test_too_many_broken_samples_stop_the_run(tmp_path, workers, bad):
+def test_too_many_unreadable_clips_stop_the_run(tmp_path, workers, bad):
     samples = [damaged(s, "bit") if i < bad else s for i, s in enumerate(video_samples(40))]
     index = small_index(tmp_path, samples)
     batches = loader(single_set(tmp_path, index), "train", seed=1, clock=0, clips=8, workers=workers)
-    with pytest.raises(ValueError, match=r"more than 2 of the 40 samples in .* are broken.*sample clip-\d+"):
+    with pytest.raises(ValueError, match=r"more than 2 of the 40 samples in .* are unreadable.*sample clip-\d+"):
         list(itertools.islice(batches, 10))
 
 
-def test_broken_latents_are_found_by_their_header(tmp_path, capsys):
+def test_unreadable_latents_are_recognised_by_their_header(tmp_path):
     def latents(shape: tuple[int, ...], name: str = "latent") -> dict[str, bytes]:
         return {"json": b"{}", "latent.safetensors": save({name: torch.randn(shape)})}
 
@@ -438,7 +438,7 @@ def test_a_flipped_bit_is_found_in_latents_and_text(tmp_path):
         assert found.read(2)[1].shape == found.read(3)[1].shape == (frames[1] - frames[0], 3, 8, 8)
 
 
-def test_text_and_labels_come_along(tmp_path):
+def test_text_and_labels_are_loaded(tmp_path):
     samples = video_samples(6, label=lambda i: i % 3)
     text = torch.randn(6, 5, 7)
     for i, (_, parts) in enumerate(samples):
@@ -469,7 +469,7 @@ def test_texts_of_different_lengths_are_padded_with_zeros(tmp_path):
         assert not row[len(text[sample]) :].any()
 
 
-def test_a_hostile_shard_is_not_read(tmp_path):
+def test_a_malicious_shard_is_not_read(tmp_path):
     index = small_index(tmp_path, video_samples(2))
     with tarfile.open(tmp_path / "train-000000.tar", "w") as tar:
         for name in ("clip-0.json", "clip-0.pkl"):
@@ -478,7 +478,7 @@ def test_a_hostile_shard_is_not_read(tmp_path):
         next(loader(single_set(tmp_path, index), "train", seed=0, clock=0, clips=1, workers=0))
 
 
-def test_an_index_that_counts_wrongly_is_noticed(tmp_path):
+def test_a_wrong_sample_count_in_the_index_is_detected(tmp_path):
     index = small_index(tmp_path, video_samples(2))
     shard: ShardInfo = dataclasses.replace(index.splits["train"][0], samples=3)
     with pytest.raises(ValueError, match="has 2 samples, its index says 3"):
@@ -493,7 +493,7 @@ def test_an_index_that_counts_wrongly_is_noticed(tmp_path):
         ({"text_dropout": 2}, "data.text_dropout is 2"),
     ],
 )
-def test_settings_are_checked(change, message):
+def test_data_settings_are_validated(change, message):
     with pytest.raises(ValueError, match=message):
         DataConfig(**change)
 
@@ -503,7 +503,7 @@ def latent_samples(count: int, content: bytes = b"") -> list[tuple[str, dict[str
     return [(f"clip-{i}", {"json": b"{}", "latent.safetensors": content}) for i in range(count)]
 
 
-def test_a_set_that_is_mostly_broken_ends_the_run_soon(tmp_path, monkeypatch):
+def test_many_unreadable_clips_in_a_row_end_the_run(tmp_path, monkeypatch):
     """One read does not go through all that may be broken before it says so."""
     index = small_index(tmp_path, latent_samples(1000, b"nothing"), store="latent")
     tried, whole = [], ShardReader.read
@@ -514,7 +514,7 @@ def test_a_set_that_is_mostly_broken_ends_the_run_soon(tmp_path, monkeypatch):
     assert len(tried) == 64
 
 
-def test_a_shard_that_was_cut_off_is_passed_over_and_scanned_once(tmp_path, monkeypatch, capsys):
+def test_a_truncated_shard_is_skipped_and_scanned_once(tmp_path, monkeypatch, caplog):
 
     index = small_index(tmp_path, latent_samples(100), store="latent")
     good = write_shard(tmp_path / "train-000001.tar", latent_samples(20))
@@ -525,4 +525,4 @@ def test_a_shard_that_was_cut_off_is_passed_over_and_scanned_once(tmp_path, monk
     batches = loader(single_set(tmp_path, index), "train", seed=1, clock=0, clips=4, workers=0, stop=120, max_bad=0.9)
     assert all(number >= 100 for batch in batches for number in batch.samples)
     assert sorted(scanned) == ["train-000000.tar", "train-000001.tar"]
-    assert capsys.readouterr().err.count("data: skipped shard ") == 100
+    assert caplog.text.count("unreadable clip skipped: ") == 100

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from msc.pretrain.diffusion.loss import Loss
 from msc.pretrain.diffusion.rectified_flow import (
     DiffusionConfig,
     add_noise,
-    frame_losses,
     frame_noise,
     frame_shift,
     keep_condition,
@@ -57,7 +57,7 @@ def test_shift_keeps_the_ends_and_follows_the_frame_size():
 
 def test_the_loss_of_the_true_velocity_is_zero():
     x, noise, t = torch.randn(2, 3, 1, 4, 4), torch.randn(2, 3, 1, 4, 4), torch.rand(2, 3)
-    assert frame_losses(noise - x, x, noise).abs().max() == 0
+    assert Loss().per_frame(noise - x, x, noise).abs().max() == 0
     # following the true velocity from t to 0 gives the data back
     torch.testing.assert_close(add_noise(x, noise, t) - t[:, :, None, None, None] * (noise - x), x, atol=1e-6, rtol=0)
 

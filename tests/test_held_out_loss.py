@@ -7,7 +7,7 @@ import torch
 from context_parallel_ranks import SCALES, make
 
 from msc.pretrain.batch_inputs import BatchInputs
-from msc.pretrain.diffusion.rectified_flow import frame_losses
+from msc.pretrain.diffusion.loss import Loss
 from msc.pretrain.diffusion.sampler import Cache, extend_cache
 from msc.pretrain.evaluation.confidence import ratio_over_clips
 from msc.pretrain.evaluation.held_out_loss import BINS, LossByNoise, blind, by_context, by_noise, by_position
@@ -96,7 +96,7 @@ def test_the_loss_by_context_is_that_of_the_whole_video():
         t = torch.zeros(2, 12).double()
         t[:, -2:] = level
         whole = BatchInputs(x, noise, t, text, labels)
-        errors = frame_losses(model(whole.noisy, t, text, labels), x, noise)[:, -2:].mean(1)
+        errors = Loss().per_frame(model(whole.noisy, t, text, labels), x, noise)[:, -2:].mean(1)
         torch.testing.assert_close(rows["with all of the past"][0][:, 1 + i], errors.double(), rtol=1e-5, atol=1e-6)
     single, y, _, text, labels, _ = make(SCALES["dense"], 4, 1)
     rows = by_context(single, BatchInputs(y, torch.randn(y.shape).double(), torch.zeros(2, 4).double(), text, labels))

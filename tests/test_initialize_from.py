@@ -162,7 +162,7 @@ def test_a_model_that_is_made_part_by_part_takes_the_same(source):
     run, models = source
     config, _ = fake_checkpoints.configured()
     with initialize_from.open_initial_weights(run, config.model, "pixels") as (_, fill):
-        new = MSCTransformer(config.model, fill)
+        new = MSCTransformer(config.model, on_part_built=fill)
     assert all(torch.equal(value, models["ema"].state_dict()[name]) for name, value in new.state_dict().items())
 
 

@@ -1,4 +1,4 @@
-"""launch/processes/launcher.py with real processes: what the ranks get, and that none of them is left behind."""
+"""Process launcher with real processes: environment, logs, exit codes, signals, and no process left behind."""
 
 import json
 import os
@@ -89,7 +89,7 @@ def launcher(folder: Path, ranks: int, program: str, *arguments: object, grace: 
     )
 
 
-def test_environment_of_a_rank_is_what_torch_reads() -> None:
+def test_rank_environment() -> None:
     base = {"PATH": "/bin", "HOME": "/home/x", "RANK": "7"}
     got = local.rank_environment(base, 1, 4, 1234)
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -101,7 +101,7 @@ def test_environment_of_a_rank_is_what_torch_reads() -> None:
     assert base["RANK"] == "7", "the given environment is not changed"
 
 
-def test_cores_are_shared_out_unless_the_user_said_otherwise() -> None:
+def test_cores_are_divided_unless_set_by_the_user() -> None:
     cores = len(os.sched_getaffinity(0))
     assert local.rank_environment({}, 0, 1, 1)["OMP_NUM_THREADS"] == str(cores)
     assert local.rank_environment({}, 0, 1000, 1)["OMP_NUM_THREADS"] == "1"
@@ -123,7 +123,7 @@ def test_gpus_from_the_device_files(tmp_path: Path) -> None:
     assert local.visible_gpus({}, tmp_path) == 2
 
 
-def test_every_rank_knows_its_place_and_leads_its_session(tmp_path: Path, capfd) -> None:
+def test_every_rank_has_its_environment_and_session(tmp_path: Path, capfd) -> None:
     assert local.run(python(PRINT_ENVIRONMENT, tmp_path), 3, tmp_path / "logs") == 0
     got = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
     assert [g["RANK"] for g in got] == [g["LOCAL_RANK"] for g in got] == ["0", "1", "2"]
@@ -135,13 +135,13 @@ def test_every_rank_knows_its_place_and_leads_its_session(tmp_path: Path, capfd)
     assert lines(tmp_path / "logs" / "rank_2.log") == ["hello from rank 2"]
 
 
-def test_logs_are_continued_by_a_resumed_run(tmp_path: Path) -> None:
+def test_logs_are_appended_to(tmp_path: Path) -> None:
     for _ in range(2):
         assert local.run(python(PRINT_ENVIRONMENT, tmp_path), 2, tmp_path / "logs") == 0
     assert lines(tmp_path / "logs" / "rank_1.log") == ["hello from rank 1"] * 2
 
 
-def test_a_failing_rank_is_named_with_its_code_and_last_lines(tmp_path: Path, capfd) -> None:
+def test_failed_rank_is_reported_with_code_and_log_tail(tmp_path: Path, caplog) -> None:
     logs = tmp_path / "logs"
     logs.mkdir()
     (logs / "rank_1.log").write_text("from an earlier launch\n")
@@ -154,16 +154,16 @@ time.sleep(60)
     began = time.monotonic()
     assert local.run(python(program), 3, logs, grace=0.3) == 7
     assert time.monotonic() - began < 20
-    said = capfd.readouterr().err
-    assert "rank 1 ended with exit code 7" in said
-    assert str(logs / "rank_1.log") in said
-    assert "[rank 1] the reason" in said
-    assert "earlier launch" not in said
-    assert "rank 0" not in said, "the ranks that the launcher ended did not fail"
-    assert "rank 2" not in said
+    output = caplog.text
+    assert "rank 1 ended with exit code 7" in output
+    assert str(logs / "rank_1.log") in output
+    assert "[rank 1] the reason" in output
+    assert "earlier launch" not in output
+    assert "rank 0" not in output, "the ranks that the launcher ended did not fail"
+    assert "rank 2" not in output
 
 
-def test_others_may_finish_within_the_grace_period_and_are_told_of_too(tmp_path: Path, capfd) -> None:
+def test_grace_period_for_other_ranks(tmp_path: Path, caplog) -> None:
     program = """
 import os, sys, time
 if os.environ["RANK"] == "1":
@@ -176,19 +176,19 @@ else:
 """
     assert local.run(python(program, tmp_path), 3, tmp_path / "logs", grace=20) == 7
     assert (tmp_path / "finished").exists()
-    said = capfd.readouterr().err
-    assert said.index("rank 1 ended with exit code 7") < said.index("rank 2 ended with exit code 9")
+    output = caplog.text
+    assert output.index("rank 1 ended with exit code 7") < output.index("rank 2 ended with exit code 9")
 
 
-def test_a_rank_that_crashes_gives_the_code_of_a_shell(tmp_path: Path, capfd) -> None:
+def test_crashed_rank_gives_a_shell_exit_code(tmp_path: Path, caplog) -> None:
     program = "import os, signal; os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGSEGV)"
     assert local.run(python(program), 2, tmp_path / "logs") == 128 + signal.SIGSEGV
-    said = capfd.readouterr().err
-    assert "rank 1 was ended by SIGSEGV" in said
-    assert "Segmentation fault" in said, "faulthandler says where"
+    output = caplog.text
+    assert "rank 1 was ended by SIGSEGV" in output
+    assert "Segmentation fault" in output, "faulthandler says where"
 
 
-def test_a_rank_that_ignores_sigterm_is_killed_with_all_it_started(tmp_path: Path) -> None:
+def test_rank_that_ignores_sigterm_is_killed_with_its_children(tmp_path: Path) -> None:
     program = """
 import os, signal, subprocess, sys, time
 if os.environ["RANK"] == "1":
@@ -221,7 +221,7 @@ def test_each_signal_is_forwarded_once_and_ranks_may_save(number: signal.Signals
     assert [lines(path) for path in signals] == [["up", "SIGUSR1", number.name, "saved"]] * 2
 
 
-def test_ranks_that_stop_together_when_told_need_no_explanation(tmp_path: Path) -> None:
+def test_ranks_stopped_by_a_signal_are_no_failure(tmp_path: Path) -> None:
     process = launcher(tmp_path, 2, SAVE_AND_STOP, tmp_path, 5)
     wait_for(lambda: all(lines(tmp_path / f"{rank}.signals") == ["up"] for rank in range(2)), "the ranks")
     process.send_signal(signal.SIGTERM)
@@ -262,12 +262,12 @@ time.sleep(300)
     wait_for(lambda: not any(map(alive, pids)), "the ranks to end with their launcher")
 
 
-def test_a_command_that_does_not_exist_leaves_nothing(tmp_path: Path) -> None:
+def test_missing_program(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=re.escape("no-such-program")):
         local.run(["no-such-program"], 2, tmp_path / "logs")
 
 
-def test_commands_at_a_time_have_gpus_of_their_own(monkeypatch):
+def test_gpu_shares(monkeypatch):
     seen = {"CUDA_VISIBLE_DEVICES": "5, 2,GPU-7a,1,-1,3"}  # CUDA stops reading at -1
     assert local.gpu_shares(seen, 2, 2) == ["5,2", "GPU-7a,1"]
     assert local.gpu_shares(seen, 3, 1) == ["5", "2", "GPU-7a"]
@@ -278,7 +278,7 @@ def test_commands_at_a_time_have_gpus_of_their_own(monkeypatch):
     assert local.gpu_shares({}, 2, 2) == ["0,1", "2,3"]
 
 
-def test_a_signal_that_the_caller_has_caught_is_handed_on(tmp_path):
+def test_signal_collected_by_the_caller_is_forwarded(tmp_path):
     """Whoever runs ranks for a job must learn of the signal, or it would start them again after a cancellation."""
     command = [sys.executable, "-c", "import time; time.sleep(60)"]
     with collect_signals() as received:

@@ -19,7 +19,7 @@ from msc.datasets.loading.held_out import held_out_batches
 from msc.datasets.loading.mixture import DataConfig, ShardSetConfig, batches_per_round, open_shards, stream_slots
 from msc.datasets.loading.shard_reader import ShardReader
 from msc.datasets.loading.shuffling import SLOTS, BucketSchedule, WindowShuffle, apportion, epoch_permutation, stream_at
-from msc.datasets.prepare.clip_ranges import best_buckets, pieces
+from msc.datasets.prepare.clip_ranges import best_buckets, split_into_clips
 from msc.datasets.prepare.convert import ConvertConfig, convert
 from msc.datasets.prepare.statistics import Statistics, measure_statistics, mix_statistics
 from msc.datasets.shards.index import read_index
@@ -69,11 +69,11 @@ def same(a: Batch, b: Batch) -> bool:
 # --- which bucket ------------------------------------------------------------------------------------------
 
 
-def test_at_each_place_the_longest_that_fits():
-    assert pieces(0, 45, [8, 32]) == [(0, 32), (32, 8)]
-    assert pieces(3, 10, [8]) == []
-    assert pieces(0, 40, [8, 16], stride=10) == [(0, 16), (10, 16), (20, 16), (30, 8)]
-    assert pieces(0, 50, [8], stride=20) == [(0, 8), (20, 8), (40, 8)]
+def test_clip_ranges_take_the_longest_length_that_fits():
+    assert split_into_clips(0, 45, [8, 32]) == [(0, 32), (32, 8)]
+    assert split_into_clips(3, 10, [8]) == []
+    assert split_into_clips(0, 40, [8, 16], stride=10) == [(0, 16), (10, 16), (20, 16), (30, 8)]
+    assert split_into_clips(0, 50, [8], stride=20) == [(0, 8), (20, 8), (40, 8)]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_every_video_goes_to_its_bucket(bucketed):
                 assert media.shape == (one.video_frames, 3, one.video_height, one.video_width)
 
 
-def test_what_is_left_of_a_scene_makes_a_shorter_clip(tmp_path):
+def test_the_rest_of_a_scene_makes_a_shorter_clip(tmp_path):
     folder = make(tmp_path, 0, held_out=0.0)
     # 44 = 5 x 8 + 4 frames, 60 = 7 x 8 + 4 of which the tall bucket has no use
     assert [one.samples("train") for one in read_index(folder).by_bucket()] == [10, 2, 7]
@@ -115,7 +115,7 @@ def test_what_is_left_of_a_scene_makes_a_shorter_clip(tmp_path):
     assert read_index(again).splits == read_index(folder).splits  # with their checksums
 
 
-def test_one_bucket_writes_what_it_always_did(plain, tmp_path):
+def test_one_bucket_writes_format_1(plain, tmp_path):
     fields = json.loads((plain / "index.json").read_text())
     assert fields["format"] == 1
     assert "buckets" not in fields
@@ -143,7 +143,7 @@ def test_a_round_holds_every_batch_of_every_bucket_once():
     assert len({tuple(BucketSchedule(batches, seed)(step)[0] for step in range(12)) for seed in range(6)}) > 3
 
 
-def test_sets_take_turns_by_weight_and_none_loses_a_clip():
+def test_streams_alternate_by_weight_without_losing_clips():
     shares = [Fraction(1, 2), Fraction(1, 3), Fraction(1, 6)]
     each = apportion(shares)
     assert each == [512, 341, 171]
@@ -171,7 +171,7 @@ def test_windows_hold_few_shards_and_every_clip_once():
     assert any(abs(a - b) > 1 for (_, a), (_, b) in itertools.pairwise(epochs[0][:5]))
 
 
-def test_a_mixture_goes_over_the_border_of_two_epochs_without_beginning_them_anew(monkeypatch):
+def test_window_shuffle_caches_both_epochs_at_their_border(monkeypatch):
     made = []
     monkeypatch.setattr(
         shuffling, "epoch_permutation", lambda *given: made.append(given[2]) or epoch_permutation(*given)
@@ -199,7 +199,7 @@ def data(bucketed, plain) -> DataConfig:
 
 
 @pytest.mark.parametrize("each", [1, 2])
-def test_the_held_out_clips_that_count_are_the_same_for_any_number_of_rows(data, each):
+def test_held_out_clips_do_not_depend_on_the_number_of_ranks(data, each):
     """And every row takes part in as many whole batches."""
     shards = open_shards(data)
     expected = sorted(sample for batch, _ in held_out_batches(shards, 5, each) for sample in batch.samples)
@@ -234,7 +234,7 @@ def test_ranks_workers_and_restarts_change_nothing(data, one_set, window):
         assert torch.equal(part.video, batch.video[:, slice(0, 3) if batch.bucket == 0 else slice(5, 8)])
 
 
-def test_an_epoch_of_buckets_sees_every_clip_within_the_rule(data):
+def test_epoch_rounds_see_every_clip(data):
     data = DataConfig(data.sets[0].path)
     shards = open_shards(data)
     assert batches_per_round(shards, "train", 2) == [4, 2]  # 8 clips, and 5: one of those comes first in the next round
@@ -271,14 +271,13 @@ def test_statistics_are_mixed_by_weight(data):
     few, many = turns(torch.randn(8, 1, 8, 8) * 2, 1.0), turns(torch.randn(8, 1, 1, 1).expand(8, 1, 8, 8), 0.0)
     found = mix_statistics([(1, measure_statistics(few)), (2, measure_statistics(many))])
     want = measure_statistics(few + many + many)
-    for name in ("mean", "std", "ratios", "correlations"):
+    for name in ("mean", "std", "ratios"):
         torch.testing.assert_close(torch.tensor(getattr(found, name)), torch.tensor(getattr(want, name)), msg=name)
     assert mix_statistics([(3, measure_statistics(few))]) == measure_statistics(few)
-    # An image has no lags: those are the video's; sides that only the larger clips have are theirs.
+    # An image is not pooled in time: those sizes are the video's, and spaces must be measured for all of them.
     image, video = measure_statistics([torch.randn(1, 2, 16, 16)]), measure_statistics([torch.randn(8, 2, 8, 8)])
     both = mix_statistics([(1, image), (1, video)])
-    assert (both.lags, both.times) == (video.lags, video.times)
-    assert both.spaces == video.spaces
+    assert (both.spaces, both.times) == (video.spaces, video.times)
     assert isinstance(both, Statistics) and both.clips == 2
 
 
@@ -319,7 +318,7 @@ def test_sets_that_do_not_fit_each_other_are_refused(tmp_path, data, plain):
 
 
 @pytest.mark.gloo
-def test_one_rank_looks_at_the_shards_however_long_it_takes(plain, tmp_path):
+def test_only_rank_0_checks_the_shards_and_others_wait(plain, tmp_path):
     index = read_index(plain)
     assert run_ranks(slow_shard_check.slowly, 2, str(plain), 4.0) == [
         (None, sum(map(len, index.splits.values()))),
@@ -332,7 +331,7 @@ def test_one_rank_looks_at_the_shards_however_long_it_takes(plain, tmp_path):
     assert asked and not none
 
 
-def test_the_command_line_looks_at_the_shards_too(plain, tmp_path, monkeypatch):
+def test_validation_checks_the_shards(plain, tmp_path, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     shutil.copytree(plain, tmp_path / "cut")
     (tmp_path / "cut" / read_index(plain).splits["train"][0].name).unlink()

@@ -76,7 +76,7 @@ def test_killed_at_work_nothing_is_half_written_and_what_is_done_is_kept(tmp_pat
     environment = os.environ | {"HOLD": str(done)}
     running = subprocess.Popen([*command, "2", "0"], stderr=subprocess.DEVNULL, env=environment)
     deadline = time.monotonic() + 60
-    while not (done.exists() and list(partial.glob(".work/process-*/train-000001-*"))):  # another group is begun
+    while not (done.exists() and list(partial.glob(".work/process-*/*train-000001-*"))):  # another group is begun
         assert running.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -177,7 +177,7 @@ def test_a_part_in_which_too_many_videos_are_broken_ends(tmp_path):
         (tmp_path / "videos" / f"synthetic-{i:03d}.mp4").write_bytes(b"nonsense" * (i + 1))
     config = settings(tmp_path, tmp_path / "videos", clips_per_shard=1, max_bad=0.5)
     convert(config, raw, 1, part=(1, 5))
-    with pytest.raises(ValueError, match="5 of 6 sources are broken, at most 50%"):
+    with pytest.raises(ValueError, match="5 of 6 sources are unreadable, at most 50%"):
         convert(config, raw, 1, part=(0, 5))
 
 

@@ -1,4 +1,4 @@
-"""Shards from an address: a real server on this machine that does what real servers do, and worse."""
+"""Remote shards, from a real server on this machine with every fault that servers have."""
 
 import base64
 import dataclasses
@@ -114,7 +114,7 @@ def kept(tmp_path: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_clips_from_an_address_are_those_of_the_folder(server, folder, tmp_path, workers):
+def test_remote_clips_equal_local_clips(server, folder, tmp_path, workers):
     data = config(server, tmp_path)
     wanted = read(DataConfig(str(folder)), 12)
     assert same(read(data, 12, workers=workers), wanted)
@@ -126,14 +126,14 @@ def test_clips_from_an_address_are_those_of_the_folder(server, folder, tmp_path,
     assert not list((tmp_path / "cache").glob("*.partial"))
 
 
-def test_an_address_and_a_folder_mix(server, folder, tmp_path):
+def test_a_mixture_of_remote_and_local_shards(server, folder, tmp_path):
     data = config(server, tmp_path, shards=(ShardSetConfig(server.url, 3.0), ShardSetConfig(str(folder), 1.0)))
     keys = [key for batch in read(data, 10) for key in batch.keys]
     names = {key.split(":train")[0] for key in keys}
     assert names == {f"127.0.0.1:{server.it.server_port}", "out"}
 
 
-def test_a_small_cache_holds_its_bound_and_the_oldest_go(server, folder, tmp_path):
+def test_a_small_cache_keeps_its_limit_and_evicts_the_oldest(server, folder, tmp_path):
     index = read_index(folder)
     size = max(shard.bytes for shard in index.splits["train"])
     data = config(server, tmp_path, cache_gb=2.5 * size / 1e9)
@@ -151,7 +151,7 @@ def test_a_small_cache_holds_its_bound_and_the_oldest_go(server, folder, tmp_pat
     assert sum(n for (kind, name), n in server.it.asked.items() if kind == "GET" and name.endswith(".tar")) <= 12
 
 
-def test_a_shard_removed_while_it_is_read_is_fetched_again(server, tmp_path, monkeypatch):
+def test_a_shard_evicted_while_it_is_read_is_downloaded_again(server, tmp_path, monkeypatch):
     from msc.datasets.loading import shard_reader
 
     scan, removed = shard_reader.scan, []
@@ -168,16 +168,16 @@ def test_a_shard_removed_while_it_is_read_is_fetched_again(server, tmp_path, mon
     assert len(removed) == 3
 
 
-def test_many_ask_at_once_and_one_fetches(server, folder, tmp_path):
+def test_concurrent_fetches_download_once(server, folder, tmp_path):
     shard = read_index(folder).splits["train"][0]
     place = RemoteShards(server.url, tmp_path / "cache", 1 << 30)
     with ThreadPoolExecutor(8) as pool:
-        paths = list(pool.map(lambda _: place.file(shard), range(8)))
+        paths = list(pool.map(lambda _: place.fetch(shard), range(8)))
     assert {path.read_bytes() for path in paths} == {(folder / shard.name).read_bytes()}
     assert server.it.asked["GET", shard.name] == 1
 
 
-def test_what_is_being_fetched_counts_with_all_that_it_will_be(server, folder, tmp_path, monkeypatch):
+def test_downloads_reserve_their_final_size(server, folder, tmp_path, monkeypatch):
     """Of shards that are asked for at once no more are fetched at once than fit; what a dead process left goes."""
     shards = read_index(folder).splits["train"]
     most = 5 * max(shard.bytes for shard in shards) // 2
@@ -196,9 +196,9 @@ def test_what_is_being_fetched_counts_with_all_that_it_will_be(server, folder, t
         promised.remove(size)
 
     monkeypatch.setattr(remote, "download", slow)
-    monkeypatch.setattr(remote, "ROOM_S", 0.01)
+    monkeypatch.setattr(remote, "ROOM_POLL_S", 0.01)
     with ThreadPoolExecutor(len(shards)) as pool:
-        list(pool.map(place.file, shards))
+        list(pool.map(place.fetch, shards))
     assert len(together) == len(shards) > 3
     assert max(together) <= most
     assert max(together) > most // 2  # and yet two at once
@@ -210,13 +210,13 @@ def test_what_is_being_fetched_counts_with_all_that_it_will_be(server, folder, t
 
 @pytest.mark.parametrize("faults", [[500, 503], [404], ["break"], ["break", "break"], ["slow"], [429, "break", 500]])
 @pytest.mark.parametrize("ranges", [True, False])
-def test_passing_trouble_is_sat_out(server, folder, tmp_path, faults, ranges):
+def test_transient_errors_are_retried(server, folder, tmp_path, faults, ranges):
     server.it.ranges = ranges
     name = "train-000000-000001.tar"
     server.it.faults[name] = list(faults)
     shard = next(shard for shard in read_index(folder).splits["train"] if shard.name == name)
     place = RemoteShards(server.url, tmp_path / "cache", 1 << 30, timeout=0.3)
-    assert place.file(shard).read_bytes() == (folder / name).read_bytes()
+    assert place.fetch(shard).read_bytes() == (folder / name).read_bytes()
     assert server.it.asked["GET", name] == len(faults) + 1
     if ranges and "break" in faults:
         assert server.it.begun[-1] >= shard.bytes // 2  # went on where it broke off
@@ -232,7 +232,7 @@ def test_passing_trouble_is_sat_out(server, folder, tmp_path, faults, ranges):
         ("ftp", "403|302|redirect|not allowed"),
     ],
 )
-def test_lasting_trouble_names_the_address(server, tmp_path, monkeypatch, fault, message):
+def test_persistent_errors_name_the_url(server, tmp_path, monkeypatch, fault, message):
     server.it.ranges = False
     server.it.faults["index.json"] = [fault] * 9
     place = RemoteShards(f"{server.url}/?token=secret", tmp_path, 1, timeout=0.1)
@@ -243,14 +243,14 @@ def test_lasting_trouble_names_the_address(server, tmp_path, monkeypatch, fault,
     assert server.it.asked["GET", "index.json"] == 5
 
 
-def test_nobody_answers(tmp_path, monkeypatch):
+def test_connection_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "PAUSE_S", 0.0)
     with pytest.raises(OSError, match=r"http://127.0.0.1:9/x/index.json could not be read in 5 tries: .*refused"):
         open_shards(DataConfig("http://127.0.0.1:9/x", cache=str(tmp_path)))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_shard_that_cannot_be_had_ends_the_run(server, tmp_path, workers):
+def test_an_unreachable_shard_ends_the_run(server, tmp_path, workers):
     data = config(server, tmp_path)
     batches = loader(open_shards(data), "train", seed=3, clock=0, clips=4, workers=workers)
     for path in server.folder.glob("train-*.tar"):
@@ -260,7 +260,7 @@ def test_a_shard_that_cannot_be_had_ends_the_run(server, tmp_path, workers):
 
 
 @pytest.mark.parametrize("how", ["other bytes", "longer", "shorter"])
-def test_what_has_changed_since_the_index_is_refused(server, tmp_path, how):
+def test_a_shard_changed_since_the_index_is_refused(server, tmp_path, how):
     data = config(server, tmp_path)
     shards = open_shards(data)
     check_shard_sizes(shards)
@@ -279,7 +279,7 @@ def test_what_has_changed_since_the_index_is_refused(server, tmp_path, how):
         check_shard_sizes(shards)
 
 
-def test_a_hostile_index_asks_for_nothing_else(server, tmp_path):
+def test_a_malicious_index_causes_no_other_requests(server, tmp_path):
     path = server.folder / "index.json"
     fields = json.loads(path.read_text())
     names = ("../../secret.tar", "http://other/x.tar", "x.tar; touch exploded", "x?.tar", "/etc/passwd", "..tar")
@@ -297,7 +297,7 @@ def test_a_hostile_index_asks_for_nothing_else(server, tmp_path):
 # --- commands ----------------------------------------------------------------------------------------------
 
 
-def test_commands_run_only_where_they_are_named(server, folder, tmp_path, monkeypatch):
+def test_commands_run_only_where_they_are_allowed(server, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for url in ("pipe:touch exploded; cat x", "s3://bucket/x", "gs://bucket/x", "file:///etc", "ftp://x/y"):
         with pytest.raises(ValueError, match="is refused, only http and https are read"):
@@ -327,11 +327,11 @@ def test_urls_are_told_from_paths_and_shown_without_secrets():
     assert all(map(is_url, ("http://x", "pipe:x", "s3://x")))
     assert not any(map(is_url, ("/x/y", "x:y", "")))
     assert redact_url("https://me:word@host:8/a/b?sig=x") == "https://host:8/a/b"
-    assert RemoteShards("https://h/a/?sig=x", Path(), 1).address("b.tar") == "https://h/a/b.tar?sig=x"
-    assert RemoteShards("s3://bucket/a/", Path(), 1).address("b.tar") == "s3://bucket/a/b.tar"
+    assert RemoteShards("https://h/a/?sig=x", Path(), 1).url_of("b.tar") == "https://h/a/b.tar?sig=x"
+    assert RemoteShards("s3://bucket/a/", Path(), 1).url_of("b.tar") == "s3://bucket/a/b.tar"
 
 
-def test_a_name_and_password_in_an_address_go_into_a_header(monkeypatch):
+def test_credentials_in_a_url_are_sent_as_a_header(monkeypatch):
     """urllib would take them for a host, and say so with the password."""
     asked = []
     monkeypatch.setattr(remote.request.OpenerDirector, "open", lambda self, one, timeout: asked.append(one))

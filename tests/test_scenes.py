@@ -10,9 +10,9 @@ import torch
 from test_video import write_video
 
 from msc.datasets.loading.shard_reader import ShardReader
-from msc.datasets.prepare.clip_ranges import holds
+from msc.datasets.prepare.clip_ranges import frozen_ranges
 from msc.datasets.prepare.convert import ConvertConfig, convert
-from msc.datasets.prepare.scenes import brightness, change, content, motion
+from msc.datasets.prepare.scenes import brightness, content_change, frame_content, motion
 from msc.datasets.shards.index import read_index, read_part, scan
 from msc.datasets.synthetic import moving_textures
 from msc.datasets.video import decode_frames, encode_mp4
@@ -36,10 +36,10 @@ def test_content_is_hue_saturation_and_value():
     colours = {(255, 0, 0): (0, 255, 255), (0, 255, 0): (85, 255, 255), (0, 0, 255): (170, 255, 255),
                (0, 0, 0): (0, 0, 0), (128, 128, 128): (0, 0, 128), (255, 128, 128): (0, 127, 255)}  # fmt: skip
     for rgb, hsv in colours.items():
-        assert content(np.full((4, 4, 3), rgb, np.uint8))[2, 2] == pytest.approx(hsv, abs=0.01)
-    red, violet = (content(np.full((4, 4, 3), rgb, np.uint8)) for rgb in ((255, 0, 0), (255, 0, 12)))
-    assert change(red, violet) < 1  # hue is a circle
-    assert change(red, red) == 0
+        assert frame_content(np.full((4, 4, 3), rgb, np.uint8))[2, 2] == pytest.approx(hsv, abs=0.01)
+    red, violet = (frame_content(np.full((4, 4, 3), rgb, np.uint8)) for rgb in ((255, 0, 0), (255, 0, 12)))
+    assert content_change(red, violet) < 1  # hue is a circle
+    assert content_change(red, red) == 0
 
 
 def test_clips_keep_clear_of_cuts(tmp_path):
@@ -59,10 +59,10 @@ def test_clips_keep_clear_of_cuts(tmp_path):
 
 def test_holds_are_what_lies_between_stretches():
     shown = [0, 1, 1, 1, 2, 3, 3, 3, 3, 4]
-    assert holds(shown, 0, 10, 3) == [(6, 9)]
-    assert holds(shown, 0, 10, 2) == [(2, 4), (6, 9)]
-    assert holds(shown, 2, 8, 2) == [(6, 8)]
-    assert holds(shown, 4, 4, 2) == holds(shown, 0, 10, 4) == []
+    assert frozen_ranges(shown, 0, 10, 3) == [(6, 9)]
+    assert frozen_ranges(shown, 0, 10, 2) == [(2, 4), (6, 9)]
+    assert frozen_ranges(shown, 2, 8, 2) == [(6, 8)]
+    assert frozen_ranges(shown, 4, 4, 2) == frozen_ranges(shown, 0, 10, 4) == []
 
 
 @pytest.mark.parametrize("scenes", [0, 27])
@@ -96,8 +96,8 @@ def test_dark_and_static_clips_are_left_out_and_named(tmp_path):
     assert [line[: line.index("(")] for line in told] == [
         "a.mp4: clip at 0.67 s is too dark ", "a.mp4: clip at 1.33 s is too static "
     ]  # fmt: skip
-    assert "2 clips or stretches are too dark or too static" in report.text
-    with pytest.raises(ValueError, match="gives no clip that is wanted"):
+    assert "2 clips or stretches are left out" in report.text
+    with pytest.raises(ValueError, match="gives no clip that passes the filters"):
         convert(settings(tmp_path, min_brightness=0.99, overwrite=True), raw, 1)
     assert starts(tmp_path / "out") == [0, 24]  # the failure left the old one
 

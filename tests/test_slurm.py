@@ -1,6 +1,6 @@
 # ruff: noqa: F811 - `shards` is a fixture
-"""Jobs without a Slurm: places of ranks, site settings, what becomes of a job, what people are shown; and the whole way
-of a submission through programs that stand in for sbatch and srun. See test_cluster.py for the real thing."""
+"""Jobs without Slurm: rank environment, cluster configuration, requeue decisions, status; and submissions end to end
+with fake sbatch and srun. test_cluster.py has the tests with a real Slurm."""
 
 from __future__ import annotations
 
@@ -30,10 +30,13 @@ from msc.launch.slurm.cluster_config import JobRequest
 from msc.launch.slurm.job_records import JobRecord
 from msc.launch.slurm.sbatch import JobState
 from msc.launch.slurm.supervisor import Job, decide
+from msc.parallel.console import configure_logging
 from msc.pretrain.checkpoints import directory as checkpoint_directory
 from msc.pretrain.tracking import heartbeat
 
-# Where a rank is ---------------------------------------------------------------------------------------------
+configure_logging()
+
+# Ranks -------------------------------------------------------------------------------------------------------
 
 STEP = {
     "SLURM_JOB_ID": "40123", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "6", "SLURM_LOCALID": "2",
@@ -52,11 +55,11 @@ STEP = {
         ("a-b[099-101].x.org,c", ["a-b099.x.org", "a-b100.x.org", "a-b101.x.org", "c"]),
     ],
 )
-def test_names_of_nodes(text, names):
+def test_slurm_node_lists(text, names):
     assert slurm_env.hosts(text) == names
 
 
-def test_a_task_of_a_step_is_a_rank():
+def test_rank_environment_of_a_slurm_step():
     got = slurm_env.rank_environment(STEP, "ib0")
     assert got == {
         "RANK": "6", "WORLD_SIZE": "8", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "gpu07",
@@ -71,23 +74,21 @@ def test_a_task_of_a_step_is_a_rank():
     assert slurm_env.tasks_per_node("2(x3),1") == [2, 2, 2, 1]
 
 
-def test_only_several_tasks_without_another_launcher_are_ranks():
+def test_tasks_are_ranks_only_without_another_launcher():
     assert slurm_env.is_task(STEP)
     assert not slurm_env.is_task(STEP | {"RANK": "0"})
     assert not slurm_env.is_task(STEP | {"SLURM_STEP_NUM_TASKS": "1"}), "srun --pty bash"
     assert not slurm_env.is_task({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}), "a batch script"
 
 
-def test_processes_that_contradict_srun_are_refused(monkeypatch, capsys):
+def test_processes_must_match_srun(monkeypatch, capsys):
     monkeypatch.setattr(os, "environ", {**os.environ, **STEP})
     assert cli.main(["train", "--preset", "demo", "--processes", "2"]) == 2
     assert "--processes is 2, but srun started 8 tasks" in capsys.readouterr().err
 
 
-def test_the_network_device_is_the_one_that_leads_to_another_node():
-    names = ["n1", "n2", "n3"]
-    assert [slurm_env.peer(names, node) for node in range(3)] == ["n3", "n1", "n1"]
-    assert slurm_env.peer(["n1"], 0) is None
+def test_network_interface_towards_other_nodes():
+    assert slurm_env.choose_interface(STEP | {"SLURM_NODEID": "0", "SLURM_STEP_NODELIST": "n1"}) is None
     devices = {"lo": ["127.0.0.1", "::1"], "eth0": ["10.0.0.4", "fe80::1%eth0"], "ib0": ["10.1.0.4"]}
     assert slurm_env.interface_of("10.1.0.4", devices) == "ib0"
     assert slurm_env.interface_of("fe80::1", devices) == "eth0"
@@ -96,7 +97,7 @@ def test_the_network_device_is_the_one_that_leads_to_another_node():
     assert slurm_env.choose_interface(STEP | {"SLURM_STEP_NODELIST": "no-such-host.invalid,n2"}) is None
 
 
-def test_what_is_told_of_the_environment_is_chosen():
+def test_log_line_shows_no_secrets_of_the_environment():
     line = slurm_env.describe_rank({**STEP, **slurm_env.rank_environment(STEP), "HF_TOKEN": "geheim"})
     assert line.startswith("rank 6 of 8; MASTER_ADDR=gpu07, MASTER_PORT=10123, NCCL_DEBUG=WARN")
     assert "geheim" not in line
@@ -105,7 +106,7 @@ def test_what_is_told_of_the_environment_is_chosen():
 # Settings of a site ------------------------------------------------------------------------------------------
 
 
-def test_a_site_is_read_and_checked(tmp_path):
+def test_read_cluster_config(tmp_path):
     file = tmp_path / "site.yaml"
     file.write_text("partition: gpu\nsetup: [module load cuda]\nsbatch: {exclusive: true, nice: 5}\n")
     got = cluster_config.read_cluster_config(file)
@@ -114,7 +115,7 @@ def test_a_site_is_read_and_checked(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("partiton: gpu", "unknown key partiton; did you mean partition?"),
         ("[a]", "must be a table of keys"),
@@ -131,22 +132,22 @@ def test_a_site_is_read_and_checked(tmp_path):
         ("a: [", "is not valid YAML"),
     ],
 )  # fmt: skip
-def test_mistakes_in_a_site(text, said, tmp_path):
+def test_invalid_cluster_config(text, message, tmp_path):
     (tmp_path / "site.yaml").write_text(text)
     with pytest.raises(ValueError) as error:
         cluster_config.read_cluster_config(tmp_path / "site.yaml")
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert str(tmp_path / "site.yaml") in str(error.value)
 
 
-def test_a_secret_in_a_faulty_site_is_not_shown(tmp_path):
+def test_cluster_config_error_shows_no_secret(tmp_path):
     (tmp_path / "site.yaml").write_text("environment: {TOKEN: [geheim]}")
     with pytest.raises(ValueError, match=r"environment\.TOKEN") as error:
         cluster_config.read_cluster_config(tmp_path / "site.yaml")
     assert "geheim" not in str(error.value)
 
 
-def test_where_the_site_is_looked_for(tmp_path):
+def test_cluster_config_file_search_order(tmp_path):
     environment = {"XDG_CONFIG_HOME": str(tmp_path)}
     assert cluster_config.find_config_file(None, environment) is None
     (tmp_path / "msc").mkdir()
@@ -156,11 +157,11 @@ def test_where_the_site_is_looked_for(tmp_path):
     assert cluster_config.find_config_file(Path("y"), environment | {"MSC_SITE": "x"}) == Path("y")
 
 
-# What becomes of a job ---------------------------------------------------------------------------------------
+# Restarts ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("code", "fruitless", "stepped", "verdict"),
+    ("code", "without_progress", "stepped", "verdict"),
     [
         (0, 3, True, "done"),
         (75, 0, True, "again"),  # stopped and saved
@@ -177,20 +178,20 @@ def test_where_the_site_is_looked_for(tmp_path):
         (65, 0, True, "again"),  # once, as the machine may have been at fault
     ],
 )
-def test_what_becomes_of_a_job(code, fruitless, stepped, verdict):
-    assert decide(code, fruitless, 3, stepped)[0] == verdict
+def test_requeue_decision(code, without_progress, stepped, verdict):
+    assert decide(code, without_progress, 3, stepped)[0] == verdict
 
 
 @pytest.mark.parametrize("command", ["train", "convert", "evaluate", "sample", "export"])
-def test_what_begins_anew_does_not_run_into_its_time_limit_twice(command, local_job, capsys):
-    code, left = local_job((138, 0), (0, 0), words=(command, "x"))
+def test_commands_that_cannot_resume_are_not_requeued_at_the_time_limit(command, local_job, capsys):
+    code, left = local_job((138, 0), (0, 0), arguments=(command, "x"))
     goes_on = command in ("train", "convert")
     assert (code, len(left)) == ((0, 0) if goes_on else (138, 1))
     assert ("raise --time" in capsys.readouterr().err) != goes_on
     assert decide(143, 1, 3, False, goes_on)[0] == "again", "preempted: that says nothing of its time"
 
 
-def test_starts_without_a_new_checkpoint_are_counted_from_the_last():
+def test_starts_without_progress_are_counted_from_the_last():
     assert job_records.starts_without_progress([], 0) == 0
     assert job_records.starts_without_progress([0, 0, 40], 40) == 1
     assert job_records.starts_without_progress([0, 40, 40, 40], 40) == 3
@@ -201,25 +202,25 @@ def test_starts_without_a_new_checkpoint_are_counted_from_the_last():
 def local_job(tmp_path, monkeypatch):
     """A job whose ranks end as told; `clock` is what its newest checkpoint says."""
 
-    def run(*starts: tuple[int, int], before: int = 0, words=("train",)) -> tuple[int, list]:
+    def run(*starts: tuple[int, int], before: int = 0, arguments=("train",)) -> tuple[int, list]:
         clock, left = [before], list(starts)
 
-        def ranks(made, received):
+        def ranks(job, received):
             code, clock[0] = left.pop(0)
             return code
 
         monkeypatch.setattr(supervisor, "run_ranks", ranks)
-        monkeypatch.setattr(supervisor, "progress_of", lambda made: clock[0])
-        monkeypatch.setattr(supervisor, "took_a_step", lambda made, since, start: clock[0] > start)
-        monkeypatch.setattr(supervisor, "end_own_mlflow_run", lambda made, code: None)
-        made = Job(words, str(tmp_path / "run"), str(tmp_path / "run/jobs"), "local")
-        code = supervisor.run_attempts(made, [])
+        monkeypatch.setattr(supervisor, "progress_of", lambda job: clock[0])
+        monkeypatch.setattr(supervisor, "took_a_step", lambda job, since, start: clock[0] > start)
+        monkeypatch.setattr(supervisor, "end_own_mlflow_run", lambda job, code: None)
+        job = Job(arguments, str(tmp_path / "run"), str(tmp_path / "run/jobs"), "local")
+        code = supervisor.run_attempts(job, [])
         return code, left
 
     return run
 
 
-def test_a_job_goes_on_while_it_gets_further_and_is_given_up_when_it_does_not(local_job, capsys):
+def test_job_restarts_while_it_makes_progress(local_job, capsys):
     assert local_job((1, 40), (137, 80), (1, 120), (0, 160)) == (0, [])
     assert local_job((137, 40), (137, 40), (137, 40), (137, 40), (0, 80)) == (137, [(0, 80)])
     assert "after 3 starts without a new checkpoint" in capsys.readouterr().err
@@ -228,7 +229,7 @@ def test_a_job_goes_on_while_it_gets_further_and_is_given_up_when_it_does_not(lo
     assert local_job((75, 40), (0, 80))[0] == 75, "stopped here by somebody: no scheduler to give way to"
 
 
-def test_a_job_that_slurm_starts_again_and_again_is_given_up(tmp_path, local_job, capsys):
+def test_restarts_by_slurm_without_progress_are_given_up(tmp_path, local_job, capsys):
     for _ in range(3):
         job_records.append_event(tmp_path / "run/jobs", str(os.getpid()), **{"from": 40})
     assert local_job((0, 80), before=40) == (1, [(0, 80)])
@@ -236,7 +237,7 @@ def test_a_job_that_slurm_starts_again_and_again_is_given_up(tmp_path, local_job
     assert local_job((0, 80), before=60)[0] == 0
 
 
-def test_a_part_of_a_conversion_is_judged_by_its_own_groups(tmp_path):
+def test_progress_of_a_conversion_part_counts_its_own_groups(tmp_path):
     work = tmp_path / ".shards.partial/.work"
     work.mkdir(parents=True)
     for number in (0, 1, 3, 4, 6):
@@ -245,7 +246,7 @@ def test_a_part_of_a_conversion_is_judged_by_its_own_groups(tmp_path):
     assert [supervisor.progress_of(replace(of, part=part)) for part in (None, (0, 3), (1, 3), (2, 3))] == [5, 3, 2, 0]
 
 
-def test_groups_of_a_conversion_to_a_symbolic_link_are_found(tmp_path):
+def test_progress_of_a_conversion_to_a_symbolic_link(tmp_path):
     """They lie beside what it points to."""
     (tmp_path / "disk/.shards.partial/.work").mkdir(parents=True)
     (tmp_path / "disk/.shards.partial/.work/group-000000.json").touch()
@@ -253,60 +254,60 @@ def test_groups_of_a_conversion_to_a_symbolic_link_are_found(tmp_path):
     assert supervisor.progress_of(Job(("convert",), str(tmp_path / "out"), "x", "slurm")) == 1
 
 
-def test_a_job_does_not_start_beside_another_one_in_its_run(tmp_path, monkeypatch, capsys):
+def test_job_refuses_a_run_that_is_being_trained(tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
-    monkeypatch.setattr(supervisor, "run_ranks", lambda made, received: pytest.fail("started"))
-    made = Job(("train",), str(run), str(run / "jobs"), "local")
+    monkeypatch.setattr(supervisor, "run_ranks", lambda job, received: pytest.fail("started"))
+    job = Job(("train",), str(run), str(run / "jobs"), "local")
     with heartbeat.write_heartbeat(run, 2, seconds=0.05):
         wait_for(lambda: heartbeat.read(run), seconds=10)
-        assert supervisor.run_attempts(made, []) == supervisor.USER_ERROR
+        assert supervisor.run_attempts(job, []) == supervisor.USER_ERROR
     assert f"{run} is being trained: process {os.getpid()} on " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("whose", "settled"), [("7", ["FAILED"]), ("8", [])])
-def test_only_its_own_run_in_mlflow_is_ended_by_a_job(whose, settled, tmp_path, monkeypatch):
+def test_job_ends_only_its_own_mlflow_run(whose, settled, tmp_path, monkeypatch):
     """Ranks that were killed leave a heartbeat of their job; those that found their run taken that of another."""
-    found = []
-    monkeypatch.setattr("msc.pretrain.tracking.tracker.end_mlflow_run", lambda run, state: found.append(state))
+    ended = []
+    monkeypatch.setattr("msc.pretrain.tracking.tracker.end_mlflow_run", lambda run, state: ended.append(state))
     monkeypatch.setenv(heartbeat.JOB_VARIABLE, "7")
     (tmp_path / "heartbeat.json").write_text(json.dumps({"time": time.time(), "phase": "report", "job": whose}))
     supervisor.end_own_mlflow_run(Job(("train",), str(tmp_path), "x", "local"), 137)
-    assert found == settled
+    assert ended == settled
 
 
 @pytest.mark.gloo
-def test_of_two_that_start_at_once_one_trains(tmp_path):
+def test_of_two_simultaneous_starts_one_acquires_the_run(tmp_path):
     first, second = sorted(run_ranks(claim_run_folder.each_for_itself, 2, tmp_path / "run"))
     assert first == "" and f"{tmp_path / 'run'} is being trained: process " in second
 
 
 @pytest.mark.gloo
-def test_ranks_that_find_their_run_taken_end_together(tmp_path):
+def test_all_ranks_end_if_the_run_is_taken(tmp_path):
     """As when somebody began while they were still loading and meeting; the heartbeat stays the other's."""
     with heartbeat.write_heartbeat(tmp_path, 1):
         wait_for(lambda: heartbeat.read(tmp_path), seconds=10)
-        told = run_ranks(claim_run_folder.as_one_run, 2, tmp_path)
-        assert told[0] == told[1] and f"is being trained: process {os.getpid()} on " in told[0]
+        errors = run_ranks(claim_run_folder.as_one_run, 2, tmp_path)
+        assert errors[0] == errors[1] and f"is being trained: process {os.getpid()} on " in errors[0]
         assert heartbeat.read(tmp_path)["pid"] == os.getpid()
 
 
-@pytest.mark.parametrize("beat", [
+@pytest.mark.parametrize("last", [
     {"phase": "ended"}, {"time": 0.0}, {"pid": 2**22 + 1}, {"host": "elsewhere", "time": time.time() - 58},
 ])  # fmt: skip
-def test_a_run_that_has_ended_or_was_killed_may_go_on(beat, tmp_path):
+def test_run_that_ended_or_was_killed_may_resume(last, tmp_path):
     """Ended by itself; long silent; killed on this machine; and on another, where only waiting tells."""
     here = {"time": time.time(), "phase": "report", "host": socket.gethostname(), "pid": os.getpid(), "step": 3}
-    (tmp_path / "heartbeat.json").write_text(json.dumps(here | beat))
+    (tmp_path / "heartbeat.json").write_text(json.dumps(here | last))
     heartbeat.check_not_training(tmp_path, print, seconds=0.05)
 
 
-def test_a_part_of_an_array_speaks_for_itself():
+def test_job_id_of_an_array_part():
     array = {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3"}
     assert supervisor.slurm_job_id({"SLURM_JOB_ID": "17", **array}) == "17_3"
     assert supervisor.slurm_job_id({"SLURM_JOB_ID": "17"}) == "17"
 
 
-def test_a_job_that_has_changed_code_says_so(capsys):
+def test_warning_of_changed_code(capsys):
     supervisor.warn_of_changed_code(Job(("train",), "x", "x", "local", code=(("mlflow.source.git.commit", "0" * 40),)))
     assert "the code is not what was submitted: mlflow.source.git.commit 000" in capsys.readouterr().err
 
@@ -314,7 +315,7 @@ def test_a_job_that_has_changed_code_says_so(capsys):
 # The command line --------------------------------------------------------------------------------------------
 
 
-def test_words_of_the_command_and_options_may_mix():
+def test_job_options_and_command_arguments_may_mix():
     args = cli.parse(["submit", "c.yaml", "--nodes", "2", "a.b=1", "--preset", "demo", "--time", "1:00:00", "c.d=2"])
     assert (args.nodes, args.time, args.cluster) == (2, "1:00:00", "slurm")
     assert (args.inner.command, args.inner.items, args.inner.preset) == ("train", ["c.yaml", "a.b=1", "c.d=2"], "demo")
@@ -325,7 +326,7 @@ def test_words_of_the_command_and_options_may_mix():
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [
         (["submit", "x.yaml", "--processes", "2"], "--processes 2"),
         (["submit", "x.yaml", "--cluster", "local", "--nodes", "2"], "this machine alone"),
@@ -342,15 +343,15 @@ def test_words_of_the_command_and_options_may_mix():
         (["cancel", "nowhere"], "no job of nowhere"),
     ],
 )
-def test_mistakes_on_the_command_line(words, said, tmp_path, monkeypatch, capsys):
+def test_invalid_submissions_write_nothing(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    assert cli.main(words) == 2
-    assert said in capsys.readouterr().err
+    assert cli.main(arguments) == 2
+    assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir()), "nothing is written before all is checked"
 
 
-def test_every_option_reaches_all_evaluations(tmp_path, monkeypatch, capsys):
+def test_evaluation_array_passes_every_option(tmp_path, monkeypatch, capsys):
     """An array's jobs are given everything that a single `msc evaluate` takes."""
     values, options = {"N": "3", "N|PATH": "7", "RUN": "other run", "FILE": "net.pt2", None: "raw"}, []
     for action in cli.build_parser()[1]["evaluate"]._actions:
@@ -368,28 +369,28 @@ def test_every_option_reaches_all_evaluations(tmp_path, monkeypatch, capsys):
         assert vars(cli.parse(job.arguments)) | {"argv": alone} == vars(cli.parse(alone))
 
 
-def test_the_plan_of_a_run_goes_with_its_job(shards, tmp_path, monkeypatch, capsys):
+def test_plan_file_is_passed_to_the_job(shards, tmp_path, monkeypatch, capsys):
     """To the ranks and into the command that goes on, named so that it is found from anywhere."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     sent = []
     monkeypatch.setattr(sbatch, "submit_array", lambda function, jobs, *_: sent.extend(jobs) or "7")
-    words = ["submit", "--preset", "demo", f"data.shards={shards}", *SMALL, "--run", "run", "--plan", "plan.json"]
-    assert cli.main(words) == 2 and "plan.json: No such file" in capsys.readouterr().err
+    arguments = ["submit", "--preset", "demo", f"data.shards={shards}", *SMALL, "--run", "run", "--plan", "plan.json"]
+    assert cli.main(arguments) == 2 and "plan.json: No such file" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     (tmp_path / "plan.json").write_text(json.dumps({"step_s": 1.0, "memory_gib": 2.0}))
-    assert cli.main(words) == 0
+    assert cli.main(arguments) == 0
     again = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("go on"))
     assert cli.parse(sent[0].arguments).plan == cli.parse(shlex.split(again)[3:]).inner.plan == tmp_path / "plan.json"
 
 
 @pytest.mark.parametrize("name", ["a\nb", "100%", "a\\b"])
-def test_paths_that_no_batch_script_can_hold_are_refused(name):
+def test_folders_that_break_a_batch_script_are_refused(name):
     with pytest.raises(ValueError, match="folder"):
         sbatch.check_folder(Path("/x") / name)
 
 
-# A submission from end to end, with programs that stand in for sbatch and srun -------------------------------
+# A submission from end to end, with fake sbatch and srun -------------------------------
 
 SBATCH = """#!/bin/sh
 env | sort > '{place}/sbatch.env'
@@ -406,11 +407,11 @@ json.dump([sys.argv[1:], dict(os.environ)], open({place!r} + "/rank.tmp", "w"))
 os.rename({place!r} + "/rank.tmp", {place!r} + "/rank")
 print("the rank was here")
 """
-HOSTILE = "a 'b' \"c\" $(touch PWNED) `touch PWNED` ; touch PWNED & | > PWNED #"
+MALICIOUS = "a 'b' \"c\" $(touch PWNED) `touch PWNED` ; touch PWNED & | > PWNED #"
 
 
 @pytest.fixture
-def stand_ins(tmp_path, monkeypatch):
+def fake_slurm(tmp_path, monkeypatch):
     place = tmp_path / "programs"
     place.mkdir()
     for name, text in {"sbatch": SBATCH, "srun": SRUN, "sacct": SACCT, "squeue": SACCT, "python": PYTHON}.items():
@@ -424,40 +425,42 @@ def all_text(folder: Path) -> bytes:
     return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
 
 
-def test_hostile_names_and_secrets_on_the_whole_way(shards, stand_ins, tmp_path, monkeypatch, capsys):
+def test_malicious_names_and_secrets_end_to_end(shards, fake_slurm, tmp_path, monkeypatch, capsys):
     """Names arrive as they are and do nothing; what is secret arrives in the environment and is written nowhere."""
-    work = tmp_path / HOSTILE
+    work = tmp_path / MALICIOUS
     work.mkdir()
     monkeypatch.chdir(work)
     monkeypatch.setenv("HF_TOKEN", "geheim-1")
     file = work / "site.yaml"
-    chosen = {"environment": {"OTHER_TOKEN": "geheim-2"}, "python": str(stand_ins / "python"),
-              "srun": [f"--x={HOSTILE}"], "partition": HOSTILE, "account": HOSTILE}  # fmt: skip
+    chosen = {"environment": {"OTHER_TOKEN": "geheim-2"}, "python": str(fake_slurm / "python"),
+              "srun": [f"--x={MALICIOUS}"], "partition": MALICIOUS, "account": MALICIOUS}  # fmt: skip
     file.write_text(yaml.safe_dump(chosen))
-    run = work / f"run {HOSTILE}"
-    experiment = HOSTILE + "\nx"
-    words = ["--preset", "demo", f"data.shards={shards}", *SMALL, f"metrics.experiment={json.dumps(experiment)}"]
-    command = ["submit", *words, "--run", str(run), "--site", str(file), "--nodes", "1", "--tasks-per-node", "2"]
+    run = work / f"run {MALICIOUS}"
+    experiment = MALICIOUS + "\nx"
+    arguments = ["--preset", "demo", f"data.shards={shards}", *SMALL, f"metrics.experiment={json.dumps(experiment)}"]
+    command = ["submit", *arguments, "--run", str(run), "--site", str(file), "--nodes", "1", "--tasks-per-node", "2"]
     assert cli.main(command) == 0, capsys.readouterr().err
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     wait_for(lambda: job_records.read_events(run / "jobs", "77")[1:], seconds=60)
 
-    argv, environment = json.loads((stand_ins / "rank").read_text())
+    argv, environment = json.loads((fake_slurm / "rank").read_text())
     assert argv[2:] == ["train", "--resume", "--run", str(run)]
-    assert f"--x={HOSTILE}" in (stand_ins / "srun").read_text()
+    assert f"--x={MALICIOUS}" in (fake_slurm / "srun").read_text()
     assert yaml.safe_load((run / "config.yaml").read_text())["metrics"]["experiment"] == experiment
-    again = shlex.split(next(line for line in said.splitlines() if line.startswith("go on")))[2:]
+    again = shlex.split(next(line for line in output.splitlines() if line.startswith("go on")))[2:]
     assert again[:2] == ["msc", "submit"] and again[-2:] == ["--run", str(run)]
 
     assert (environment["HF_TOKEN"], environment["OTHER_TOKEN"]) == ("geheim-1", "geheim-2")
     assert environment["PYTHONSAFEPATH"] == "1"
-    assert b"geheim-2" in (stand_ins / "sbatch.env").read_bytes()
-    assert b"geheim" not in all_text(run) and "geheim" not in said and b"geheim" not in (stand_ins / "out").read_bytes()
+    assert b"geheim-2" in (fake_slurm / "sbatch.env").read_bytes()
+    assert (
+        b"geheim" not in all_text(run) and "geheim" not in output and b"geheim" not in (fake_slurm / "out").read_bytes()
+    )
     assert "OTHER_TOKEN" not in os.environ, "only sbatch is told"
 
     script = (run / "jobs/77_submission.sh").read_text()
     options = [shlex.split(line)[1] for line in script.splitlines() if line.startswith("#SBATCH ")]
-    assert {f"--partition={HOSTILE}", f"--account={HOSTILE}", "--requeue", "--signal=USR1@120"} <= set(options)
+    assert {f"--partition={MALICIOUS}", f"--account={MALICIOUS}", "--requeue", "--signal=USR1@120"} <= set(options)
     assert not any("wckey" in option for option in options)
     name = next(option for option in options if option.startswith("--job-name="))
     assert name.removeprefix("--job-name=").replace("_", "").isalnum()
@@ -470,15 +473,15 @@ def test_hostile_names_and_secrets_on_the_whole_way(shards, stand_ins, tmp_path,
     assert "NOT STARTED" in capsys.readouterr().out
 
 
-def test_a_refused_submission_is_one_line_and_leaves_no_run(shards, stand_ins, tmp_path, monkeypatch, capsys):
-    (stand_ins / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: x' >&2; exit 1\n")
+def test_refused_submission_leaves_no_run(shards, fake_slurm, tmp_path, monkeypatch, capsys):
+    (fake_slurm / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: x' >&2; exit 1\n")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    words = ["submit", "--preset", "demo", f"data.shards={shards}", *SMALL, "--run", str(tmp_path / "run")]
-    assert cli.main(words) == 2
+    arguments = ["submit", "--preset", "demo", f"data.shards={shards}", *SMALL, "--run", str(tmp_path / "run")]
+    assert cli.main(arguments) == 2
     assert capsys.readouterr().err == "msc: sbatch: error: invalid partition specified: x\n"
     assert not list((tmp_path / "run").iterdir())
     monkeypatch.setenv("PATH", "/nowhere")
-    assert cli.main(words) == 2
+    assert cli.main(arguments) == 2
     assert "--cluster local" in capsys.readouterr().err
 
 
@@ -491,43 +494,43 @@ echo Submitted batch job 77
 
 
 @pytest.mark.parametrize("code", [0, 1])
-def test_a_conversion_whose_merge_is_refused_is_taken_back(code, stand_ins, tmp_path, monkeypatch, capsys):
+def test_conversion_whose_merge_is_refused_is_cancelled(code, fake_slurm, tmp_path, monkeypatch, capsys):
     """Also where it cannot be: then what its tasks read stays, and so does its record for `msc cancel`."""
-    scancel = f"#!/bin/sh\necho $* >> '{stand_ins}/cancelled'\necho no answer >&2\nexit {code}\n"
-    for name, text in {"sbatch": ONE_ONLY.replace("{place}", str(stand_ins)), "scancel": scancel}.items():
-        (stand_ins / name).write_text(text)
-        (stand_ins / name).chmod(0o755)
+    scancel = f"#!/bin/sh\necho $* >> '{fake_slurm}/cancelled'\necho no answer >&2\nexit {code}\n"
+    for name, text in {"sbatch": ONE_ONLY.replace("{place}", str(fake_slurm)), "scancel": scancel}.items():
+        (fake_slurm / name).write_text(text)
+        (fake_slurm / name).chmod(0o755)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     jobs = tmp_path / "shards.jobs"
     assert cli.main(["submit", "convert", "videos", "--out", str(tmp_path / "shards"), "--parts", "3"]) == 2
-    said = capsys.readouterr().err
-    assert "job limit reached" in said and (stand_ins / "cancelled").read_text() == "77\n"
-    assert ("job 77 was accepted, and is cancelled" in said) == (code == 0)
-    assert ("job 77 was accepted and could not be taken back: no answer" in said) == (code == 1)
+    output = capsys.readouterr().err
+    assert "job limit reached" in output and (fake_slurm / "cancelled").read_text() == "77\n"
+    assert ("job 77 was accepted, and is cancelled" in output) == (code == 0)
+    assert ("job 77 was accepted and could not be taken back: no answer" in output) == (code == 1)
     assert [record.id for record in job_records.read_records(jobs)] == ["77"] * code
     assert (len(list(jobs.glob("*.pkl"))) >= 3) == (code == 1)
 
 
 @pytest.mark.parametrize(("parallel", "at_once"), [(0, 257), (5, 5)])
-def test_all_parts_of_an_array_may_run_at_once(parallel, at_once, stand_ins, tmp_path):
+def test_array_parallelism(parallel, at_once, fake_slurm, tmp_path):
     """submitit's own default is 256."""
-    (stand_ins / "sbatch").write_text(f"#!/bin/sh\ncp \"$1\" '{stand_ins}/script'\necho Submitted batch job 77\n")
+    (fake_slurm / "sbatch").write_text(f"#!/bin/sh\ncp \"$1\" '{fake_slurm}/script'\necho Submitted batch job 77\n")
     jobs = [Job(("convert",), "x", "x", "slurm")] * 257
     options = sbatch.executor_parameters(cluster_config.ClusterConfig(), "x", 1, 1, 0, parallel=parallel)
     assert sbatch.submit_array(supervisor.supervise, jobs, tmp_path / "jobs", options, {}) == "77"
-    assert f"#SBATCH --array=0-256%{at_once}\n" in (stand_ins / "script").read_text()
+    assert f"#SBATCH --array=0-256%{at_once}\n" in (fake_slurm / "script").read_text()
 
 
 # In the background of this machine ---------------------------------------------------------------------------
 
 
-def test_a_job_in_the_background_is_watched_ended_and_saved(shards, tmp_path, capfd, request):
+def test_background_job_status_logs_and_cancel(shards, tmp_path, capfd, request):
     run = tmp_path / "run"
     request.addfinalizer(lambda: cli.main(["cancel", str(run)]))  # it would go on for long if the test ended here
     where = ["--cluster", "local", "--run", str(run)]
     assert cli.main(["submit", *where, "--preset", "demo", f"data.shards={shards}", *SMALL, "train.clips=40000"]) == 0
-    said = capfd.readouterr().out
-    assert f"msc submit --cluster local --resume --run {run}" in said
+    output = capfd.readouterr().out
+    assert f"msc submit --cluster local --resume --run {run}" in output
     (record,) = job_records.read_records(run / "jobs")
     wait_for(lambda: last_jsonl_record(run / "log.jsonl").get("step", 0) > 3)
     wait_for(lambda: heartbeat.read(run)["phase"] != "starting", seconds=20)
@@ -541,17 +544,19 @@ def test_a_job_in_the_background_is_watched_ended_and_saved(shards, tmp_path, ca
     assert cli.main(["status", str(run)]) == 0
     assert "STOPPED" in capfd.readouterr().out
     assert cli.main(["logs", str(run), "--lines", "3"]) == 0
-    said = capfd.readouterr().out
-    assert "stopped at step" in said and f"in the queue again: msc submit --cluster local --resume --run {run}" in said
+    output = capfd.readouterr().out
+    assert (
+        "stopped at step" in output and f"in the queue again: msc submit --cluster local --resume --run {run}" in output
+    )
     assert cli.main(["logs", str(run), "--rank", "1"]) == 2
     assert not submit.active_records([replace(record, created=1.0)]), "another process with its number is not the job"
 
 
-def test_a_job_here_and_now_saves_at_ctrl_c(shards, tmp_path):
+def test_debug_job_saves_at_ctrl_c(shards, tmp_path):
     run = tmp_path / "run"
-    words = ["submit", "--cluster", "debug", "--run", run, "--preset", "demo", f"data.shards={shards}", *SMALL]
-    with (tmp_path / "said").open("w") as said:
-        job = subprocess.Popen([MSC, *map(str, words), "train.clips=40000"], stdout=said, stderr=said,
+    arguments = ["submit", "--cluster", "debug", "--run", run, "--preset", "demo", f"data.shards={shards}", *SMALL]
+    with (tmp_path / "output").open("w") as output:
+        job = subprocess.Popen([MSC, *map(str, arguments), "train.clips=40000"], stdout=output, stderr=output,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # fmt: skip
     try:
         wait_for(lambda: last_jsonl_record(run / "log.jsonl").get("step", 0) > 3 or job.poll() is not None, seconds=120)
@@ -559,13 +564,13 @@ def test_a_job_here_and_now_saves_at_ctrl_c(shards, tmp_path):
         code = job.wait(timeout=60)
     finally:
         job.kill()
-    text = (tmp_path / "said").read_text()
+    text = (tmp_path / "output").read_text()
     assert code == supervisor.REQUEUE and "stopped at step" in text and "go on" in text, text
     assert checkpoint_directory.newest_meta(run).step > 3
 
 
 @pytest.mark.parametrize(
-    ("notes", "said"),
+    ("notes", "message"),
     [
         ([], "job 17 of run was started on elsewhere, and no sign of its end is here: use `msc cancel` there"),
         ([{"from": 0}], "was started on elsewhere"),
@@ -573,74 +578,74 @@ def test_a_job_here_and_now_saves_at_ctrl_c(shards, tmp_path):
         ([{"from": 0}, {"code": 0, "verdict": "done"}], "no job of run is in the queue or running"),
     ],
 )
-def test_a_job_of_another_machine_is_cancelled_there(notes, said, tmp_path, monkeypatch, capsys):
+def test_cancel_refuses_a_job_of_another_machine(notes, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     job_records.write_record(Path("run/jobs"), JobRecord("17", "local", ("train",), "x", host="elsewhere"))
     for note in notes:
         job_records.append_event(Path("run/jobs"), "17", **note)
     assert cli.main(["cancel", "run"]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-# What people are shown ---------------------------------------------------------------------------------------
+# Status -----------------------------------------------------------------------------------------------------
 
 NOW = 1_000_000.0
-BEAT = {"time": NOW - 2, "started": NOW - 900, "step": 7, "phase": "forward and backward", "since": NOW - 3, "job": "5"}
-OLD = BEAT | {"time": NOW - 300}
+HEARTBEAT = {
+    "time": NOW - 2,
+    "started": NOW - 900,
+    "step": 7,
+    "phase": "forward and backward",
+    "since": NOW - 3,
+    "job": "5",
+}
+OLD, LONG = HEARTBEAT | {"time": NOW - 300}, HEARTBEAT | {"since": NOW - 700}
 SENT = JobRecord("5", "slurm", ("train",), "log", host="n1")
 LINE = {"step": 7, "clock": 28, "loss": 1.5, "tokens_per_s": 3100.0, "clips_per_s": 2.0}
-RUN = status.RunStatus(Path("r"), 400, 4, LINE, BEAT, (5, 20, NOW - 130), SENT)  # fmt: skip
+RUN = status.RunStatus(Path("r"), 400, 4, LINE, HEARTBEAT, (5, 20, NOW - 130), SENT)  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("changes", "queue", "said"),
+    ("changes", "queue", "message"),
     [
         ({}, [JobState("RUNNING")], "RUNNING"),
-        ({"beat": BEAT | {"since": NOW - 700}}, [JobState("RUNNING")], "RUNNING (forward and backward for 11 min)"),
-        ({"beat": OLD}, [JobState("RUNNING")], "LOST (silent for 5 min in step 7, forward and backward)"),
-        ({"beat": OLD}, [JobState("PENDING", "BeginTime", "12:00")], "PENDING (BeginTime, starts 12:00)"),
-        ({"beat": None, "saved": None}, [JobState("PENDING", "Priority")], "PENDING (Priority)"),
-        ({"beat": None, "saved": None}, [JobState("RUNNING")], "STARTING"),
-        ({"beat": BEAT | {"phase": "ended"}}, [JobState("FAILED", exit="1:0")], "FAILED (exit 1:0)"),
-        ({"beat": BEAT | {"phase": "ended"}}, [], "STOPPED"),
-        ({"saved": (100, 400, NOW), "beat": BEAT | {"phase": "ended"}}, [JobState("COMPLETED")], "FINISHED"),
-        ({"beat": None, "saved": None, "record": None}, [], "NOT STARTED"),
+        ({"heartbeat": LONG}, [JobState("RUNNING")], "RUNNING (forward and backward for 11 min)"),
+        ({"heartbeat": OLD}, [JobState("RUNNING")], "LOST (silent for 5 min in step 7, forward and backward)"),
+        ({"heartbeat": OLD}, [JobState("PENDING", "BeginTime", "12:00")], "PENDING (BeginTime, starts 12:00)"),
+        ({"heartbeat": None, "saved": None}, [JobState("PENDING", "Priority")], "PENDING (Priority)"),
+        ({"heartbeat": None, "saved": None}, [JobState("RUNNING")], "STARTING"),
+        ({"heartbeat": HEARTBEAT | {"phase": "ended"}}, [JobState("FAILED", exit="1:0")], "FAILED (exit 1:0)"),
+        ({"heartbeat": HEARTBEAT | {"phase": "ended"}}, [], "STOPPED"),
+        ({"saved": (100, 400, NOW), "heartbeat": HEARTBEAT | {"phase": "ended"}}, [JobState("COMPLETED")], "FINISHED"),
+        ({"heartbeat": None, "saved": None, "record": None}, [], "NOT STARTED"),
         ({}, [JobState("RUNNING"), JobState("PENDING"), JobState("PENDING")], "2 PENDING, 1 RUNNING"),
     ],
 )  # fmt: skip
-def test_the_state_of_a_run(changes, queue, said):
-    assert status.describe_state(replace(RUN, **changes), queue, False, NOW) == said
+def test_describe_state(changes, queue, message):
+    assert status.describe_state(replace(RUN, **changes), queue, False, NOW) == message
 
 
-def test_the_row_of_a_run():
+def test_status_table_row():
     got = status.table_row(RUN, "RUNNING", NOW)
     assert got == ["r", "5", "7/100", "1.5000", "3,100", "3 min", "step 5, 2 min ago", "RUNNING"]
     assert status.table_row(replace(RUN, line=None, saved=None), "STARTING", NOW)[2:7] == ["0/100", "-", "-", "-", "-"]
     assert [status.duration(s) for s in (5, 60, 3660, 200_000)] == ["5 s", "1 min", "1 h 1 min", "2 d 7 h"]
 
 
-def test_the_last_whole_line_counts(tmp_path):
-    file = tmp_path / "log.jsonl"
-    assert last_jsonl_record(file) == {}
-    file.write_text('{"step": 1}\n' * 20_000 + '{"step": 2}\n{"step": 3, "lo')
-    assert last_jsonl_record(file) == {"step": 2}
-
-
-def test_the_heartbeat_tells_the_phase_and_the_end(tmp_path):
+def test_heartbeat_shows_phase_and_end(tmp_path):
     with heartbeat.write_heartbeat(tmp_path / "run", 2, seconds=0.05) as at:
         wait_for(lambda: heartbeat.read(tmp_path / "run").get("phase") == "starting", seconds=10)
         at(3, "reading clips")
         wait_for(lambda: heartbeat.read(tmp_path / "run")["phase"] == "reading clips", seconds=10)
-        beat = heartbeat.read(tmp_path / "run")
-        assert (beat["step"], beat["ranks"]) == (3, 2) and abs(beat["since"] - time.time()) < 5
+        last = heartbeat.read(tmp_path / "run")
+        assert (last["step"], last["ranks"]) == (3, 2) and abs(last["since"] - time.time()) < 5
     assert heartbeat.read(tmp_path / "run")["phase"] == heartbeat.ENDED
     with heartbeat.write_heartbeat(None, 2) as at:
         at(1, "nothing")
     assert heartbeat.read(tmp_path) == {}
 
 
-def test_a_slurm_that_does_not_answer_is_not_taken_for_an_empty_queue(stand_ins, tmp_path, capsys):
-    (stand_ins / "squeue").write_text("#!/bin/sh\necho 'cannot reach the controller' >&2\nexit 1\n")
+def test_unreachable_slurm_is_not_an_empty_queue(fake_slurm, tmp_path, capsys):
+    (fake_slurm / "squeue").write_text("#!/bin/sh\necho 'cannot reach the controller' >&2\nexit 1\n")
     run = tmp_path / "run"
     job_records.write_record(run / "jobs", JobRecord("5", "slurm", ("train",), "x"))
     (run / "config.yaml").write_text("train: {clips: 4, batch: 1}")
@@ -651,12 +656,12 @@ def test_a_slurm_that_does_not_answer_is_not_taken_for_an_empty_queue(stand_ins,
     assert "NOT STARTED" in shown.out and "squeue fails" in shown.err
 
 
-def test_slurm_is_asked_once_and_understood(stand_ins):
-    (stand_ins / "squeue").write_text(
-        f"#!/bin/sh\necho $* >> '{stand_ins}/asked'\n"
+def test_job_states_from_squeue_and_sacct(fake_slurm):
+    (fake_slurm / "squeue").write_text(
+        f"#!/bin/sh\necho $* >> '{fake_slurm}/queries'\n"
         "printf '5|RUNNING|None|2026-01-01T00:00:00\\n6|PENDING|Resources|N/A\\n6|RUNNING|None|N/A\\n'\n"
     )
-    (stand_ins / "sacct").write_text(
+    (fake_slurm / "sacct").write_text(
         "#!/bin/sh\nprintf '7|CANCELLED by 0|0:15\\n8_0|FAILED|1:0\\n8_1|COMPLETED|0:0\\n'\n"
     )
     got = sbatch.job_states(["5", "6", "7", "8", "9"])
@@ -665,28 +670,30 @@ def test_slurm_is_asked_once_and_understood(stand_ins):
     assert got["7"] == [JobState("CANCELLED", exit="0:15")] and not got["7"][0].active
     assert [s.name for s in got["8"]] == ["FAILED", "COMPLETED"] and "9" not in got
     assert sbatch.job_states(["8_1"]) == {"8_1": [JobState("COMPLETED", exit="0:0")]}
-    asked = (stand_ins / "asked").read_text().splitlines()
-    assert len(asked) == 2 and "--jobs=5,6,7,8,9 " in asked[0] and "--jobs=8 " in asked[1]
+    queries = (fake_slurm / "queries").read_text().splitlines()
+    assert len(queries) == 2 and "--jobs=5,6,7,8,9 " in queries[0] and "--jobs=8 " in queries[1]
 
 
-def test_a_job_that_slurm_has_forgotten_is_no_failure_of_slurm(stand_ins):
-    (stand_ins / "squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2\nexit 1\n")
+def test_forgotten_job_is_no_error(fake_slurm):
+    (fake_slurm / "squeue").write_text(
+        "#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2\nexit 1\n"
+    )
     assert sbatch.job_states(["5"]) == {}
 
 
-def test_jobs_are_cancelled_with_few_questions(tmp_path, monkeypatch):
+def test_cancel_polls_slurm_for_all_jobs_at_once(tmp_path, monkeypatch):
     """For all of a run at once, and seconds apart: one job goes at the second look, the other at the third."""
-    asked, slept, here = [], [], time.sleep
+    queries, slept, here = [], [], time.sleep
     for number in "567":
         job_records.write_record(tmp_path / "run/jobs", JobRecord(number, "slurm", ("evaluate",), "x"))
 
     def states(numbers):
-        asked.append(list(numbers))
-        return {number: [JobState("RUNNING" if len(asked) < int(number) - 3 else "CANCELLED")] for number in numbers}
+        queries.append(list(numbers))
+        return {number: [JobState("RUNNING" if len(queries) < int(number) - 3 else "CANCELLED")] for number in numbers}
 
     monkeypatch.setattr(sbatch, "job_states", states)
     monkeypatch.setattr(status.shutil, "which", lambda name: name)
     monkeypatch.setattr(status.subprocess, "run", lambda *_, **__: None)
     monkeypatch.setattr(status.time, "sleep", lambda seconds: slept.append(seconds) if seconds > 1 else here(seconds))
     assert status.cancel(tmp_path / "run") == "ended: 5, 6, 7"
-    assert asked == [["5", "6", "7"]] * 4 and slept == [status.POLL_SECONDS] * 2
+    assert queries == [["5", "6", "7"]] * 4 and slept == [status.POLL_SECONDS] * 2

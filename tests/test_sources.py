@@ -14,10 +14,10 @@ import torch
 from msc.datasets.loading.shard_reader import ShardReader
 from msc.datasets.prepare import shard_writer
 from msc.datasets.prepare import sources as module
-from msc.datasets.prepare.clip_ranges import runs
+from msc.datasets.prepare.clip_ranges import split_ranges
 from msc.datasets.prepare.convert import ConvertConfig, convert
 from msc.datasets.prepare.progress import WORK
-from msc.datasets.prepare.sources import Listing, Source, copies, find_sources
+from msc.datasets.prepare.sources import Source, find_copies, find_sources
 from msc.datasets.shards import tar
 from msc.datasets.shards.index import read_index, read_part, scan
 from msc.datasets.shards.tar import size_of
@@ -85,7 +85,7 @@ def test_as_many_classes_as_an_index_may_have(tmp_path, monkeypatch):
     (tmp_path / "list.csv").write_text("path,label\na.mp4,1048575\n")
     assert find_sources((str(tmp_path / "list.csv"),)).classes == 1 << 20
     (tmp_path / "list.csv").write_text("path,label\na.mp4,x\nb.mp4,y\n")
-    monkeypatch.setattr(module, "MOST_CLASSES", 1)
+    monkeypatch.setattr(module, "MAX_CLASSES", 1)
     with pytest.raises(ValueError, match="sources have 2 different labels, at most 1 are read"):
         find_sources((str(tmp_path / "list.csv"),))
 
@@ -108,9 +108,9 @@ def test_a_list_of_files_is_a_column_of_paths(folder):
         ("csv", "path,start,end\na.mp4,5,2\n", "start 5 and end 2: expected 0 <= start < end"),
         ("csv", "path,start\na.mp4,nan\n", "start nan"),
         ("csv", "path,label\na.mp4,1\nb.mp4,\n", "1 of 2 sources have no label, among them b.mp4"),
-        ("csv", "path,label\na.mp4,0\nb.mp4,20240101123456\n", "b.mp4: label 20240101123456 is no class below 1048576"),
-        ("jsonl", '{"path": "a.mp4", "label": 1048576}\n', "label 1048576 is no class .*: number .* or write words"),
-        ("csv", f"path,label\na.mp4,{'9' * 5000}\n", "a.mp4: label 9{40} is no class"),
+        ("csv", "path,label\na.mp4,0\nb.mp4,20240101123456\n", "b.mp4: label 20240101123456 is not a class"),
+        ("jsonl", '{"path": "a.mp4", "label": 1048576}\n', "label 1048576 is not a class number below 1048576"),
+        ("csv", f"path,label\na.mp4,{'9' * 5000}\n", "a.mp4: label 9{40} is not a class number"),
         ("jsonl", '{"path": 3}\n', "line 1: has no path"),
         ("jsonl", "[1]\n", "line 1: .* unknown"),
         ("jsonl", "{\n", "is not readable as jsonl"),
@@ -157,10 +157,10 @@ def test_what_a_manifest_says_is_in_the_samples(tmp_path, folder):
 def test_parts_of_a_video_share_one_border():
     shown = list(range(100))
     for part in ((10, 90), (20, 60), (50, 90), (70, 90), (10, 30)):
-        found = {name: range(*run) for name, run in runs(shown, 0.25, 4, 0.0, part, (10, 90)).items()}
+        found = {name: range(*run) for name, run in split_ranges(shown, 0.25, 4, 0.0, part, (10, 90)).items()}
         assert list(found["train"]) == list(range(part[0], min(part[1], 70)))
         assert list(found["held_out"]) == list(range(max(part[0], 70), part[1]))
-    assert runs(shown, 0.25, 4, 0.0, (50, 90), (10, 90)) == {"train": (50, 70), "held_out": (70, 90)}
+    assert split_ranges(shown, 0.25, 4, 0.0, (50, 90), (10, 90)) == {"train": (50, 70), "held_out": (70, 90)}
 
 
 def test_captions_are_asked_for_where_there_is_an_encoder(tmp_path, folder):
@@ -173,14 +173,14 @@ def test_only_files_that_agree_at_both_ends_are_read_whole(tmp_path, monkeypatch
     contents["e"] = b"1" * 200_000 + b"2" + b"1" * 199_999  # differs in its middle alone
     for name, content in {**contents, "f": b"1", "g": b"1"}.items():
         (tmp_path / name).write_bytes(content)
-    hashed, whole = [], module._sha256
-    monkeypatch.setattr(module, "_sha256", lambda path: hashed.append(path.name) or whole(path))
+    hashed, whole = [], module._hash_of_all
+    monkeypatch.setattr(module, "_hash_of_all", lambda path: hashed.append(path.name) or whole(path))
     sources = [Source(name, tmp_path / name, size=size_of(tmp_path / name)) for name in "abcdefgh"]
-    assert copies(sources) == {3: "a", 6: "f"}
+    assert find_copies(sources) == {3: "a", 6: "f"}
     assert sorted(hashed) == ["a", "d", "e", "f", "g"]
 
 
-@pytest.mark.parametrize("trait", ["size_of", "_ends", "_sha256"])
+@pytest.mark.parametrize("trait", ["size_of", "_hash_of_ends", "_hash_of_all"])
 def test_what_again_and_again_cannot_be_read_is_no_copy(tmp_path, monkeypatch, trait):
     """At a failing disk or server nobody decides what is one."""
     for name in "abc":
@@ -193,14 +193,14 @@ def test_what_again_and_again_cannot_be_read_is_no_copy(tmp_path, monkeypatch, t
         return original(path)
 
     monkeypatch.setattr(module, trait, failing)
-    monkeypatch.setattr(tar, "PATIENCE", (0, 0))
+    monkeypatch.setattr(tar, "READ_PAUSES", (0, 0))
     codes = [errno.EIO] * 2
-    assert copies(found) == {1: "a", 2: "a"}
+    assert find_copies(found) == {1: "a", 2: "a"}
     codes += [errno.EIO] * 3
-    assert copies(found) == {2: "a"}
+    assert find_copies(found) == {2: "a"}
     codes += [errno.ESTALE]
     with pytest.raises(OSError, match="Stale file handle: .*b"):
-        copies(found)
+        find_copies(found)
 
 
 def test_of_many_parts_one_looks_for_copies_and_the_others_wait(tmp_path, monkeypatch):
@@ -208,8 +208,8 @@ def test_of_many_parts_one_looks_for_copies_and_the_others_wait(tmp_path, monkey
     writers, calls = [], []
     for own in ("one", "two", "three"):
         (tmp_path / own).mkdir()
-        writers.append(shard_writer.Writer(None, None, None, None, Listing([]), tmp_path, tmp_path / own))
-    monkeypatch.setattr(shard_writer, "copies", lambda _: calls.append(1) or time.sleep(0.3) or {1: "a"})
+        writers.append(shard_writer.ShardWriter(None, None, None, None, [], tmp_path, tmp_path / own))
+    monkeypatch.setattr(shard_writer, "find_copies", lambda _: calls.append(1) or time.sleep(0.3) or {1: "a"})
     with ThreadPoolExecutor(3) as pool:
         assert list(pool.map(lambda writer: writer._copies(), writers)) == [{1: "a"}] * 3
     assert calls == [1]
@@ -219,7 +219,7 @@ def test_copies_of_a_video_count_once(tmp_path, folder):
     (folder / "again.mp4").write_bytes((folder / "synthetic-000.mp4").read_bytes())
     sources = find_sources((str(folder),)).sources
     assert [source.path.name for source in sources] == ["again.mp4", "synthetic-000.mp4", "synthetic-001.mp4"]
-    assert copies(sources) == {1: "videos/again.mp4"}
+    assert find_copies(sources) == {1: "videos/again.mp4"}
     report = convert(settings(tmp_path, folder), lambda video: video.float(), 1)
     assert report.skipped == (("videos/synthetic-000.mp4", "has the content of videos/again.mp4"),)
     assert report.clips == {"train": 10, "held_out": 2}

@@ -1,4 +1,4 @@
-"""Tables of contents: they say what the headers say, and nothing that a header would be refused for is believed."""
+"""Tables of contents: equal to a scan of the headers, and held to the same rules."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def folder(tmp_path) -> Path:
     return tmp_path / "out"
 
 
-def test_a_table_says_what_the_headers_say_in_one_read(folder, monkeypatch):
+def test_a_table_of_contents_equals_a_scan(folder, monkeypatch):
     index = read_index(folder)
     for shard in (shard for shards in index.splits.values() for shard in shards):
         assert read_toc(folder / shard.name, shard) == scan(folder / shard.name)
@@ -77,7 +77,7 @@ def change(fields: dict, key: str | None = None, part: str = "mp4", place=None) 
         lambda fields: change(fields, place=[512]),
     ],
 )
-def test_a_table_that_does_not_fit_is_not_used(folder, how):
+def test_an_invalid_table_is_ignored(folder, how):
     index = read_index(folder)
     shard = index.splits["train"][0]
     path = toc_path(folder / shard.name)
@@ -89,20 +89,20 @@ def test_a_table_that_does_not_fit_is_not_used(folder, how):
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"null", b"\xff", b"[" * 100_000])
-def test_a_table_that_is_none_is_not_used(folder, content):
+def test_an_unparsable_table_is_ignored(folder, content):
     shard = read_index(folder).splits["train"][0]
     toc_path(folder / shard.name).write_bytes(content)
     assert read_toc(folder / shard.name, shard) is None
 
 
-def test_a_shard_that_was_cut_off_is_found_in_spite_of_its_table(folder):
+def test_a_truncated_shard_is_detected_despite_its_table(folder):
     index = read_index(folder)
     os.truncate(folder / index.splits["train"][0].name, 5000)
     with pytest.raises(ValueError, match="is truncated"):
         ShardReader(folder, index, "train").read(0)
 
 
-def test_a_table_that_lies_within_the_shard_is_found_by_inspection(folder):
+def test_inspection_detects_a_table_with_wrong_offsets(folder):
     index = read_index(folder)
     shard = index.splits["train"][0]
     path = toc_path(folder / shard.name)

@@ -1,4 +1,4 @@
-"""Videos in tars: read where they lie, as if they were files; what is hostile or damaged is refused by the member."""
+"""Videos in tars: read in place like files; malicious or damaged tars are refused by member."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def peak() -> int:
 # --- what is used ------------------------------------------------------------------------------------------
 
 
-def test_videos_in_a_tar_give_what_they_give_as_files(tmp_path):
+def test_videos_in_a_tar_convert_like_files(tmp_path):
     """Of many kinds, broken ones among them: the same clips, to the byte, and the same reasons."""
     (tmp_path / "in").mkdir()
     for number, (_, name, make, _) in enumerate(awkward.INPUTS):
@@ -86,7 +86,7 @@ def test_videos_in_a_tar_give_what_they_give_as_files(tmp_path):
 
 
 @pytest.mark.parametrize("writer", ["webdataset", "tar"])
-def test_what_a_webdataset_says_of_its_videos_is_in_the_samples(tmp_path, writer):
+def test_captions_and_labels_of_a_webdataset_are_kept(tmp_path, writer):
     write_videos(tmp_path / "videos", 0, 3, 40, 32, 32)
     content = [path.read_bytes() for path in sorted((tmp_path / "videos").iterdir())]
     samples = [
@@ -179,12 +179,12 @@ GOOD = special("good.mp4", size=3) + b"abc".ljust(512, b"\0")
         (special("a", type=tarfile.XGLTYPE), "is of type b'g'"),
         (GOOD, "'good.mp4' is there twice"),
         (special("./good.mp4"), "'good.mp4' is there twice"),
-        (special("a.mp4", size=1 << 40), "is cut off: 'a.mp4' claims 1099511627776 bytes, past its end"),
+        (special("a.mp4", size=1 << 40), "is truncated: 'a.mp4' claims 1099511627776 bytes, past its end"),
         (special("x", type=tarfile.XHDTYPE, size=1 << 30), r"claims 1073741824 bytes"),
         (special("x", type=tarfile.GNUTYPE_LONGNAME, size=1 << 30), r"claims 1073741824 bytes"),
-        (special("x", **PAX) + b"26 size=99999999999999999\n".ljust(512, b"\0"), "an extended header says size"),
-        (special("x", **PAX) + b"24 linkpath=/etc/passwd\n".ljust(512, b"\0"), "an extended header says linkpath"),
-        (special("x", **PAX) + b"22 GNU.sparse.major=1\n".ljust(512, b"\0"), "header says GNU.sparse.major"),
+        (special("x", **PAX) + b"26 size=99999999999999999\n".ljust(512, b"\0"), "an extended header sets size"),
+        (special("x", **PAX) + b"24 linkpath=/etc/passwd\n".ljust(512, b"\0"), "an extended header sets linkpath"),
+        (special("x", **PAX) + b"22 GNU.sparse.major=1\n".ljust(512, b"\0"), "header sets GNU.sparse.major"),
         (special("x", **PAX) + b"99999 path=a.mp4\n".ljust(512, b"\0"), "is damaged in an extended header"),
         (special("x", **PAX) + b"0 path=a.mp4\n".ljust(512, b"\0"), "is damaged in an extended header"),
         (b"\xff" * 512, "is damaged at byte 1024"),
@@ -196,7 +196,7 @@ GOOD = special("good.mp4", size=3) + b"abc".ljust(512, b"\0")
         (special("good.txt", size=1) + b"\xff".ljust(512, b"\0"), "good.txt is not UTF-8"),
     ],
 )
-def test_what_is_hostile_is_refused_by_the_member(tmp_path, content, message):
+def test_malicious_tars_are_refused_by_member(tmp_path, content, message):
     (tmp_path / "x.tar").write_bytes(GOOD + content + bytes(1024))
     os.truncate(tmp_path / "x.tar", 1 << 31)  # a hole: large enough for what is claimed, and takes no space
     before = peak()
@@ -206,15 +206,15 @@ def test_what_is_hostile_is_refused_by_the_member(tmp_path, content, message):
     assert peak() - before < 50
 
 
-def test_a_tar_that_is_cut_off_compressed_or_without_videos_is_refused(tmp_path):
+def test_a_truncated_compressed_or_empty_tar_is_refused(tmp_path):
     tar = packed(tmp_path / "x.tar", ("a.mp4", b"x" * 5000))
     content = tar.read_bytes()
     for length in (0, 100, 512, 3000, 512 + 5120):
         tar.write_bytes(content[:length])
-        with pytest.raises(ValueError, match=r"x.tar is cut off"):
+        with pytest.raises(ValueError, match=r"x.tar is truncated"):
             find_sources((str(tar),))
     tar.write_bytes(gzip.compress(content))
-    with pytest.raises(ValueError, match=r"x.tar is (cut off|no plain tar \(compressed ones are not read\))"):
+    with pytest.raises(ValueError, match=r"x.tar is (truncated|no plain tar \(compressed ones are not read\))"):
         find_sources((str(tar),))
     packed(tar, ("a.txt", b"x"))
     with pytest.raises(ValueError, match=r"no videos in .*x.tar: looked for"):
@@ -224,7 +224,7 @@ def test_a_tar_that_is_cut_off_compressed_or_without_videos_is_refused(tmp_path)
         find_sources((str(tmp_path / "list.jsonl"),))
 
 
-def test_nothing_behind_a_member_is_read(tmp_path):
+def test_reading_a_member_stays_inside_it(tmp_path):
     (tmp_path / "x").write_bytes(b"before" + b"inside" + b"behind")
     with open_bytes(Member(tmp_path / "x", 6, 6)) as file:
         assert file.read(99) == b"inside"

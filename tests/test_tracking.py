@@ -17,7 +17,8 @@ import torch
 import yaml
 
 from msc.pretrain.tracking.mlflow_store import read_identity, without_credentials
-from msc.pretrain.tracking.tracker import Meter, MetricsConfig, Tracker, end_mlflow_run, memory, mfu
+from msc.pretrain.tracking.throughput import Meter, memory, mfu
+from msc.pretrain.tracking.tracker import MetricsConfig, Tracker, end_mlflow_run
 
 PARAMS = {"model.width": 64, "train.seed": 0, "model.scales": [{"heads": 2}]}
 QUIET = MetricsConfig(system=False)
@@ -105,15 +106,15 @@ def test_a_run_from_start_to_end(run):
     tracker.artifact(run / "samples", "all")
     tracker.artifact(run / "missing.png")
     tracker.finish("FINISHED")
-    found = run_of(run)
-    assert tracker.run_id == found.info.run_id
-    assert (found.info.status, found.info.run_name) == ("FINISHED", "first")
-    assert found.info.end_time
+    mlflow_run = run_of(run)
+    assert tracker.run_id == mlflow_run.info.run_id
+    assert (mlflow_run.info.status, mlflow_run.info.run_name) == ("FINISHED", "first")
+    assert mlflow_run.info.end_time
     assert history(run, "loss") == [(step, 1 / (step + 1)) for step in range(300)]
-    assert found.data.metrics["lr"] == 1e-3
-    assert found.data.params["model.width"] == "64"
-    assert found.data.tags["msc.version"]
-    assert len(found.data.tags["note"]) == 5000
+    assert mlflow_run.data.metrics["lr"] == 1e-3
+    assert mlflow_run.data.params["model.width"] == "64"
+    assert mlflow_run.data.tags["msc.version"]
+    assert len(mlflow_run.data.tags["note"]) == 5000
     names = [a.path for folder in ("", "samples", "all") for a in client_of(run).list_artifacts(tracker.run_id, folder)]
     assert {"config.yaml", "samples/sheet.png", "all/a.txt"} <= set(names)
     assert (run.parent / "mlartifacts").is_dir()
@@ -143,13 +144,13 @@ def test_end_states_and_one_run_after_resuming(run, state):
     second.finish("FINISHED")
     assert second.run_id == first.run_id
     assert [step for step, _ in history(run, "loss")] == list(range(10))
-    found = run_of(run)
-    assert found.data.params["model.width"] == "64"
-    assert found.data.params["train.extra"] == "new"
-    assert found.data.tags["msc.changed"] == "model.width: 64 → 128"
-    assert found.data.tags["msc.starts"] == "2"
+    mlflow_run = run_of(run)
+    assert mlflow_run.data.params["model.width"] == "64"
+    assert mlflow_run.data.params["train.extra"] == "new"
+    assert mlflow_run.data.tags["msc.changed"] == "model.width: 64 → 128"
+    assert mlflow_run.data.tags["msc.starts"] == "2"
     assert "config-2.yaml" in [a.path for a in client_of(run).list_artifacts(first.run_id)]
-    assert len(client_of(run).search_runs([found.info.experiment_id])) == 1
+    assert len(client_of(run).search_runs([mlflow_run.info.experiment_id])) == 1
 
 
 def test_attaching_leaves_the_run_to_its_owner(run):
@@ -159,10 +160,10 @@ def test_attaching_leaves_the_run_to_its_owner(run):
     guest = start(run, params={"other": 1}, attach=True)
     guest.log({"evaluate/loss": 0.5}, 1)
     guest.finish("FINISHED")
-    found = run_of(run)
+    mlflow_run = run_of(run)
     assert guest.run_id == owner.run_id
-    assert (found.info.status, found.data.metrics["evaluate/loss"]) == ("RUNNING", 0.5)
-    assert "other" not in found.data.params
+    assert (mlflow_run.info.status, mlflow_run.data.metrics["evaluate/loss"]) == ("RUNNING", 0.5)
+    assert "other" not in mlflow_run.data.params
     owner.finish("KILLED")
     assert run_of(run).info.status == "KILLED"
 
@@ -185,7 +186,7 @@ def test_disabled_does_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_odd_values_names_and_lengths(run, caplog):
+def test_unusual_values_names_and_lengths(run, caplog):
     long = {f"section.key{i}": i for i in range(250)} | {"long": "x" * 100_000, "näme (odd)?": 1}
     tracker = start(run, params=long)
     odd = {
@@ -198,15 +199,15 @@ def test_odd_values_names_and_lengths(run, caplog):
     tracker.log(odd, 3)
     tracker.log({f"metric{i}": float(i) for i in range(2500)}, 4)
     tracker.finish("FINISHED")
-    found = run_of(run)
-    assert len(found.data.params) == 252
-    assert found.data.params["long"] == "x" * 499 + "…"
-    assert math.isnan(found.data.metrics["nan"])
-    assert found.data.metrics["up"] > 1e300
-    assert found.data.metrics["down"] < -1e300
-    assert found.data.metrics["tensor"] == 3.0
-    assert found.data.metrics["loss at _ 2_ 50_".replace(" 2", "_2")] == 2.0
-    assert sum(name.startswith("metric") for name in found.data.metrics) == 2500
+    mlflow_run = run_of(run)
+    assert len(mlflow_run.data.params) == 252
+    assert mlflow_run.data.params["long"] == "x" * 499 + "…"
+    assert math.isnan(mlflow_run.data.metrics["nan"])
+    assert mlflow_run.data.metrics["up"] > 1e300
+    assert mlflow_run.data.metrics["down"] < -1e300
+    assert mlflow_run.data.metrics["tensor"] == 3.0
+    assert mlflow_run.data.metrics["loss at _ 2_ 50_".replace(" 2", "_2")] == 2.0
+    assert sum(name.startswith("metric") for name in mlflow_run.data.metrics) == 2500
     assert caplog.records == []
 
 
@@ -221,8 +222,8 @@ def test_a_deleted_run_is_replaced(run):
     assert run_of(run).data.metrics["loss"] == 1.0
 
 
-def test_the_run_is_found_again_though_its_id_was_never_heard(run):
-    """A job that dies between the creation of its run and hearing of it must not make a second one."""
+def test_a_run_whose_id_was_never_received_is_found_again(run):
+    """A job that dies between the creation of its run and the response must not create a second one."""
     first = start(run)
     first.finish("KILLED")
     known = read_identity(run)
@@ -243,7 +244,7 @@ def test_system_metrics(run):
     assert "system/cpu_utilization_percentage" in run_of(run).data.metrics
 
 
-def test_what_cannot_be_sent_waits_for_the_next_start(run, caplog):
+def test_unsent_entries_are_sent_by_the_next_start(run, caplog):
     tracker = start(run, config(run, tracking_uri=NOWHERE))
     log_quickly(tracker, range(50))
     tracker.log({"nan": math.nan}, 1)
@@ -254,7 +255,7 @@ def test_what_cannot_be_sent_waits_for_the_next_start(run, caplog):
     assert time.perf_counter() - began < 6
     assert len(list(run.glob("mlflow-unsent-*.json"))) == 1
     assert any("wait in" in record.message for record in caplog.records)
-    # The requeued job reaches a store, and says what the first one could not.
+    # The requeued job reaches a store, and sends what the first one could not.
     again = start(run)
     log_quickly(again, range(50, 60))
     again.finish("FINISHED")
@@ -264,7 +265,7 @@ def test_what_cannot_be_sent_waits_for_the_next_start(run, caplog):
     assert list(run.glob("mlflow-unsent-*")) == []
 
 
-def test_beyond_the_bound_the_oldest_go_and_are_counted(run, caplog):
+def test_the_oldest_entries_beyond_the_bound_are_dropped_and_counted(run, caplog):
     tracker = start(run, config(run, tracking_uri=NOWHERE), bound=20)
     log_quickly(tracker, range(50))
     tracker.finish("KILLED")
@@ -273,7 +274,7 @@ def test_beyond_the_bound_the_oldest_go_and_are_counted(run, caplog):
     assert [step for step, _ in history(run, "loss")] == list(range(30, 50))
 
 
-def test_an_outage_is_told_once_and_without_passwords(run, caplog, monkeypatch):
+def test_an_outage_is_one_warning_without_passwords(run, caplog, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:swordfish@127.0.0.1:9")
     tracker = start(run)
     log_quickly(tracker, range(3))
@@ -289,7 +290,7 @@ def test_a_read_only_run_folder_is_no_reason_to_fail(run, caplog, monkeypatch):
     def refuse(*_args, **_kwargs):
         raise PermissionError("read-only")
 
-    monkeypatch.setattr("msc.pretrain.tracking.mlflow_store.os.replace", refuse)
+    monkeypatch.setattr("msc.datasets.files.os.replace", refuse)
     tracker = start(run, attach=True)
     tracker.log({"loss": 1.0}, 0)
     tracker.finish("FINISHED")
@@ -333,7 +334,7 @@ def test_several_processes_open_one_new_store_at_once(tmp_path):
 
 @pytest.mark.parametrize("wait", [0.0, 8.0], ids=["at once", "later"])
 def test_sigterm_leaves_no_run_open(run, wait):
-    """Even at once, while MLflow is still being imported: then the next start says what is missing."""
+    """Even at once, while MLflow is still being imported: then the next start sends what is missing."""
     command = [sys.executable, "-P", "-c", SCRIPT, str(run), "terminated"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "logging\n"
@@ -364,7 +365,7 @@ def test_import_needs_neither_mlflow_nor_torch():
         ({"tracking_uri": "postgresql://me:swordfish@host/x"}, "MLFLOW_TRACKING_URI, in the environment"),
     ],
 )
-def test_mistakes_in_the_configuration(changes, words):
+def test_configuration_errors(changes, words):
     with pytest.raises(ValueError, match=words) as error:
         MetricsConfig(**changes)
     assert "swordfish" not in str(error.value)
@@ -382,16 +383,16 @@ def test_where_a_run_is_tracked(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("uri", ["http://me:swordfish@127.0.0.1:9", "nothing://me:swordfish@host"])
-def test_an_end_that_cannot_be_told_is_told_without_passwords(run, caplog, monkeypatch, uri):
+def test_ending_a_run_fails_with_a_warning_without_passwords(run, caplog, monkeypatch, uri):
     """Whether nobody answers, or MLflow names the address that it cannot use."""
     (run / "config.yaml").write_text(yaml.safe_dump({"metrics": {}}))
     (run / "mlflow.json").write_text(json.dumps({"key": "k", "run_id": "r"}))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     assert end_mlflow_run(run, "FAILED") is None
-    assert "could not be told" in caplog.text and "swordfish" not in caplog.text
+    assert "could not be ended" in caplog.text and "swordfish" not in caplog.text
 
 
-def test_what_a_killed_process_had_not_sent_is_kept_with_its_last_checkpoint(run):
+def test_unsent_entries_of_a_killed_process_are_kept_with_its_last_checkpoint(run):
     killed = start(run, config(run, tracking_uri=NOWHERE))
     log_quickly(killed, range(5))
     killed.keep()
@@ -439,7 +440,7 @@ def server(folder: Path, port: int):
 
 
 @pytest.mark.slow
-def test_the_end_of_a_run_that_was_killed_is_told_for_it(run, caplog):
+def test_the_mlflow_run_of_killed_processes_is_ended_for_them(run, caplog):
     (run / "config.yaml").write_text(yaml.safe_dump({"metrics": {"experiment": "tests", "system": False}}))
     assert end_mlflow_run(run, "FAILED") is None, "it was never tracked"
     tracker = start(run)
@@ -453,11 +454,11 @@ def test_the_end_of_a_run_that_was_killed_is_told_for_it(run, caplog):
     (run / "config.yaml").write_text(yaml.safe_dump({"metrics": {"tracking_uri": NOWHERE}}))
     assert not caplog.records
     assert end_mlflow_run(run, "FAILED") is None
-    assert "could not be told" in caplog.text
+    assert "could not be ended" in caplog.text
 
 
 @pytest.mark.slow
-def test_a_server_that_comes_late_goes_and_comes_back(tmp_path, caplog):
+def test_a_server_that_starts_late_and_restarts(tmp_path, caplog):
     port = free_port()
     uri = f"http://127.0.0.1:{port}"
     run = tmp_path / "runs" / "first"
@@ -476,12 +477,12 @@ def test_a_server_that_comes_late_goes_and_comes_back(tmp_path, caplog):
     with server(tmp_path / "server", port):
         assert tracker.flush(90)
         tracker.finish("FINISHED")
-        found = run_of(run, uri)
-        assert found.info.status == "FINISHED"
+        mlflow_run = run_of(run, uri)
+        assert mlflow_run.info.status == "FINISHED"
         assert history(run, "loss", uri) == [(step, 1 / (step + 1)) for step in range(600)]
-        assert found.data.metrics["odd"] > 1e300
+        assert mlflow_run.data.metrics["odd"] > 1e300
         assert math.isnan(history(run, "odd", uri)[0][1])
-        assert any(name.startswith("system/") for name in found.data.metrics)
+        assert any(name.startswith("system/") for name in mlflow_run.data.metrics)
         names = [a.path for a in client_of(run, uri).list_artifacts(tracker.run_id, "samples")]
         assert names == ["samples/sheet.png"]
 
@@ -491,12 +492,12 @@ def test_a_server_that_comes_late_goes_and_comes_back(tmp_path, caplog):
         assert again.run_id == tracker.run_id
         assert run_of(run, uri).info.status == "FAILED"
         assert len(history(run, "loss", uri)) == 610
-        assert len(client_of(run, uri).search_runs([found.info.experiment_id])) == 1
+        assert len(client_of(run, uri).search_runs([mlflow_run.info.experiment_id])) == 1
     assert len([r for r in caplog.records if "cannot be used now" in r.message]) == 2
     assert len([r for r in caplog.records if "is back" in r.message]) == 2
 
 
-def test_a_server_that_never_answers_does_not_hold_up_the_end(run):
+def test_a_server_that_never_answers_does_not_delay_the_end(run):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()  # takes connections, says nothing

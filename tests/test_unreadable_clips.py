@@ -12,25 +12,25 @@ from msc.datasets.shards.index import read_index, scan
 from msc.pretrain.tracking.unreadable_clips import UnreadableClips, read_unreadable_clips
 
 
-def test_each_counts_once_and_the_count_goes_on(tmp_path):
-    broken = UnreadableClips(tmp_path, 100, 0.03, {})
-    broken.note(1, [(5, "a"), (7, "b"), (5, "a")], writing=True)  # ranks that share a clip both tell of it
-    broken.note(2, [(7, "b")], writing=True)
+def test_each_clip_counts_once_also_after_a_restart(tmp_path):
+    clips = UnreadableClips(tmp_path, 100, 0.03, {})
+    clips.add(1, [(5, "a"), (7, "b"), (5, "a")], write=True)  # ranks of one context-parallel group both report a clip
+    clips.add(2, [(7, "b")], write=True)
     assert read_unreadable_clips(tmp_path) == {5: "a", 7: "b"}
     again = UnreadableClips(tmp_path, 100, 0.03, read_unreadable_clips(tmp_path))
-    again.note(3, [(9, "c")], writing=True)
-    with pytest.raises(ValueError, match=r"4 of 100 clips are broken, more than data.max_bad allows \(3\)"):
-        again.note(4, [(5, "a"), (11, "d")], writing=True)
+    again.add(3, [(9, "c")], write=True)
+    with pytest.raises(ValueError, match=r"4 of 100 clips are unreadable, more than data.max_bad allows \(3\)"):
+        again.add(4, [(5, "a"), (11, "d")], write=True)
     lines = [json.loads(line) for line in (tmp_path / "broken.jsonl").read_text().splitlines()]
     assert [(line["step"], line["sample"]) for line in lines] == [(1, 5), (1, 7), (3, 9), (4, 11)]
 
 
-def test_one_may_always_be_broken(tmp_path):
-    broken = UnreadableClips(tmp_path, 10, 0.0, {})
-    broken.note(1, [(3, "x")], writing=False)
-    assert not broken.path.exists()
+def test_one_clip_may_always_be_unreadable(tmp_path):
+    clips = UnreadableClips(tmp_path, 10, 0.0, {})
+    clips.add(1, [(3, "x")], write=False)
+    assert not clips.path.exists()
     with pytest.raises(ValueError, match="2 of 10 clips"):
-        broken.note(2, [(4, "y")], writing=False)
+        clips.add(2, [(4, "y")], write=False)
 
 
 def spoil(folder: Path, count: int) -> list[int]:

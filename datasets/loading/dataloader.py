@@ -1,13 +1,14 @@
-"""Shards to batches: reading the clips that come next, in whatever processes.
+"""Data loader: reads the next clips of every rank in worker processes and stacks them into batches.
 
-Which clip comes when is settled in shuffling.py and mixture.py; here it is only read.
+Which clip comes when is decided in shuffling.py and mixture.py.
 """
 
 import atexit
+import itertools
+import logging
 import math
 import os
 import signal
-import sys
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -25,22 +26,23 @@ from .shard_reader import ShardReader
 from .shuffling import BucketSchedule, WindowShuffle, derive_seed, positions_of_rank, sample_at, stream_at
 
 Frames = tuple[int, int]  # latent frames [start, stop)
-Attach = Callable[[int, int, int], Tensor]  # of (sample, epoch, bucket)
-MOST_IN_A_ROW = 64  # reads in vain for one clip, after which none is tried any more
-# What schedulers and terminals send to every process of a job.
-JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+Position = tuple[int, int]  # bucket, position among the clips of that bucket that a run sees
+Draw = Callable[[int, int, int], tuple[Tensor, Tensor]]  # (sample, epoch, bucket) to a clip's (t, noise)
+MAX_FAILURES_IN_A_ROW = 64
+JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # to all of a job
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one rank: B clips, of their frames those asked for.
+    """One rank's part of a batch: B clips of one bucket.
 
-    samples: number of each clip in its split, over all sets and buckets; with `epochs` and the frame it names the
-    noise. keys: names in the tars, behind that of the set where there are several. bucket: of all clips.
-    video: uint8 [B, Tv, 3, H, W], or latents: [B, T, C, h, w], as stored (float16), not normalised.
-    text: [B, L, E] embeddings, padded with zeros to the longest. labels: int64 [B]. attached: what the loader was told
-    to attach, stacked. unreadable: (sample, why) of samples that could not be read. error: why nothing can be read
-    any more; never seen outside of this file.
+    samples: number of each clip in its split, over all sets and buckets; with `epochs` and the frame it is the key of
+    the noise. keys: names in the tars, after the set's name where there are several.
+    video: uint8 [B, Tv, 3, H, W], or latents: [B, T, C, h, w], as stored (float16), not normalised; T are the frames
+    requested. text: [B, L, E] embeddings, padded with zeros to the longest. labels: int64 [B]. t, noise: stacked
+    results of the loader's `draw`. unreadable: (sample, reason) of clips that others replace. error: why nothing can be
+    read; raised by the loader, never seen outside.
     """
 
     samples: list[int]
@@ -51,97 +53,105 @@ class Batch:
     latents: Tensor | None = None
     text: Tensor | None = None
     labels: Tensor | None = None
-    attached: Tensor | None = None
+    t: Tensor | None = None
+    noise: Tensor | None = None
     unreadable: tuple[tuple[int, str], ...] = ()
     error: Exception | None = None
 
     def pin_memory(self) -> "Batch":
-        """Called by torch's DataLoader, in a thread of its own: copies to a GPU then need not wait."""
+        """Called by torch's DataLoader in a thread of its own: copies to a GPU then need not wait."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         values |= {name: value.pin_memory() for name, value in values.items() if isinstance(value, Tensor)}
         return Batch(**values)
 
 
-# --- batches -----------------------------------------------------------------------------------------------
-
-Place = tuple[int, int]  # bucket, position among the clips of that bucket that a run sees
-
-
-@dataclass(frozen=True)
-class _Item:
-    """One clip of a batch; or (media None) an error that ends all."""
-
-    sample: int
-    epoch: int
-    bucket: int = 0
-    key: str = ""
-    media: Tensor | None = None
-    text: Tensor | None = None
-    label: int | None = None
-    attached: Tensor | None = None
-    unreadable: tuple[tuple[int, str], ...] = ()
-    error: Exception | None = None
-
-
-class _Own:
-    """The clips of a stream: in what order, and how to read them."""
+class _StreamReader:
+    """The clips of one stream: their shuffling and their reader."""
 
     def __init__(self, stream: Stream, frames: Frames | None, seed: int, shuffle: bool, window: int) -> None:
-        self.stream, self.samples = stream, ShardReader(stream.place, stream.index, stream.split, frames)
+        self.stream, self.reader = stream, ShardReader(stream.place, stream.index, stream.split, frames)
+        self.sample_at: Callable[[int], tuple[int, int]]
         if shuffle and window:
             counts = [shard.samples for shard in stream.index.splits[stream.split]]
-            self.at: Callable[[int], tuple[int, int]] = WindowShuffle(counts, window, seed)
+            self.sample_at = WindowShuffle(counts, window, seed)
         else:
-            self.at = partial(sample_at, samples=stream.clips, seed=seed, shuffle=shuffle)
+            self.sample_at = partial(sample_at, samples=stream.clips, seed=seed, shuffle=shuffle)
 
 
-class _Clips(Dataset):
-    """Clips by bucket and position in it. `bound`: how many broken samples are tolerated."""
+class _Batches(Dataset):
+    """Batches by the positions of their clips. max_unreadable: how many different clips may be unreadable."""
 
     def __init__(
         self, shards: Shards, split: str, frames: Sequence[Frames | None], seed: int, shuffle: bool, window: int,
-        max_bad: float, attach: Attach | None,
+        max_bad: float, draw: Draw | None,
     ) -> None:  # fmt: skip
-        self.seed, self.where, self.attach = seed, f"{shards} ({split})", attach
+        self.seed, self.name, self.draw = seed, f"{shards} ({split})", draw
         self.clips = shards.samples(split)
-        self.bound = max(1, math.floor(max_bad * self.clips))
-        self.slots: list[list[int]] = []
-        self.buckets: list[list[_Own]] = []
-        number = 0
-        for streams, own in zip(shards.streams(split), frames, strict=True):
-            self.slots.append(stream_slots(streams))
-            self.buckets.append([])
-            for stream in streams:
-                self.buckets[-1].append(_Own(stream, own, derive_seed(seed, number), shuffle, window))
-                number += 1
+        self.max_unreadable = max(1, math.floor(max_bad * self.clips))
+        buckets = shards.streams(split)
+        self.slots = [stream_slots(streams) for streams in buckets]
+        numbers = itertools.count()
+        self.buckets = [
+            [_StreamReader(stream, own, derive_seed(seed, next(numbers)), shuffle, window) for stream in streams]
+            for streams, own in zip(buckets, frames, strict=True)
+        ]
 
-    def __getitem__(self, place: Place) -> _Item:
-        """The clip at `place`; a broken sample is replaced by the next good one, on every rank alike."""
-        bucket, position = place
+    def __getitems__(self, positions: list[Position]) -> Batch:
+        """Called by DataLoader with the positions of a batch."""
+        unreadable: list[tuple[int, str]] = []
+        try:
+            clips = [self._read(*position, unreadable) for position in positions]
+        except (OSError, DeterministicFailure) as error:
+            return Batch([], [], [], unreadable=tuple(unreadable), error=error)
+        samples, epochs, keys, all_media, texts, labels = map(list, zip(*clips, strict=True))
+        bucket = positions[0][0]
+        # In a worker, torch's function stacks them in shared memory: one copy less.
+        media: Tensor = default_collate(all_media)
+        t = noise = None
+        if self.draw is not None:
+            draws = [self.draw(sample, epoch, bucket) for sample, epoch in zip(samples, epochs, strict=True)]
+            t, noise = default_collate(draws)
+        return Batch(
+            samples,
+            epochs,
+            keys,
+            bucket,
+            video=media if media.dtype == torch.uint8 else None,
+            latents=None if media.dtype == torch.uint8 else media,
+            text=None if texts[0] is None else torch.nn.utils.rnn.pad_sequence(texts, batch_first=True),
+            labels=None if labels[0] is None else torch.tensor(labels),
+            t=t,
+            noise=noise,
+            unreadable=tuple(unreadable),
+        )
+
+    def _read(
+        self, bucket: int, position: int, unreadable: list[tuple[int, str]]
+    ) -> tuple[int, int, str, Tensor, Tensor | None, int | None]:
+        """(sample, epoch, key, media, text, label) of a clip. An unreadable one is replaced by the next readable one of
+        its stream, on every rank alike."""
         number, position = stream_at(position, self.slots[bucket], derive_seed(self.seed, bucket))
         own = self.buckets[bucket][number]
-        stream, clips = own.stream, own.stream.clips
-        epoch, first = own.at(position)
-        unreadable: list[tuple[int, str]] = []
-        reasons: dict[str, None] = {}  # fewer than `unreadable`: all clips of a shard that cannot be read have one
-        for step in range(min(clips, self.bound + 1)):
-            if len(reasons) == MOST_IN_A_ROW:
+        stream = own.stream
+        epoch, first = own.sample_at(position)
+        before = len(unreadable)
+        reasons: dict[str, None] = {}  # fewer than the clips: all of a shard that cannot be read share one
+        for attempt in range(min(stream.clips, self.max_unreadable + 1)):
+            if len(reasons) == MAX_FAILURES_IN_A_ROW:
                 break
-            sample = (first + step) % clips
+            sample = (first + attempt) % stream.clips
             try:
-                key, media, text, label = own.samples.read(sample)
+                key, media, text, label = own.reader.read(sample)
             except ValueError as error:
                 unreadable.append((stream.first + sample, str(error)))
                 reasons[str(error)] = None
-            except OSError as error:
-                return _Item(sample, epoch, error=error)
             else:
                 key = f"{stream.name}:{key}" if stream.name else key
-                number = stream.first + sample
-                attached = self.attach(number, epoch, bucket) if self.attach is not None else None
-                return _Item(number, epoch, bucket, key, media, text, label, attached, tuple(unreadable))
-        found = f"{len(unreadable)} clips in a row of {stream.place} cannot be read: {'; '.join(list(reasons)[:3])}"
-        return _Item(first, epoch, unreadable=tuple(unreadable), error=DeterministicFailure(f"{found}: check the disk"))
+                return stream.first + sample, epoch, key, media, text, label
+        raise DeterministicFailure(
+            f"{len(unreadable) - before} clips in a row of {stream.place} cannot be read: "
+            f"{'; '.join(list(reasons)[:3])}: check the disk"
+        )
 
 
 def loader(
@@ -160,22 +170,20 @@ def loader(
     window: int = 0,
     stop: int | None = None,
     max_bad: float = 0.05,
-    attach: Attach | None = None,
+    draw: Draw | None = None,
 ) -> Generator[Batch, None, None]:
-    """This rank's rows of the batches from sample clock `clock` on, of `clips` clips over all ranks, of one bucket
-    each; rank r of `ranks` reads the r-th equal part of each.
+    """This data-parallel rank's part of every batch from sample clock `clock` on. A batch is `clips` clips of one
+    bucket; each of `ranks` reads an equal part.
 
-    With one bucket the n-th batch holds the positions [clock + n clips, clock + (n + 1) clips). With several the
-    clock must be a whole number of batches: rounds of batches are shuffled (see mixture.py: rounds).
-    frames: of every bucket, latent frames [start, stop) of its clips, of which alone the video is decoded; None for
-    all. window: see DataConfig. stop: sample clock to end at, None for never; the last batch may be shorter with one
-    rank and one bucket, and must be whole with more. workers: reading processes, 0 for none; prefetch: batches each
-    reads ahead. attach: called with (sample, epoch, bucket) of every clip by the process that reads it, for what else
-    belongs to the clip and takes time to make.
-    Samples that cannot be read are named on stderr and replaced by the next one; once their number exceeds
-    `max_bad` of the split (one is always tolerated), or too many follow each other, the iterator raises ValueError.
-    Where shards cannot be had at all it raises OSError.
-    Raises ValueError for clips that ranks do not divide, an unknown or empty split, or bad frames.
+    With one bucket the n-th batch holds the positions [clock + n clips, clock + (n + 1) clips). With several, epoch
+    rounds of batches are shuffled (mixture.py: batches_per_round) and the clock must be a whole number of batches.
+    frames: of every bucket, latent frames [start, stop) of its clips, the only ones decoded; None for all. window: see
+    DataConfig. stop: sample clock to end at, None for never; with one rank and bucket the last batch may be shorter,
+    otherwise it must be whole. workers: reading processes, 0 for none; prefetch: batches each reads ahead. draw:
+    picklable, called by the reading process with (sample, epoch, bucket) of every clip.
+    Unreadable clips are logged and replaced by the next one. DeterministicFailure (a ValueError) once more than
+    `max_bad` of the split (one is always tolerated), or too many in a row, are unreadable; OSError where shards cannot
+    be reached at all; ValueError for clips that ranks do not divide, an unknown or empty split, or bad frames.
     """
     positions_of_rank(clock, clips, rank, ranks)
     several = len(shards.shapes) > 1
@@ -189,43 +197,58 @@ def loader(
     if stop is not None and (ranks > 1 or several) and (stop - clock) % clips:
         raise ValueError(f"{stop - clock} clips are not whole batches of {clips}, which {ranks} ranks need")
     batches = batches_per_round(shards, split, clips) if several else [1]
-    dataset = _Clips(shards, split, frames or [None] * len(shards.shapes), seed, shuffle, window, max_bad, attach)
-    read = DataLoader(
+    dataset = _Batches(shards, split, frames or [None] * len(shards.shapes), seed, shuffle, window, max_bad, draw)
+    data_loader = DataLoader(
         dataset,
-        batch_sampler=_Places(clock, clips, rank, ranks, stop, batches, seed),
-        collate_fn=_collate,
+        batch_sampler=_positions(clock, clips, rank, ranks, stop, batches, seed),  # type: ignore[arg-type]
+        collate_fn=_as_it_is,
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_start_worker,
-        generator=torch.Generator(),  # or it would draw from the one that training draws from
+        generator=torch.Generator(),  # or it would draw from the global one, which training uses
     )
-    checked = _checked(read, dataset)
-    atexit.register(_close, weakref.ref(checked))
-    return checked
+    generator = _checked(data_loader, dataset)
+    atexit.register(_close, weakref.ref(generator))
+    return generator
 
 
-def _checked(batches: DataLoader, dataset: _Clips) -> Generator[Batch, None, None]:
-    """The batches, until too many samples are broken. Its end, or `close`, ends the workers."""
-    seen: set[int] = set()
+def _positions(
+    clock: int, clips: int, rank: int, ranks: int, stop: int | None, batches: list[int], seed: int
+) -> Iterator[list[Position]]:
+    """Positions of this rank's clips, batch by batch. batches: of every bucket in a round."""
+    schedule = BucketSchedule(batches, seed)
+    while stop is None or clock < stop:
+        bucket, first = 0, clock
+        if len(batches) > 1:
+            bucket, number = schedule(clock // clips)
+            first = number * clips
+        end = math.inf if stop is None else first + stop - clock
+        yield [(bucket, k) for k in positions_of_rank(first, clips, rank, ranks) if k < end]
+        clock += clips
+
+
+def _checked(data_loader: DataLoader, dataset: _Batches) -> Generator[Batch, None, None]:
+    """The batches, until too many clips are unreadable. Its end, or `close`, ends the workers."""
+    unreadable: set[int] = set()
     # Blocked while workers start, so that a signal to the whole job finds them ignoring it already.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
     try:
-        iterator = iter(batches)
+        iterator = iter(data_loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
         for batch in iterator:
-            for sample, why in batch.unreadable:
-                if sample in seen:
+            for sample, reason in batch.unreadable:
+                if sample in unreadable:
                     continue
-                seen.add(sample)
-                if len(seen) > dataset.bound:
+                unreadable.add(sample)
+                if len(unreadable) > dataset.max_unreadable:
                     raise DeterministicFailure(
-                        f"more than {dataset.bound} of the {dataset.clips} samples in {dataset.where} are broken, "
-                        f"among them {why}: check the disk, or run `msc convert` again"
+                        f"more than {dataset.max_unreadable} of the {dataset.clips} samples in {dataset.name} are "
+                        f"unreadable, among them {reason}: check the disk, or run `msc convert` again"
                     )
-                print(f"data: skipped {why}", file=sys.stderr, flush=True)
+                log.warning("unreadable clip skipped: %s", reason)
             if batch.error is not None:
                 raise batch.error
             yield batch
@@ -236,58 +259,13 @@ def _checked(batches: DataLoader, dataset: _Clips) -> Generator[Batch, None, Non
             iterator._shutdown_workers()
 
 
-def _close(checked: "weakref.ref[Generator[Batch, None, None]]") -> None:
-    if (generator := checked()) is not None:
+def _close(reference: "weakref.ref[Generator[Batch, None, None]]") -> None:
+    if (generator := reference()) is not None:
         generator.close()
 
 
-@dataclass(frozen=True)
-class _Places:
-    """Endless lists of places, one per batch."""
-
-    clock: int
-    clips: int
-    rank: int
-    ranks: int
-    stop: int | None
-    batches: list[int]  # of every bucket in a round
-    seed: int
-
-    def __iter__(self) -> Iterator[list[Place]]:
-        clock = self.clock
-        turns = BucketSchedule(self.batches, self.seed)
-        while self.stop is None or clock < self.stop:
-            bucket, first = 0, clock
-            if len(self.batches) > 1:
-                bucket, number = turns(clock // self.clips)
-                first = number * self.clips
-            mine = positions_of_rank(first, self.clips, self.rank, self.ranks)
-            end = math.inf if self.stop is None else first + self.stop - clock
-            yield [(bucket, k) for k in mine if k < end]
-            clock += self.clips
-
-
-def _collate(items: list[_Item]) -> Batch:
-    unreadable = tuple(pair for item in items for pair in item.unreadable)
-    if error := next((item.error for item in items if item.error is not None), None):
-        return Batch([], [], [], unreadable=unreadable, error=error)
-    # Where this is a worker, torch's own function stacks them in shared memory: one copy less.
-    media: Tensor = default_collate([item.media for item in items if item.media is not None])
-    texts = [item.text for item in items if item.text is not None]
-    labels = [item.label for item in items if item.label is not None]
-    attached = [item.attached for item in items if item.attached is not None]
-    return Batch(
-        samples=[item.sample for item in items],
-        epochs=[item.epoch for item in items],
-        keys=[item.key for item in items],
-        bucket=items[0].bucket,
-        video=media if media.dtype == torch.uint8 else None,
-        latents=None if media.dtype == torch.uint8 else media,
-        text=torch.nn.utils.rnn.pad_sequence(texts, batch_first=True) if texts else None,
-        labels=torch.tensor(labels) if labels else None,
-        attached=default_collate(attached) if attached else None,
-        unreadable=unreadable,
-    )
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
 
 
 def _start_worker(_: int) -> None:
@@ -295,7 +273,7 @@ def _start_worker(_: int) -> None:
     for number in JOB_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
-    # Tensors go by a socket that is made with the first of them: in a worker that ends just then, after its temporary
-    # folder was emptied, which then could not be removed and was left behind, with a traceback. So it is made now.
-    with open(os.devnull) as something:
-        reduction.DupFd(something.fileno())
+    # Tensors travel by a socket that is created with the first of them. A worker that ends just then leaves it behind
+    # in a temporary folder that cannot be removed, with a traceback; so it is created now.
+    with open(os.devnull) as file:
+        reduction.DupFd(file.fileno())

@@ -1,9 +1,10 @@
-"""Random access to the samples of a split: by number, and of each only the frames asked for."""
+"""Shard reader: random access to the samples of a split by number, reading only the frames requested."""
 
 import bisect
 import json
 import math
 import zlib
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,8 +18,8 @@ from ..shards.remote import RemoteShards
 from ..shards.table_of_contents import read_toc
 from ..video import decode_frames
 
-SCANNED_SHARDS = 64  # tables of contents kept per process; a scan takes about a millisecond
-FETCHES = 5  # times that a shard which was removed from the cache is fetched again
+CACHED_SHARDS = 64  # tables of contents in memory per process; a scan takes about a millisecond
+FETCH_ATTEMPTS = 5  # of a shard that was evicted from the cache before it was read
 CHUNK = 1 << 20
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
@@ -26,20 +27,19 @@ DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 class ShardReader:
     """The samples of `split`, numbered in the order of the index; `frames` are latent frames [start, stop).
 
-    ValueError for an unknown or empty split, and for frames outside of the clips or, where the autoencoder
-    does not cut video evenly along time, for anything but whole clips.
+    ValueError for an unknown or empty split, for frames outside of the clips, and for a part of a clip where the
+    autoencoder cannot slice video along time.
     """
 
     def __init__(
         self, folder: Path | RemoteShards, index: Index, split: str, frames: tuple[int, int] | None = None
     ) -> None:
-        self.folder, self.index, self.split = folder, index, split
-        self._ends = [0]
-        self._scanned: dict[str, list[Sample] | str] = {}  # or why it cannot be read
+        self.folder, self.index = folder, index
         if not index.samples(split):
             raise ValueError(f"{folder} has no clips in split {split!r}")
-        for shard in index.splits[split]:
-            self._ends.append(self._ends[-1] + shard.samples)
+        self._shards = index.splits[split]
+        self._begins = [0, *accumulate(shard.samples for shard in self._shards)]
+        self._contents: dict[str, list[Sample] | str] = {}  # by shard; or why it cannot be read
         self.frames = frames or (0, index.frames)
         start, stop = self.frames
         if not 0 <= start < stop <= index.frames:
@@ -54,70 +54,69 @@ class ShardReader:
         self.video_frames = (0, index.video_frames) if whole else (start * factor, stop * factor)
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self._begins[-1]
 
     def read(self, number: int) -> tuple[str, Tensor, Tensor | None, int | None]:
-        """(key, media, text [L, E], label) of a sample; ValueError that names it where it is broken, OSError where its
-        shard cannot be had.
+        """(key, media, text [L, E], label) of a sample. ValueError, naming the sample, where it is unreadable; OSError
+        where its shard cannot be reached.
 
-        media: uint8 video [Tv, 3, H, W], or latents [T, C, h, w] in the type they are stored in, of the frames asked
-        for. Whether a sample is broken never depends on those: ranks that share a clip must agree. So checksums are of
-        all frames; where there is none, as shards of others may be without, only video is broken by that.
+        media: uint8 video [Tv, 3, H, W], or latents [T, C, h, w] as stored, of the frames requested. Whether a sample
+        is unreadable does not depend on the frames, as ranks that share a clip must agree: checksums are of all frames.
+        (Latents without a checksum, in shards of others, may differ.)
         """
-        for _ in range(FETCHES):
+        for _ in range(FETCH_ATTEMPTS):
             try:
                 return self._read(number)
             except FileNotFoundError as error:
                 if isinstance(self.folder, Path):
                     raise
-                gone = error  # from the cache, since others needed the room
-        raise OSError(f"the cache of {self.folder} is too small: shards go before they are read ({gone})")
+                evicted = error
+        raise OSError(f"the cache of {self.folder} is too small: shards are evicted before they are read ({evicted})")
 
     def _read(self, number: int) -> tuple[str, Tensor, Tensor | None, int | None]:
-        path, sample = self._find(number)
+        path, sample = self._locate(number)
         try:
             about = json.loads(read_part(path, sample, "json"))
             label = about["label"] if self.index.classes else None
             if self.index.classes and not (isinstance(label, int) and 0 <= label < self.index.classes):
                 raise ValueError(f"label is {label!r}, expected 0 to {self.index.classes - 1}")
-            if self.index.store == "video":
-                media = self._video(path, sample, about)
-            else:
-                media = self._latents(path, sample, about)
-            text = None
-            if self.index.has_text is not None:
-                content = read_part(path, sample, "text.safetensors")
-                if "text_crc32" in about and zlib.crc32(content) != about["text_crc32"]:
-                    raise ValueError("checksum of the text differs from the one written")
-                text = load(content)["text"].float()
-                if text.dim() != 2 or not len(text) or text.shape[1] != self.index.has_text:
-                    raise ValueError(f"text is {list(text.shape)}, expected [L, {self.index.has_text}], L at least 1")
+            media = (self._video if self.index.store == "video" else self._latents)(path, sample, about)
+            text = self._text(path, sample, about) if self.index.has_text is not None else None
         except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
             raise ValueError(f"sample {sample.key} of {path}: {error}") from None
         return sample.key, media, text, label
 
-    def _find(self, number: int) -> tuple[Path, Sample]:
-        place = bisect.bisect_right(self._ends, number) - 1
-        shard = self.index.splits[self.split][place]
-        path = self.folder / shard.name if isinstance(self.folder, Path) else self.folder.file(shard)
-        found = self._scanned.get(shard.name)
-        if found is None:
+    def _locate(self, number: int) -> tuple[Path, Sample]:
+        """The shard of a sample, fetched if it is remote, and where the sample's parts lie in it."""
+        place = bisect.bisect_right(self._begins, number) - 1
+        shard = self._shards[place]
+        path = self.folder / shard.name if isinstance(self.folder, Path) else self.folder.fetch(shard)
+        contents = self._contents.get(shard.name)
+        if contents is None:
             try:
-                found = read_toc(path, shard) or scan(path)
-                if len(found) != shard.samples:
-                    raise ValueError(f"shard {path} has {len(found)} samples, its index says {shard.samples}")
+                contents = read_toc(path, shard) or scan(path)
+                if len(contents) != shard.samples:
+                    raise ValueError(f"shard {path} has {len(contents)} samples, its index says {shard.samples}")
             except ValueError as error:
-                found = str(error)
-            if len(self._scanned) >= SCANNED_SHARDS:
-                del self._scanned[next(iter(self._scanned))]  # the one scanned longest ago
-            self._scanned[shard.name] = found
-        if isinstance(found, str):
-            raise ValueError(found)
-        return path, found[number - self._ends[place]]
+                contents = str(error)
+            if len(self._contents) >= CACHED_SHARDS:
+                del self._contents[next(iter(self._contents))]  # the oldest
+            self._contents[shard.name] = contents
+        if isinstance(contents, str):
+            raise ValueError(contents)
+        return path, contents[number - self._begins[place]]
+
+    def _text(self, path: Path, sample: Sample, about: dict[str, Any]) -> Tensor:
+        content = read_part(path, sample, "text.safetensors")
+        if "text_crc32" in about and zlib.crc32(content) != about["text_crc32"]:
+            raise ValueError("checksum of the text differs from the one written")
+        text = load(content)["text"].float()
+        if text.dim() != 2 or not len(text) or text.shape[1] != self.index.has_text:
+            raise ValueError(f"text is {list(text.shape)}, expected [L, {self.index.has_text}], L at least 1")
+        return text
 
     def _video(self, path: Path, sample: Sample, about: dict[str, Any]) -> Tensor:
         content = read_part(path, sample, "mp4")
-        # All bytes, though only some frames are decoded: a damaged clip is damaged for every rank.
         if zlib.crc32(content) != about["crc32"]:
             raise ValueError("checksum of the video differs from the one written")
         index, (start, stop) = self.index, self.video_frames
@@ -125,7 +124,7 @@ class ShardReader:
         return decode_frames(content, start=start, stop=stop, name=f"{sample.key}.mp4", threads=1, expected=size)
 
     def _latents(self, path: Path, sample: Sample, about: dict[str, Any]) -> Tensor:
-        """All bytes are read, if only for their checksum; no more is held than the frames asked for."""
+        """All bytes are read for the checksum, but only the frames requested are held in memory."""
         offset, size = find_part(path, sample, STORES["latent"])
         index, (start, stop) = self.index, self.frames
         shape = [index.frames, index.channels, index.height, index.width]
@@ -137,20 +136,20 @@ class ShardReader:
             header = json.loads(file.read(length))["latent"]
             dtype = DTYPES[header["dtype"]]
             begin, end = header["data_offsets"]
-            each = math.prod(shape[1:]) * dtype.itemsize
+            frame_bytes = math.prod(shape[1:]) * dtype.itemsize
             inside = 0 <= begin <= end <= size - 8 - length
-            if header["shape"] != shape or end - begin != shape[0] * each or not inside:
+            if header["shape"] != shape or end - begin != shape[0] * frame_bytes or not inside:
                 raise ValueError(f"latents are {header['shape']}, the index says {shape}")
             if "crc32" in about and _crc32(file, offset, size) != about["crc32"]:
                 raise ValueError("checksum of the latents differs from the one written")
-            file.seek(offset + 8 + length + begin + start * each)
-            content = bytearray(file.read((stop - start) * each))
+            file.seek(offset + 8 + length + begin + start * frame_bytes)
+            content = bytearray(file.read((stop - start) * frame_bytes))
         return torch.frombuffer(content, dtype=dtype).reshape(stop - start, *shape[1:])
 
 
 def _crc32(file: BinaryIO, offset: int, size: int) -> int:
     file.seek(offset)
-    found = 0
+    checksum = 0
     for first in range(0, size, CHUNK):
-        found = zlib.crc32(file.read(min(CHUNK, size - first)), found)
-    return found
+        checksum = zlib.crc32(file.read(min(CHUNK, size - first)), checksum)
+    return checksum

@@ -1,4 +1,4 @@
-"""What a conversion can be told."""
+"""Configuration of a conversion."""
 
 from dataclasses import dataclass
 
@@ -7,18 +7,22 @@ from ..shards.index import STORES
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """What to convert and how. `frames`, `height`, `width`, `stride` count video frames and pixels.
+    """What to convert and how. Frames are video frames at `fps`, sizes are pixels.
 
-    sources: files, folders (searched through all levels), tars and manifests (see sources.py). stride: frames between
-    the starts of clips, 0 for `frames` (no overlap). held_out: share of each source's timeline, at its end, kept
-    from training; of sources too short for that, the share of them that is kept from it whole.
-    store: "video" (mp4), "latent" (safetensors) or "auto" (latents for diffusers autoencoders only, as
-    haar and pixels are cheaper to compute than to read). max_bad: share of sources that may be broken; one
-    broken source alone never stops a conversion. overwrite: replace `out` if it holds converted shards.
-    text: folder of the text encoder that captions go through, "" for none. scenes: change of picture, in [0, 255],
-    that no clip may contain, 0 to look for none. min_brightness, min_motion: in [0, 1]; clips below are left out.
-    crop: "centre", or "random" for a place of each clip's own. buckets: (frames, height, width) of several shapes of
-    clips, instead of the one of `frames`, `height` and `width`; see clip_extraction.py for which a clip takes.
+    sources: files, folders (searched through all levels), tars and manifests (see sources.py).
+    stride: frames between the starts of clips, 0 for `frames` (no overlap).
+    held_out: share of each source's timeline, at its end, kept from training; of sources too short for that, the share
+        of them that is held out whole.
+    store: "video" (mp4), "latent" (safetensors) or "auto" (latents for diffusers autoencoders only, as haar and pixels
+        are cheaper to compute than to read).
+    max_bad: share of sources that may be unreadable; one unreadable source alone never stops a conversion.
+    overwrite: replace `out` if it holds converted shards.
+    text: folder of the text encoder for captions, "" for none.
+    scenes: change between frames, in [0, 255], that no clip may contain; 0 for no scene detection.
+    min_brightness, min_motion: in [0, 1]; clips below are left out.
+    crop: "centre", or "random" for a place of each clip's own.
+    buckets: (frames, height, width) of several clip shapes, instead of the one of `frames`, `height` and `width`; which
+        one a source takes is decided by clip_ranges.best_buckets.
     """
 
     sources: tuple[str, ...]
@@ -52,7 +56,7 @@ class ConvertConfig:
             if len(bucket) != 3 or min(bucket) < 1:
                 raise ValueError(f"a bucket is frames x height x width, each at least 1, not {bucket}")
             if self.buckets.count(bucket) > 1:
-                raise ValueError(f"bucket {'x'.join(map(str, bucket))} is there twice")
+                raise ValueError(f"bucket {'x'.join(map(str, bucket))} is given twice")
         if self.stride < 0:
             raise ValueError(f"stride is {self.stride}, it must be at least 1, or 0 for no overlap")
         if not 0.01 <= self.fps <= 1000:
@@ -60,9 +64,9 @@ class ConvertConfig:
         for name in ("held_out", "max_bad"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, it must be at least 0 and below 1")
-        for name, most in (("scenes", 255), ("min_brightness", 1), ("min_motion", 1)):
-            if not 0 <= getattr(self, name) <= most:
-                raise ValueError(f"{name} is {getattr(self, name)}, it must be between 0 and {most}")
+        for name, highest in (("scenes", 255), ("min_brightness", 1), ("min_motion", 1)):
+            if not 0 <= getattr(self, name) <= highest:
+                raise ValueError(f"{name} is {getattr(self, name)}, it must be between 0 and {highest}")
         if self.crop not in ("centre", "random"):
             raise ValueError(f"crop is {self.crop!r}, expected centre or random")
         if self.store not in (*STORES, "auto"):

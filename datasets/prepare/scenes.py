@@ -1,14 +1,14 @@
-"""Where a video cuts from one scene to the next, and what a clip looks like: simple measures of pictures."""
+"""Scene detection and clip filters: content change between frames, brightness and motion of clips."""
 
 import numpy as np
 
-SIDE = 64  # pictures are looked at in about this many rows and columns
+SIDE = 64  # frames are compared on a grid of about this many rows and columns
 
 
-def content(picture: np.ndarray) -> np.ndarray:
-    """Hue, saturation and value in [0, 255] of every few pixels of a picture, uint8 [H, W, 3] -> float [h, w, 3]."""
-    height, width = picture.shape[:2]
-    rgb = picture[:: max(1, height // SIDE), :: max(1, width // SIDE)].astype(np.float32)
+def frame_content(frame: np.ndarray) -> np.ndarray:
+    """Hue, saturation and value in [0, 255] of a grid of pixels of a frame, uint8 [H, W, 3] -> float [h, w, 3]."""
+    height, width = frame.shape[:2]
+    rgb = frame[:: max(1, height // SIDE), :: max(1, width // SIDE)].astype(np.float32)
     red, green, blue = np.moveaxis(rgb, -1, 0)
     value, least = rgb.max(-1), rgb.min(-1)
     spread = np.maximum(value - least, 1e-6)
@@ -20,11 +20,11 @@ def content(picture: np.ndarray) -> np.ndarray:
     return np.stack([np.where(value > least, sector * 255 / 6, 0), 255 * spread / np.maximum(value, 1), value], -1)
 
 
-def change(before: np.ndarray, now: np.ndarray) -> float:
-    """Mean absolute difference of two pictures' `content`, in [0, 255]; hue is a circle.
+def content_change(before: np.ndarray, now: np.ndarray) -> float:
+    """Mean absolute difference of two frames' `frame_content`, in [0, 255]; hue is a circle.
 
-    A cut is a change over a threshold between neighbouring frames (the content detector of PySceneDetect, whose
-    usual threshold is 27; theirs measures hue in half degrees and all pixels).
+    A scene cut is a change over a threshold between neighbouring frames (the content detector of PySceneDetect, whose
+    default threshold is 27; it measures hue in half degrees and uses all pixels).
     """
     difference = np.abs(now - before)
     difference[..., 0] = np.minimum(difference[..., 0], 255 - difference[..., 0])

@@ -1,8 +1,8 @@
-"""What to convert: files, folders and manifests to a list of sources, the same on every machine.
+"""Sources of a conversion: files, folders, tars and manifests as one list of videos, the same on every machine.
 
 A manifest is a `.csv`, `.jsonl` or `.parquet` file with a column `path` and optional columns `caption`, `label`,
 `licence`, `start`, `end` (seconds); a `.txt` file holds one path a line. Paths in it are relative to its folder.
-A `.tar` is as WebDataset writes it: `KEY.mp4` (or another kind of video), with `KEY.json` and `KEY.txt` about it.
+A `.tar` has the WebDataset layout: `KEY.mp4` (or another video format), with optional `KEY.json` and `KEY.txt`.
 """
 
 import csv
@@ -18,11 +18,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..shards.index import MOST_CLASSES
+from ..files import sha256_of
+from ..shards.index import MAX_CLASSES
 from ..shards.tar import FILE_ERRORS, Location, Member, open_bytes, retry_read, size_of, tar_members
 from ..video import SUFFIXES
 
-END_BYTES = 1 << 16  # at which files of equal size are told apart before all of them is read
+END_BYTES = 1 << 16  # read from both ends of files of equal size, before all of them is read
 TEXT_BYTES = 1 << 20  # the most that is read of a KEY.json or KEY.txt
 MANIFESTS = (".csv", ".jsonl", ".parquet", ".txt")
 COLUMNS = ("path", "caption", "label", "licence", "start", "end")
@@ -30,11 +31,11 @@ COLUMNS = ("path", "caption", "label", "licence", "start", "end")
 
 @dataclass(frozen=True)
 class Source:
-    """One video, or the part [start, end) of it in seconds, and what is known about it.
+    """One video, or the part [start, end) of it in seconds, with its metadata.
 
     span: the part of the file that all sources taken from it lie in; its end is what is held out. draw: a number in
-    [0, 1), the same for all of them: whether it is held out whole where it is too short to be divided. size: of the
-    file in bytes when it was listed; -1 for what was no file.
+    [0, 1), the same for all of them: decides whether it is held out whole where it is too short to be divided. size: of
+    the file in bytes when it was listed; -1 where there was no file.
     """
 
     name: str
@@ -51,80 +52,76 @@ class Source:
 
 @dataclass(frozen=True)
 class Listing:
-    """All sources in order; `classes`: number of labels, 0 for none; `names` of the labels where they have any."""
+    """All sources in order; `classes`: number of labels, 0 for none; `names` of the labels where they are text."""
 
     sources: list[Source]
     classes: int = 0
     names: tuple[str, ...] = ()
 
 
-def find_sources(given: tuple[str, ...]) -> Listing:
-    """Every source: video files as given, folders through all levels in sorted order, rows of manifests, tars' videos.
+def find_sources(arguments: tuple[str, ...]) -> Listing:
+    """Every source: video files, folders through all levels in sorted order, rows of manifests, videos in tars.
 
-    Hidden files and folders are left out, and a source reached twice counts once. Labels are whole numbers, or
-    words that are numbered in alphabetical order; all sources have one or none has. Raises FileNotFoundError for
-    what does not exist, ValueError for addresses, folders without videos and rows that make no sense.
+    Hidden files and folders are skipped, and a source reached twice counts once. Labels are whole numbers, or text,
+    which is numbered in alphabetical order; all sources have one or none has. Raises FileNotFoundError for
+    missing files, ValueError for addresses, folders without videos and invalid rows.
     """
-    found: dict[tuple[Location, float, float], tuple[Source, Any]] = {}
-    for item in given:
-        for source, label in _sources(item):
-            found.setdefault((source.path, source.start, source.end), (source, label))
+    unique: dict[tuple[Location, float, float], tuple[Source, Any]] = {}
+    for argument in arguments:
+        for source, label in _sources_of(argument):
+            unique.setdefault((source.path, source.start, source.end), (source, label))
     spans: dict[Location, tuple[float, float]] = {}
     draws: dict[Location, float] = {}
-    for (path, start, end), (source, _) in found.items():
+    for (path, start, end), (source, _) in unique.items():
         first, last = spans.get(path, (start, end))
         spans[path] = (min(first, start), max(last, end))
-        draws[path] = min(draws.get(path, 1.0), _draw(source.name.removesuffix(_part(start, end))))
+        digest = hashlib.sha256(source.name.removesuffix(_part_suffix(start, end)).encode("utf-8", "surrogateescape"))
+        draws[path] = min(draws.get(path, 1.0), int.from_bytes(digest.digest()[:8]) / 2**64)
     sizes = {path: size_of(path) for path in spans}
-    labels, names = _number([(source.name, label) for source, label in found.values()])
+    labels, names = _number_labels([(source.name, label) for source, label in unique.values()])
     sources = [
         dataclasses.replace(
             source, span=spans[source.path], draw=draws[source.path], size=sizes[source.path], label=label
         )
-        for (source, _), label in zip(found.values(), labels, strict=True)
+        for (source, _), label in zip(unique.values(), labels, strict=True)
     ]
     return Listing(sources, max((label for label in labels if label is not None), default=-1) + 1, names)
 
 
-def _sources(given: str) -> Iterator[tuple[Source, Any]]:
+def _sources_of(argument: str) -> Iterator[tuple[Source, Any]]:
     """(source, label as written) of what one argument names."""
-    path = _local(given, given)
+    path = _local_path(argument, argument)
     if path.is_file() and path.suffix.lower() in MANIFESTS:
-        yield from _manifest(path)
+        yield from _manifest_sources(path)
     elif path.is_file() and path.suffix.lower() == ".tar":
-        yield from _packed(path)
+        yield from _tar_sources(path)
     elif path.is_file():
         yield Source(path.name, path), None
     elif path.is_dir():
-        inside = list(_videos(path))
-        if not inside:
-            raise ValueError(f"no videos in {given}: looked for {' '.join(sorted(SUFFIXES))}")
-        for video in inside:
+        videos = list(_videos_in(path))
+        if not videos:
+            raise ValueError(f"no videos in {argument}: looked for {' '.join(sorted(SUFFIXES))}")
+        for video in videos:
             yield Source(f"{path.name}/{video.relative_to(path)}", video.resolve()), None
     else:
-        raise FileNotFoundError(f"no such file or folder: {given}")
+        raise FileNotFoundError(f"no such file or folder: {argument}")
 
 
-def _part(start: float, end: float) -> str:
-    """What a part's name ends with."""
+def _part_suffix(start: float, end: float) -> str:
+    """What the name of a part of a video ends with."""
     return "" if (start, end) == (0, math.inf) else f"[{start:g}-{end:g}]"
 
 
-def _draw(name: str) -> float:
-    """A number in [0, 1) that depends on nothing but the name of a file."""
-    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8]) / 2**64
-
-
-def _local(given: str, whence: str, folder: Path | None = None) -> Path:
-    if "://" in given or given.startswith("pipe:"):
-        raise ValueError(f"source {whence!r} is an address or a command; only local files are read")
+def _local_path(path: str, description: str, folder: Path | None = None) -> Path:
+    if "://" in path or path.startswith("pipe:"):
+        raise ValueError(f"source {description!r} is an address or a command; only local files are read")
     try:
-        return ((folder or Path()) / Path(given).expanduser()).resolve()
+        return ((folder or Path()) / Path(path).expanduser()).resolve()
     except (RuntimeError, ValueError) as error:  # no such user after ~, or a character that no path has
-        raise ValueError(f"source {whence!r} is no path: {error}") from None
+        raise ValueError(f"source {description!r} is not a valid path: {error}") from None
 
 
-def _videos(folder: Path) -> Iterator[Path]:
+def _videos_in(folder: Path) -> Iterator[Path]:
     for current, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
@@ -135,56 +132,56 @@ def _videos(folder: Path) -> Iterator[Path]:
 # --- tars ------------------------------------------------------------------------------------------------
 
 
-def _packed(tar: Path) -> Iterator[tuple[Source, Any]]:
+def _tar_sources(tar: Path) -> Iterator[tuple[Source, Any]]:
     """The videos in a tar, in its order. ValueError for a tar without any."""
-    inside = tar_members(tar)
+    files = tar_members(tar)
     videos = 0
-    for name, member in inside.items():
+    for name, member in files.items():
         stem, dot, suffix = name.rpartition(".")
         if dot + suffix.lower() not in SUFFIXES or any(part.startswith(".") for part in name.split("/")):
             continue
-        about: dict[str, Any] = {"caption": _text(tar, f"{stem}.txt", inside)}
-        if text := _text(tar, f"{stem}.json", inside):
-            about |= _about(f"{tar}: {stem}.json", text)
-        caption, licence = about["caption"] or None, about.get("licence")
-        yield Source(f"{tar.name}/{name}", member, caption, licence=licence), about.get("label")
+        metadata: dict[str, Any] = {"caption": _member_text(tar, f"{stem}.txt", files)}
+        if text := _member_text(tar, f"{stem}.json", files):
+            metadata |= _parse_metadata(f"{tar}: {stem}.json", text)
+        caption, licence = metadata["caption"] or None, metadata.get("licence")
+        yield Source(f"{tar.name}/{name}", member, caption, licence=licence), metadata.get("label")
         videos += 1
     if not videos:
         raise ValueError(f"no videos in {tar}: looked for {' '.join(sorted(SUFFIXES))}")
 
 
-def _text(tar: Path, name: str, inside: dict[str, Member]) -> str:
-    """The text of a member, or nothing where there is none."""
-    if name not in inside:
+def _member_text(tar: Path, name: str, files: dict[str, Member]) -> str:
+    """The text of a member; "" where there is none."""
+    if name not in files:
         return ""
-    if inside[name].size > TEXT_BYTES:
-        raise ValueError(f"{tar}: {name} claims {inside[name].size} bytes, at most {TEXT_BYTES} are read")
+    if files[name].size > TEXT_BYTES:
+        raise ValueError(f"{tar}: {name} claims {files[name].size} bytes, at most {TEXT_BYTES} are read")
     try:
-        with open_bytes(inside[name]) as file:
+        with open_bytes(files[name]) as file:
             return file.read().decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise ValueError(f"{tar}: {name} is not UTF-8 text ({error})") from None
 
 
-def _about(place: str, text: str) -> dict[str, Any]:
-    """What a KEY.json says that we know; others' say much more."""
+def _parse_metadata(place: str, text: str) -> dict[str, Any]:
+    """Caption, label and licence of a KEY.json; its other fields are ignored."""
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{place} is not readable as JSON: {error}") from None
     if not isinstance(fields, dict):
-        raise ValueError(f"{place} holds no table of names and values")
-    found = {name: fields[name] for name in ("caption", "label", "licence") if fields.get(name) not in (None, "")}
-    for name, value in found.items():
+        raise ValueError(f"{place} is not a JSON object of names and values")
+    metadata = {name: fields[name] for name in ("caption", "label", "licence") if fields.get(name) not in (None, "")}
+    for name, value in metadata.items():
         if not isinstance(value, str) and (name != "label" or not isinstance(value, int)):
             raise ValueError(f"{place}: {name} is {value!r}, expected text" + " or a number" * (name == "label"))
-    return found
+    return metadata
 
 
 # --- manifests ---------------------------------------------------------------------------------------------
 
 
-def _manifest(file: Path) -> Iterator[tuple[Source, Any]]:
+def _manifest_sources(file: Path) -> Iterator[tuple[Source, Any]]:
     rows = 0
     for place, row in _rows(file):
         if not isinstance(row, dict) or None in row or set(row) - set(COLUMNS):
@@ -201,21 +198,21 @@ def _manifest(file: Path) -> Iterator[tuple[Source, Any]]:
         if not 0 <= start < end:
             raise ValueError(f"{place}: start {start:g} and end {end:g}: expected 0 <= start < end in seconds")
         rows += 1
-        path = _local(row["path"], f"{row['path']} ({place})", file.parent)
+        path = _local_path(row["path"], f"{row['path']} ({place})", file.parent)
         if path.is_file() and path.suffix.lower() == ".tar":
             if len(row) > 1:
-                raise ValueError(f"{place}: {row['path']} holds many videos; what is known of each belongs in it")
-            yield from _packed(path)
+                raise ValueError(f"{place}: {row['path']} holds many videos; put the metadata of each into the tar")
+            yield from _tar_sources(path)
             continue
         caption, licence = (str(row[name]) if name in row else None for name in ("caption", "licence"))
-        source = Source(row["path"] + _part(start, end), path, caption, licence=licence, start=start, end=end)
-        yield source, row.get("label")
+        name = row["path"] + _part_suffix(start, end)
+        yield Source(name, path, caption, licence=licence, start=start, end=end), row.get("label")
     if not rows:
         raise ValueError(f"{file} lists no videos")
 
 
 def _rows(file: Path) -> Iterator[tuple[str, Any]]:
-    """(where, row) of a manifest. A text file without table is a column of paths."""
+    """(file and line, row) of a manifest; the lines of a text file are paths."""
     kind = file.suffix.lower()
     if kind == ".parquet":
         try:
@@ -243,74 +240,76 @@ def _rows(file: Path) -> Iterator[tuple[str, Any]]:
         raise ValueError(f"{file} is not readable as {kind[1:]}: {error}") from None
 
 
-def _number(labels: list[tuple[str, Any]]) -> tuple[list[int | None], tuple[str, ...]]:
-    """Numbers of the labels of (source, label) pairs, and their names where they are words."""
-    without = [name for name, label in labels if label is None]
-    if len(without) == len(labels):
+def _number_labels(labels: list[tuple[str, Any]]) -> tuple[list[int | None], tuple[str, ...]]:
+    """Numbers of the labels of (source, label) pairs, and their names where they are text."""
+    unlabelled = [name for name, label in labels if label is None]
+    if len(unlabelled) == len(labels):
         return [None] * len(labels), ()
-    if without:
-        raise ValueError(f"{len(without)} of {len(labels)} sources have no label, among them {without[0]}: label all")
-    words = [str(label) for _, label in labels]
-    if all(word.isdecimal() for word in words):
-        for (name, _), word in zip(labels, words, strict=True):
-            if len(word) > 20 or int(word) >= MOST_CLASSES:
+    if unlabelled:
+        raise ValueError(
+            f"{len(unlabelled)} of {len(labels)} sources have no label, among them {unlabelled[0]}: label all or none"
+        )
+    texts = [str(label) for _, label in labels]
+    if all(text.isdecimal() for text in texts):
+        for (name, _), text in zip(labels, texts, strict=True):
+            if len(text) > 20 or int(text) >= MAX_CLASSES:
                 raise ValueError(
-                    f"{name}: label {word[:40]} is no class below {MOST_CLASSES} but an id: number the classes from 0 "
-                    "on without gaps, or write words, which msc numbers (id-1 instead of 1)"
+                    f"{name}: label {text[:40]} is not a class number below {MAX_CLASSES}: number the classes from 0 "
+                    "without gaps, or use text labels, which msc numbers (id-1 instead of 1)"
                 )
-        return [int(word) for word in words], ()
-    names = tuple(sorted(set(words)))
-    if len(names) > MOST_CLASSES:
-        raise ValueError(f"sources have {len(names)} different labels, at most {MOST_CLASSES} are read: leave them out")
-    number = {word: i for i, word in enumerate(names)}
-    return [number[word] for word in words], names
+        return [int(text) for text in texts], ()
+    names = tuple(sorted(set(texts)))
+    if len(names) > MAX_CLASSES:
+        raise ValueError(f"sources have {len(names)} different labels, at most {MAX_CLASSES} are read: leave them out")
+    number = {text: i for i, text in enumerate(names)}
+    return [number[text] for text in texts], names
 
 
-# --- copies ------------------------------------------------------------------------------------------------
+# --- duplicates --------------------------------------------------------------------------------------------
 
 
-def copies(sources: list[Source]) -> dict[int, str]:
-    """Number of every source whose content an earlier one has -> name of that one. Of files of equal size the ends are
-    read, and where these agree the whole, by SHA-256; files that cannot be read are no copies: they are named when they
-    are cut.
+def find_copies(sources: list[Source]) -> dict[int, str]:
+    """Number of every source with the content of an earlier one -> name of that one. Of files of equal size the ends
+    are read, and where these agree the whole, by SHA-256. Files that cannot be read are no copies: extraction names
+    them.
     """
     groups = [{source.path for source in sources if source.size >= 0}]
-    for trait in (size_of, _ends, _sha256):
-        groups = [found for group in groups for found in _divided(group, trait) if len(found) > 1]
-    alike = {path: number for number, group in enumerate(groups) for path in group}
-    first: dict[tuple[int, float, float], str] = {}
-    found = {}
+    for trait in (size_of, _hash_of_ends, _hash_of_all):
+        groups = [equal for group in groups for equal in _group_by(group, trait) if len(equal) > 1]
+    group_of = {path: number for number, group in enumerate(groups) for path in group}
+    originals: dict[tuple[int, float, float], str] = {}
+    copies = {}
     for number, source in enumerate(sources):
-        if source.path in alike:
-            key = (alike[source.path], source.start, source.end)
-            if key in first:
-                found[number] = first[key]
+        if source.path in group_of:
+            key = (group_of[source.path], source.start, source.end)
+            if key in originals:
+                copies[number] = originals[key]
             else:
-                first[key] = source.name
-    return found
+                originals[key] = source.name
+    return copies
 
 
-def _divided(places: set[Location], trait: Callable[[Location], Any]) -> Iterable[set[Location]]:
-    """Those of equal `trait` together, without those that again and again cannot be read. OSError where that speaks of
-    their disk or server: a copy must not be taken for an original because of it."""
-    found: dict[Any, set[Location]] = defaultdict(set)
+def _group_by(places: set[Location], trait: Callable[[Location], Any]) -> Iterable[set[Location]]:
+    """Sets of places of equal trait, without single files that repeatedly cannot be read. OSError where a disk or
+    server fails: a copy must not be taken for an original because of it."""
+    groups: dict[Any, set[Location]] = defaultdict(set)
     for place in places:
         try:
-            found[retry_read(partial(trait, place))].add(place)
+            groups[retry_read(partial(trait, place))].add(place)
         except OSError as error:
             if error.errno not in FILE_ERRORS:
                 raise OSError(error.errno, error.strerror, str(place)) from None
-    return found.values()
+    return groups.values()
 
 
-def _ends(place: Location) -> bytes:
+def _hash_of_ends(place: Location) -> bytes:
     with open_bytes(place) as file:
-        found = hashlib.sha256(file.read(END_BYTES))
+        digest = hashlib.sha256(file.read(END_BYTES))
         file.seek(max(0, size_of(place) - END_BYTES))
-        found.update(file.read(END_BYTES))
-    return found.digest()
+        digest.update(file.read(END_BYTES))
+    return digest.digest()
 
 
-def _sha256(place: Location) -> bytes:
+def _hash_of_all(place: Location) -> str:
     with open_bytes(place) as file:
-        return hashlib.file_digest(file, "sha256").digest()
+        return sha256_of(file)

@@ -1,34 +1,38 @@
-"""What a folder of shards holds, in words."""
+"""Summary of a folder of shards as text, and a check of its shards."""
 
 from pathlib import Path
 
 from ..shards.index import STORES, Index, corrupted_shards, scan
 from ..shards.table_of_contents import read_toc, toc_path
+from ..text_table import text_table
 
-SHOWN = 10  # reasons for skipping that are quoted
+SHOWN = 10  # lines of skipped.txt, and names of classes
 
 
 def describe(folder: str | Path, index: Index) -> str:
     """Splits, sizes, measured statistics and what was skipped, as lines of text; reads no shard."""
     lines = [str(folder)]
-    for name, shards in index.splits.items():
-        clips = index.samples(name)
-        seconds = sum(one.samples(name) * one.video_frames for one in index.by_bucket()) / index.fps
-        size = sum(shard.bytes for shard in shards)
-        lines.append(f"{name}: {clips} clips ({seconds:.0f} s) in {len(shards)} shards, {size / 1e6:.1f} MB")
+    for split, shards in index.splits.items():
+        seconds = sum(one.samples(split) * one.video_frames for one in index.by_bucket()) / index.fps
+        size = sum(shard.bytes for shard in shards) / 1e6
+        clips = index.samples(split)
+        lines.append(f"{split}: {clips} clips ({seconds:.0f} s) in {len(shards)} shards, {size:.1f} MB")
     lines += clip_lines(index)
     text = f"text embeddings of width {index.has_text} ({index.settings.get('text')})" if index.has_text else "no text"
-    lines.append(f"conditions: {text}, {index.classes or 'no'} classes" + _names(index))
-    found = index.statistics
-    lines.append(f"statistics of {found.clips} training clips:" if found.measured else "statistics, not measured:")
-    lines.append("  " + " ".join(f"{name:>8}" for name in ("side", "R", "D", *(f"rho({lag})" for lag in found.lags))))
-    for side in found.spaces:
-        detail = f"{found.detail(side):.3g}" if 2 * side <= found.spaces[-1] else "-"
-        row = [str(side), f"{found.ratio(side):.3f}", detail]
-        row += [f"{found.correlation(side, lag):.3f}" for lag in found.lags]
-        lines.append("  " + " ".join(f"{cell:>8}" for cell in row))
-    skipped = Path(folder, "skipped.txt")
+    names = index.settings.get("labels", [])
+    classes = f" ({', '.join(names[:SHOWN])}{', …' * (len(names) > SHOWN)})" if names else ""
+    lines.append(f"conditions: {text}, {index.classes or 'no'} classes{classes}")
+    measured = index.statistics
+    lines.append(
+        f"statistics of {measured.clips} training clips:" if measured.measured else "statistics, not measured:"
+    )
+    rows = [
+        (side, f"{measured.ratio(side):.3f}", f"{measured.detail(side):.3g}" if 2 * side in measured.spaces else "-")
+        for side in measured.spaces
+    ]
+    lines.append(text_table(rows, ("side", "R", "D"), align=">", indent="  "))
     lines.append(f"skipped: {index.skipped} videos")
+    skipped = Path(folder, "skipped.txt")
     if skipped.is_file():
         reasons = skipped.read_text("utf-8", "surrogateescape").splitlines()
         lines += [f"  {reason}" for reason in reasons[:SHOWN]]
@@ -38,7 +42,7 @@ def describe(folder: str | Path, index: Index) -> str:
 
 
 def clip_lines(index: Index) -> list[str]:
-    """Sizes of the clips, as they are and as latents; of every bucket, with its clips, where there are several."""
+    """Sizes of the clips, as video and as latents; of every bucket, with its clips, where there are several."""
     stored = f"stored as {index.store} (.{STORES[index.store]})"
     each = f"({index.autoencoder}, {index.temporal_factor} video frames each)"
     lines = []
@@ -47,29 +51,25 @@ def clip_lines(index: Index) -> list[str]:
         latents = f"{one.frames} x {one.channels} x {one.height} x {one.width}"
         if not index.buckets:
             return [f"clip: {video}, {stored}", f"latents: {latents} {each}"]
-        counts = ", ".join(f"{one.samples(name)} {name.replace('_', '-')}" for name in sorted(one.splits))
+        counts = ", ".join(f"{one.samples(split)} {split.replace('_', '-')}" for split in sorted(one.splits))
         empty = " (no training with an empty bucket: convert without it)" if not one.samples("train") else ""
         lines.append(f"bucket {one.shape}: {video}; latents {latents}; clips: {counts}{empty}")
     return [*lines, f"{stored}; latents {each}"]
 
 
 def damaged_shards(folder: str | Path, index: Index) -> list[str]:
-    """One line for each shard that is not what was written, or holds what no shard may. Reads every byte."""
+    """One line for each shard that is not what was written, or has members that no shard may have. Reads every byte."""
     changed = corrupted_shards(folder, index)
     lines = [f"{name}: its checksum is not the one in the index; copy it again" for name in changed]
     for shard in (shard for shards in index.splits.values() for shard in shards):
+        path = Path(folder, shard.name)
         try:
-            found = scan(Path(folder, shard.name))
-            if len(found) != shard.samples:
-                lines.append(f"{shard.name}: holds {len(found)} samples, its index says {shard.samples}")
-            table = read_toc(Path(folder, shard.name), shard)
-            if table is not None and table != found and shard.name not in changed:
-                lines.append(f"{toc_path(Path(shard.name))}: is not the contents of {shard.name}; delete it")
+            samples = scan(path)
+            if len(samples) != shard.samples:
+                lines.append(f"{shard.name}: holds {len(samples)} samples, its index says {shard.samples}")
+            table = read_toc(path, shard)
+            if table is not None and table != samples and shard.name not in changed:
+                lines.append(f"{toc_path(path).name}: does not match {shard.name}; delete it")
         except ValueError as error:
             lines.append(str(error))
     return lines
-
-
-def _names(index: Index) -> str:
-    names = index.settings.get("labels", [])
-    return f" ({', '.join(names[:8])}{', …' if len(names) > 8 else ''})" if names else ""

@@ -1,14 +1,12 @@
 """Shards: plain tar files (WebDataset layout) with an `index.json` beside them.
 
-A sample is `KEY.json` with `KEY.mp4` or `KEY.latent.safetensors` and an optional `KEY.text.safetensors`.
-Tars are read by their 512-byte headers only, so that a hostile or broken archive is refused, by the name
-of the member, before anything of the size it claims is allocated. Nothing is ever unpickled.
+A sample is `KEY.json` with `KEY.mp4` or `KEY.latent.safetensors` and an optional `KEY.text.safetensors`. Nothing is
+ever unpickled; names and sizes are checked before anything is allocated.
 """
 
 import dataclasses
 import json
 import re
-import tarfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +16,16 @@ from webdataset.writer import TarWriter
 
 from ..files import describe_validation_error, partial_file, sha256_of, write_atomically
 from ..prepare.statistics import Statistics
+from .tar import normalise_name, tar_members
 
-FORMAT = 2  # written only where there are several buckets; everything else is format 1, as always
+FORMAT = 2  # written only where there are several buckets; otherwise format 1
 MAX_INDEX_BYTES = 256 << 20
 SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.tar")
-MOST = 1 << 31  # more of anything than there ever is: clips in a shard, pixels of a side
-MOST_CLASSES = 1 << 20  # each is a row of weights in the model
+MAX_COUNT = 1 << 31  # of clips in a shard, pixels of a side
+MAX_CLASSES = 1 << 20  # each is a row of weights in the model
 SHA256 = re.compile("[0-9a-f]{64}")
 STORES = {"video": "mp4", "latent": "latent.safetensors"}
-# What may stand in a shard, and the most bytes one such member may claim.
+# Extensions of members, and the most bytes that one may claim.
 MEMBER_BYTES = {
     "json": 1 << 20,
     "mp4": 2 << 30,
@@ -37,9 +36,7 @@ MEMBER_BYTES = {
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One tar of a split: file name in the folder, samples in it, its size, its SHA-256 in hex, and which of the
-    index's buckets its clips are of.
-    """
+    """One tar of a split. sha256: in hex. bucket: number of the index's bucket that its clips are of."""
 
     name: str
     samples: int
@@ -65,13 +62,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Index:
-    """What `index.json` says of a folder of shards. Sizes without `video_` are of latents.
+    """Contents of `index.json` in a folder of shards. Sizes without `video_` are of latents.
 
-    `buckets`: the shapes of the clips where there is more than one; the sizes are then those of the first, and
-    `by_bucket` gives one index of one shape for each.
-
-    `temporal_factor` is video frames per latent frame; `has_text` the width of the text embeddings or None;
-    `classes` the number of labels or 0; `skipped` the number of sources that gave no clip.
+    temporal_factor: video frames per latent frame. has_text: width of the text embeddings, or None. classes: number of
+    labels, or 0. skipped: number of sources without a clip. buckets: shapes of the clips where there is more than one;
+    the sizes are then those of the first.
     """
 
     store: str
@@ -95,12 +90,17 @@ class Index:
     buckets: tuple[Shape, ...] = ()
 
     @property
+    def shards(self) -> list[ShardInfo]:
+        """Of all splits."""
+        return [shard for shards in self.splits.values() for shard in shards]
+
+    @property
     def shape(self) -> Shape:
-        """Of the clips, or of those of the first bucket."""
+        """Shape of the clips of the first bucket."""
         return Shape(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Shape)})
 
     def by_bucket(self) -> "list[Index]":
-        """An index of one shape for every bucket, in order."""
+        """One index of a single shape for every bucket, in order."""
         if not self.buckets:
             return [self]
         return [
@@ -124,8 +124,8 @@ class Index:
 
 
 def write_index(folder: Path, index: Index) -> None:
-    """Write `folder/index.json` atomically; it is the last file written, so its presence means complete. ValueError for
-    one that would be refused when it is read.
+    """Write `folder/index.json` atomically, as the last file of a folder: its presence means complete. ValueError where
+    it is larger than is read back.
     """
     fields = dataclasses.asdict(index)
     fields["statistics"] = index.statistics.to_json()
@@ -136,27 +136,23 @@ def write_index(folder: Path, index: Index) -> None:
             del shard["bucket"]
     content = json.dumps(fields, indent=1, sort_keys=True).encode()
     if len(content) > MAX_INDEX_BYTES:
-        count = sum(len(shards) for shards in index.splits.values())
         raise ValueError(
             f"{folder / 'index.json'} would have {len(content)} bytes, at most {MAX_INDEX_BYTES} are read: convert to "
-            f"fewer than these {count} shards, with more clips in each (--clips-per-shard), or into several folders"
+            f"fewer than {len(index.shards)} shards, with more clips in each (--clips-per-shard), or to several folders"
         )
     write_atomically(folder / "index.json", content)
 
 
 def read_index(folder: str | Path) -> Index:
-    """Read and check `folder/index.json`; no shard is looked at (see `check_shards`).
-
-    Raises FileNotFoundError where the folder or the index is missing, ValueError where the index is unreadable or of a
-    newer format.
+    """Read and check `folder/index.json`, but no shard (see `check_shards`). FileNotFoundError where it is missing,
+    ValueError where it is damaged or of a newer format.
     """
     return parse_index(index_content(folder), str(Path(folder, "index.json")))
 
 
 def index_content(folder: str | Path) -> bytes:
     """The bytes of `folder/index.json`."""
-    folder = Path(folder)
-    path = folder / "index.json"
+    folder, path = Path(folder), Path(folder, "index.json")
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder of shards at {folder}: make one with `msc convert`")
     if not path.is_file():
@@ -169,7 +165,7 @@ def index_content(folder: str | Path) -> bytes:
 
 
 def parse_index(content: bytes, name: str) -> Index:
-    """An index from the bytes of its file `name`, checked in all that can be checked without its shards."""
+    """An index from the bytes of its file `name`, checked as far as that is possible without its shards."""
     try:
         fields = json.loads(content)
         version = int(fields["format"])
@@ -190,7 +186,7 @@ def parse_index(content: bytes, name: str) -> Index:
 
 
 def _problem(index: Index, content: bytes) -> str:
-    """What is wrong with the values of an index, or nothing. Its file may have been written by anybody."""
+    """What is wrong with the values of an index, or "". Its file may come from anybody."""
     import pydantic
 
     try:
@@ -200,19 +196,19 @@ def _problem(index: Index, content: bytes) -> str:
     if index.store not in STORES:
         return f"store is {index.store!r}, expected one of {', '.join(STORES)}"
     sizes = [size for shape in (index.shape, *index.buckets) for size in dataclasses.astuple(shape)]
-    if not all(1 <= size < MOST for size in (*sizes, index.temporal_factor, index.channels)):
+    if not all(1 <= size < MAX_COUNT for size in (*sizes, index.temporal_factor, index.channels)):
         return "a size is not positive, or beyond any clip"
     if index.buckets and index.shape != index.buckets[0]:
         return f"its sizes are {index.shape}, its first bucket's {index.buckets[0]}"
     if not 0 < index.fps <= 1000:
         return f"fps is {index.fps}"
-    if not (0 <= index.classes <= MOST_CLASSES and (index.has_text is None or 1 <= index.has_text < MOST)):
+    if not (0 <= index.classes <= MAX_CLASSES and (index.has_text is None or 1 <= index.has_text < MAX_COUNT)):
         return f"there are {index.classes} classes, text of width {index.has_text}"
-    for shard in (shard for shards in index.splits.values() for shard in shards):
+    for shard in index.shards:
         # Names become parts of paths, and of addresses where shards are streamed.
         if not SHARD_NAME.fullmatch(shard.name):
-            return f"the shard name {shard.name!r} leaves the folder or is none that msc gives"
-        if not (0 <= shard.samples < MOST and 0 <= shard.bytes < 1 << 50 and SHA256.fullmatch(shard.sha256)):
+            return f"the shard name {shard.name!r} leaves the folder or is not one of msc"
+        if not (0 <= shard.samples < MAX_COUNT and 0 <= shard.bytes < 1 << 50 and SHA256.fullmatch(shard.sha256)):
             return f"{shard.name} has {shard.samples} samples, {shard.bytes} bytes, checksum {shard.sha256[:80]!r}"
         if not 0 <= shard.bucket < max(1, len(index.buckets)):
             return f"{shard.name} is of bucket {shard.bucket}, there are {max(1, len(index.buckets))}"
@@ -220,11 +216,10 @@ def _problem(index: Index, content: bytes) -> str:
 
 
 def check_shards(folder: str | Path, index: Index) -> None:
-    """FileNotFoundError or ValueError for a shard that is missing or has another size than when it was written.
-
-    Asks for each: what thousands of ranks should not all do.
+    """FileNotFoundError or ValueError for a shard that is missing or of another size than the index says. One request
+    to the file system per shard: not for thousands of ranks at once.
     """
-    for shard in (shard for shards in index.splits.values() for shard in shards):
+    for shard in index.shards:
         path = Path(folder, shard.name)
         if not path.is_file():
             raise FileNotFoundError(f"shard {path} is missing: copy it again or run `msc convert` again")
@@ -235,18 +230,15 @@ def check_shards(folder: str | Path, index: Index) -> None:
 
 def corrupted_shards(folder: str | Path, index: Index) -> list[str]:
     """Names of the shards whose SHA-256 is not the one in the index. Reads every byte."""
-    shards = [shard for shards in index.splits.values() for shard in shards]
-    return [shard.name for shard in shards if sha256_of(Path(folder) / shard.name) != shard.sha256]
+    return [shard.name for shard in index.shards if sha256_of(Path(folder) / shard.name) != shard.sha256]
 
 
 # --- writing -----------------------------------------------------------------------------------------------
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> ShardInfo:
-    """Write `(key, {extension: content})` samples to the tar `path`, atomically and reproducibly.
-
-    The same samples give the same bytes (fixed times and owners). Raises ValueError for an extension that
-    shards do not have.
+    """Write `(key, {extension: content})` samples to the tar `path`, atomically; equal samples give equal bytes (fixed
+    times and owners). ValueError for a name that `scan` would refuse.
     """
     count = 0
     with partial_file(path) as partial:
@@ -274,59 +266,32 @@ class Sample:
 
 
 def scan(path: str | Path) -> list[Sample]:
-    """All samples of the tar `path` in order, from its headers alone.
-
-    Raises ValueError, naming the shard and the member, for a truncated or damaged tar and for members that
-    are not plain files, have absolute or `..` names, an extension that shards do not have (pickles among
-    them), a size over its bound, or a name that was there before.
+    """All samples of a shard in order, from its headers alone. ValueError for a member that is not a part of a sample,
+    by name or size, and for all that `tar_members` refuses.
     """
-    path = Path(path)
-    end = path.stat().st_size
     samples: dict[str, Sample] = {}
-    with open(path, "rb") as file:
-        offset = 0
-        while True:
-            file.seek(offset)
-            block = file.read(tarfile.BLOCKSIZE)
-            if len(block) == tarfile.BLOCKSIZE and not any(block):
-                break  # the archive's end mark
-            if len(block) < tarfile.BLOCKSIZE:
-                raise ValueError(f"shard {path} is truncated at byte {end}: copy it again")
-            try:
-                member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-            except tarfile.HeaderError as error:
-                raise ValueError(f"shard {path} is damaged at byte {offset} ({error})") from None
-            name, size = member.name, member.size
-            if not member.isreg() or member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-                # Extended headers (pax, GNU long names) are refused too: they may claim any length.
-                kind = "a link" if member.issym() or member.islnk() else f"of type {member.type!r}"
-                raise ValueError(f"shard {path}: member {name!r} is {kind}; only plain files are read")
-            key, extension = check_member(path, name, size)
-            offset += tarfile.BLOCKSIZE
-            if offset + size > end:
-                raise ValueError(f"shard {path} is truncated: {name!r} claims {size} bytes past its end")
-            parts = samples.setdefault(key, Sample(key, {})).parts
-            if extension in parts:
-                raise ValueError(f"shard {path}: member {name!r} is there twice")
-            parts[extension] = (offset, size)
-            offset += -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    for name, member in tar_members(Path(path), plain=True).items():
+        key, extension = check_member(path, name, member.size)
+        samples.setdefault(key, Sample(key, {})).parts[extension] = (member.offset, member.size)
     return list(samples.values())
 
 
-def check_member(path: Path, name: str, size: int) -> tuple[str, str]:
+def check_member(path: str | Path, name: str, size: int) -> tuple[str, str]:
     """(key, extension) of a member's name, or ValueError."""
-    if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or "\0" in name:
-        raise ValueError(f"shard {path}: member {name!r} leaves the archive's folder; refused")
-    folder, _, base = name.rpartition("/")
+    folder, slash, base = normalise_name(Path(path), name).rpartition("/")
     stem, _, extension = base.partition(".")
     if not stem or extension not in MEMBER_BYTES:
-        allowed = ", ".join("." + x for x in MEMBER_BYTES)
-        raise ValueError(f"shard {path}: member {name!r} is refused, only {allowed} are read")
+        raise ValueError(f"{path}: {name!r} is refused, only {', '.join('.' + x for x in MEMBER_BYTES)} are read")
     if not 0 <= size <= MEMBER_BYTES[extension]:
-        raise ValueError(
-            f"shard {path}: member {name!r} claims {size} bytes, at most {MEMBER_BYTES[extension]} are read"
-        )
-    return (f"{folder}/{stem}" if folder else stem), extension
+        raise ValueError(f"{path}: {name!r} claims {size} bytes, at most {MEMBER_BYTES[extension]} are read")
+    return f"{folder}{slash}{stem}", extension
+
+
+def find_part(path: str | Path, sample: Sample, extension: str) -> tuple[int, int]:
+    """(offset, size) of one part of a sample; ValueError where the sample has no such part."""
+    if extension not in sample.parts:
+        raise ValueError(f"{path}: sample {sample.key!r} has no .{extension}")
+    return sample.parts[extension]
 
 
 def read_part(path: str | Path, sample: Sample, extension: str) -> bytes:
@@ -336,12 +301,5 @@ def read_part(path: str | Path, sample: Sample, extension: str) -> bytes:
         file.seek(offset)
         content = file.read(size)
     if len(content) != size:
-        raise ValueError(f"shard {path} is truncated in {sample.key}.{extension}")
+        raise ValueError(f"{path} is truncated in {sample.key}.{extension}")
     return content
-
-
-def find_part(path: str | Path, sample: Sample, extension: str) -> tuple[int, int]:
-    """(offset, size) of one part of a sample; ValueError where the sample has no such part."""
-    if extension not in sample.parts:
-        raise ValueError(f"shard {path}: sample {sample.key!r} has no .{extension}")
-    return sample.parts[extension]

@@ -1,26 +1,30 @@
-"""Files that lie in a plain tar, found by its headers and read where they lie: nothing is unpacked.
+"""Tar archives read in place: where their members lie, from the headers alone; nothing is unpacked.
 
-A tar may come from anybody. Links and devices, names that leave the folder, a name twice and extended headers that say
-more than a name, times and owners are refused, by the member, before anything of a claimed size is allocated.
+An archive may come from anybody. Links and devices, names that leave the folder, duplicate names and extended headers
+that set more than a name, times and owners are refused by name before anything of a claimed size is allocated.
 """
 
 import errno
 import io
 import re
 import tarfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from ..files import retry
+
 EXTENDED_BYTES = 1 << 16  # the most that a header with a long name, or with times, may have
-RECORD = re.compile(rb"(\d{1,5}) ([^=\n]+)=")  # of such a header: its length, what it says, =, value
+PAX_RECORD = re.compile(rb"(\d{1,5}) ([^=\n]+)=")  # length, keyword, "=", value
+FILE_ERRORS = {errno.EIO, errno.EACCES, errno.EPERM}  # of one file: a bad sector, no permission; not of disk or server
+READ_PAUSES = (2, 20)  # seconds before such a file is read again
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Member:
-    """A file inside of another: `size` bytes from `offset` on."""
+    """A file inside an archive: `size` bytes from `offset` on."""
 
     path: Path
     offset: int
@@ -28,38 +32,28 @@ class Member:
 
 
 Location = Path | Member
-FILE_ERRORS = {errno.EIO, errno.EACCES, errno.EPERM}  # a bad sector, no permission; others speak of disk or server
-PATIENCE = (2, 20)  # seconds between tries to read such a file
-T = TypeVar("T")
 
 
-def size_of(place: Location) -> int:
-    """In bytes; -1 for what is no file."""
-    if isinstance(place, Member):
-        return place.size
-    return place.stat().st_size if place.is_file() else -1
+def size_of(location: Location) -> int:
+    """In bytes; -1 for what is not a file."""
+    if isinstance(location, Member):
+        return location.size
+    return location.stat().st_size if location.is_file() else -1
 
 
 def retry_read(read: Callable[[], T]) -> T:
     """What `read` returns, tried again where one file cannot be read; its last OSError."""
-    pauses = iter(PATIENCE)
-    while True:
-        try:
-            return read()
-        except OSError as error:
-            if error.errno not in FILE_ERRORS or (pause := next(pauses, None)) is None:
-                raise
-            time.sleep(pause)
+    return retry(read, READ_PAUSES, lambda error: isinstance(error, OSError) and error.errno in FILE_ERRORS)
 
 
-def open_bytes(place: Location) -> io.BufferedReader:
-    """To be read from, with a beginning and an end of its own."""
-    return io.BufferedReader(_Part(place)) if isinstance(place, Member) else open(place, "rb")
+def open_bytes(location: Location) -> io.BufferedReader:
+    """A file, or a member as if it were one."""
+    return io.BufferedReader(_MemberFile(location)) if isinstance(location, Member) else open(location, "rb")
 
 
-class _Part(io.RawIOBase):
+class _MemberFile(io.RawIOBase):
     def __init__(self, member: Member) -> None:
-        self.file, self.member, self.at = open(member.path, "rb", buffering=0), member, 0  # noqa: SIM115
+        self.file, self.member, self.position = open(member.path, "rb", buffering=0), member, 0  # noqa: SIM115
 
     def readable(self) -> bool:
         return True
@@ -68,67 +62,69 @@ class _Part(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.member.size}[whence]
-        if at < 0:
-            raise ValueError(f"seek to {at}")
-        self.at = at
-        return at
+        position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.member.size}[whence]
+        if position < 0:
+            raise ValueError(f"seek to {position}")
+        self.position = position
+        return position
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        if self.at >= self.member.size:  # perhaps where no file can be
+        if self.position >= self.member.size:  # perhaps beyond what a file can have
             return 0
-        self.file.seek(self.member.offset + self.at)
-        read = self.file.readinto(memoryview(buffer)[: self.member.size - self.at])
-        self.at += read
-        return read
+        self.file.seek(self.member.offset + self.position)
+        count = self.file.readinto(memoryview(buffer)[: self.member.size - self.position])
+        self.position += count
+        return count
 
     def close(self) -> None:
         self.file.close()
         super().close()
 
 
-def tar_members(tar: Path) -> dict[str, Member]:
-    """The plain files in a tar by their names, in its order.
+def tar_members(tar: Path, plain: bool = False) -> dict[str, Member]:
+    """The regular files in a tar by name, in its order. plain: refuse folders and extended headers too, as our own
+    shards have none.
 
-    ValueError, naming the tar and the member, for all else but folders, and for a tar that is damaged, cut off or
+    ValueError, naming the tar and the member, for everything else, and for a tar that is damaged, truncated or
     compressed.
     """
     end = tar.stat().st_size
-    found: dict[str, Member] = {}
-    offset, longer = 0, ""  # a name that stands in a header of its own before the member's
+    members: dict[str, Member] = {}
+    offset, long_name = 0, ""  # a long name stands in a header of its own before the member's
     with open(tar, "rb") as file:
         while True:
             file.seek(offset)
             block = file.read(tarfile.BLOCKSIZE)
             if len(block) == tarfile.BLOCKSIZE and not any(block):
-                return found  # the archive's end mark
+                return members  # the end mark
             if len(block) < tarfile.BLOCKSIZE:
-                raise ValueError(f"{tar} is cut off at byte {end}: copy it again, or leave it out")
+                raise ValueError(f"{tar} is truncated at byte {end}: copy it again, or leave it out")
             try:
                 header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
             except tarfile.HeaderError as error:
-                why = "is damaged" if offset else "is no plain tar (compressed ones are not read)"
-                raise ValueError(f"{tar} {why} at byte {offset} ({error})") from None
-            name, size, begin = longer or header.name, header.size, offset + tarfile.BLOCKSIZE
+                problem = "is damaged" if offset or plain else "is no plain tar (compressed ones are not read)"
+                raise ValueError(f"{tar} {problem} at byte {offset} ({error})") from None
+            name, size, begin = long_name or header.name, header.size, offset + tarfile.BLOCKSIZE
             if not 0 <= size <= end - begin:
-                raise ValueError(f"{tar} is cut off: {name!r} claims {size} bytes, past its end; copy it again")
-            offset, longer = begin + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE, ""
-            if header.type in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):
+                raise ValueError(f"{tar} is truncated: {name!r} claims {size} bytes, past its end; copy it again")
+            offset, long_name = begin + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE, ""
+            if header.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                name = normalise_name(tar, name)
+                if name in members:
+                    raise ValueError(f"{tar}: {name!r} is there twice")
+                members[name] = Member(tar, begin, size)
+            elif header.type in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME) and not plain:
                 if size > EXTENDED_BYTES:
                     raise ValueError(f"{tar}: an extended header at byte {begin} claims {size} bytes; refused")
                 content = file.read(size)
-                longer = _pax_name(tar, content) if header.type == tarfile.XHDTYPE else _text(content.rstrip(b"\0"))
-            elif header.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
-                name = _inside(tar, name)
-                if name in found:
-                    raise ValueError(f"{tar}: {name!r} is there twice")
-                found[name] = Member(tar, begin, size)
-            elif header.type != tarfile.DIRTYPE:
+                long_name = _pax_name(tar, content) if header.type == tarfile.XHDTYPE else _text(content.rstrip(b"\0"))
+            elif header.type != tarfile.DIRTYPE or plain:
                 kind = "a link" if header.issym() or header.islnk() else f"of type {header.type!r}"
                 raise ValueError(f"{tar}: {name!r} is {kind}; only plain files are read")
 
 
-def _inside(tar: Path, name: str) -> str:
+def normalise_name(tar: Path, name: str) -> str:
+    """A member's name without `.` and empty parts; ValueError where it leaves the archive's folder."""
     parts = name.replace("\\", "/").split("/")
     if not parts[0] or ".." in parts or "\0" in name:
         raise ValueError(f"{tar}: {name!r} leaves the archive's folder; refused")
@@ -136,17 +132,17 @@ def _inside(tar: Path, name: str) -> str:
 
 
 def _pax_name(tar: Path, content: bytes) -> str:
-    """The name that an extended header gives its member, or nothing: mostly there are times in it."""
+    """The name that an extended header gives its member, or "": most only set times."""
     name = ""
     while content:
-        found = RECORD.match(content)
-        if not found or not found.end() < int(found[1]) <= len(content):
+        record = PAX_RECORD.match(content)
+        if not record or not record.end() < int(record[1]) <= len(content):
             raise ValueError(f"{tar} is damaged in an extended header, at {content[:40]!r}")
-        value, content = content[found.end() : int(found[1]) - 1], content[int(found[1]) :]
-        if found[2] == b"path":
+        keyword, value, content = record[2], content[record.end() : int(record[1]) - 1], content[int(record[1]) :]
+        if keyword == b"path":
             name = _text(value)
-        elif found[2] in (b"size", b"linkpath") or found[2].startswith(b"GNU.sparse"):
-            raise ValueError(f"{tar}: an extended header says {found[2].decode()}; only names and times are read")
+        elif keyword in (b"size", b"linkpath") or keyword.startswith(b"GNU.sparse"):
+            raise ValueError(f"{tar}: an extended header sets {keyword.decode()}; only names and times are read")
     return name
 
 

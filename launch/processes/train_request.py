@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msc.pretrain.run_folder import RunFolder
+
 if TYPE_CHECKING:
     from msc.pretrain.config import Config
 
@@ -71,7 +73,7 @@ class TrainRequest:
                 directory.find(self.run, self.rollback)
         config = self.config
         if self.resumes and config is None and self.preset is None:
-            config = self.run / "config.yaml"
+            config = RunFolder(self.run).config
             if not config.is_file():
                 raise FileNotFoundError(f"cannot resume: there is no {config}; name the run folder with --run")
 

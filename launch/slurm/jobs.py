@@ -20,6 +20,7 @@ import yaml
 from msc.datasets.files import last_jsonl_record
 from msc.datasets.text_table import text_table
 from msc.pretrain.checkpoints import directory as checkpoint_directory
+from msc.pretrain.run_folder import RunFolder
 from msc.pretrain.tracking import heartbeat
 from msc.pretrain.tracking.tracker import end_mlflow_run
 
@@ -44,7 +45,7 @@ class RunStatus:
     clips: int = 0
     batch: int = 1
     line: Mapping[str, Any] | None = None
-    beat: Mapping[str, Any] | None = None
+    heartbeat: Mapping[str, Any] | None = None
     saved: tuple[int, int, float] | None = None
     record: JobRecord | None = None
 
@@ -54,12 +55,12 @@ def read_status(run: Path) -> RunStatus:
     jobs = job_records.jobs_folder(run)
     records = job_records.training_records(jobs) or job_records.read_records(jobs)
     record = records[-1] if records else None
-    config = run / "config.yaml"
-    if not config.is_file():
+    folder = RunFolder(run)
+    if not folder.exists():
         if record is None:
             raise FileNotFoundError(f"{run} is not a run folder: it has no config.yaml, and no job was sent for it")
         return RunStatus(run, record=record)
-    train = yaml.safe_load(config.read_text())["train"]
+    train = yaml.safe_load(folder.config.read_text())["train"]
     saved = None
     for path in checkpoint_directory.resume_candidates(run)[:1]:
         try:
@@ -67,14 +68,14 @@ def read_status(run: Path) -> RunStatus:
             saved = meta.step, meta.clock, (path / "meta.json").stat().st_mtime
         except (ValueError, OSError):  # being pruned, or damaged
             pass
-    beat = heartbeat.read(run) or None
-    return RunStatus(run, train["clips"], train["batch"], last_jsonl_record(run / "log.jsonl"), beat, saved, record)
+    last = heartbeat.read(run) or None
+    return RunStatus(run, train["clips"], train["batch"], last_jsonl_record(folder.log), last, saved, record)
 
 
 def describe_state(status: RunStatus, queue: Sequence[JobState], alive: bool, now: float) -> str:
     """One phrase on what the run is doing. queue: what Slurm says of its job; alive: its process, for a local one."""
-    record, beat = status.record, status.beat
-    fresh = beat is not None and heartbeat.is_fresh(beat, now)
+    record, last = status.record, status.heartbeat
+    fresh = last is not None and heartbeat.is_fresh(last, now)
     if status.saved is not None and status.saved[1] >= status.clips and not fresh:
         return "FINISHED"
     if record is not None and record.cluster == "slurm" and queue:
@@ -85,15 +86,15 @@ def describe_state(status: RunStatus, queue: Sequence[JobState], alive: bool, no
             return f"PENDING ({job.reason}{f', starts {job.start}' if job.start else ''})"
         if job.name != "RUNNING":
             return job.name + (f" (exit {job.exit})" if job.exit not in ("", "0:0") else "")
-    if beat is None or (not fresh and beat["phase"] == heartbeat.ENDED):
+    if last is None or (not fresh and last["phase"] == heartbeat.ENDED):
         waiting = alive or any(s.name == "RUNNING" for s in queue)
-        return "STARTING" if waiting else "STOPPED" if status.saved or beat else "NOT STARTED"
+        return "STARTING" if waiting else "STOPPED" if status.saved or last else "NOT STARTED"
     if not fresh:
-        return f"LOST (silent for {duration(now - beat['time'])} in step {beat['step']}, {beat['phase']})"
-    if beat["phase"] == "starting":
+        return f"LOST (silent for {duration(now - last['time'])} in step {last['step']}, {last['phase']})"
+    if last["phase"] == "starting":
         return "STARTING"
-    seconds = now - beat["since"]
-    return "RUNNING" + (f" ({beat['phase']} for {duration(seconds)})" if seconds > LONG_PHASE else "")
+    seconds = now - last["since"]
+    return "RUNNING" + (f" ({last['phase']} for {duration(seconds)})" if seconds > LONG_PHASE else "")
 
 
 HEADER = ["run", "job", "step", "loss", "tokens/s", "left", "checkpoint", "state"]
@@ -153,13 +154,13 @@ def log_path(run: Path, rank: int | None) -> Path:
     if arrays and rank is not None:
         path = Path(part_log(arrays[-1], rank))
     elif rank:
-        path = run / "logs" / f"rank_{rank}.log"
+        path = RunFolder(run).rank_log(rank)
     elif records:
         path = Path(records[-1].log)
     else:
         raise FileNotFoundError(f"{run} has no job: rank 0 of `msc train` writes to its terminal")
     if not path.is_file():
-        others = ", ".join(sorted(p.name for p in (run / "logs").glob("rank_*.log"))) or "none"
+        others = ", ".join(sorted(p.name for p in RunFolder(run).logs.glob("rank_*.log"))) or "none"
         raise FileNotFoundError(f"{path} is not there (yet); logs of other ranks: {others}")
     return path
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shlex
@@ -9,13 +10,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import psutil
 
 from msc.datasets.files import write_atomically
 from msc.parallel.signals import collect_signals
+from msc.pretrain.run_folder import RunFolder
 from msc.pretrain.tracking import heartbeat
 from msc.pretrain.tracking.mlflow_store import code_version
 
@@ -37,7 +39,7 @@ def submit_training(request: TrainRequest, job_request: JobRequest) -> int:
         return start_job(job, job_request, config, Path(job.folder).name)
     except sbatch.SubmissionError:
         if not request.resumes:
-            (Path(job.folder) / "config.yaml").unlink()  # a new run does not exist yet
+            RunFolder(Path(job.folder)).config.unlink()  # a new run does not exist yet
         raise
 
 
@@ -91,7 +93,7 @@ def checked_config(job_request: JobRequest, command: str) -> ClusterConfig:
 
 
 def check_run(folder: Path) -> None:
-    if not (folder / "config.yaml").is_file():
+    if not RunFolder(folder).exists():
         raise FileNotFoundError(f"{folder} is not a run folder: it has no config.yaml")
 
 
@@ -120,7 +122,7 @@ def prepare_training(
     resolved = validation.validate(resolved, run, request.resumes, job_request.tasks)
     heartbeat.check_not_training(run, log.info)
     run.mkdir(parents=True, exist_ok=True)
-    write_atomically(run / "config.yaml", dump(resolved).encode())
+    write_atomically(RunFolder(run).config, dump(resolved).encode())
     plan = request.plan.absolute() if request.plan else None
     every_start = TrainRequest(run, resume=True, rollback=request.rollback, plan=plan)
     by_hand = replace(every_start, rollback=None).command_line()
@@ -197,7 +199,7 @@ def start_in_background(job: Job, config: ClusterConfig) -> JobRecord:
     environment = {**launcher.process_environment(os.environ), **config.variables}
     with starting.open("ab") as out:
         process = subprocess.Popen(
-            [sys.executable, "-c", supervisor.LOCAL_PROGRAM, supervisor.to_json(job)], stdin=subprocess.DEVNULL,
+            [sys.executable, "-c", supervisor.LOCAL_PROGRAM, json.dumps(asdict(job))], stdin=subprocess.DEVNULL,
             stdout=out, stderr=subprocess.STDOUT, start_new_session=True, env=environment,
         )  # fmt: skip
     path = starting.rename(jobs / f"{process.pid}_0_log.out")

@@ -7,7 +7,6 @@ ranks themselves get the signals and agree to save (train.py); their exit codes 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -15,11 +14,14 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pydantic import TypeAdapter
+
 from msc.datasets.errors import DETERMINISTIC_FAILURE, FAILURE, INTERRUPTED, REQUEUE, USER_ERROR
+from msc.datasets.files import retry
 from msc.datasets.prepare.progress import count_finished_groups
 from msc.parallel.console import configure_logging
 from msc.parallel.signals import collect_signals
@@ -72,14 +74,8 @@ class Job:
         return self.arguments[0] in ("train", "convert")
 
 
-def to_json(job: Job) -> str:
-    return json.dumps(asdict(job))
-
-
 def from_json(text: str) -> Job:
-    values = json.loads(text)
-    lists = {name: tuple(values[name]) for name in ("arguments", "container", "srun")}
-    return Job(**{**values, **lists, "code": tuple((name, value) for name, value in values["code"])})
+    return TypeAdapter(Job).validate_json(text)
 
 
 def supervise(job: Job) -> None:
@@ -112,9 +108,9 @@ def run_attempts(job: Job, received: list[int]) -> int:
         job_records.append_event(jobs, number, **{"from": start}, host=os.uname().nodename)
         code = run_ranks(job, received)
         end = progress_of(job)
-        fruitless = job_records.starts_without_progress([*starts, start], end)
+        stalled = job_records.starts_without_progress([*starts, start], end)
         worked = start > 0 or (took_a_step(job, began, start) if job.trains else end > 0)
-        verdict, reason = decide(code, fruitless, job.starts, worked, job.resumable)
+        verdict, reason = decide(code, stalled, job.starts, worked, job.resumable)
         if verdict == "again" and not may_restart(job, number, code, received):
             verdict, reason = "over", "stopped from outside: cancelled, or put back into the queue"
         job_records.append_event(jobs, number, code=code, to=end, verdict=verdict, why=reason)
@@ -141,10 +137,10 @@ def finish(job: Job, code: int) -> int:
     return code
 
 
-def decide(code: int, fruitless: int, limit: int, worked: bool, resumable: bool = True) -> tuple[Verdict, str]:
+def decide(code: int, stalled: int, limit: int, worked: bool, resumable: bool = True) -> tuple[Verdict, str]:
     """What becomes of a job whose ranks ended with `code` (their highest, 128 + signal), and the reason.
 
-    fruitless: starts in a row, this one included, since the last new checkpoint. worked: whether the job has ever made
+    stalled: starts in a row, this one included, since the last new checkpoint. worked: whether the job has ever made
     progress; if so, a start that fails, also for want of a file, is more likely the machine's fault. resumable: whether
     another start would have less to do than this one.
     """
@@ -152,12 +148,12 @@ def decide(code: int, fruitless: int, limit: int, worked: bool, resumable: bool 
         return "done", "finished"
     if code == SIGNALLED and not resumable:
         return "over", "not started again, as its time is over and it would begin anew: raise --time"
-    if code == INTERRUPTED or (code == USER_ERROR and not worked) or (code == DETERMINISTIC_FAILURE and fruitless):
+    if code == INTERRUPTED or (code == USER_ERROR and not worked) or (code == DETERMINISTIC_FAILURE and stalled):
         return "over", "not started again, as it would end the same; the reason is in the log"
     if code == FAILURE and not worked:
         return "over", "not started again, as it failed before it got anything done; the reason is in the log"
-    if fruitless >= limit:
-        return "over", f"not started again after {fruitless} starts without a new checkpoint"
+    if stalled >= limit:
+        return "over", f"not started again after {stalled} starts without a new checkpoint"
     return "again", "stopped and saved" if code == REQUEUE else "failed; goes on from the last checkpoint"
 
 
@@ -187,45 +183,46 @@ def progress_of(job: Job) -> int:
 
 def took_a_step(job: Job, began: float, start: int) -> bool:
     """Whether training took a step since then, by a new checkpoint or the heartbeat that it leaves behind."""
-    beat = heartbeat.read(Path(job.folder))
+    last = heartbeat.read(Path(job.folder))
     newest = checkpoint_directory.newest_meta(Path(job.folder))
     step = newest.step if newest else 0
-    return progress_of(job) > start or (beat.get("started", 0) >= began and beat["step"] > step)
+    return progress_of(job) > start or (last.get("started", 0) >= began and last["step"] > step)
 
 
 def may_restart(job: Job, number: str, code: int, received: list[int]) -> bool:
     """False where somebody ended the job: it would start again after `scancel`, or twice when Slurm requeues it."""
     if job.cluster != "slurm":
         return code != REQUEUE and not received
-    shown = run_slurm_command(["scontrol", "show", "job", "-o", number])
-    state = re.search(r"\bJobState=(\w+)", shown.stdout)
-    return shown.returncode != 0 or (state is not None and state[1] == "RUNNING")  # unknown: an attempt is harmless
-
-
-def run_slurm_command(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run one of Slurm's programs, retried where it fails: many jobs may end at once."""
-    for pause in (*RETRY_SECONDS, None):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode == 0 or pause is None:
-            break
-        time.sleep(pause)
-    return done
+    try:
+        state = re.search(r"\bJobState=(\w+)", scontrol("show", "job", "-o", number))
+        return state is not None and state[1] == "RUNNING"
+    except subprocess.CalledProcessError:
+        return True  # unknown: an attempt is harmless
 
 
 def requeue(number: str) -> None:
     """Back into the queue under the same number. Slurm ends this process while or after it answers."""
-    done = run_slurm_command(["scontrol", "requeue", number])
-    if done.returncode:
-        log.error(f"could not be requeued: {done.stderr.strip()}")
-    else:
+    try:
+        scontrol("requeue", number)
         log.info(f"job {number} is requeued; Slurm starts it again after two minutes at the earliest")
+    except subprocess.CalledProcessError as error:
+        log.error(f"could not be requeued: {error.stderr.strip()}")
+
+
+def scontrol(*arguments: str) -> str:
+    """What `scontrol` prints; retried where it fails, as many jobs may end at once. CalledProcessError."""
+
+    def call() -> str:
+        return subprocess.run(["scontrol", *arguments], check=True, capture_output=True, text=True).stdout
+
+    return retry(call, RETRY_SECONDS, lambda error: isinstance(error, subprocess.CalledProcessError))
 
 
 def end_own_mlflow_run(job: Job, code: int) -> None:
     """End the MLflow run where the ranks could not: they were killed, and it would be RUNNING for ever. Not if another
     job has taken the run folder while the ranks were starting."""
-    beat = heartbeat.read(Path(job.folder))
-    taken = heartbeat.is_fresh(beat, time.time()) and beat["job"] != heartbeat.job_id(os.environ)
+    last = heartbeat.read(Path(job.folder))
+    taken = heartbeat.is_fresh(last, time.time()) and last["job"] != heartbeat.job_id(os.environ)
     if job.trains and code not in (0, REQUEUE) and not taken:
         from msc.pretrain.tracking.tracker import end_mlflow_run
 

@@ -89,11 +89,6 @@ def add_noise(x_BTCHW: Tensor, noise_BTCHW: Tensor, t_BT: Tensor) -> Tensor:
     return (1 - t) * x_BTCHW + t * noise_BTCHW
 
 
-def frame_losses(velocity: Tensor, x_BTCHW: Tensor, noise_BTCHW: Tensor) -> Tensor:
-    """Mean squared error of the velocity per frame, `[B, T]` float32."""
-    return (velocity.float() - (noise_BTCHW - x_BTCHW).float()).square().mean((2, 3, 4))
-
-
 def sampling_levels(steps: int, shift: float = 1.0) -> list[float]:
     """`steps + 1` noise levels from 1 down to 0."""
     return shift_levels(1 - np.arange(steps + 1) / steps, shift).tolist()

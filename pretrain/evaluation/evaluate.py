@@ -14,8 +14,9 @@ from msc.datasets.files import write_atomically
 from msc.datasets.loading.held_out import held_out_batches, held_out_counts
 from msc.datasets.loading.mixture import Shards, open_shards
 
-from ..batch_inputs import BatchInputs, InputBuilder
-from ..diffusion.rectified_flow import DiffusionConfig, frame_losses, frame_shift
+from ..batch_inputs import BatchInputs, InputBuilder, NoiseSource
+from ..diffusion.loss import Loss
+from ..diffusion.rectified_flow import DiffusionConfig
 from ..inference.load import TrainedModel, open_run
 from ..inference.preview import half_of_clip
 from ..inference.progress import progress
@@ -113,11 +114,14 @@ def input_builders(trained: TrainedModel, diffusion: DiffusionConfig, shards: Sh
         InputBuilder(
             model=trained.model,
             autoencoder=trained.autoencoder,
-            diffusion=diffusion,
-            shift=frame_shift(diffusion, shape.height, shape.width),
-            seed=HELD_OUT_SEED,
-            units=range(shape.frames // trained.config.model.frames_per_unit),
-            all_units=shape.frames // trained.config.model.frames_per_unit,
+            noise=NoiseSource(
+                diffusion,
+                HELD_OUT_SEED,
+                (shape.frames, shape.height, shape.width),
+                trained.config.model.channels,
+                trained.config.model.frames_per_unit,
+                units=range(shape.frames // trained.config.model.frames_per_unit),
+            ),
             text_dropout=0.0,
             device=trained.device,
         )
@@ -171,7 +175,7 @@ def measure(trained: TrainedModel, inputs: BatchInputs, seed: int, rollouts: Rol
     }
     rows: Rows = {}
     for name, velocity in velocities.items():
-        errors = frame_losses(velocity, inputs.x, inputs.noise)
+        errors = Loss().per_frame(velocity, inputs.x, inputs.noise)
         rows["loss_by_noise", name] = by_noise(errors, inputs)
         rows["loss_by_position", name] = by_position(errors, inputs)
     if half_of_clip(inputs.x.shape[1], trained.config.model.frames_per_unit)[1]:  # a clip of one unit has no past

@@ -13,7 +13,8 @@ from msc.datasets.loading.mixture import Shards
 
 from ..batch_inputs import BatchInputs, InputBuilder
 from ..config import Config
-from ..diffusion.rectified_flow import add_noise, frame_losses
+from ..diffusion.loss import Loss
+from ..diffusion.rectified_flow import add_noise
 from ..diffusion.sampler import Cache, extend_cache
 from ..model.transformer import MSCTransformer
 from .confidence import ClipRatios, with_total
@@ -75,7 +76,9 @@ def held_out_losses(
 ) -> LossByNoise:
     """Held-out loss of a model that may be sharded over ranks; the same noise at every call. builders: of every bucket;
     ranks, rank: of the data-parallel group."""
-    builders = [replace(builder, seed=HELD_OUT_SEED, text_dropout=0.0) for builder in builders]
+    builders = [
+        replace(builder, noise=replace(builder.noise, seed=HELD_OUT_SEED), text_dropout=0.0) for builder in builders
+    ]
     frames = [(builder.frames.start, builder.frames.stop) for builder in builders]
     losses = LossByNoise.zeros(builders[0].device)
     model.eval()
@@ -84,7 +87,7 @@ def held_out_losses(
         inputs = builder(batch)
         velocity = model(inputs.noisy, inputs.t, inputs.text, inputs.labels, builder.past_context, inputs.all_t)
         counted = inputs.supervised & (torch.arange(len(inputs.t), device=inputs.t.device) < count)[:, None]
-        losses.add(frame_losses(velocity, inputs.x, inputs.noise), inputs.t, counted)
+        losses.add(Loss().per_frame(velocity, inputs.x, inputs.noise), inputs.t, counted)
     model.train()
     losses.reduce()
     return losses
@@ -118,7 +121,7 @@ def by_context(model: MSCTransformer, inputs: BatchInputs) -> dict[str, ClipRati
         for i in range(BINS):
             t = inputs.t.new_full(last.shape[:2], (i + 0.5) / BINS)
             velocity = model(add_noise(last, noise, t), t, inputs.text, inputs.labels, cache)
-            by_bin.append(frame_losses(velocity, last, noise).mean(1))
+            by_bin.append(Loss().per_frame(velocity, last, noise).mean(1))
         return torch.stack(by_bin, 1)
 
     scales = model.config.scales

@@ -47,7 +47,7 @@ def write_preview(
     given, units = half_of_clip(x.shape[1], config.model.frames_per_unit)
     text, labels = (None if v is None else v.to(builder.device) for v in (batch.text, batch.labels))
     model.eval()
-    new = list(generate(model, x[:, :given], units, steps=8, shift=builder.shift, text=text, labels=labels))
+    new = list(generate(model, x[:, :given], units, steps=8, shift=builder.noise.shift, text=text, labels=labels))
     model.train()
     if rank != clip or not new:
         return []

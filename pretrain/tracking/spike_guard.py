@@ -1,7 +1,7 @@
-"""Which steps are not taken: a pure decision from a step's loss and gradient norm.
+"""Spike guard: which optimizer steps are skipped, decided from their loss and gradient norm.
 
-A step that is not taken changes no weight, moment or average, and the sample clock still advances. Every rank
-decides for itself from numbers that all of them share, so they agree without asking.
+A skipped step changes no weight, moment or average, and the sample clock still advances. Every rank decides for itself
+from numbers that all of them share, so they agree without communication.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """A step whose loss or gradient norm is not finite is never taken. sigma: nor one whose loss or norm lies more
+    """A step whose loss or gradient norm is not finite is always skipped. sigma: so is one whose loss or norm lies more
     than that many standard deviations above the mean of the last `window` steps taken (0: no such rule).
-    stop_after: steps in a row that are not taken, after which the run stops and names their clips."""
+    stop_after: skipped steps in a row after which the run stops and names their clips."""
 
     sigma: float = 0.0
     window: int = 128
@@ -33,7 +33,7 @@ class GuardConfig:
 
 @dataclass(frozen=True)
 class History:
-    """losses, norms: of the last steps taken. skipped: steps not taken so far; in_a_row: up to now."""
+    """losses, norms: of the last steps taken. skipped: steps so far; in_a_row: of them up to now."""
 
     losses: tuple[float, ...] = ()
     norms: tuple[float, ...] = ()
@@ -42,14 +42,14 @@ class History:
 
     @staticmethod
     def read(saved: dict[str, Any] | None) -> History:
-        """As `dataclasses.asdict` wrote it; a new history where nothing was saved."""
+        """From `dataclasses.asdict` of one; a new history where nothing was saved."""
         if saved is None:
             return History()
         return History(tuple(saved["losses"]), tuple(saved["norms"]), saved["skipped"], saved["in_a_row"])
 
 
 def skip_reason(config: GuardConfig, history: History, loss: float, norm: float) -> str:
-    """Why a step with this loss and gradient norm is not to be taken; empty if it is."""
+    """Why a step with this loss and gradient norm is skipped; empty if it is taken."""
     for name, value, recent in (("loss", loss, history.losses), ("gradient norm", norm, history.norms)):
         if not math.isfinite(value):
             return f"{name} {value}"
@@ -60,9 +60,9 @@ def skip_reason(config: GuardConfig, history: History, loss: float, norm: float)
     return ""
 
 
-def updated_history(config: GuardConfig, history: History, loss: float, norm: float, objected: str) -> History:
-    """The history with one more step."""
-    if objected:
+def updated_history(config: GuardConfig, history: History, loss: float, norm: float, reason: str) -> History:
+    """The history with one more step. reason: why it was skipped, or empty."""
+    if reason:
         return History(history.losses, history.norms, history.skipped + 1, history.in_a_row + 1)
     losses, norms = (*history.losses, loss), (*history.norms, norm)
     return History(losses[-config.window :], norms[-config.window :], history.skipped, 0)

@@ -1,4 +1,4 @@
-"""The training loop's meter: throughput, waiting for data, memory and the share of the hardware's peak."""
+"""Throughput meter: tokens and clips per second, waiting for data, memory, model FLOPs utilisation (MFU)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import contextlib
 import time
 from collections.abc import Iterator
 from typing import Any
+
+import psutil
+import torch
 
 # Dense bf16 FLOP/s of one device (half of the data sheets' figures "with sparsity"); the first match counts.
 # NVIDIA data sheets: HGX B200, H200 (SXM, NVL), H100 (SXM, NVL, PCIe), A100.
@@ -19,17 +22,17 @@ PEAK_FLOPS = (
     ("A100", 312e12),
 )
 
-# Of a training run, above its curves.
+# Shown in MLflow above the curves of a run.
 DESCRIPTION = """\
 | metric | |
 | --- | --- |
 | `loss` | of the last steps' frames; `loss/t_0.4_0.6`: of those with a noise level between 0.4 and 0.6 |
 | `held_out/` | the same of the averaged weights, on held-out clips that always get the same noise |
-| `quality/` | what `msc evaluate` found, as table, row and column. Held-out loss: `loss_by_noise`, \
+| `quality/` | results of `msc evaluate`, as table, row and column. Held-out loss: `loss_by_noise`, \
 `loss_by_position`, `loss_by_context`; roll-outs: `psnr_by_horizon`, `ssim_by_horizon`, `drift`, `frechet` |
-| `clock`, `skipped`, `broken` | clips seen; steps not taken; clips that could not be read |
-| `data_wait` | share of a step in which no clip had come yet |
-| `saving/stall_s` | how long training stood still for a checkpoint |
+| `clock`, `skipped`, `broken` | clips seen; skipped steps; unreadable clips |
+| `data_wait` | share of a step spent waiting for clips |
+| `saving/stall_s` | how long training stopped for a checkpoint |
 
 Sample videos and contact sheets are in `samples` of the artifacts, the settings in `config.yaml`."""
 
@@ -48,9 +51,9 @@ class Meter:
 
     def __init__(self, device: Any):
         self.device = device
-        self._begin()
+        self._reset()
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         self.steps, self.waited, self.began = 0, 0.0, time.perf_counter()
         self.tokens = self.clips = self.flops = 0.0
 
@@ -79,21 +82,15 @@ class Meter:
             **memory(self.device),
         }
         if self.device.type == "cuda":
-            import torch
-
             share = mfu(self.flops / seconds, torch.cuda.get_device_name(self.device))
             values |= {} if share is None else {"mfu": share}
-        self._begin()
+        self._reset()
         return values
 
 
 def memory(device: Any) -> dict[str, float]:
     """GiB: the peak allocated on a GPU and what torch reserved there, or this process's resident memory."""
     if device.type == "cuda":
-        import torch
-
         peak, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.memory_reserved(device)
         return {"memory_gib": peak / 2**30, "memory_reserved_gib": reserved / 2**30}
-    import psutil
-
     return {"memory_gib": psutil.Process().memory_info().rss / 2**30}

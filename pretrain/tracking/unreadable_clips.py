@@ -1,4 +1,4 @@
-"""The clips that a run could not read and left out: `broken.jsonl` in its folder, a line for each."""
+"""Unreadable clips of a run: counted over all ranks, recorded in the run folder, and limited by data.max_bad."""
 
 from __future__ import annotations
 
@@ -9,29 +9,32 @@ from pathlib import Path
 from msc.datasets.errors import DeterministicFailure
 from msc.datasets.files import append_jsonl, read_jsonl
 
+from ..run_folder import RunFolder
+
 
 class UnreadableClips:
-    """Those found so far by all ranks together, `found`: sample -> why. Continues where the run ended before."""
+    """reasons: sample -> why, of all ranks together, continued where the run ended before. clips: in the training set.
+    max_bad: the share that may be unreadable; one clip always may."""
 
-    def __init__(self, run: Path, clips: int, max_bad: float, found: dict[int, str]):
-        self.path, self.clips, self.found = run / "broken.jsonl", clips, found
-        self.most = max(1, math.floor(max_bad * clips))
+    def __init__(self, run: Path, clips: int, max_bad: float, reasons: dict[int, str]):
+        self.path, self.clips, self.reasons = RunFolder(run).unreadable_clips, clips, reasons
+        self.limit = max(1, math.floor(max_bad * clips))
 
-    def note(self, step: int, met: Iterable[tuple[int, str]], writing: bool) -> None:
-        """Add what was met in a step, the same on every rank, of which one is `writing`.
+    def add(self, step: int, clips: Iterable[tuple[int, str]], write: bool) -> None:
+        """Add the (sample, why) of a step over all ranks; one rank has to `write`.
 
-        DeterministicFailure once more than `most` are known: one rank alone may never meet that many.
+        DeterministicFailure beyond the limit, which one rank alone may never reach.
         """
-        new = {sample: why for sample, why in met if sample not in self.found}
-        self.found |= new
-        for sample, why in sorted(new.items()) if writing else ():
+        new = {sample: why for sample, why in clips if sample not in self.reasons}
+        self.reasons |= new
+        for sample, why in sorted(new.items()) if write else ():
             append_jsonl(self.path, {"step": step, "sample": sample, "why": why})
-        if len(self.found) > self.most:
+        if len(self.reasons) > self.limit:
             raise DeterministicFailure(
-                f"{len(self.found)} of {self.clips} clips are broken, more than data.max_bad allows ({self.most}): see "
-                f"{self.path}; check the disk, or run `msc convert` again"
+                f"{len(self.reasons)} of {self.clips} clips are unreadable, more than data.max_bad allows "
+                f"({self.limit}): see {self.path}; check the disk, or run `msc convert` again"
             )
 
 
 def read_unreadable_clips(run: Path) -> dict[int, str]:
-    return {line["sample"]: line["why"] for line in read_jsonl(run / "broken.jsonl")}
+    return {record["sample"]: record["why"] for record in read_jsonl(RunFolder(run).unreadable_clips)}

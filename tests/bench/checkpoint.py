@@ -40,7 +40,7 @@ def stall(args: argparse.Namespace, folder: Path) -> None:
     from msc.pretrain.model.config import ModelConfig
     from msc.pretrain.model.scales import default_scales
     from msc.pretrain.optimizer import OptimizerConfig
-    from msc.pretrain.parallelize import ParallelConfig, build, parallelize
+    from msc.pretrain.parallelize import ParallelConfig, build_model, parallelize
 
     os.environ.update(rank_environment(os.environ, 0, 1, free_port()))
     world = process_group.join_process_group(60)
@@ -49,7 +49,7 @@ def stall(args: argparse.Namespace, folder: Path) -> None:
         width=args.width, depth=args.depth, scales=default_scales(8, patch_window=None), patch=2, channels=4
     )
     parallel = ParallelConfig(precision="fp32")
-    engine = parallelize(build(config, parallel, world.device), parallel, OptimizerConfig(), 1)
+    engine = parallelize(build_model(config, parallel, world.device), parallel, OptimizerConfig(), 1)
     x = torch.randn(1, 4, 4, 16, 16, device=world.device)
     t = torch.rand(1, 4, device=world.device)
 
@@ -129,7 +129,7 @@ def rank() -> int:
 
     MARKS.append(("ranks: imports", time.time()))
     timed(training.process_group, "join_process_group", "process group")
-    timed(training, "build", "shards' index, mesh, model")
+    timed(training, "build_model", "shards' index, mesh, model")
     timed(training, "parallelize", "DeepSpeed")
     timed(training.checkpoint_format, "load_newest", "checkpoint: verify, load")
     timed(training.process_group, "all_reduce_sum", "loader, tracker, first batch")

@@ -68,8 +68,9 @@ def rank() -> None:
     import torch
 
     from msc.parallel import deepspeed_zero, process_group
+    from msc.parallel.mesh import make_mesh
     from msc.pretrain.optimizer import OptimizerConfig
-    from msc.pretrain.parallelize import build, clip_shape, make_mesh, own_past_context, parallelize
+    from msc.pretrain.parallelize import build_model, clip_shape, own_past_context, parallelize
 
     case = json.loads(os.environ["CASE"])
     process_group.keep_freed_memory = lambda: None  # what it keeps is no peak of the model's
@@ -85,7 +86,7 @@ def rank() -> None:
     before = held("VmRSS")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
         torch.manual_seed(0)
-        model = build(config.model, config.parallel, world.device)
+        model = build_model(config.model, config.parallel, world.device)
         engine = parallelize(model, config.parallel, OptimizerConfig(), 1)
         for _ in range(3):
             deepspeed_zero.backward(engine, engine(x, t, None, None, past_context).square().mean())

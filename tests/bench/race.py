@@ -25,7 +25,8 @@ from torch import Tensor
 
 from msc.datasets.prepare.statistics import measure_statistics
 from msc.datasets.synthetic import moving_textures
-from msc.pretrain.diffusion.rectified_flow import add_noise, frame_losses
+from msc.pretrain.diffusion.loss import Loss
+from msc.pretrain.diffusion.rectified_flow import add_noise
 from msc.pretrain.diffusion.sampler import generate
 from msc.pretrain.evaluation.metrics import psnr
 from msc.pretrain.inference.contact_sheet import write_contact_sheet
@@ -49,8 +50,7 @@ def losses(model: MSCTransformer, x: Tensor, t: Tensor, noise: Tensor) -> Tensor
     """Mean over supervised frames."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
         velocity = model(add_noise(x, noise, t), t)
-    supervised = t > 0
-    return (frame_losses(velocity.float(), x, noise) * supervised).sum() / supervised.sum()
+    return Loss().mean(Loss().per_frame(velocity, x, noise), t)
 
 
 @torch.no_grad()

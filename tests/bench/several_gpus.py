@@ -43,14 +43,16 @@ from msc.launch.planning import hardware
 from msc.launch.planning.plan import make_plan
 from msc.launch.processes import launcher
 from msc.parallel import collectives, deepspeed_zero, process_group
+from msc.parallel.mesh import make_mesh
 from msc.parallel.signals import collect_signals
 from msc.pretrain import cost
-from msc.pretrain.diffusion.rectified_flow import add_noise, frame_losses
+from msc.pretrain.diffusion.loss import Loss
+from msc.pretrain.diffusion.rectified_flow import add_noise
 from msc.pretrain.layout_planner import choose_layouts
 from msc.pretrain.model.layers import Block
 from msc.pretrain.model.scales import Scale
 from msc.pretrain.model.transformer import MSCTransformer
-from msc.pretrain.parallelize import build, check_parallel, clip_shape, make_mesh, own_past_context, parallelize
+from msc.pretrain.parallelize import build_model, check_parallel, clip_shape, own_past_context, parallelize
 from msc.pretrain.presets import PRESETS
 from msc.pretrain.validation import ASSUMED_INDEX, resolve
 
@@ -149,7 +151,7 @@ def training_step(
     past_context, units = own_past_context(mesh, config.model, parallel, clip)
     torch.manual_seed(0)
     if args.engine:
-        model = parallelize(build(config.model, parallel, device, awake), parallel, config.optimizer, 1)
+        model = parallelize(build_model(config.model, parallel, device, awake), parallel, config.optimizer, 1)
     else:
         with device:  # made there at once: on a CPU large ones take minutes
             model = MSCTransformer(config.model, parallel.attention, parallel.recompute, awake)
@@ -168,7 +170,7 @@ def training_step(
     noisy = add_noise(x, noise, t)
 
     def step() -> Any:
-        errors = frame_losses(model(noisy, t, None, None, past_context, all_t), x, noise)
+        errors = Loss().per_frame(model(noisy, t, None, None, past_context, all_t), x, noise)
         share = errors.sum() / index.frames
         if args.engine:
             deepspeed_zero.backward(model, share * world.world_size)

@@ -27,7 +27,8 @@ from msc.datasets.prepare.statistics import Statistics, measure_statistics
 from msc.datasets.shards.index import read_index
 from msc.datasets.synthetic import curtains, gaussian_fields, moving_textures, turning_camera
 from msc.pretrain import cost
-from msc.pretrain.diffusion.rectified_flow import add_noise, frame_losses, shift_levels
+from msc.pretrain.diffusion.loss import Loss
+from msc.pretrain.diffusion.rectified_flow import add_noise, shift_levels
 from msc.pretrain.diffusion.sampler import generate
 from msc.pretrain.model.config import ModelConfig
 from msc.pretrain.model.layers import Block
@@ -175,9 +176,7 @@ def trainer(model: MSCTransformer, task: Task, steps: int, batch: int, seed: int
     )
 
     def step() -> None:
-        losses = frame_losses(model(add_noise(x, noise, t), t), x, noise)
-        supervised = t > 0
-        ((losses * supervised).sum() / supervised.sum()).backward()
+        Loss().mean(Loss().per_frame(model(add_noise(x, noise, t), t), x, noise), t).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -229,7 +228,7 @@ def held_out_loss(model: MSCTransformer, x: Tensor, each: int = 128) -> tuple[fl
         for i, part in enumerate(x.split(each)):
             t = levels((part.shape[0], part.shape[1]), source).to(x.device)
             seen, noise = noised(part, t, 1000 * draw + i)
-            losses = frame_losses(model(seen, t), part, noise)[t > 0].double().cpu()
+            losses = Loss().per_frame(model(seen, t), part, noise)[t > 0].double().cpu()
             bins = (t[t > 0] * BINS).long().clamp(max=BINS - 1).cpu()
             sums.index_add_(0, bins, losses)
             counts.index_add_(0, bins, torch.ones_like(losses))
