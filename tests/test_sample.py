@@ -67,7 +67,8 @@ def videos_in(folder: Path) -> dict[str, torch.Tensor]:
 def test_prompts_and_labels_give_the_same_videos_in_any_batch(conditioned_run, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("red disc\n\n  two blue bars\n", encoding="utf-8")
     common = ["sample", str(conditioned_run), "--prompts", str(tmp_path / "prompts.txt"), "--text", "encoder",
-              "--label", "2", "--units", "20", "--steps", "2", "--guidance", "2", "--count", "3", "--solver", "heun"]  # fmt: skip
+              "--label", "2", "--units", "20", "--steps", "2", "--guidance", "2", "--count", "3",
+              "--solver", "heun"]  # fmt: skip
     for batch in (1, 2):
         assert cli.main([*common, "--out", str(tmp_path / str(batch)), "--batch", str(batch)]) == 0
     assert "0 frames of context and 20 generated" in capsys.readouterr().out

@@ -7,7 +7,6 @@ unit. The finished unit enters the cache clean (t = 0) or at a chosen noise leve
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..model.past_context import Key, Placement
+from ..model.scales import Scale
 from ..model.transformer import MSCTransformer
 from ..requests import Solver
 from .rectified_flow import frame_noise, sampling_levels
@@ -205,6 +205,12 @@ def limit_context(model: MSCTransformer, units: int) -> MSCTransformer:
     scales = [
         replace(s, window=min(units // s.time, units if s.window is None else s.window)) for s in model.config.scales
     ]
-    limited = copy.copy(model)
-    limited.config = replace(model.config, scales=tuple(scales))
-    return limited
+    return with_scales(model, scales)
+
+
+def with_scales(model: MSCTransformer, scales: Sequence[Scale]) -> MSCTransformer:
+    """A model of other scales that shares all parameters with `model`, in evaluation mode."""
+    with torch.device("meta"):
+        other = MSCTransformer(replace(model.config, scales=tuple(scales)), model.attention_inputs.kernel)
+    other.load_state_dict(model.state_dict(), assign=True)
+    return other.eval()

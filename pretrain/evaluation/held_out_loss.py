@@ -15,7 +15,7 @@ from ..batch_inputs import BatchInputs, InputBuilder
 from ..config import Config
 from ..diffusion.loss import Loss
 from ..diffusion.rectified_flow import add_noise
-from ..diffusion.sampler import Cache, extend_cache
+from ..diffusion.sampler import Cache, extend_cache, with_scales
 from ..model.transformer import MSCTransformer
 from .confidence import ClipRatios, with_total
 
@@ -129,19 +129,14 @@ def by_context(model: MSCTransformer, inputs: BatchInputs) -> dict[str, ClipRati
     if len(scales) > 1:
         hidden |= {f"without scale {i + 1} (space {s.space}, time {s.time})": {i} for i, s in enumerate(scales)}
     full = losses(model)
-    increase = {name: losses(blind(model, which)) - full for name, which in hidden.items()}
+    increase = {name: losses(hide_past(model, which)) - full for name, which in hidden.items()}
     return {name: with_total(values) for name, values in {"with all of the past": full, **increase}.items()}
 
 
-def blind(model: MSCTransformer, hidden: Collection[int]) -> MSCTransformer:
-    """The same weights, not copied, in a model whose queries see no past at the `hidden` scales: a window of no units.
+def hide_past(model: MSCTransformer, hidden: Collection[int]) -> MSCTransformer:
+    """The same weights in a model whose queries see no past at the `hidden` scales: a window of no units.
 
-    Own units are seen as before, also by pooled heads. What others keep in a cache can be read with it.
+    Own units are seen as before, also by pooled heads. It can read a cache that `model` has filled.
     """
-    scales = tuple(
-        replace(scale, time=1, window=0) if i in hidden else scale for i, scale in enumerate(model.config.scales)
-    )
-    with torch.device("meta"):
-        other = MSCTransformer(replace(model.config, scales=scales), model.attention_inputs.kernel)
-    other.load_state_dict(model.state_dict(), assign=True)
-    return other.eval()
+    scales = [replace(scale, time=1, window=0) if i in hidden else scale for i, scale in enumerate(model.config.scales)]
+    return with_scales(model, scales)
