@@ -4,6 +4,7 @@ import difflib
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import logging
 import os
@@ -198,7 +199,7 @@ def free_bytes(path: Path) -> int:
     ).free
 
 
-def sha256_of(file: Path | BinaryIO) -> str:
+def sha256_of(file: Path | io.BufferedIOBase) -> str:
     """SHA-256 in hex of a file, or of what an open file holds from its position on."""
     with open(file, "rb") if isinstance(file, Path) else nullcontext(file) as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()

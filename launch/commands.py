@@ -129,7 +129,7 @@ def train(args: Namespace) -> int:
     if launcher.LAUNCHED not in os.environ:
         config = validation.validate(config, run, request.resumes, processes)
         if os.environ.get("RANK", "0") == "0":
-            heartbeat.check_not_training(run, log.info)
+            heartbeat.check_not_training(run)
         if 0 < gpus < processes and not is_rank:
             raise ValueError(
                 f"{processes} processes but {gpus} GPUs: start one per GPU, or hide the GPUs with "

@@ -75,7 +75,7 @@ def as_json(checks: list[Check]) -> str:
 
 def as_text(checks: list[Check]) -> str:
     """A table, each trouble followed by its fix, and a summary line."""
-    rows = []
+    rows: list[tuple[str, str, str]] = []
     for check in checks:
         rows.append((check.state, check.name, check.detail))
         rows += [("", "", f"-> {check.fix}")] if check.fix else []

@@ -1,4 +1,4 @@
-"""Before anything is computed: do all ranks run the same thing?"""
+"""Consistency check: before training starts, do all ranks run the same code with the same settings on the same data?"""
 
 from __future__ import annotations
 
@@ -14,32 +14,31 @@ SHOWN = 5
 
 
 def inconsistencies(facts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Where ranks differ from what most of them have (in a tie, from the first of them): one text per rank and fact."""
-    found = []
+    """Where a rank differs from the majority (in a tie, from the first rank): one text per rank and fact."""
+    texts = []
     for name in dict.fromkeys(name for own in facts for name in own):
         values = [repr(own.get(name)) for own in facts]
         usual = Counter(values).most_common(1)[0][0]
-        shared = values.index(usual)
-        found += [
-            f"rank {rank} has {name} = {value}, rank {shared} has {usual}"
+        texts += [
+            f"rank {rank} has {name} = {value}, rank {values.index(usual)} has {usual}"
             for rank, value in enumerate(values)
             if value != usual
         ]
-    return found
+    return texts
 
 
 def source_digest(folders: Iterable[Path]) -> str:
-    """Of the Python files in some folders, their names and what is in them: what a rank would run."""
-    found = hashlib.sha256()
+    """A checksum of the Python files in some folders, their names included."""
+    sha = hashlib.sha256()
     for folder in folders:
-        for path in sorted(folder.rglob("[!.]*.py")):  # an editor's locks are links to nowhere
-            found.update(f"{folder.name}/{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
-    return found.hexdigest()[:12]
+        for path in sorted(folder.rglob("[!.]*.py")):  # hidden ones may be an editor's dangling lock links
+            sha.update(f"{folder.name}/{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
+    return sha.hexdigest()[:12]
 
 
 def check_consistency(facts: Mapping[str, Any]) -> None:
-    """ValueError on all ranks of the world if any two differ in a fact, naming the rank and the fact."""
-    found = inconsistencies(gather_objects(dict(facts)))
-    if found:
-        more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-        raise ValueError(f"the ranks do not run the same: {'; '.join(found[:SHOWN])}{more}")
+    """ValueError on all ranks if any two differ in a fact, naming rank and fact. A collective."""
+    texts = inconsistencies(gather_objects(dict(facts)))
+    if texts:
+        more = f"; and {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
+        raise ValueError(f"the ranks do not run the same: {'; '.join(texts[:SHOWN])}{more}")

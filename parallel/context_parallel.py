@@ -1,9 +1,9 @@
-"""One video shared among ranks along causal time: who holds which units, and how the past travels.
+"""Context parallelism along causal time: which rank holds which units of a video, and the exchange of past context.
 
-A rank holds a contiguous run of units. What its queries need of earlier units (a window, an incomplete
-group, pooled groups) is sent by whoever holds it, straight to whoever needs it, while both compute; gradients
-travel back the same way. A windowed scale so moves a constant amount, however long the video and however many
-the ranks. Scales that see all of the past may be computed elsewhere instead: see ulysses.py and ring.py.
+A rank holds a contiguous run of units. What its queries need of earlier units (a window, an incomplete group, pooled
+groups) is sent by the ranks that hold it while both compute; gradients travel back the same way. A windowed scale so
+moves a constant amount, whatever the video's length and the number of ranks. Scales that see all of the past may be
+computed by Ulysses or a ring instead.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .ring import Ring
 from .ulysses import Ulysses
 
 Before = Callable[[int], int]
-Message = tuple[int, int, int, int]
+Transfer = tuple[int, int, int, int]
 
 
 def shard_bounds(units: int, ranks: int) -> tuple[int, ...]:
@@ -31,28 +31,27 @@ def shard_bounds(units: int, ranks: int) -> tuple[int, ...]:
     return tuple(rank * units // ranks for rank in range(ranks + 1))
 
 
-def required_transfers(bounds: tuple[int, ...], before: Before, every: int = 1) -> list[Message]:
-    """All messages that bring each rank the earlier items it needs: (source, target, first item, end).
+def required_transfers(bounds: tuple[int, ...], before: Before, every: int = 1) -> list[Transfer]:
+    """(source, target, first item, end) of all messages that bring each rank the earlier items it needs.
 
     An item covers `every` units and belongs to the rank that holds the last of them; a rank that starts
     at unit u needs the `before(u)` items up to item `u // every`.
     """
     starts = [unit // every for unit in bounds]
-    messages = []
+    transfers = []
     for target in range(len(bounds) - 1):
-        need_end = starts[target]
-        need_start = need_end - before(bounds[target])
+        need_start = starts[target] - before(bounds[target])
         for source in range(target):
-            first, end = max(starts[source], need_start), min(starts[source + 1], need_end)
+            first, end = max(starts[source], need_start), min(starts[source + 1], starts[target])
             if first < end:
-                messages.append((source, target, first, end))
-    return messages
+                transfers.append((source, target, first, end))
+    return transfers
 
 
 class ShardedPastContext:
-    """This rank's run of units of a video that its sequence-parallel group shares.
+    """This rank's run of units of a video that its context-parallel group shares.
 
-    `placements` names the scales (by their index) whose attention is computed elsewhere.
+    placements: the scales, by index, that Ulysses or a ring computes.
     """
 
     grows = False
@@ -68,7 +67,7 @@ class ShardedPastContext:
         return self.placements.get(scale)
 
     def noise_levels(self, t_BUF: Tensor, kept: int | None) -> tuple[Tensor, int]:
-        """Of the whole video: a number a frame."""
+        """Noise levels of the whole video."""
         shape = torch.Size((t_BUF.shape[0], self.bounds[-1], *t_BUF.shape[2:]))
         places = [(slice(None), slice(a, b)) for a, b in pairwise(self.bounds)]
         return redistribute_no_grad(t_BUF, shape, [(slice(None),)] * self.ranks, places, self.group, "noise levels"), 0
@@ -76,36 +75,30 @@ class ShardedPastContext:
     def exchange(
         self, key: tuple[object, ...], x_BU: Tensor, before: Before, kept: int | None, every: int = 1
     ) -> Callable[[], Tensor | None]:
-        """Post the messages at once; the result waits for the earlier items. Differentiable."""
-        messages = required_transfers(self.bounds, before, every)
-        if not messages:
+        """Send own items at once; the result waits for the earlier items. Differentiable."""
+        transfers = required_transfers(self.bounds, before, every)
+        if not transfers:
             return lambda: None
         B, _, *inner = x_BU.shape
         start, size = self.bounds[self.rank] // every, prod((B, *inner))
-        given, taken = [0] * self.ranks, [0] * self.ranks  # items
-        parts = []
-        for source, target, a, b in messages:  # by source, then by target
+        send_items, receive_items, parts = [0] * self.ranks, [0] * self.ranks, []
+        for source, target, a, b in transfers:  # by source, then by target
             if source == self.rank:
-                given[target] = b - a
+                send_items[target] = b - a
                 parts.append(x_BU[:, a - start : b - start].flatten())
             elif target == self.rank:
-                taken[source] = b - a
-        # A compiler would make a block anew for every layer's name
-        what = "" if torch.compiler.is_compiling() else _words(key)
-        route = AllToAll(self.group, tuple(n * size for n in given), tuple(n * size for n in taken), what)
-        # A copy, which nobody changes while it is sent. Who has nothing to give sends nothing, as a part of the graph:
-        # all ranks must go through it alike.
-        sent = start_with_grad(torch.cat(parts) if parts else x_BU[:, :0].flatten(), route)
+                receive_items[source] = b - a
+        # A compiler would compile a block again for every layer's name.
+        what = "" if torch.compiler.is_compiling() else "{0} of scale {2} in layer {1}".format(*key)
+        plan = AllToAll(self.group, tuple(n * size for n in send_items), tuple(n * size for n in receive_items), what)
+        # A copy, which does not change while it is sent; empty where this rank sends nothing, but part of the graph all
+        # the same: all ranks must go through it alike.
+        started = start_with_grad(torch.cat(parts) if parts else x_BU[:, :0].flatten(), plan)
 
         def earlier() -> Tensor:
-            counts = [n for n in taken if n] or [0]
-            arrived = wait_with_grad(sent, route).split([n * size for n in counts])
-            items = [part.view(B, n, *inner) for n, part in zip(counts, arrived, strict=True)]
+            counts = [n for n in receive_items if n] or [0]
+            received = wait_with_grad(started, plan).split([n * size for n in counts])
+            items = [part.view(B, n, *inner) for n, part in zip(counts, received, strict=True)]
             return items[0] if len(items) == 1 else torch.cat(items, 1)
 
         return earlier
-
-
-def _words(key: tuple[object, ...]) -> str:
-    what, layer, scale = key
-    return f"{what} of scale {scale} in layer {layer}"

@@ -1,9 +1,8 @@
-"""DeepSpeed's ZeRO over the whole world, and a view of its sharded state that no stage is needed to read.
+"""DeepSpeed ZeRO over all ranks, and access to its sharded state that is the same at every stage.
 
-DeepSpeed knows nothing of the sequence axis: every rank is one of `world` equal ranks whose gradients it
-averages. A rank that passes `world × its share of the global loss` to `backward` so gets the gradient of
-the global loss, at any (dp, sp) and any stage. (Its own sequence-parallel settings sum over sp at stages
-0-2 and average at stage 3.)
+DeepSpeed does not know the sequence axis: it averages the gradients of `world size` equal ranks. A rank that passes
+`world size × its share of the global loss` to `backward` therefore gets the gradient of the global loss, at any
+(dp, sp) and stage. (DeepSpeed's own sequence-parallel settings sum over sp at stages 0-2 and average at stage 3.)
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ STATE = ("weight", "exp_avg", "exp_avg_sq", "ema")
 @dataclass(frozen=True)
 class ZeroConfig:
     """stage: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters sharded over all ranks.
-    bucket: elements per reduction. overlap: reduce gradients while the backward pass goes on."""
+    bucket: elements per reduction. overlap: reduce gradients during the backward pass."""
 
     stage: Literal[0, 1, 2, 3] = 2
     bucket: int = 50_000_000
@@ -51,21 +50,20 @@ def make_engine(
     model: nn.Module, optimizer: torch.optim.Optimizer, config: ZeroConfig, precision: Precision, accumulate: int,
     clip: float,
 ) -> Any:  # fmt: skip
-    """Wrap a model and its optimizer; torch.distributed must be initialised."""
     settings = _settings(config, precision, accumulate, clip)
     engine, *_ = _deepspeed().initialize(model=model, optimizer=optimizer, config=settings)
     return engine
 
 
 def shard_parameters(part: nn.Module, config: ZeroConfig, precision: Precision) -> None:
-    """At stage 3 keep only this rank's share of a part of the model, so that the whole need never be on any rank.
+    """At stage 3 keep only this rank's shard of a part of the model, so that no rank ever holds the whole model.
 
     All ranks must call it for the same parts in the same order; the weights are those of rank 0.
     """
     if config.stage == 3:
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-        zero = _deepspeed().zero
-        zero.Init(module=part.to(dtype), config_dict_or_path=_settings(config, precision, 1, 0), dtype=dtype)
+        settings = _settings(config, precision, 1, 0)
+        _deepspeed().zero.Init(module=part.to(dtype), config_dict_or_path=settings, dtype=dtype)
 
 
 def _settings(config: ZeroConfig, precision: Precision, accumulate: int, clip: float) -> dict[str, Any]:
@@ -91,45 +89,37 @@ def _settings(config: ZeroConfig, precision: Precision, accumulate: int, clip: f
 
 
 def _deepspeed() -> Any:
-    """The package, told to use the CPU where there is no GPU, and to be quiet."""
-    # Its autotuner would import mlflow, a second and a half at the start of every rank. The tracker starts later.
-    with _hidden("mlflow"):
+    """Import DeepSpeed: quiet, for the CPU where there is no GPU, and without mlflow, which its autotuner would import
+    (1.5 s at the start of every rank; the tracker imports it later)."""
+    hide_mlflow = "mlflow" not in sys.modules
+    if hide_mlflow:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]
+    try:
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
             load_shm_op()
         import deepspeed
-
+    finally:
+        if hide_mlflow:
+            sys.modules.pop("mlflow", None)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # deprecations of torch names that DeepSpeed still calls, once per rank and step
     warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed")
     return deepspeed
 
 
-@contextmanager
-def _hidden(package: str) -> Iterator[None]:
-    """Inside the block a package cannot be imported, as if it were not installed; unless it was before."""
-    if package in sys.modules:
-        yield
-        return
-    sys.modules[package] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        sys.modules.pop(package, None)
-
-
 @functools.cache
 def load_shm_op() -> None:
-    """Compile or load what DeepSpeed's CPU backend would compile anyway, past a lock that a killed process left.
+    """Compile or load the extension of DeepSpeed's CPU backend, removing a stale lock.
 
-    torch's lock for compiling is a file without an owner: a process that is killed meanwhile leaves it, and every
-    later start waits for it forever. Under a lock that ends with its process, whatever lies there is stale.
+    torch's lock for compiling is a file without an owner: if its process is killed, every later start waits for it
+    forever. Under a lock that ends with its process, any such file is stale.
     """
     from torch.utils.cpp_extension import _get_build_directory, get_default_build_root
 
-    # Of this environment alone: two that shared it would compile it anew in turns, as their paths are in it.
-    own = hashlib.sha256(sys.prefix.encode()).hexdigest()[:12]
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(get_default_build_root()) / f"msc-{own}"))
+    # One folder per environment, whose paths are in the build: two in one folder would compile it in turns.
+    environment = hashlib.sha256(sys.prefix.encode()).hexdigest()[:12]
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(get_default_build_root()) / f"msc-{environment}"))
     from deepspeed.accelerator import get_accelerator
 
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
@@ -154,34 +144,34 @@ def backward(engine: Any, loss: Tensor) -> None:
         engine.step()  # only counts it
 
 
-def step(engine: Any, objection: Callable[[float], str]) -> tuple[float, str]:
-    """Update weights, moments and averages, after the last micro-batch, unless `objection` to the gradient norm
-    says why not; the gradients are dropped either way. Returns the norm before clipping, and the objection.
+def step(engine: Any, skip_reason: Callable[[float], str]) -> tuple[float, str]:
+    """Update weights, moments and averages after the last micro-batch, unless `skip_reason` of the gradient norm is
+    not empty; gradients are dropped either way. Returns the norm before clipping, and the reason.
 
-    Where DeepSpeed itself refuses a norm (stages 1-3, not finite) it is NaN here.
+    A norm that is not finite, which DeepSpeed itself rejects at stages 1-3, is NaN.
     """
     optimizer = base_optimizer(engine)
-    told = hasattr(engine.optimizer, "_global_grad_norm")  # stage 0 clips, but does not tell the norm
-    norm = math.nan if told else float(torch.nn.utils.get_total_norm(
-        [p.grad for p in engine.module.parameters() if p.grad is not None]
-    ))  # fmt: skip
-    answers: list[tuple[float, str]] = []
-    take = optimizer.step
+    has_norm = hasattr(engine.optimizer, "_global_grad_norm")  # stage 0 clips, but does not return the norm
+    gradients = [] if has_norm else [p.grad for p in engine.module.parameters() if p.grad is not None]
+    norm = math.nan if has_norm else float(torch.nn.utils.get_total_norm(gradients))
+    result: tuple[float, str] | None = None
+    optimizer_step = optimizer.step
 
-    def asked_first(closure: None = None) -> None:
-        # DeepSpeed knows the norm by now; at stages 1-3 it calls this once for every group of parameters
-        if not answers:
-            known = float(engine.optimizer._global_grad_norm) if told else norm
-            answers.append((known, objection(known)))
-        if not answers[0][1]:
-            take(closure)
+    def step_unless_skipped(closure: None = None) -> None:
+        # DeepSpeed knows the norm here; at stages 1-3 it calls this once for every group of parameters
+        nonlocal result
+        if result is None:
+            value = float(engine.optimizer._global_grad_norm) if has_norm else norm
+            result = value, skip_reason(value)
+        if not result[1]:
+            optimizer_step(closure)
 
-    vars(optimizer)["step"] = asked_first  # over the method, for this one call
+    vars(optimizer)["step"] = step_unless_skipped  # over the method, for this one call
     try:
         engine.step()
     finally:
         del vars(optimizer)["step"]
-    return answers[0] if answers else (math.nan, objection(math.nan))
+    return result or (math.nan, skip_reason(math.nan))
 
 
 # Sharded state --------------------------------------------------------------------------------------
@@ -189,7 +179,7 @@ def step(engine: Any, objection: Callable[[float], str]) -> tuple[float, str]:
 
 @dataclass(frozen=True)
 class LocalSlice:
-    """Part of one parameter that lives on this rank: elements [start, start + numel) of it, flattened.
+    """The part of a parameter on this rank: flattened elements [start, start + numel) of a parameter of `shape`.
 
     state: fp32 weight, Adam's moments and the average, as flat views of the live tensors.
     """
@@ -205,56 +195,46 @@ class LocalSlice:
 
 
 def local_slices(engine: Any, share: tuple[int, int] | None = None) -> list[LocalSlice]:
-    """This rank's parts of all trainable parameters, at any ZeRO stage.
+    """This rank's slices of all trainable parameters, at any ZeRO stage.
 
-    At stage 0 every rank holds everything; `share = (rank, world)` then takes an even part of it.
+    At stage 0 every rank holds everything; `share = (rank, world size)` then takes an even part of it.
     """
-    optimizer = base_optimizer(engine)
-    found = []
+    optimizer, shapes = base_optimizer(engine), parameter_shapes(engine)
+    slices = []
     for name, parameter in engine.module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        shape = tuple(_shape(parameter))
-        for start, flat, at, numel in _parts(engine, parameter, share):
+        for start, flat, at, numel in _parts(engine, parameter, share) if name in shapes else ():
             if numel:
                 state = {key: value.narrow(0, at, numel) for key, value in _state(optimizer, flat).items()}
-                found.append(LocalSlice(name, start, shape, state))
-    return found
+                slices.append(LocalSlice(name, start, shapes[name], state))
+    return slices
 
 
-def _shape(parameter: nn.Parameter) -> torch.Size:
-    """Of the whole parameter, also where ZeRO-3 left an empty tensor behind."""
-    return getattr(parameter, "ds_shape", parameter.shape)
+def parameter_shapes(engine: Any) -> dict[str, tuple[int, ...]]:
+    """Of all trainable parameters in the model's order, whole, also where ZeRO-3 left an empty tensor."""
+    parameters = engine.module.named_parameters()
+    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters if p.requires_grad}
 
 
-def _parts(
-    engine: Any, parameter: nn.Parameter, share: tuple[int, int] | None
-) -> Iterator[tuple[int, Tensor, int, int]]:
+def _parts(engine: Any, parameter: Any, share: tuple[int, int] | None) -> Iterator[tuple[int, Tensor, int, int]]:
     """(start in the parameter, flat master tensor, start in it, elements) of what this rank holds."""
     zero = engine.optimizer
-    if hasattr(parameter, "ds_id"):  # stage 3: every parameter is cut evenly, the last part padded
+    if hasattr(parameter, "ds_id"):  # stage 3 splits every parameter evenly, and pads the last part
         group, at, numel = zero.grad_position[zero.get_param_id(parameter)]
         start = engine.global_rank * numel
-        yield (
-            start,
-            zero.fp32_partitioned_groups_flat[group],
-            at,
-            max(0, min(numel, _shape(parameter).numel() - start)),
-        )
-    elif hasattr(parameter, "_hp_mapping"):  # stages 1 and 2: the concatenation of all parameters is cut
-        mapping = parameter._hp_mapping
-        if mapping is not None:
-            flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
-            address = mapping.hp_fragment_address
+        end = min(start + numel, parameter.ds_shape.numel())
+        yield start, zero.fp32_partitioned_groups_flat[group], at, max(0, end - start)
+    elif hasattr(parameter, "_hp_mapping"):  # stages 1 and 2 split the concatenation of all parameters
+        if (mapping := parameter._hp_mapping) is not None:
+            flat, address = zero.single_partition_of_fp32_groups[mapping.param_group_index], mapping.hp_fragment_address
             yield mapping.lp_fragment_address.start, flat, address.start, address.numel
     else:
-        rank, world = share or (0, 1)
-        start, end = (parameter.numel() * r // world for r in (rank, rank + 1))
+        rank, world_size = share or (0, 1)
+        start, end = (parameter.numel() * r // world_size for r in (rank, rank + 1))
         yield start, parameter, start, end - start
 
 
 def _state(optimizer: torch.optim.Optimizer, master: Tensor) -> dict[str, Tensor]:
-    """Master weights and optimizer state as flat tensors; the state is made if no step has been taken."""
+    """Master weights and optimizer state as flat tensors; the state is created if no step has been taken."""
     state = optimizer.state[master]
     if "exp_avg" not in state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)  # a fused step wants it there
@@ -263,30 +243,25 @@ def _state(optimizer: torch.optim.Optimizer, master: Tensor) -> dict[str, Tensor
     return {"weight": master.data.view(-1)} | {key: state[key].data.view(-1) for key in STATE[1:]}
 
 
-def parameter_shapes(engine: Any) -> dict[str, tuple[int, ...]]:
-    """Of all trainable parameters, whole, in the model's order."""
-    return {name: tuple(_shape(p)) for name, p in engine.module.named_parameters() if p.requires_grad}
-
-
 def adam_steps(engine: Any) -> int:
+    """Adam's step count, for its bias correction: steps that were not skipped."""
     states = base_optimizer(engine).state.values()
     return int(max((float(state["step"]) for state in states if "step" in state), default=0))
 
 
 def set_adam_steps(engine: Any, steps: int) -> None:
-    """Set Adam's step count (its bias correction) after the state was written into `pieces`."""
+    """Set Adam's step count, after the state was written into `local_slices`."""
     for state in base_optimizer(engine).state.values():
         state["step"] = torch.tensor(float(steps), dtype=torch.float32, device=state["exp_avg"].device)
 
 
 def copy_masters_to_model(engine: Any) -> None:
-    """Carry changed fp32 masters over to the parameters that the model computes with, on all ranks."""
+    """Copy changed fp32 masters to the parameters that the model computes with, on all ranks. A collective."""
     zero = engine.optimizer
     if hasattr(zero, "fp16_partitioned_groups_flat"):
         for index in range(len(zero.fp16_groups)):
             zero._reassign_or_swap_out_partitioned_parameters(index)
-        persistent = [p for p in zero.persistent_parameters if p.requires_grad]
-        if persistent:
+        if persistent := [p for p in zero.persistent_parameters if p.requires_grad]:
             persistent[0].partition(persistent)
             persistent[0].all_gather(persistent)
     elif hasattr(zero, "update_lp_params"):
@@ -295,14 +270,14 @@ def copy_masters_to_model(engine: Any) -> None:
 
 @contextmanager
 def averaged_weights(engine: Any) -> Iterator[None]:
-    """Compute with the averaged weights inside the block; training weights return untouched after it."""
-    _swap(engine)
+    """Compute with the averaged weights inside the block. A collective."""
+    _swap_averages(engine)
     yield
-    # Not in a `finally`: swapping is collective, and a rank that failed must not wait for the others here.
-    _swap(engine)
+    # Not in a `finally`: a rank that failed must not wait for the others here.
+    _swap_averages(engine)
 
 
-def _swap(engine: Any) -> None:
+def _swap_averages(engine: Any) -> None:
     optimizer = base_optimizer(engine)
     masters = {id(flat): flat for p in engine.module.parameters() for _, flat, _, _ in _parts(engine, p, None)}
     for master in masters.values():

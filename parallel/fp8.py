@@ -1,7 +1,7 @@
-"""Linear layers in 8-bit floats, by TransformerEngine on GPUs that have them (Hopper and later).
+"""fp8 linear layers by TransformerEngine, on GPUs that have them (Hopper and later).
 
-Weights stay in bf16, and so does all else; a converted layer casts its inputs, weights and gradients to fp8 with
-delayed scaling. Matrices whose sides do not divide by 16 stay as they are.
+Weights and everything else stay in bf16; a converted layer casts its inputs, weights and gradients to fp8 with delayed
+scaling. Layers whose dimensions do not divide by 16 stay as they are.
 """
 
 from __future__ import annotations
@@ -14,22 +14,23 @@ from typing import Any
 import torch
 from torch import nn
 
-# What the GPU's fp8 products divide by: both sides of a weight, rows of an input
-SIDES, ROWS = 16, 8
+# Divisors that fp8 matrix products need: of both dimensions of a weight, of the rows of an input
+DIMENSIONS, ROWS = 16, 8
 
 
 def check_fp8(stage: int, recompute: bool, tokens: int) -> None:
     """ValueError where fp8 cannot run; looks for TransformerEngine and a driver, and touches no GPU.
 
-    stage: of ZeRO. recompute: activation checkpointing. tokens: the rows of a layer's input, or what divides them.
+    stage: of ZeRO. recompute: activation checkpointing. tokens: the rows of a layer's input, or a divisor of them.
     """
+    instead = "use parallel.precision=bf16"
     if importlib.util.find_spec("transformer_engine") is None:
         raise ValueError(
             "parallel.precision fp8 needs TransformerEngine, which is not installed: pip install "
-            "--no-build-isolation 'msc-video[gpu]', or use parallel.precision=bf16"
+            f"--no-build-isolation 'msc-video[gpu]', or {instead}"
         )
     if not torch.cuda.is_available():
-        raise ValueError("parallel.precision fp8 needs an NVIDIA GPU, and there is none; use parallel.precision=bf16")
+        raise ValueError(f"parallel.precision fp8 needs an NVIDIA GPU, and there is none; {instead}")
     if stage != 2:
         raise ValueError(f"parallel.precision fp8 works with parallel.zero.stage 2, not {stage}")
     if recompute:
@@ -39,19 +40,17 @@ def check_fp8(stage: int, recompute: bool, tokens: int) -> None:
 
 
 def convertible_layers(block: nn.Module, skip: Collection[str] = ()) -> dict[str, nn.Linear]:
-    """The linear layers of a block, by name, whose both sides divide by 16; without those named in `skip`."""
+    """The linear layers of a block that fp8 can compute, by name, without those in `skip`."""
     return {
         name: layer
         for name, layer in block.named_modules()
-        if type(layer) is nn.Linear
-        and name not in skip
-        and layer.in_features % SIDES == 0
-        and layer.out_features % SIDES == 0
+        if type(layer) is nn.Linear and name not in skip
+        if layer.in_features % DIMENSIONS == layer.out_features % DIMENSIONS == 0
     }
 
 
 def convert_linear_layers(block: nn.Module, skip: Collection[str] = ()) -> list[str]:
-    """Put TransformerEngine's layers in the place of those that fit; weights and their names stay. Returns the names.
+    """Replace convertible layers by TransformerEngine's, with the same weights and names; returns the names.
 
     Runs on the GPU only; call `check_fp8` first.
     """
@@ -61,21 +60,18 @@ def convert_linear_layers(block: nn.Module, skip: Collection[str] = ()) -> list[
         raise ValueError("parallel.precision fp8 needs TransformerEngine 2.20 or later: pip install --upgrade it")
     layers = convertible_layers(block, skip)
     for name, layer in layers.items():
-        new = te.Linear(
-            layer.in_features, layer.out_features, bias=layer.bias is not None, params_dtype=layer.weight.dtype,
-            device=layer.weight.device,
-        )  # fmt: skip
+        bias, dtype, device = layer.bias is not None, layer.weight.dtype, layer.weight.device
+        new = te.Linear(layer.in_features, layer.out_features, bias=bias, params_dtype=dtype, device=device)
         with torch.no_grad():
             new.weight.copy_(layer.weight)
             if layer.bias is not None:
                 new.bias.copy_(layer.bias)
-        parent, _, last = name.rpartition(".")
-        setattr(block.get_submodule(parent), last, new)
+        block.set_submodule(name, new)
     return list(layers)
 
 
 def autocast(enabled: bool) -> AbstractContextManager[Any]:
-    """Inside, converted layers compute in fp8: e4m3 forward, e5m2 for gradients, scales from the last 16 maxima."""
+    """Compute converted layers in fp8: e4m3 forward, e5m2 for gradients, scales from the last 16 maxima."""
     if not enabled:
         return nullcontext()
     import transformer_engine.pytorch as te

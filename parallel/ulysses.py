@@ -1,11 +1,13 @@
-"""A scale shared out by heads instead of units (Jacobs et al. 2023, DeepSpeed-Ulysses).
+"""Ulysses: a scale distributed by heads instead of units (Jacobs et al. 2023, DeepSpeed-Ulysses).
 
-One exchange takes queries, keys and values from [own units, all heads] to [all units, heads / ranks]; there the
-scale is computed as one whole video, and a second exchange takes its output back. Works for any scale, and every
-rank has equal work, but what travels grows with the video.
+One all-to-all takes queries, keys and values from [own units, all heads] to [all units, own heads], where the scale
+is computed as one whole video; a second one takes the output back. Works for any scale, with equal work on every
+rank, but what travels grows with the video.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -15,32 +17,28 @@ from .collectives import redistribute
 
 
 class Ulysses:
-    """Where a rank computes a scale of `heads` heads: all units, its even share of the heads."""
+    """This rank's share of a scale of `heads` heads: all units, an even share of the heads."""
 
-    attend = None  # any kernel will do
+    attend = None  # any kernel
 
     def __init__(self, group: dist.ProcessGroup, bounds: tuple[int, ...], heads: int):
-        ranks, self.rank = dist.get_world_size(group), dist.get_rank(group)
+        ranks, rank = dist.get_world_size(group), dist.get_rank(group)
         assert heads % ranks == 0, f"{heads} heads do not divide by {ranks} ranks"
-        self.group, self.own = group.group_name, bounds[self.rank + 1] - bounds[self.rank]
+        self.group, self.own_units, self.all_heads = group.group_name, bounds[rank + 1] - bounds[rank], heads
         self.units = range(bounds[-1])
-        share = heads // ranks
-        self.shares = [slice(rank * share, (rank + 1) * share) for rank in range(ranks)]
-        self.heads = self.shares[self.rank]
-        # the same parts, seen from where units are together and from where heads are together
-        self.by_heads = [(..., shared, slice(None)) for shared in self.shares]
-        self.by_units = [(slice(None), slice(a, b)) for a, b in zip(bounds, bounds[1:], strict=False)]
+        shares = [slice(r * heads // ranks, (r + 1) * heads // ranks) for r in range(ranks)]
+        self.heads = shares[rank]
+        self.by_heads = [(..., share, slice(None)) for share in shares]
+        self.by_units = [(slice(None), slice(a, b)) for a, b in pairwise(bounds)]
 
     def enter(self, x_BUhd: Tensor) -> Tensor:
         """`[B, own units, ..., heads, d] -> [B, all units, ..., own heads, d]`."""
         B, _, *inner, _, d = x_BUhd.shape
         shape = torch.Size((B, len(self.units), *inner, self.heads.stop - self.heads.start, d))
-        return redistribute(
-            x_BUhd, shape, self.by_heads, self.by_units, self.group, "queries, keys and values (Ulysses)"
-        )
+        return redistribute(x_BUhd, shape, self.by_heads, self.by_units, self.group, "queries, keys, values (Ulysses)")
 
     def leave(self, x_BUhd: Tensor) -> Tensor:
-        """The way back of `enter`."""
+        """The inverse of `enter`."""
         B, _, *inner, _, d = x_BUhd.shape
-        shape = torch.Size((B, self.own, *inner, self.shares[-1].stop, d))
+        shape = torch.Size((B, self.own_units, *inner, self.all_heads, d))
         return redistribute(x_BUhd, shape, self.by_units, self.by_heads, self.group, "attention output (Ulysses)")

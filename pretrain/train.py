@@ -24,6 +24,7 @@ from msc.datasets.loading.mixture import Shards, check_shard_sizes, open_shards
 from msc.parallel import consistency, control_plane, deepspeed_zero, fp8, process_group
 from msc.parallel.console import configure_logging
 from msc.parallel.mesh import make_mesh, placement_warning
+from msc.parallel.progress import Progress
 from msc.parallel.signals import STOP_SIGNALS, collect_signals
 from msc.parallel.watchdog import is_communication_error, watch_ranks
 
@@ -32,7 +33,7 @@ from .batch_inputs import InputBuilder, NoiseSource, draw_noise, micro_batches
 from .checkpoints import directory as checkpoint_directory
 from .checkpoints import format as checkpoint_format
 from .checkpoints import initialize_from, rollback
-from .checkpoints.async_writer import Writer
+from .checkpoints.async_writer import CheckpointWriter
 from .config import Config, dump, flat
 from .diffusion.autoencoder import open_autoencoder
 from .diffusion.loss import Loss
@@ -68,18 +69,14 @@ def train(start: TrainingStart) -> int:
     with collect_signals(interrupting) as stop_signals:
         world = process_group.join_process_group(config.parallel.timeout)
         # A second time: since the command line checked, imports and waiting for all ranks have taken their time.
-        control_plane.run_on_rank_0(partial(heartbeat.acquire_run, run, world.world_size, log.info))
-        heartbeat_run, timeout = run if world.is_rank_0 else None, config.parallel.timeout
+        control_plane.run_on_rank_0(partial(heartbeat.acquire_run, run, world.world_size))
+        progress, timeout = Progress(), process_group.collective_timeout(config.parallel.timeout)
+        heartbeat_run, stall = (run, config.parallel.stall) if world.is_rank_0 else (None, 0.0)
         with (
-            heartbeat.write_heartbeat(heartbeat_run, world.world_size, stall=config.parallel.stall) as beat,
-            watch_ranks(world.rank, world.world_size, process_group.collective_timeout(timeout)) as watch,
+            heartbeat.write_heartbeat(heartbeat_run, world.world_size, progress),
+            watch_ranks(world.rank, world.world_size, timeout, progress, stall),
         ):
-
-            def enter_phase(step: int, phase: str) -> None:
-                beat(step, phase)
-                watch(step, phase)
-
-            return _train(start, world, stop_signals, enter_phase)
+            return _train(start, world, stop_signals, progress.at)
 
 
 def _train(
@@ -99,7 +96,7 @@ def _train(
          "index.json": " ".join(shard_set.digest for shard_set in shards.sets)}
     )  # fmt: skip
     versions |= control_plane.run_on_rank_0(code_version)  # calls git, which takes its time on a busy node
-    control_plane.run_on_rank_0(partial(check_shard_sizes, shards), patient=True)
+    control_plane.run_on_rank_0(partial(check_shard_sizes, shards), slow=True)
     mesh = make_mesh(world.world_size, config.parallel.sp, world.device.type)
     if warning := placement_warning(control_plane.gather_objects(socket.gethostname()), config.parallel.sp):
         log.info(warning)
@@ -111,7 +108,7 @@ def _train(
     engine = parallelize(model, config.parallel, config.optimizer, accumulate)
 
     # --- resume: the sample clock counts clips over all ranks; order and schedules depend on nothing else ----
-    writer = Writer(folder.path, config.checkpoint, config.parallel.timeout)
+    writer = CheckpointWriter(folder.path, config.checkpoint, config.parallel.timeout)
     if start.rollback is not None:
         control_plane.run_on_rank_0(partial(rollback.roll_back, folder.path, start.rollback, start.again))
     excluded_ranges = control_plane.run_on_rank_0(partial(rollback.read_excluded_ranges, folder.path))
@@ -249,7 +246,7 @@ def _train(
                         folder.path, step, clock - batch_size, batch_size, skip_reason, clip_losses
                     )
                 if history.in_a_row >= config.guard.stop_after:
-                    writer.leave(others_live=True)  # the last checkpoint is one to go back to, once it is whole
+                    writer.wait_after_failure(others_live=True)  # the last checkpoint is one to roll back to
                     raise DeterministicFailure(
                         rollback.too_many_skipped_message(folder.path, step, history.in_a_row, skip_reason)
                     )
@@ -301,7 +298,7 @@ def _train(
         state = "KILLED"
         raise
     except Exception as error:
-        writer.leave(others_live=not is_communication_error(error))
+        writer.wait_after_failure(others_live=not is_communication_error(error))
         raise
     finally:
         bar.close()

@@ -1,4 +1,4 @@
-"""What test_checkpoint runs on its ranks: checkpoints of a small model without DeepSpeed, on disks that fail."""
+"""Rank functions of test_checkpoint.py: checkpoints of a small model without DeepSpeed, on disks that fail."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def values(of) -> set[float]:
     return {float(v) for p in of.module.parameters() for v in p.detach().unique()}
 
 
-def made(run: Path, keep: int = 2) -> async_writer.Writer:
-    return async_writer.Writer(run, checkpoint_format.CheckpointConfig(every=1, keep=keep), 60.0)
+def make_writer(run: Path, keep: int = 2) -> async_writer.CheckpointWriter:
+    return async_writer.CheckpointWriter(run, checkpoint_format.CheckpointConfig(every=1, keep=keep), 60.0)
 
 
 def write_beside(rank, ranks, folder):
@@ -44,7 +44,7 @@ def write_beside(rank, ranks, folder):
     init_process_group("gloo")
     async_writer.CHUNK, async_writer.hashlib = 1 << 16, SimpleNamespace(sha256=SlowHash)
     run, seconds = Path(folder), []
-    out, source = made(run), engine(1.0)
+    out, source = make_writer(run), engine(1.0)
     for step in (1, 2):
         began = time.monotonic()
         out.save(source, meta(step))
@@ -75,41 +75,41 @@ class SlowHash:
 def fail_on_one_rank(rank, ranks, folder):
     """Save with a disk that is full on rank 1 from the second save on until after the third; what each save did."""
     init_process_group("gloo")
-    run, source, told = Path(folder), engine(1.0), []
-    out = made(run)
+    run, source, errors = Path(folder), engine(1.0), []
+    out = make_writer(run)
     for step in (1, 2, 3, 4, 5):
         full = rank == 1 and step in (2, 3, 5)
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000 if full else hard, hard))
         try:
             out.save(source, meta(step))
-            told.append("")
+            errors.append("")
         except OSError as error:
-            told.append(str(error))
+            errors.append(str(error))
         out._join()
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     try:
         out.finish()
-        told.append("")
+        errors.append("")
     except OSError as error:
-        told.append(str(error))
+        errors.append(str(error))
     destroy_process_group()
-    return told
+    return errors
 
 
 def fail_on_rank_0(rank, ranks, folder):
     """Save with errors that are none of the disk's on rank 0, while publishing and then while pruning."""
     init_process_group("gloo")
     async_writer.SLOWEST = 10.0
-    out, told = made(Path(folder)), []
+    out, errors = make_writer(Path(folder)), []
     for step, name in ((1, "publish"), (2, "prune")):
         before = getattr(checkpoint_directory, name)
         setattr(checkpoint_directory, name, broken)
         out.save(engine(1.0), meta(step))
-        told.append(out._join())
+        errors.append(out._join())
         setattr(checkpoint_directory, name, before)
     destroy_process_group()
-    return told
+    return errors
 
 
 def broken(*_):
@@ -126,21 +126,21 @@ def hash_slowly(rank, ranks, folder):
     return step
 
 
-def go_on_from_damaged(rank, ranks, folder):
+def load_damaged(rank, ranks, folder):
     """What is loaded of checkpoints that hold their steps' numbers, or the error."""
     init_process_group("gloo")
     target = engine(0.0)
     try:
-        found = (checkpoint_format.load_newest(Path(folder), target).step, values(target))
+        result = (checkpoint_format.load_newest(Path(folder), target).step, values(target))
     except ValueError as error:
-        found = (None, str(error))
+        result = (None, str(error))
     destroy_process_group()
-    return found
+    return result
 
 
-def write_some(rank, ranks, folder, steps):
+def write_several(rank, ranks, folder, steps):
     init_process_group("gloo")
-    out = made(Path(folder), keep=9)
+    out = make_writer(Path(folder), keep=9)
     for step in range(1, steps + 1):
         out.save(engine(float(step)), meta(step))
     out.finish()

@@ -59,7 +59,7 @@ def write_run(run: Path, ranks: int = 1, cut: str = "even", step: int = 40, **mo
 def write_checkpoint(
     run: Path, config: Config, models: dict[str, torch.nn.Module], ranks: int, cut: str, step: int
 ) -> None:  # fmt: skip
-    folder = checkpoint_directory.checkpoints_dir(run) / checkpoint_directory.checkpoint_name(step)
+    folder = RunFolder(run).checkpoints / checkpoint_directory.checkpoint_name(step)
     folder.mkdir(parents=True)
     values = {key: dict(model.named_parameters()) for key, model in models.items()}
     shapes = {name: tuple(p.shape) for name, p in values["ema"].items() if p.requires_grad}
@@ -87,7 +87,7 @@ def write_checkpoint(
         step=step, clock=8 * step, clips=99, adam_steps=step, world=ranks, parameters=shapes, config=flat(config),
         versions=checkpoint_format.library_versions(), files=files, bytes=sizes,
     )  # fmt: skip
-    (folder / "meta.json").write_text(meta.to_json())
+    meta.write(folder)
     checkpoint_directory.set_latest(run, folder)
 
 

@@ -7,7 +7,7 @@ MSC_FAULTS is a JSON table:
     hang, fail: [rank, clock]: that rank sleeps for ever, or raises, instead of taking the step that begins there
     stop_at: clock of the batch at which rank 0 sends itself SIGTERM
 
-No rank may ask another for noise levels: training knows those of whole clips.
+No rank may request noise levels from another: training knows those of whole clips.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ PROGRAM = "import sys, faults; sys.exit(faults.main())"
 
 def main() -> int:
     launcher.PROGRAM = PROGRAM  # so that the ranks of a launcher are started with it, too
-    wanted = json.loads(os.environ["MSC_FAULTS"])
+    faults = json.loads(os.environ["MSC_FAULTS"])
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID")
     if rank is not None or sys.argv[sys.argv.index("--processes") + 1] == "1":  # not in a launcher
-        install(wanted, int(rank or 0))
+        install(faults, int(rank or 0))
     return cli.main()
 
 
-def tell(file: Path, line: dict) -> None:
-    with file.open("a") as opened:
-        opened.write(json.dumps(line) + "\n")
+def append(file: Path, line: dict) -> None:
+    with file.open("a") as stream:
+        stream.write(json.dumps(line) + "\n")
 
 
-def install(wanted: dict, rank: int) -> None:
+def install(faults: dict, rank: int) -> None:
     import torch
 
     from msc.parallel.context_parallel import ShardedPastContext
@@ -51,24 +51,24 @@ def install(wanted: dict, rank: int) -> None:
     now = {"clock": 0}
     loader, call = training.loader, training.InputBuilder.__call__
 
-    def watched(*arguments, clock, clips, **options):
-        file = Path(wanted["consumed"], f"{rank}.jsonl")
-        tell(file, {"from": clock})
+    def loader_with_faults(*arguments, clock, clips, **options):
+        file = Path(faults["consumed"], f"{rank}.jsonl")
+        append(file, {"from": clock})
         for batch in loader(*arguments, clock=clock, clips=clips, **options):
-            time.sleep(wanted.get("step_s", 0))
+            time.sleep(faults.get("step_s", 0))
             now["clock"], clock = clock, clock + clips
-            if [rank, now["clock"]] == wanted.get("hang"):
+            if [rank, now["clock"]] == faults.get("hang"):
                 time.sleep(1e6)
-            if [rank, now["clock"]] == wanted.get("fail"):
-                raise RuntimeError("this rank was to fail")
-            tell(file, {"clock": now["clock"], "samples": batch.samples})
-            if now["clock"] == wanted.get("stop_at") and rank == 0:
+            if [rank, now["clock"]] == faults.get("fail"):
+                raise RuntimeError("injected failure")
+            append(file, {"clock": now["clock"], "samples": batch.samples})
+            if now["clock"] == faults.get("stop_at") and rank == 0:
                 signal.raise_signal(signal.SIGTERM)
             yield batch
 
-    def spoiled(feed, batch):
+    def inputs_with_nan(feed, batch):
         inputs = call(feed, batch)
-        if "nan" in wanted and wanted["nan"][0] == rank and now["clock"] in wanted["nan"][1]:
+        if "nan" in faults and faults["nan"][0] == rank and now["clock"] in faults["nan"][1]:
             inputs.x[0, 0] = torch.nan
         return inputs
 
@@ -77,16 +77,16 @@ def install(wanted: dict, rank: int) -> None:
             self.sha = hashlib.sha256()
 
         def update(self, data):
-            time.sleep(wanted["chunk_s"])
+            time.sleep(faults["chunk_s"])
             self.sha.update(data)
 
         def hexdigest(self):
             return self.sha.hexdigest()
 
-    def asked(*_):
-        raise AssertionError("noise levels were asked for")
+    def refuse(*_):
+        raise AssertionError("noise levels were refuse for")
 
-    training.loader, training.InputBuilder.__call__ = watched, spoiled
-    ShardedPastContext.noise_levels = asked
-    if "chunk_s" in wanted:
+    training.loader, training.InputBuilder.__call__ = loader_with_faults, inputs_with_nan
+    ShardedPastContext.noise_levels = refuse
+    if "chunk_s" in faults:
         async_writer.CHUNK, async_writer.hashlib = 8192, SimpleNamespace(sha256=SlowHash)

@@ -1,4 +1,4 @@
-"""Run a function in several real processes that talk over gloo, and hand back what each returned."""
+"""Runs a function in several real processes that communicate over gloo, and returns the result of each."""
 
 from __future__ import annotations
 

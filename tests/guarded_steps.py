@@ -1,4 +1,4 @@
-"""What test_guard runs on its ranks: training steps of which some are not taken."""
+"""Rank functions of test_spike_guard.py: training steps of which some are skipped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from msc.pretrain.optimizer import OptimizerConfig, make_optimizer
 
 
 def spoiled_on_a_rank(rank, ranks, cases):
-    """Of each case: state after the steps good, NaN, refused, good; after good, good; what the four steps told."""
+    """Of each case: state after the steps good, NaN, refused, good; after good, good; what the four steps outcomes."""
     init_process_group("gloo")
     results = [spoiled(rank, *case) for case in cases]
     destroy_process_group()
@@ -28,7 +28,7 @@ def spoiled(rank, stage, precision):
             group["ema_decay"] = 0.9
         engine = deepspeed_zero.make_engine(model, optimizer, deepspeed_zero.ZeroConfig(stage=stage), precision, 2, 1.0)
         assert not engine.tput_timer.config.enabled, "it would wait for the GPU at every pass"
-        told, good = [], 0
+        outcomes, good = [], 0
         for kind in steps:
             good += kind == "good"
             for micro in range(2):
@@ -38,10 +38,10 @@ def spoiled(rank, stage, precision):
                 y = engine(x.to(next(engine.module.parameters()).dtype))
                 deepspeed_zero.backward(engine, y.float().square().mean())
 
-            def objection(norm, kind=kind):
+            def skip_reason(norm, kind=kind):
                 return "not finite" if not norm < float("inf") else "refused" if kind == "refused" else ""
 
-            told.append(deepspeed_zero.step(engine, objection))
+            outcomes.append(deepspeed_zero.step(engine, skip_reason))
         state = {
             f"{piece.name} {key}": value.clone()
             for piece in deepspeed_zero.local_slices(engine)
@@ -50,6 +50,6 @@ def spoiled(rank, stage, precision):
         state["steps"] = torch.tensor(deepspeed_zero.adam_steps(engine))
         with torch.no_grad():
             state["output"] = engine(torch.ones(1, 8, dtype=next(engine.module.parameters()).dtype)).float()
-        results.append((state, told))
-    (with_them, told), (without, _) = results
-    return with_them, without, told
+        results.append((state, outcomes))
+    (with_them, outcomes), (without, _) = results
+    return with_them, without, outcomes

@@ -21,7 +21,7 @@ def slowly(rank, ranks, folder, seconds):
     shards = mixture.open_shards(mixture.DataConfig(folder))
     assert not asked
     try:
-        told = control_plane.run_on_rank_0(partial(_check, shards, seconds), patient=True)
+        told = control_plane.run_on_rank_0(partial(_check, shards, seconds), slow=True)
     except ValueError as error:
         told = str(error)
     destroy_process_group()

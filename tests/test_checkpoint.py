@@ -1,4 +1,4 @@
-"""Checkpoints written beside training, disks that fail, files that are damaged, and which checkpoints stay."""
+"""Checkpoints: asynchronous writing, failing disks, damaged files, pruning."""
 
 from __future__ import annotations
 
@@ -21,53 +21,54 @@ from msc.pretrain.checkpoints import directory as checkpoint_directory
 from msc.pretrain.checkpoints.format import CheckpointConfig
 from msc.pretrain.config import load
 from msc.pretrain.presets import preset
+from msc.pretrain.run_folder import RunFolder
 
 
 @pytest.mark.parametrize(
-    ("step", "keep", "keep_every", "gone"),
+    ("step", "keep", "keep_every", "pruned"),
     [
         (50, 2, 0, [10, 20, 30]),
         (50, 2, 20, [10, 30]),
         (50, 9, 0, []),
-        (30, 1, 0, [10, 20]),  # 40 and 50 are of a time before the run went back
+        (30, 1, 0, [10, 20]),  # 40 and 50 are from before a rollback
     ],
 )
-def test_which_checkpoints_go(step, keep, keep_every, gone):
-    assert checkpoint_directory.steps_to_prune([10, 20, 30, 40, 50], step, keep, keep_every) == gone
+def test_steps_to_prune(step, keep, keep_every, pruned):
+    assert checkpoint_directory.steps_to_prune([10, 20, 30, 40, 50], step, keep, keep_every) == pruned
 
 
-def test_keep_every_must_meet_checkpoints():
+def test_keep_every_must_be_a_multiple_of_every():
     CheckpointConfig(every=500, keep_every=2000)
     with pytest.raises(ValueError, match=r"keep_every is 700.*multiple of checkpoint.every \(500\)"):
         CheckpointConfig(every=500, keep_every=700)
 
 
 @pytest.mark.gloo
-def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
+def test_training_continues_while_a_checkpoint_is_written(tmp_path):
     """What is written is the state at `save`, whatever changes meanwhile; a second save waits for the first."""
-    for seconds, meanwhile, step, found in run_ranks(checkpoint_ranks.write_beside, 2, str(tmp_path)):
+    for seconds, published, step, values in run_ranks(checkpoint_ranks.write_beside, 2, str(tmp_path)):
         assert seconds[0] < 0.25 < 0.4 < seconds[1]
-        assert meanwhile == "step-00000001"
-        assert (step, found) == (2, {2.0})
+        assert published == "step-00000001"
+        assert (step, values) == (2, {2.0})
 
 
 @pytest.mark.gloo
-def test_a_failed_write_is_told_tried_again_and_then_raised_on_every_rank(tmp_path, capfd):
-    for told in run_ranks(checkpoint_ranks.fail_on_one_rank, 2, str(tmp_path)):
-        assert [bool(text) for text in told] == [False, False, True, False, False, True]
-        for text in (told[2], told[5]):
+def test_failed_write_is_logged_retried_and_then_raised_on_every_rank(tmp_path, capfd):
+    for errors in run_ranks(checkpoint_ranks.fail_on_one_rank, 2, str(tmp_path)):
+        assert [bool(text) for text in errors] == [False, False, True, False, False, True]
+        for text in (errors[2], errors[5]):
             assert "earlier ones stay" in text and "rank 1" in text and "File too large" in text
     assert capfd.readouterr().err.count("could not be written") == 3, "once each, by one rank"
     assert [path.name for path in checkpoint_directory.list_checkpoints(tmp_path)] == ["step-00000001", "step-00000004"]
     assert checkpoint_directory.latest(tmp_path).name == "step-00000004"
     assert not any(checkpoint_directory.verify(path) for path in checkpoint_directory.list_checkpoints(tmp_path))
-    assert not list(checkpoint_directory.checkpoints_dir(tmp_path).glob(".*")), "nothing unfinished stays"
+    assert not list(RunFolder(tmp_path).checkpoints.glob(".*")), "nothing unfinished stays"
 
 
 @pytest.mark.gloo
-def test_what_fails_on_rank_0_is_known_to_all(tmp_path, capfd):
-    for told in run_ranks(checkpoint_ranks.fail_on_rank_0, 2, str(tmp_path)):
-        assert "rank 0: stale handle" in told[0] and told[1] == ""
+def test_failure_on_rank_0_is_known_to_all_ranks(tmp_path, capfd):
+    for errors in run_ranks(checkpoint_ranks.fail_on_rank_0, 2, str(tmp_path)):
+        assert "rank 0: stale handle" in errors[0] and errors[1] == ""
     assert [path.name for path in checkpoint_directory.list_checkpoints(tmp_path)] == ["step-00000002"]
     assert "cleaning up after the checkpoint of step 2 failed: stale handle" in capfd.readouterr().err
 
@@ -77,7 +78,7 @@ def written(tmp_path_factory):
     run = tmp_path_factory.mktemp("written") / "run"
     run.mkdir()
     (run / "config.yaml").touch()
-    run_ranks(checkpoint_ranks.write_some, 2, str(run), 5)
+    run_ranks(checkpoint_ranks.write_several, 2, str(run), 5)
     return run
 
 
@@ -85,11 +86,11 @@ FORKS = """
 import os
 import torch
 from types import SimpleNamespace
-from msc.pretrain.checkpoints.async_writer import pinned
+from msc.pretrain.checkpoints.async_writer import pinned_buffer
 
 calls = []
 torch.cuda.cudart = lambda: SimpleNamespace(cudaHostRegister=lambda *call: calls.append(call) or 0)
-buffer = pinned(5000)
+buffer = pinned_buffer(5000)
 buffer[:] = torch.arange(5000.0)
 assert calls == [(buffer.data_ptr(), 20000, 1)] and buffer.sum() == 5000 * 4999 / 2
 child = os.fork()
@@ -100,7 +101,7 @@ print(os.WTERMSIG(os.waitpid(child, 0)[1]))
 """
 
 
-def test_pinned_memory_is_no_part_of_forked_workers():
+def test_pinned_memory_is_not_inherited_by_forks():
     done = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True)
     assert done.stdout.split() == [str(int(signal.SIGSEGV))], done.stderr
 
@@ -143,46 +144,46 @@ def test_files_are_ordinary_safetensors(written):
 
 
 @pytest.mark.parametrize("what", DAMAGE)
-def test_damage_is_found(what, written, tmp_path):
+def test_damage_is_detected(what, written, tmp_path):
     path = shutil.copytree(checkpoint_directory.latest(written), tmp_path / "copy")
-    do, said = DAMAGE[what]
+    do, message = DAMAGE[what]
     do(path)
-    (problem,) = checkpoint_directory.verify(path)
-    assert pytest.RaisesExc(ValueError, match=said).matches(ValueError(problem)), problem
+    (defect,) = checkpoint_directory.verify(path)
+    assert pytest.RaisesExc(ValueError, match=message).matches(ValueError(defect)), defect
 
 
 @pytest.mark.gloo
-def test_the_newest_whole_checkpoint_is_used_and_the_others_are_named(written, tmp_path, capfd):
+def test_the_newest_intact_checkpoint_is_used_and_damaged_ones_are_named(written, tmp_path, capfd):
     run = shutil.copytree(written, tmp_path / "run")
     for path, what in zip(reversed(checkpoint_directory.list_checkpoints(run)), ("a flipped byte", "a truncated file",
                           "no meta.json"),
                           strict=False):  # fmt: skip
         DAMAGE[what][0](path)
-    assert run_ranks(checkpoint_ranks.go_on_from_damaged, 2, str(run)) == [(2, {2.0})] * 2
-    said = capfd.readouterr().err
+    assert run_ranks(checkpoint_ranks.load_damaged, 2, str(run)) == [(2, {2.0})] * 2
+    log = capfd.readouterr().err
     for step, why in ((5, "does not match its checksum"), (4, "it has 99 of"), (3, "meta.json is missing")):
-        (line,) = (line for line in said.splitlines() if f"step-{step:08d}/" in line)
-        assert why in line and f"kept as damaged-step-{step:08d}" in line and "goes on from step-00000002" in line
+        (line,) = (line for line in log.splitlines() if f"step-{step:08d}/" in line)
+        assert why in line and f"kept as damaged-step-{step:08d}" in line and "resumes from step-00000002" in line
     assert checkpoint_directory.latest(run).name == "step-00000002"
     assert [path.name for path in checkpoint_directory.list_checkpoints(run)] == ["step-00000001", "step-00000002"]
 
     for path in checkpoint_directory.list_checkpoints(run):
         DAMAGE["a missing file"][0](path)
-    for step, why in run_ranks(checkpoint_ranks.go_on_from_damaged, 2, str(run)):
+    for step, why in run_ranks(checkpoint_ranks.load_damaged, 2, str(run)):
         assert step is None and "no checkpoint of" in why and why.count("is missing") == 2
-    assert len(checkpoint_directory.list_checkpoints(run)) == 2, "nothing is moved where nothing is whole"
+    assert len(checkpoint_directory.list_checkpoints(run)) == 2, "nothing is moved where none is intact"
 
 
 @pytest.mark.gloo
-def test_checksums_may_take_longer_than_a_collective_waits(written):
+def test_checksums_may_take_longer_than_the_collective_timeout(written):
     assert run_ranks(checkpoint_ranks.hash_slowly, 2, str(written)) == [5, 5]
 
 
-def test_candidates_begin_at_the_one_that_is_named(written, tmp_path):
+def test_resume_candidates_begin_at_latest(written, tmp_path):
     run = shutil.copytree(written, tmp_path / "run")
-    (checkpoint_directory.checkpoints_dir(run) / "latest").write_text("step-00000003")
+    (RunFolder(run).checkpoints / "latest").write_text("step-00000003")
     assert [checkpoint_directory.step_of(path) for path in checkpoint_directory.resume_candidates(run)] == [3, 2, 1]
-    (checkpoint_directory.checkpoints_dir(run) / "latest").unlink()
+    (RunFolder(run).checkpoints / "latest").unlink()
     assert [checkpoint_directory.step_of(path) for path in checkpoint_directory.resume_candidates(run)] == [
         5,
         4,
@@ -192,7 +193,7 @@ def test_candidates_begin_at_the_one_that_is_named(written, tmp_path):
     ]
     assert (
         checkpoint_directory.find(run, "4")
-        == checkpoint_directory.find(run, str(checkpoint_directory.checkpoints_dir(run) / "step-00000004"))
+        == checkpoint_directory.find(run, str(RunFolder(run).checkpoints / "step-00000004"))
         == checkpoint_directory.resume_candidates(run)[1]
     )
     with pytest.raises(ValueError, match="7 is not a checkpoint of .*: 1, 2, 3, 4, 5"):
@@ -211,8 +212,8 @@ def test_msc_checkpoints_lists_and_verifies(written, tmp_path, capsys):
     assert cli.main(["checkpoints", str(run)]) == 0
     capsys.readouterr()
     assert cli.main(["checkpoints", str(run), "--verify"]) == 1
-    said = capsys.readouterr().out
-    assert said.count("whole") == 4 and "it has 99 of" in said
+    output = capsys.readouterr().out
+    assert output.count("whole") == 4 and "it has 99 of" in output
     DAMAGE["a truncated meta.json"][0](checkpoint_directory.list_checkpoints(run)[0])
     assert cli.main(["checkpoints", str(run)]) == 1
     assert cli.main(["checkpoints", str(tmp_path)]) == 2
@@ -223,7 +224,7 @@ def test_msc_checkpoints_lists_and_verifies(written, tmp_path, capsys):
     ("there", "free", "more", "clips"),
     [(0, 3.5, 4, 10**6), (0, 4, 0, 10**6), (2, 1.5, 2, 10**6), (3, 1.5, 0, 10**6), (9, 0.5, 1, 10**6), (0, 1.5, 0, 8)],
 )
-def test_room_is_needed_for_the_checkpoints_that_are_still_to_come(there, free, more, clips, tmp_path, monkeypatch):
+def test_free_space_is_required_for_checkpoints_still_to_be_written(there, free, more, clips, tmp_path, monkeypatch):
     config = load(preset("demo"), overrides=["checkpoint.keep=3", "model.channels=3", f"train.clips={clips}"])
     each = 16 * cost.parameters(config.model)
     monkeypatch.setattr(checkpoint_directory, "resume_candidates", lambda run: [run] * there)

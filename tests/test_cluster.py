@@ -211,9 +211,9 @@ def test_failures(what, sent, tmp_path):
     log = run.log()
     if what == "hung":
         others = (run.run / "logs/rank_1.log").read_text()
-        assert re.search(r"rank 1 .* is alive but stays behind in step", log), log
+        assert re.search(r"rank 1 .* is alive but lags behind in step", log), log
         assert "in all_reduce" in log or "in all_reduce_sum" in log, "where rank 0 stood"
-        assert "Current thread" in others and "in watched" in others, "and where rank 1 did"
+        assert "Current thread" in others and "in loader_with_faults" in others, "and where rank 1 did"
     if what == "killed":
         assert re.search(r"rank 1 \(process \d+ on .*\) is silent", log), log
     if what == "rank 0 killed":

@@ -85,7 +85,7 @@ def test_transfers_bring_exactly_what_is_needed(units, ranks, window, every):
 def test_rows_that_lie_on_more_machines_than_they_need_are_told():
     blocks, turns = [*"aaaabbbb"], [*"abababab"]
     assert all(not placement_warning(blocks, sp) for sp in (1, 2, 4, 8))
-    assert placement_warning(turns, 2).startswith("4 of 4 rows of parallel.sp = 2 ranks lie on more machines")
+    assert placement_warning(turns, 2).startswith("4 of 4 groups of parallel.sp = 2 ranks span more machines")
     assert placement_warning(turns, 4).startswith("2 of 2") and not placement_warning(turns, 8)
     assert placement_warning([*"aaabbb"], 2).startswith("1 of 3")
 

@@ -1,4 +1,4 @@
-"""Starting from weights that exist: what is taken over, what is not, and what is refused."""
+"""Initialisation from existing weights: which tensors are taken, which are new, what is refused."""
 
 from __future__ import annotations
 
@@ -27,93 +27,93 @@ def source(tmp_path_factory):
 
 
 def started(place, **model):
-    """A new random model of this shape after `warm.start`, what was said, and as it was before."""
+    """A new random model of this shape with initial weights, the lines logged, and its state before."""
     config, _ = fake_checkpoints.configured(**model)
     new = fake_checkpoints.random_model(config.model, seed=7)
     before = {name: value.clone() for name, value in new.state_dict().items()}
-    with initialize_from.open_initial_weights(place, config.model, "pixels") as (told, fill):
+    with initialize_from.open_initial_weights(place, config.model, "pixels") as (lines, fill):
         fill("", new)
-    return new, told, before
+    return new, lines, before
 
 
 def test_the_averaged_weights_of_a_run_are_taken(source):
     run, models = source
-    new, told, _ = started(run)
+    new, lines, _ = started(run)
     assert all(torch.equal(value, models["ema"].state_dict()[name]) for name, value in new.state_dict().items())
-    assert told == [f"starting from the averaged weights of step 40 of the run {run}"]
+    assert lines == [f"starting from the averaged weights of step 40 of the run {run}"]
     assert all(p.requires_grad and p.dtype == torch.float32 for p in new.parameters())
 
 
-def test_the_checkpoint_that_was_found_first_is_taken_though_a_later_one_appears(tmp_path):
+def test_the_given_checkpoint_is_used_though_a_later_one_appears(tmp_path):
     models = fake_checkpoints.write_run(tmp_path / "run", step=40)
-    found = checkpoint_directory.latest(tmp_path / "run")
+    first = checkpoint_directory.latest(tmp_path / "run")
     fake_checkpoints.write_run(tmp_path / "run", step=50)
     config, _ = fake_checkpoints.configured()
     new = fake_checkpoints.random_model(config.model, seed=7)
-    with initialize_from.open_initial_weights(tmp_path / "run", config.model, "pixels", found) as ((told,), fill):
+    with initialize_from.open_initial_weights(tmp_path / "run", config.model, "pixels", first) as ((line,), fill):
         fill("", new)
-    assert "of step 40 " in told and "of step 50 " in initialize_from.find_weights(tmp_path / "run").what
+    assert "of step 40 " in line and "of step 50 " in initialize_from.find_weights(tmp_path / "run").what
     assert all(torch.equal(value, models["ema"].state_dict()[name]) for name, value in new.state_dict().items())
 
 
-def test_exported_weights_are_taken_whatever_they_are_stored_in(source):
+def test_exported_weights_of_any_dtype_are_taken(source):
     run, models = source
-    new, told, _ = started(run / "export")
+    new, lines, _ = started(run / "export")
     expected = {name: value.bfloat16().float() for name, value in models["ema"].state_dict().items()}
     assert all(torch.equal(value, expected[name]) for name, value in new.state_dict().items())
-    assert told == [f"starting from the exported weights of step 40 in {run / 'export'}"]
+    assert lines == [f"starting from the exported weights of step 40 in {run / 'export'}"]
 
 
-def test_a_dense_model_starts_a_multi_scale_one(tmp_path):
+def test_dense_weights_initialise_a_multi_scale_model(tmp_path):
     """All weights have the same shapes; only the gate's offsets, which no dense model has had use for, start anew."""
     dense = (Scale(4),)
     models = fake_checkpoints.write_run(tmp_path / "dense", scales=dense, gate="none")
-    new, told, before = started(tmp_path / "dense")
+    new, lines, before = started(tmp_path / "dense")
     state, taken = new.state_dict(), models["ema"].state_dict()
     fresh = {name for name in state if name.endswith("delta")}
     assert state.keys() - taken.keys() == fresh and len(fresh) == 2
     assert all(torch.equal(state[name], (before if name in fresh else taken)[name]) for name in state)
-    said = "\n".join(told)
-    assert "model.scales is (Scale(heads=2" in said and "model.gate is logits here, and was none" in said
-    assert "new: blocks.0.attention.delta, blocks.1.attention.delta" in said and "left behind" not in said
+    text = "\n".join(lines)
+    assert "model.scales is (Scale(heads=2" in text and "model.gate is logits here, and was none" in text
+    assert "newly initialised: blocks.0.attention.delta, blocks.1.attention.delta" in text and "not used" not in text
 
 
-def test_offsets_of_the_gate_are_kept_where_heads_look_at_the_same_scales(source):
+def test_gate_offsets_are_kept_where_heads_have_the_same_scales(source):
     run, models = source
     shorter = tuple(replace(scale, window=1) for scale in fake_checkpoints.SCALES)
-    new, told, _ = started(run, scales=shorter, rope_theta=500.0)
+    new, lines, _ = started(run, scales=shorter, rope_theta=500.0)
     assert torch.equal(new.blocks[0].attention.delta, models["ema"].blocks[0].attention.delta)
-    assert not [line for line in told if line.startswith("new")]
-    assert "model.rope_theta is 500.0 here, and was 10000.0" in told
+    assert not [line for line in lines if line.startswith("newly")]
+    assert "model.rope_theta is 500.0 here, and was 10000.0" in lines
     coarser = (*fake_checkpoints.SCALES[:2], Scale(1, 4, 2, None))
-    new, told, before = started(run, scales=coarser)
+    new, lines, before = started(run, scales=coarser)
     assert torch.equal(new.blocks[0].attention.delta, before["blocks.0.attention.delta"])
-    assert [line for line in told if line.startswith("new: blocks.0.attention.delta, ")]
+    assert [line for line in lines if line.startswith("newly initialised: blocks.0.attention.delta, ")]
 
 
-def test_layers_of_labels_and_texts_begin_where_there_were_none(source, tmp_path):
+def test_label_and_text_layers_are_new_where_there_were_none(source, tmp_path):
     run, models = source
-    new, told, before = started(run, classes=3, text_width=5)
+    new, lines, before = started(run, classes=3, text_width=5)
     state, taken = new.state_dict(), models["ema"].state_dict()
     fresh = state.keys() - taken.keys()
     assert {name.split(".")[2 if name.startswith("blocks") else 0] for name in fresh} == {
         "label", "text", "cross_attention"
     }  # fmt: skip
     assert all(torch.equal(state[name], (before if name in fresh else taken)[name]) for name in state)
-    assert any(line.startswith("new: ") and line.endswith(" more") for line in told)
+    assert any(line.startswith("newly initialised: ") and line.endswith(" more") for line in lines)
     fake_checkpoints.write_run(tmp_path / "with", classes=9, text_width=5)
-    new, told, before = started(tmp_path / "with", classes=3)
+    new, lines, before = started(tmp_path / "with", classes=3)
     assert torch.equal(new.label.weight, before["label.weight"])
-    assert "new: label.weight" in told
-    assert [line for line in told if line.startswith("left behind: blocks.0.cross_attention")]
+    assert "newly initialised: label.weight" in lines
+    assert [line for line in lines if line.startswith("not used: blocks.0.cross_attention")]
 
 
-def test_what_comes_from_the_data_stays_the_new_datas(source):
+def test_data_constants_stay_those_of_the_new_data(source):
     run, _ = source
     other = tuple(GateConstants(1.0, 2.0) for _ in fake_checkpoints.SCALES)
-    new, told, _ = started(run, gate_constants=other, latent_mean=(0.1, 0.2, 0.3))
+    new, lines, _ = started(run, gate_constants=other, latent_mean=(0.1, 0.2, 0.3))
     assert new.config.gate_constants == other
-    assert told[1:] == ["latent_mean are those of the new data", "gate_constants are those of the new data"]
+    assert lines[1:] == ["latent_mean are those of the new data", "gate_constants are those of the new data"]
     assert (
         initialize_from.describe_differences(initialize_from.find_weights(run), new.config, "haar")[-1]
         == "the latents are of haar, and were of pixels"
@@ -121,7 +121,7 @@ def test_what_comes_from_the_data_stays_the_new_datas(source):
 
 
 @pytest.mark.parametrize(
-    ("model", "said"),
+    ("model", "message"),
     [
         ({"width": 64}, "model.width is 64 here and 32 there"),
         ({"depth": 3, "patch": 4}, "model.depth is 3 here and 2 there, model.patch is 4 here and 2 there"),
@@ -129,13 +129,13 @@ def test_what_comes_from_the_data_stays_the_new_datas(source):
         ({"mlp_ratio": 2.0}, "model.hidden is 64 here and 128 there"),
     ],
 )
-def test_another_shape_is_refused_by_name(model, said, source):
+def test_other_shapes_are_refused_by_name(model, message, source):
     for place in (source[0], source[0] / "export"):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             started(place, **model)
 
 
-def test_what_holds_no_weights_is_refused(tmp_path):
+def test_folders_without_weights_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"neither a run folder \(config.yaml\) nor an exported one"):
         initialize_from.find_weights(tmp_path)
     fake_checkpoints.write_run(tmp_path / "run")
@@ -144,7 +144,7 @@ def test_what_holds_no_weights_is_refused(tmp_path):
         initialize_from.find_weights(tmp_path / "run")
 
 
-def test_the_start_is_recorded_by_its_whole_path_and_not_changed_on_the_way(monkeypatch, tmp_path):
+def test_init_from_is_recorded_as_absolute_path_and_cannot_change(monkeypatch, tmp_path):
     from msc.pretrain.config import flat, load
 
     monkeypatch.chdir(tmp_path)
@@ -158,7 +158,7 @@ def test_the_start_is_recorded_by_its_whole_path_and_not_changed_on_the_way(monk
         validation.check_same_model(load(resolved, overrides=["train.init_from=/else"]), flat(resolved))
 
 
-def test_a_model_that_is_made_part_by_part_takes_the_same(source):
+def test_a_model_built_part_by_part_takes_the_same_weights(source):
     run, models = source
     config, _ = fake_checkpoints.configured()
     with initialize_from.open_initial_weights(run, config.model, "pixels") as (_, fill):
@@ -166,7 +166,7 @@ def test_a_model_that_is_made_part_by_part_takes_the_same(source):
     assert all(torch.equal(value, models["ema"].state_dict()[name]) for name, value in new.state_dict().items())
 
 
-def test_a_started_model_computes_as_its_source(source):
+def test_initialised_model_computes_the_same_as_its_source(source):
     run, models = source
     new, _, _ = started(run)
     x, t = torch.randn(1, 6, 3, 16, 16), torch.rand(1, 6)  # another frame size and length than its clips have

@@ -1,4 +1,4 @@
-"""Joining the world of processes."""
+"""Process group: the limit of open files."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ except ValueError as error:
 
 @pytest.mark.skipif(resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 4000, reason="few files may be open here")
 @pytest.mark.parametrize(
-    ("soft", "ranks", "said"),
+    ("soft", "ranks", "output"),
     [
         (256, 8, "3000"),
         (3000, 8, "3000"),
         (256, 512, "a process may open 3000 files here (ulimit -Hn), but 512 ranks need 3572: raise the limit"),
     ],
 )
-def test_a_rank_may_open_as_many_files_as_its_world_needs(soft, ranks, said):
-    words = [sys.executable, "-c", PROGRAM, str(soft), "3000", str(ranks)]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith(said)
+def test_open_file_limit_is_raised_to_what_the_ranks_need(soft, ranks, output):
+    command = [sys.executable, "-c", PROGRAM, str(soft), "3000", str(ranks)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(output)

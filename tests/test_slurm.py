@@ -31,6 +31,7 @@ from msc.launch.slurm.job_records import JobRecord
 from msc.launch.slurm.sbatch import JobState
 from msc.launch.slurm.supervisor import Job, decide
 from msc.parallel.console import configure_logging
+from msc.parallel.progress import Progress
 from msc.pretrain.checkpoints import directory as checkpoint_directory
 from msc.pretrain.tracking import heartbeat
 
@@ -258,7 +259,7 @@ def test_job_refuses_a_run_that_is_being_trained(tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     monkeypatch.setattr(supervisor, "run_ranks", lambda job, received: pytest.fail("started"))
     job = Job(("train",), str(run), str(run / "jobs"), "local")
-    with heartbeat.write_heartbeat(run, 2, seconds=0.05):
+    with heartbeat.write_heartbeat(run, 2, Progress(), interval=0.05):
         wait_for(lambda: heartbeat.read(run), seconds=10)
         assert supervisor.run_attempts(job, []) == supervisor.USER_ERROR
     assert f"{run} is being trained: process {os.getpid()} on " in capsys.readouterr().err
@@ -284,7 +285,7 @@ def test_of_two_simultaneous_starts_one_acquires_the_run(tmp_path):
 @pytest.mark.gloo
 def test_all_ranks_end_if_the_run_is_taken(tmp_path):
     """As when somebody began while they were still loading and meeting; the heartbeat stays the other's."""
-    with heartbeat.write_heartbeat(tmp_path, 1):
+    with heartbeat.write_heartbeat(tmp_path, 1, Progress()):
         wait_for(lambda: heartbeat.read(tmp_path), seconds=10)
         errors = run_ranks(claim_run_folder.as_one_run, 2, tmp_path)
         assert errors[0] == errors[1] and f"is being trained: process {os.getpid()} on " in errors[0]
@@ -298,7 +299,7 @@ def test_run_that_ended_or_was_killed_may_resume(last, tmp_path):
     """Ended by itself; long silent; killed on this machine; and on another, where only waiting tells."""
     here = {"time": time.time(), "phase": "report", "host": socket.gethostname(), "pid": os.getpid(), "step": 3}
     (tmp_path / "heartbeat.json").write_text(json.dumps(here | last))
-    heartbeat.check_not_training(tmp_path, print, seconds=0.05)
+    heartbeat.check_not_training(tmp_path, interval=0.05)
 
 
 def test_job_id_of_an_array_part():
@@ -632,15 +633,16 @@ def test_status_table_row():
 
 
 def test_heartbeat_shows_phase_and_end(tmp_path):
-    with heartbeat.write_heartbeat(tmp_path / "run", 2, seconds=0.05) as at:
+    progress = Progress()
+    with heartbeat.write_heartbeat(tmp_path / "run", 2, progress, interval=0.05):
         wait_for(lambda: heartbeat.read(tmp_path / "run").get("phase") == "starting", seconds=10)
-        at(3, "reading clips")
+        progress.at(3, "reading clips")
         wait_for(lambda: heartbeat.read(tmp_path / "run")["phase"] == "reading clips", seconds=10)
         last = heartbeat.read(tmp_path / "run")
         assert (last["step"], last["ranks"]) == (3, 2) and abs(last["since"] - time.time()) < 5
     assert heartbeat.read(tmp_path / "run")["phase"] == heartbeat.ENDED
-    with heartbeat.write_heartbeat(None, 2) as at:
-        at(1, "nothing")
+    with heartbeat.write_heartbeat(None, 2, progress):
+        progress.at(1, "nothing")
     assert heartbeat.read(tmp_path) == {}
 
 

@@ -19,6 +19,7 @@ from msc.pretrain.checkpoints.rollback import (
     roll_back,
     too_many_skipped_message,
 )
+from msc.pretrain.run_folder import RunFolder
 from msc.pretrain.tracking.spike_guard import GuardConfig, History, skip_reason, updated_history
 
 RULE = GuardConfig(sigma=4, window=16)
@@ -68,9 +69,9 @@ def test_a_rule_that_refuses_good_steps_is_refused(sigma):
 def made_run(run, steps, clock_of_last_report, refused=()):
     """A run folder with checkpoints of these steps, four clips a step."""
     for step in steps:
-        path = checkpoint_directory.checkpoints_dir(run) / checkpoint_directory.checkpoint_name(step)
+        path = RunFolder(run).checkpoints / checkpoint_directory.checkpoint_name(step)
         path.mkdir(parents=True)
-        (path / "meta.json").write_text(checkpoint_directory.CheckpointMeta(step, 4 * step).to_json())
+        checkpoint_directory.CheckpointMeta(step, 4 * step).write(path)
     (run / "log.jsonl").write_text(json.dumps({"step": 1, "clock": clock_of_last_report}) + "\n")
     lines = [{"step": c // 4 + 1, "clock": c, "batch": 4, "clips": [{"sample": c}]} for c in refused]
     (run / "skipped.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -92,8 +93,9 @@ def test_a_rollback_leaves_out_everything_since(reported, refused, until, tmp_pa
     assert [checkpoint_directory.step_of(path) for path in checkpoint_directory.resume_candidates(tmp_path)] == [4]
 
 
-def test_the_same_rollback_only_happens_again_if_told_so(tmp_path, capfd, monkeypatch):
+def test_the_same_rollback_only_happens_again_if_told_so(tmp_path, caplog, monkeypatch):
     """Also where it was cut short, and where the checkpoint has been pruned since."""
+    caplog.set_level("INFO")
     made_run(tmp_path, (4, 10), 60)
     with monkeypatch.context() as patched, pytest.raises(OSError, match="power"):
         patched.setattr(checkpoint_directory, "rename_aside", lambda *_: (_ for _ in ()).throw(OSError("power cut")))
@@ -104,7 +106,7 @@ def test_the_same_rollback_only_happens_again_if_told_so(tmp_path, capfd, monkey
     for wanted in ("4", str(checkpoint_directory.find(tmp_path, "4"))):
         roll_back(tmp_path, wanted)
     assert read_excluded_ranges(tmp_path) == [(16, 60)] and len(checkpoint_directory.list_checkpoints(tmp_path)) == 3
-    assert capfd.readouterr().err.count("goes on from the newest checkpoint; --again") == 2
+    assert caplog.text.count("resuming from the newest; --again") == 2
     checkpoint_directory.set_latest(tmp_path, checkpoint_directory.find(tmp_path, "16"))
     assert "--rollback N, N one of 16, 12, 4 (--again for" in too_many_skipped_message(tmp_path, 19, 2, "loss nan")
     roll_back(tmp_path, "12")
@@ -130,9 +132,9 @@ def test_ranges_that_are_left_out():
 def test_a_step_that_is_not_taken_changes_nothing(cases):
     """NaN on one rank, then an objection to a finite norm: weights, moments, averages as if the steps never were."""
     for results in run_ranks(spoiled_on_a_rank, 2, cases):
-        for case, (with_them, without, told) in zip(cases, results, strict=True):
-            assert [bool(why) for _, why in told] == [False, True, True, False], case
-            assert not math.isfinite(told[1][0]) and told[2][0] > 0, case
+        for case, (with_them, without, outcomes) in zip(cases, results, strict=True):
+            assert [bool(why) for _, why in outcomes] == [False, True, True, False], case
+            assert not math.isfinite(outcomes[1][0]) and outcomes[2][0] > 0, case
             assert with_them.keys() == without.keys() and len(without) > 4, case
             for name, value in without.items():
                 assert torch.equal(with_them[name], value), (case, name)

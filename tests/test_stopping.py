@@ -22,6 +22,7 @@ from test_tracking import free_port, server
 from test_training import SMALL, curve, final_weights, room, shards, wait_for  # noqa: F401
 
 from msc.pretrain.checkpoints import directory as checkpoint_directory
+from msc.pretrain.run_folder import RunFolder
 from msc.pretrain.tracking.mlflow_store import read_identity
 
 
@@ -68,7 +69,7 @@ class Run:
         return steps
 
     def writing(self) -> bool:
-        return any(checkpoint_directory.checkpoints_dir(self.run).glob(".step-*.writing*"))
+        return any(RunFolder(self.run).checkpoints.glob(".step-*.writing*"))
 
 
 def kill_all(launcher: subprocess.Popen[str], chance: random.Random) -> None:
@@ -138,7 +139,7 @@ def test_killed_twenty_times_and_the_same_run(shards, tmp_path):
 def test_nan_on_one_rank_costs_that_step_and_nothing_else(shards, tmp_path):
     run = Run(tmp_path, shards, "data.workers=1", steps=8, nan=[1, [8, 20]])
     said = run.go()
-    assert "step 3 is not taken: loss nan" in said and "step 6 is not taken: loss nan" in said
+    assert "step 3 is skipped: loss nan" in said and "step 6 is skipped: loss nan" in said
     lines = [json.loads(line) for line in (run.run / "log.jsonl").read_text().splitlines()]
     assert [line["skipped"] for line in lines] == [0, 0, 1, 1, 1, 2, 2, 2]
     assert [line["clock"] for line in lines] == list(range(4, 36, 4)), "the sample clock goes on"
@@ -155,7 +156,7 @@ def test_too_many_in_a_row_stop_the_run_and_a_rollback_leaves_out_all_since(shar
     run = Run(tmp_path, shards, "guard.stop_after=3", "checkpoint.keep=9", steps=12, sp=2, nan=[1, [16, 20, 24]])
     said = run.go(code=65)
     samples = [sample for line in run.consumed() if line.get("clock") in (16, 20, 24) for sample in line["samples"]]
-    assert "3 steps in a row were not taken" in said and "Traceback" not in said
+    assert "3 steps in a row were skipped" in said and "Traceback" not in said
     assert all(re.search(rf"Samples: .*\b{sample}\b", said) for sample in samples)
     assert f"msc train --run {run.run} --rollback N, N one of 6, 4, 2" in said
     newest = checkpoint_directory.latest(run.run)
@@ -163,16 +164,16 @@ def test_too_many_in_a_row_stop_the_run_and_a_rollback_leaves_out_all_since(shar
     assert run.go("--rollback", "5", code=2).startswith("msc: 5 is not a checkpoint of")
 
     said = run.go("--rollback", "2")
-    assert "back to step 2; clips left out from now on, by sample clock: 8-27; 2 later checkpoints" in said
+    assert "rolled back to step 2; excluded clips, by sample clock: 8-27; 2 later checkpoints" in said
     assert json.loads((run.run / "left_out.json").read_text()) == {"clips": [[8, 28]], "back_to": "step-00000002"}
     meta = checkpoint_directory.CheckpointMeta.read(checkpoint_directory.latest(run.run))
     assert (meta.step, meta.clock, meta.adam_steps, meta.guard["skipped"]) == (12, 48, 7, 0)
-    assert (checkpoint_directory.checkpoints_dir(run.run) / "undone-step-00000006").is_dir()
+    assert (RunFolder(run.run).checkpoints / "undone-step-00000006").is_dir()
 
     expected = final_weights(run.run)  # the same command again only resumes, and leaves out the same
     checkpoint_directory.set_latest(run.run, checkpoint_directory.find(run.run, "2"))
     said = run.go("--rollback", "2")
-    assert "goes on from the newest checkpoint" in said and "not taken" not in said
+    assert "resuming from the newest" in said and "is skipped" not in said
     assert all(torch.equal(value, expected[name]) for name, value in final_weights(run.run).items())
 
 
@@ -189,14 +190,14 @@ def test_a_rank_is_lost_while_a_checkpoint_is_written(shards, tmp_path):
                 for name, value in {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}.items():
                     patched.setenv(name, value)
                 ranks.append(run.start())
-        wait_for(
-            lambda: len(list(checkpoint_directory.checkpoints_dir(run.run).glob(".step-*/rank-*"))) == 2, every=0.01
-        )
+        wait_for(lambda: len(list(RunFolder(run.run).checkpoints.glob(".step-*/rank-*"))) == 2, every=0.01)
         ranks[1].kill()
         began = time.monotonic()
         said, _ = ranks[0].communicate(timeout=100)
         assert time.monotonic() - began < 30 and ranks[0].returncode == 1, said
-        assert re.search(r"msc: rank 0: rank 1 \(process \d+ on .*\) is silent, last heard of in step", said), said
+        assert re.search(
+            r"msc: (rank 0: )?rank 1 \(process \d+ on .*\) is silent, its last heartbeat was in step", said
+        ), said
     finally:
         for rank in ranks:
             rank.kill()
@@ -219,7 +220,7 @@ def test_damaged_checkpoints_cost_time_and_no_data(shards, tmp_path):
     seven.write_bytes(content)
     six.unlink()
     said = run.go()
-    assert said.count("training goes on from step-00000002") == 3
+    assert said.count("training resumes from step-00000002") == 3
     for name in ("bytes", "does not match its checksum", "is missing"):
         assert name in said
     assert torch.equal(curve(run.run), lines) and checkpoint_directory.latest(run.run).name == "step-00000008"
@@ -272,7 +273,7 @@ def test_a_full_disk(shards, tmp_path):
     run = Run(tmp_path, shards, "checkpoint.keep=1", processes=1, steps=8)
     Run(tmp_path / "whole", shards, processes=1, steps=8).go()
     size = sum(file.stat().st_size for file in checkpoint_directory.latest(tmp_path / "whole" / "run").iterdir())
-    disk = checkpoint_directory.checkpoints_dir(run.run)
+    disk = RunFolder(run.run).checkpoints
     subprocess.run(["mkdir", "-p", disk], check=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(1.5 * size)}", "tmpfs", disk], check=True)
     (run.run / "config.yaml").touch()

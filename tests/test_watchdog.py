@@ -1,4 +1,4 @@
-"""A rank that is lost, stuck or different: the others end in time, each with one line that names it."""
+"""Watchdog and consistency check: a lost, stuck or different rank is named, and the others end in time."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from gloo_ranks import free_port
 
 from msc.parallel import control_plane, watchdog
 from msc.parallel.consistency import inconsistencies, source_digest
+from msc.parallel.progress import Progress
 from msc.parallel.watchdog import RankStatus, Watchdog, diagnose
 
 TIMEOUT = 4.0
-SLACK = 8.0  # seconds: the beats to be compared, the grace, a busy machine
-SAID = {
-    "killed": r"rank 1 \(process \d+ on .*\) is silent, last heard of in step 3, reading clips",
-    "stopped": r"rank 1 \(process \d+ on .*\) is silent, last heard of in step 3, reading clips",
-    "held": r"rank 1 \(process \d+ on .*\) is silent, last heard of in step 3, reading clips",
-    "stuck": r"rank 1 \(process \d+ on .*\) is alive but stays behind in step 3, reading clips",
+SLACK = 8.0  # seconds: two heartbeats to compare, the grace, a busy machine
+DIAGNOSES = {
+    "killed": r"rank 1 \(process \d+ on .*\) is silent, its last heartbeat was in step 3, reading clips",
+    "stopped": r"rank 1 \(process \d+ on .*\) is silent, its last heartbeat was in step 3, reading clips",
+    "held": r"rank 1 \(process \d+ on .*\) is silent, its last heartbeat was in step 3, reading clips",
+    "stuck": r"rank 1 \(process \d+ on .*\) is alive but lags behind in step 3, reading clips",
     "failed": r"rank 1 \(process \d+ on .*\) failed in step 3, reading clips: ValueError: clip 17 is broken",
 }
 
@@ -44,24 +45,24 @@ def start(what, ranks=3):
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("what", [pytest.param(w, marks=pytest.mark.slow if w == "held" else ()) for w in SAID])
-def test_the_others_end_in_time_and_name_the_rank(what):
+@pytest.mark.parametrize("what", [pytest.param(w, marks=pytest.mark.slow if w == "held" else ()) for w in DIAGNOSES])
+def test_other_ranks_end_in_time_and_name_the_rank(what):
     processes = start(what)
     try:
         began = float(processes[1].stdout.readline().removeprefix("at "))
         for rank in (0, 2):
-            _, said = processes[rank].communicate(timeout=60)
+            _, stderr = processes[rank].communicate(timeout=60)
             assert processes[rank].returncode == 1
-            *stacks, line = said.splitlines()
-            assert bool(stacks) == (what == "stuck"), said
-            assert re.match(f"msc: rank {rank}: {SAID[what]}; waited for in step 3, backward", line), said
+            *stacks, line = stderr.splitlines()
+            assert bool(stacks) == (what == "stuck"), stderr
+            assert re.match(f"msc: {DIAGNOSES[what]}; this rank waited in step 3, backward", line), stderr
         if what == "held":
             processes[1].kill()
             assert re.search(r"Timeout \(0:00:04\)!(.*\n)*.* in happen", processes[1].communicate()[1])
-        if what == "stuck":  # and every rank says where it stood
+        if what == "stuck":  # every rank writes its stack
             assert any("all_reduce" in line for line in stacks)
-            _, said = processes[1].communicate(timeout=60)
-            assert re.search(r"rank 1 .* stays behind.*(\n.*)*, line \d+ in happen", said), said
+            _, stderr = processes[1].communicate(timeout=60)
+            assert re.search(r"rank 1 .* lags behind.*(\n.*)*, line \d+ in happen", stderr), stderr
         assert time.time() - began < TIMEOUT + SLACK
     finally:
         for process in processes:
@@ -70,26 +71,27 @@ def test_the_others_end_in_time_and_name_the_rank(what):
 
 
 @pytest.mark.gloo
-def test_a_phase_longer_than_the_timeout_goes_on():
+def test_a_phase_may_be_longer_than_the_timeout():
     for process in start("slow"):
-        _, said = process.communicate(timeout=60)
-        assert (process.returncode, said) == (0, "")
+        _, stderr = process.communicate(timeout=60)
+        assert (process.returncode, stderr) == (0, "")
 
 
 LEAVES = """
 import os, time
 import torch.distributed as dist
+from msc.parallel.progress import Progress
 from msc.parallel.watchdog import watch_ranks
 store = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=True, wait_for_workers=False)
-with watch_ranks(0, 2, 60.0) as at:
-    at.__self__.interval = 0.0  # from the second beat on its thread does nothing but ask the store
+with watch_ranks(0, 2, 60.0, Progress()) as watchdog:
+    watchdog.interval = 0.0  # from the second heartbeat on its thread only reads the store
     time.sleep(1.3)
 """
 
 
 @pytest.mark.gloo
-def test_a_process_ends_in_order_while_its_watch_asks_the_store():
-    """A thread that Python's end finds in the store's C++ code aborts the process; it did about once in eight."""
+def test_process_exits_cleanly_while_its_watchdog_reads_the_store():
+    """A thread in the store's C++ code when Python exits aborts the process, once in eight times before."""
     for _ in range(3):
         environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         done = subprocess.run([sys.executable, "-c", LEAVES], env=environment, capture_output=True, text=True)
@@ -97,39 +99,42 @@ def test_a_process_ends_in_order_while_its_watch_asks_the_store():
 
 
 STALLS = """
-import sys, time
-from pathlib import Path
-from msc.pretrain.tracking.heartbeat import write_heartbeat
-with write_heartbeat(Path(sys.argv[1]), 1, seconds=0.1, stall=1.5) as at:
+import time
+from msc.parallel.console import configure_logging
+from msc.parallel.progress import Progress
+from msc.parallel.watchdog import watch_ranks
+configure_logging()
+progress = Progress()
+with watch_ranks(0, 1, 2.0, progress, stall=1.5):
     for step in range(3):
-        at(step, "forward and backward")
+        progress.at(step, "forward and backward")
         time.sleep(0.8)
-    at(7, "reading clips")
+    progress.at(7, "reading clips")
     time.sleep(60)
 """
 
 
-def test_a_run_in_which_nothing_moves_ends_with_its_stacks(tmp_path):
+def test_stalled_process_ends_with_its_stacks():
     began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", STALLS, tmp_path], capture_output=True, text=True, timeout=50)
+    done = subprocess.run([sys.executable, "-c", STALLS], capture_output=True, text=True, timeout=50)
     assert done.returncode == 1
-    said = "msc: rank 0: nothing has moved for 1.5 s (parallel.stall) in step 7, reading clips; the run ends"
-    assert done.stderr.startswith(said)
-    assert "line 10 in <module>" in done.stderr
+    message = "msc: no progress for 1.5 s (parallel.stall) in step 7, reading clips; the run ends"
+    assert done.stderr.startswith(message)
+    assert "line 13 in <module>" in done.stderr
     assert 3 < time.monotonic() - began < 30
 
 
 class Store(dist.HashStore):
     """200 ranks in one long phase, all alive. A request takes 50 ms and `per_key` seconds more for each key that is
-    read; none is answered while `mute`. most: keys read at once."""
+    read; none is answered while `silent`. most: keys read at once."""
 
     def __init__(self, per_key):
         super().__init__()
-        self.per_key, self.mute, self.most = per_key, threading.Event(), 0
+        self.per_key, self.silent, self.most = per_key, threading.Event(), 0
 
     def _wait(self, keys=0):
         time.sleep(0.05 + self.per_key * keys)
-        while self.mute.is_set():
+        while self.silent.is_set():
             time.sleep(0.1)
 
     def set(self, key, value):
@@ -137,83 +142,84 @@ class Store(dist.HashStore):
 
     def check(self, keys):
         self._wait()
-        return keys != [watchdog.VERDICT]
+        return keys != [watchdog.DIAGNOSIS]
 
     def multi_get(self, keys):
         self.most = max(self.most, len(keys))
         self._wait(len(keys))
         ranks = [int(key.rsplit("/", 1)[1]) for key in keys]
-        return [
-            json.dumps(asdict(RankStatus(r, "host", 7, count=1, beat=time.monotonic_ns(), stood=9.0))) for r in ranks
-        ]
+        return [json.dumps(asdict(RankStatus(r, "host", 7, 0, "long", 1, time.monotonic_ns(), 9.0))) for r in ranks]
 
     def get(self, key):
         return self.multi_get([key])[0]
 
 
-def test_a_slow_store_ends_nobody_before_it_is_mute_for_the_timeout(monkeypatch):
-    """Three cases side by side; the second store takes 2.5 s for all ranks: longer than a judge waits."""
+def test_a_slow_store_ends_no_rank_before_the_timeout(monkeypatch):
+    """Three cases side by side; the second store takes 2.5 s for all ranks: longer than a rank waits for it."""
     cases = [(0, Store(0.0)), (0, Store(0.0125)), (7, Store(0.0))]
     stopped = {}
     monkeypatch.setattr(watchdog, "GRACE", 0.0)
-    monkeypatch.setattr(Watchdog, "_stop", lambda self, found: stopped.setdefault(self, (found, time.monotonic())))
-    watches = []
+    monkeypatch.setattr(
+        Watchdog, "_end_process", lambda self, message: stopped.setdefault(self, (message, time.monotonic()))
+    )
+    watchdogs = []
     for rank, store in cases:
-        monkeypatch.setattr(control_plane, "open_store", lambda timeout, store=store: store)
-        watches.append(Watchdog(rank, 200, 3.0))
-        watches[-1].at(0, "long")
+        monkeypatch.setattr(control_plane, "connect_store", lambda timeout, store=store: store)
+        progress = Progress()
+        watchdogs.append(Watchdog(rank, 200, 3.0, progress))
+        progress.at(0, "long")
     time.sleep(7.5)  # all ranks are late, and rank 0 has tried to read them twice
     assert not stopped
     assert [store.most for _, store in cases] == [200, 200, 1]
     for _, store in cases:
-        store.mute.set()
+        store.silent.set()
     began = time.monotonic()
     time.sleep(4.5)
     for _, store in cases:
-        store.mute.clear()
-    for watched in watches:
-        watched.end()
-    assert not any(thread.name == "watch" for thread in threading.enumerate())
-    for watched in watches:
-        found, at = stopped[watched]
-        assert found == watchdog.UNANSWERED
+        store.silent.clear()
+    for each in watchdogs:
+        each.stop()
+    assert not any(thread.name == "watchdog" for thread in threading.enumerate())
+    for each in watchdogs:
+        message, at = stopped[each]
+        assert message.startswith(watchdog.STORE_LOST)
         assert at - began > 2.0
 
 
 @pytest.mark.gloo
-def test_ranks_that_differ_are_named_before_anything_starts():
+def test_consistency_check_names_the_different_rank():
     for process in start("differ"):
-        _, said = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=60)
         assert process.returncode == 1
-        assert said == "msc: the ranks do not run the same: rank 1 has optimizer.lr = 0.2, rank 0 has 0.1\n"
+        assert stderr == "msc: the ranks do not run the same: rank 1 has optimizer.lr = 0.2, rank 0 has 0.1\n"
 
 
-def test_the_majority_is_right():
+def test_inconsistencies_are_against_the_majority():
     facts = [{"a": 1, "b": 2}, {"a": 3, "b": 2}, {"a": 3}]
     assert inconsistencies(facts) == ["rank 0 has a = 1, rank 1 has 3", "rank 2 has b = None, rank 0 has 2"]
     assert inconsistencies([{"a": 1}] * 4) == []
 
 
-def test_the_code_that_ranks_compare_is_what_is_in_its_files(tmp_path):
-    found = []
+def test_source_digest_depends_on_python_files(tmp_path):
+    digests = []
     for name, text in (("a.py", "x = 1"), ("a.py", "x = 2"), ("b.py", "x = 2"), ("deep/er.py", ""), ("notes.txt", "")):
         path = tmp_path / "code" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-        found.append(source_digest([tmp_path / "code"]))
-    assert len(set(found)) == 4 and found[-1] == found[-2]
+        digests.append(source_digest([tmp_path / "code"]))
+    assert len(set(digests)) == 4 and digests[-1] == digests[-2]
 
 
-def test_a_verdict_names_the_silent_before_the_slow():
-    def place(rank, count, beat, stood=9.0):
-        return RankStatus(rank, "host", 7, 1, "here", count, beat, stood)
+def test_diagnosis_names_silent_before_lagging_ranks():
+    def status(rank, phases, heartbeat, seconds=9.0):
+        return RankStatus(rank, "host", 7, 1, "here", phases, heartbeat, seconds)
 
-    before = {0: place(0, 5, 1), 1: place(1, 4, 1), 2: place(2, 5, 1)}
-    alive = {rank: place(rank, p.count, 2) for rank, p in before.items()}
-    assert diagnose(0, before, alive, 3, 8.0) == "rank 1 (process 7 on host) is alive but stays behind in step 1, here"
-    assert diagnose(1, before, alive, 3, 8.0) == ""  # not of itself
-    assert diagnose(0, before, alive, 3, 10.0) == ""  # nobody has waited so long
+    before = {0: status(0, 5, 1), 1: status(1, 4, 1), 2: status(2, 5, 1)}
+    alive = {rank: status(rank, p.phases, 2) for rank, p in before.items()}
+    assert diagnose(0, before, alive, 3, 8.0) == "rank 1 (process 7 on host) is alive but lags behind in step 1, here"
+    assert diagnose(1, before, alive, 3, 8.0) == ""  # a rank is not its own cause
+    assert diagnose(0, before, alive, 3, 10.0) == ""  # no rank has waited so long
     assert diagnose(0, before, {**alive, 2: before[2]}, 3, 8.0).startswith("rank 2 (process 7 on host) is silent")
     assert diagnose(2, before, {**alive, 2: before[2]}, 3, 10.0) == ""
-    assert diagnose(0, before, alive, 4, 8.0) == "rank 3 has never been heard of"
-    assert diagnose(0, before, {rank: place(rank, 5, 2) for rank in before}, 3, 8.0) == ""
+    assert diagnose(0, before, alive, 4, 8.0) == "rank 3 has never sent a heartbeat"
+    assert diagnose(0, before, {rank: status(rank, 5, 2) for rank in before}, 3, 8.0) == ""

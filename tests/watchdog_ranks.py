@@ -1,4 +1,4 @@
-"""A rank that takes steps with the others until something happens to one of them; started by test_watchdog.py."""
+"""Rank program of test_watchdog.py: takes steps with the other ranks until a fault on rank 1."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from msc.parallel import process_group, watchdog
 from msc.parallel.consistency import check_consistency
+from msc.parallel.progress import Progress
 from msc.parallel.watchdog import watch_ranks
 
 
@@ -22,19 +23,20 @@ def main(what: str, timeout: float) -> None:
         watchdog.GRACE = 0.5
     world = process_group.join_process_group(60)
     group = dist.new_group(timeout=timedelta(seconds=timeout))
-    with watch_ranks(world.rank, world.world_size, timeout) as at:
+    progress = Progress()
+    with watch_ranks(world.rank, world.world_size, timeout, progress):
         check_consistency(
             {"optimizer.lr": 0.2 if what == "differ" and world.rank == 1 else 0.1, "torch": torch.__version__}
         )
         for step in range(1000):
-            at(step, "reading clips")
+            progress.at(step, "reading clips")
             if world.rank == 1 and step == 3:
-                time.sleep(1.0)  # a beat, which tells the others that we got here
+                time.sleep(1.0)  # a heartbeat, so that the others know this step
                 print(f"at {time.time()}", flush=True)
                 happen(what)
-            if what == "slow" and step == 1:  # longer than the timeout and the grace, but nobody waits so long
+            if what == "slow" and step == 1:  # longer than the timeout and the grace, but no rank waits so long
                 time.sleep(timeout + (4.5 if world.rank == 0 else 2.5))
-            at(step, "backward")
+            progress.at(step, "backward")
             dist.all_reduce(torch.ones(1), group=group)
             if what == "slow" and step == 2:
                 break

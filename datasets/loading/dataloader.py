@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate, default_convert
 
 from ..errors import DeterministicFailure
 from .mixture import Shards, Stream, batches_per_round, stream_slots
@@ -66,16 +66,15 @@ class Batch:
 
 
 class _StreamReader:
-    """The clips of one stream: their shuffling and their reader."""
+    """One stream with its reader and its shuffling."""
 
     def __init__(self, stream: Stream, frames: Frames | None, seed: int, shuffle: bool, window: int) -> None:
         self.stream, self.reader = stream, ShardReader(stream.place, stream.index, stream.split, frames)
-        self.sample_at: Callable[[int], tuple[int, int]]
-        if shuffle and window:
-            counts = [shard.samples for shard in stream.index.splits[stream.split]]
-            self.sample_at = WindowShuffle(counts, window, seed)
-        else:
-            self.sample_at = partial(sample_at, samples=stream.clips, seed=seed, shuffle=shuffle)
+        counts = [shard.samples for shard in stream.index.splits[stream.split]]
+        self.sample_at: Callable[[int], tuple[int, int]] = (
+            WindowShuffle(counts, window, seed) if shuffle and window
+            else partial(sample_at, samples=stream.clips, seed=seed, shuffle=shuffle)
+        )  # fmt: skip
 
 
 class _Batches(Dataset):
@@ -200,8 +199,8 @@ def loader(
     dataset = _Batches(shards, split, frames or [None] * len(shards.shapes), seed, shuffle, window, max_bad, draw)
     data_loader = DataLoader(
         dataset,
-        batch_sampler=_positions(clock, clips, rank, ranks, stop, batches, seed),  # type: ignore[arg-type]
-        collate_fn=_as_it_is,
+        batch_sampler=_positions(clock, clips, rank, ranks, stop, batches, seed),
+        collate_fn=default_convert,
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
         pin_memory=torch.cuda.is_available(),
@@ -262,10 +261,6 @@ def _checked(data_loader: DataLoader, dataset: _Batches) -> Generator[Batch, Non
 def _close(reference: "weakref.ref[Generator[Batch, None, None]]") -> None:
     if (generator := reference()) is not None:
         generator.close()
-
-
-def _as_it_is(batch: Batch) -> Batch:
-    return batch
 
 
 def _start_worker(_: int) -> None:

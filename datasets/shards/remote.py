@@ -83,24 +83,18 @@ class RemoteShards:
         for schemes read by a command, which have no cheap way to ask."""
         if urlsplit(self.url).scheme in COMMANDS:
             return
+
+        def check_size(shard: ShardInfo) -> None:
+            url = self.url_of(shard.name)
+            with _retry(url, lambda: _open(request.Request(url, method="HEAD"), self.timeout)) as response:
+                size = response.headers.get("Content-Length", "")
+            if size.isdecimal() and int(size) != shard.bytes:
+                raise ValueError(
+                    f"shard {redact_url(url)} has {size} bytes, its index says {shard.bytes}: it has changed since"
+                )
+
         with ThreadPoolExecutor(16) as pool:
-            for shard, size in zip(index.shards, pool.map(self._remote_size, index.shards), strict=True):
-                if size is not None and size != shard.bytes:
-                    raise ValueError(
-                        f"shard {redact_url(self.url_of(shard.name))} has {size} bytes, its index says {shard.bytes}: "
-                        "it has changed since"
-                    )
-
-    def _remote_size(self, shard: ShardInfo) -> int | None:
-        """As the server says, or None."""
-        url = self.url_of(shard.name)
-
-        def head() -> int | None:
-            with _open(request.Request(url, method="HEAD"), self.timeout) as response:
-                length = response.headers.get("Content-Length", "")
-                return int(length) if length.isdecimal() else None
-
-        return _retry(url, head)
+            list(pool.map(check_size, index.shards))
 
     def fetch(self, shard: ShardInfo) -> Path:
         """The shard in the cache, downloaded if it is not there; safe from several processes at once.

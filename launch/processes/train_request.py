@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,12 +55,11 @@ class TrainRequest:
 
     def command_line(self) -> list[str]:
         """The arguments of `msc` that ask for the same."""
-        options = {"--preset": self.preset, "--rollback": self.rollback, "--plan": self.plan}
-        options["--processes"] = self.processes
+        names = ("preset", "rollback", "plan", "processes")
+        options = [(f"--{name}", str(value)) for name in names if (value := getattr(self, name)) is not None]
         switches = [f"--{name}" for name in ("resume", "again") if getattr(self, name)]
-        values = [str(part) for option, value in options.items() if value is not None for part in (option, value)]
         config = [str(self.config)] if self.config else []
-        return ["train", *switches, "--run", str(self.run), *values, *config, *self.overrides]
+        return ["train", *switches, "--run", str(self.run), *chain(*options), *config, *self.overrides]
 
     def resolve(self) -> Config:
         """The configuration, not yet checked against its shards; of a run that resumes its own, if no other is named.

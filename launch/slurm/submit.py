@@ -54,8 +54,7 @@ def submit_command(
     else:
         check_run(folder)
         jobs = folder / "jobs"
-    resume = shlex.join(["msc", "submit", *job_request.options(), *arguments])
-    job = make_job(arguments, folder, jobs, job_request, config, resume, part)
+    job = make_job(arguments, folder, jobs, job_request, config, part)
     return start_job(job, job_request, config, f"{command}-{folder.name}")
 
 
@@ -68,8 +67,7 @@ def submit_evaluations(runs: Sequence[Path], options: Sequence[str], job_request
     for run in map(Path.absolute, runs):
         check_run(run)
         arguments = ["evaluate", str(run), *options]
-        resume = shlex.join(["msc", "submit", *job_request.options(), *arguments])
-        jobs.append(make_job(arguments, run, run / "jobs", job_request, config, resume))
+        jobs.append(make_job(arguments, run, run / "jobs", job_request, config))
     record = submit_array(jobs, Path(jobs[0].jobs), job_request, config, "evaluate")
     for job, part_record in zip(jobs, part_records(record, jobs), strict=True):
         job_records.write_record(Path(job.jobs), part_record)
@@ -120,25 +118,29 @@ def prepare_training(
     if request.plan:
         read_planned_step(request.plan)  # may it be read?
     resolved = validation.validate(resolved, run, request.resumes, job_request.tasks)
-    heartbeat.check_not_training(run, log.info)
+    heartbeat.check_not_training(run)
     run.mkdir(parents=True, exist_ok=True)
     write_atomically(RunFolder(run).config, dump(resolved).encode())
     plan = request.plan.absolute() if request.plan else None
     every_start = TrainRequest(run, resume=True, rollback=request.rollback, plan=plan)
-    by_hand = replace(every_start, rollback=None).command_line()
-    resume = shlex.join(["msc", "submit", *job_request.options(), *by_hand[1:]])
-    return make_job(every_start.command_line(), run, run / "jobs", job_request, config, resume)
+    job = make_job(every_start.command_line(), run, run / "jobs", job_request, config)
+    resume_command = submit_command_line(job_request, replace(every_start, rollback=None).command_line()[1:])
+    return replace(job, resume_command=resume_command)
 
 
 def make_job(
     arguments: Sequence[str], folder: Path, jobs: Path, job_request: JobRequest, config: ClusterConfig,
-    resume_command: str, part: tuple[int, int] | None = None,
+    part: tuple[int, int] | None = None,
 ) -> Job:  # fmt: skip
     return Job(
         tuple(arguments), str(folder), str(jobs), job_request.cluster, job_request.tasks, config.starts,
-        config.python or sys.executable, config.container, config.srun, tuple(code_version().items()), resume_command,
-        part,
+        config.python or sys.executable, config.container, config.srun, tuple(code_version().items()),
+        submit_command_line(job_request, arguments), part,
     )  # fmt: skip
+
+
+def submit_command_line(job_request: JobRequest, arguments: Sequence[str]) -> str:
+    return shlex.join(["msc", "submit", *job_request.options(), *arguments])
 
 
 def active_records(records: Sequence[JobRecord]) -> list[JobRecord]:

@@ -95,7 +95,7 @@ def run_attempts(job: Job, received: list[int]) -> int:
     warn_of_changed_code(job)
     try:
         if job.trains:
-            heartbeat.check_not_training(Path(job.folder), log.info)
+            heartbeat.check_not_training(Path(job.folder))
     except ValueError as error:  # its MLflow run is not ours to end, either
         log.error(f"{error}. This job ends without a start")
         return USER_ERROR

@@ -1,9 +1,9 @@
-"""Which checkpoints a run has, whether they are whole, and which goes next: files only, nothing of tensors.
+"""Checkpoint directory of a run: which checkpoints it has, their facts and checksums; publishing and pruning them.
 
 run/checkpoints/step-00000500/   rank-00000.safetensors ...  meta.json
-run/checkpoints/latest           the name of the newest one that training goes on from
-run/checkpoints/damaged-step-…   found damaged by a resumed run, which went on from the one before
-run/checkpoints/undone-step-…    left behind by `msc train --rollback`
+run/checkpoints/latest           the name of the newest one to resume from
+run/checkpoints/damaged-step-…   renamed by a resumed run, which continued from an older one
+run/checkpoints/undone-step-…    renamed by `msc train --rollback`
 """
 
 from __future__ import annotations
@@ -19,66 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from msc.datasets.files import sha256_of, sync_folder, write_atomically
+from msc.datasets.text_table import text_table
+
+from ..run_folder import RunFolder
 
 FORMAT = 2  # 1: rotary embedding paired other channels of a head, so that its weights would compute something else
 NAME = re.compile(r"step-\d{8,}")
-
-
-def checkpoints_dir(run: Path) -> Path:
-    return run / "checkpoints"
-
-
-def checkpoint_name(step: int) -> str:
-    return f"step-{step:08d}"
-
-
-def step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
-
-
-def list_checkpoints(run: Path) -> list[Path]:
-    """All published checkpoints, oldest first, whole or not."""
-    there = checkpoints_dir(run).glob("step-*") if checkpoints_dir(run).is_dir() else ()
-    return sorted((path for path in there if NAME.fullmatch(path.name)), key=step_of)
-
-
-def resume_candidates(run: Path) -> list[Path]:
-    """What training may go on from, best first: the one that `latest` names, then ever older ones."""
-    pointer = checkpoints_dir(run) / "latest"
-    named = pointer.read_text().strip() if pointer.is_file() else ""
-    newest = int(named.removeprefix("step-")) if NAME.fullmatch(named) else None
-    return [path for path in reversed(list_checkpoints(run)) if newest is None or step_of(path) <= newest]
-
-
-def latest(run: Path) -> Path | None:
-    """The checkpoint that `latest` names, None where there is none; ValueError if it is not complete."""
-    pointer = checkpoints_dir(run) / "latest"
-    if not pointer.is_file():
-        return None
-    path = checkpoints_dir(run) / pointer.read_text().strip()
-    if not (path / "meta.json").is_file():
-        raise ValueError(
-            f"{pointer} names {path.name}, which is not a complete checkpoint; `msc train --resume` finds an older one"
-        )
-    return path
-
-
-def named(wanted: str) -> str:
-    """The name of the checkpoint that a user names by step or folder."""
-    return checkpoint_name(int(wanted)) if wanted.isdecimal() else Path(wanted).name
-
-
-def find(run: Path, wanted: str) -> Path:
-    """The checkpoint of a run that a user names by step or folder; ValueError if there is no such."""
-    name = named(wanted)
-    for path in list_checkpoints(run):
-        if path.name == name and (wanted.isdecimal() or path.resolve() == Path(wanted).resolve()):
-            return path
-    steps = ", ".join(str(step_of(path)) for path in list_checkpoints(run)) or "none"
-    raise ValueError(f"{wanted} is not a checkpoint of {run}; it has those of steps: {steps}")
-
-
-# What a checkpoint says of itself ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -103,10 +49,11 @@ class CheckpointMeta:
     files: dict[str, str] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
 
-    def to_json(self) -> str:
-        """The text of meta.json, with its own checksum."""
+    def write(self, checkpoint: Path) -> None:
+        """Write meta.json, with a checksum of its own."""
         facts = {"format": FORMAT, **asdict(self)}
-        return json.dumps({**facts, "sha256": _checksum(facts)}, indent=1)
+        text = json.dumps({**facts, "sha256": _checksum(facts)}, indent=1)
+        write_atomically(checkpoint / "meta.json", text.encode())
 
     @classmethod
     def read(cls, checkpoint: Path) -> CheckpointMeta:
@@ -121,10 +68,8 @@ class CheckpointMeta:
         if not isinstance(facts, dict) or facts.pop("sha256", None) not in (None, _checksum(facts)):
             raise ValueError(f"{file} does not match its checksum")
         if (number := facts.get("format")) != FORMAT:
-            raise ValueError(
-                f"{checkpoint} has checkpoint format {number}, and this version reads {FORMAT}: "
-                "use the msc that wrote it"
-            )
+            remedy = f"this version reads {FORMAT}: use the msc that wrote it"
+            raise ValueError(f"{checkpoint} has checkpoint format {number}, and {remedy}")
         if missing := {"step", "clock"} - facts.keys():
             raise ValueError(f"{file} has no {' and no '.join(sorted(missing))}")
         facts["parameters"] = {name: tuple(shape) for name, shape in facts.get("parameters", {}).items()}
@@ -133,6 +78,61 @@ class CheckpointMeta:
 
 def _checksum(facts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+# Reading --------------------------------------------------------------------------------------------------
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """All published checkpoints, oldest first, damaged or not."""
+    return sorted((p for p in RunFolder(run).checkpoints.glob("step-*") if NAME.fullmatch(p.name)), key=step_of)
+
+
+def resume_candidates(run: Path) -> list[Path]:
+    """The checkpoints to resume from, in order of preference: the one that `latest` names, then older ones."""
+    pointer = RunFolder(run).checkpoints / "latest"
+    name = pointer.read_text().strip() if pointer.is_file() else ""
+    newest = step_of(Path(name)) if NAME.fullmatch(name) else None
+    return [path for path in reversed(list_checkpoints(run)) if newest is None or step_of(path) <= newest]
+
+
+def latest(run: Path) -> Path | None:
+    """The checkpoint that `latest` names, None where there is none; ValueError if it is not complete."""
+    pointer = RunFolder(run).checkpoints / "latest"
+    if not pointer.is_file():
+        return None
+    path = pointer.with_name(pointer.read_text().strip())
+    if not (path / "meta.json").is_file():
+        remedy = "`msc train --resume` takes an older one"
+        raise ValueError(f"{pointer} names {path.name}, which is not a complete checkpoint; {remedy}")
+    return path
+
+
+def requested_name(requested: str) -> str:
+    """The name of the checkpoint that a user requests by step or folder."""
+    return checkpoint_name(int(requested)) if requested.isdecimal() else Path(requested).name
+
+
+def find(run: Path, requested: str | None = None) -> Path:
+    """The checkpoint that a user requests by step or folder (None: the latest); an error if there is no such."""
+    if requested is None:
+        if (path := latest(run)) is None:
+            raise FileNotFoundError(f"{run} has no checkpoint yet; train longer, or set checkpoint.every lower")
+        return path
+    for path in list_checkpoints(run):
+        same_folder = requested.isdecimal() or path.resolve() == Path(requested).resolve()
+        if path.name == requested_name(requested) and same_folder:
+            return path
+    steps = ", ".join(str(step_of(path)) for path in list_checkpoints(run)) or "none"
+    raise ValueError(f"{requested} is not a checkpoint of {run}; it has those of steps: {steps}")
 
 
 def newest_meta(run: Path) -> CheckpointMeta | None:
@@ -144,98 +144,87 @@ def newest_meta(run: Path) -> CheckpointMeta | None:
 
 
 def verify(path: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
-    """What is wrong with a checkpoint, nothing if it is whole. share: (n, parts), to read only that part of it."""
+    """The defects of a checkpoint, [] if it is intact. share: (n, parts), to check only every parts-th file from n."""
     try:
         meta = CheckpointMeta.read(path)
     except ValueError as error:
         return [str(error)]
-    found = []
-    for i, (name, sha) in enumerate(meta.files.items()):
-        if i % share[1] != share[0]:
-            continue
+    defects = []
+    for name, sha in list(meta.files.items())[share[0] :: share[1]]:
         file, size = path / name, meta.bytes.get(name)
         if not file.is_file():
-            found.append(f"{file} is missing")
+            defects.append(f"{file} is missing")
         elif size is not None and file.stat().st_size != size:
-            found.append(f"{file} does not match its checksum: it has {file.stat().st_size:,} of {size:,} bytes")
+            defects.append(f"{file} does not match its checksum: it has {file.stat().st_size:,} of {size:,} bytes")
         elif sha256_of(file) != sha:
-            found.append(f"{file} does not match its checksum")
-    return found
+            defects.append(f"{file} does not match its checksum")
+    return defects
 
 
-# What becomes of them ------------------------------------------------------------------------------------
+# Changing -------------------------------------------------------------------------------------------------
 
 
-def publish(run: Path, aside: Path, step: int) -> Path:
+def publish(run: Path, written: Path, step: int) -> None:
     """Give a finished checkpoint its name, then let `latest` name it: a crash between leaves the previous one."""
-    target, old = checkpoints_dir(run) / checkpoint_name(step), checkpoints_dir(run) / f".{checkpoint_name(step)}.old"
-    if target.exists():  # of the same step, before the run went back
+    target = RunFolder(run).checkpoints / checkpoint_name(step)
+    old = target.with_name(f".{target.name}.old")
+    if target.exists():  # of the same step, before a rollback
         target.rename(old)
-    aside.rename(target)
+    written.rename(target)
     sync_folder(target.parent)
     set_latest(run, target)
     shutil.rmtree(old, ignore_errors=True)
-    return target
 
 
 def set_latest(run: Path, path: Path) -> None:
-    write_atomically(checkpoints_dir(run) / "latest", path.name.encode())
+    write_atomically(RunFolder(run).checkpoints / "latest", path.name.encode())
 
 
 def steps_to_prune(steps: list[int], step: int, keep: int, keep_every: int) -> list[int]:
-    """Which checkpoints go when that of `step` is whole: all but the last `keep` and those of every
-    `keep_every`-th step (0: none). Later ones than `step` are not counted: the run has gone back before them."""
+    """The checkpoints to delete once that of `step` is published: all but the last `keep`, and those of every
+    `keep_every`-th step (0: none). Later ones than `step` do not count: the run was rolled back before them."""
     until = sorted(s for s in steps if s <= step)
     return [s for s in until[:-keep] if not keep_every or s % keep_every]
 
 
 def prune(run: Path, step: int, keep: int, keep_every: int) -> None:
     for old in steps_to_prune([step_of(path) for path in list_checkpoints(run)], step, keep, keep_every):
-        shutil.rmtree(checkpoints_dir(run) / checkpoint_name(old), ignore_errors=True)
+        shutil.rmtree(RunFolder(run).checkpoints / checkpoint_name(old), ignore_errors=True)
 
 
-def rename_aside(path: Path, why: str) -> Path:
-    """Rename a checkpoint to `why-step-…`, so that nothing goes on from it."""
-    target = path.with_name(f"{why}-{path.name}")
+def rename_aside(path: Path, prefix: str) -> Path:
+    """Rename a checkpoint to `prefix-step-…`, so that nothing resumes from it."""
+    target = path.with_name(f"{prefix}-{path.name}")
     shutil.rmtree(target, ignore_errors=True)
     return path.rename(target)
 
 
 def remove_unfinished(run: Path) -> None:
-    """What a killed run was writing."""
-    if checkpoints_dir(run).is_dir():
-        for pattern in (".step-*.writing*", ".step-*.old"):
-            for aside in checkpoints_dir(run).glob(pattern):
-                shutil.rmtree(aside, ignore_errors=True)
-
-
-# `msc checkpoints` ---------------------------------------------------------------------------------------
+    """Remove what a killed run was writing."""
+    for pattern in (".step-*.writing*", ".step-*.old"):
+        for folder in RunFolder(run).checkpoints.glob(pattern):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def checkpoint_table(run: Path, check_files: bool = False) -> tuple[str, bool]:
-    """The checkpoints of a run as text, and whether all are whole as far as was looked."""
-    if not (run / "config.yaml").is_file():
+    """The checkpoints of a run as text, and whether none is damaged, as far as was checked."""
+    if not RunFolder(run).exists():
         raise FileNotFoundError(f"{run} is not a run folder: it has no config.yaml")
-    next_one = next(iter(resume_candidates(run)), None)
-    lines = [
-        f"{'step':>9} {'clips seen':>12} {'of':>12} {'written':<19} {'world':>5} {'sp':>3} {'zero':>4} {'MB':>9}  state"
-    ]
-    good = True
+    rows, intact, next_one = [], True, next(iter(resume_candidates(run)), None)
     for path in list_checkpoints(run):
-        problems = verify(path) if check_files else []
         try:
             meta = CheckpointMeta.read(path)
         except ValueError as error:
-            lines.append(f"{step_of(path):>9} {'':>78}  {error}")
-            good = False
+            rows.append([str(step_of(path)), *[""] * 7, str(error)])
+            intact = False
             continue
-        config = meta.config
+        defects = verify(path) if check_files else []
+        intact &= not defects
+        states = ["; ".join(defects)] if defects else ["whole"] * check_files + ["next"] * (path == next_one)
         size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
         written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime((path / "meta.json").stat().st_mtime))
-        state = "; ".join(problems) or ("whole" if check_files else "") + (", next" if path == next_one else "")
-        lines.append(
-            f"{meta.step:>9} {meta.clock:>12,} {config['train.clips']:>12,} {written:<19} {meta.world:>5} "
-            f"{config['parallel.sp']:>3} {config['parallel.zero.stage']:>4} {size:>9,.1f}  {state.removeprefix(', ')}"
-        )
-        good &= not problems
-    return "\n".join(lines if len(lines) > 1 else [f"{run} has no checkpoint yet"]), good
+        sp, stage = meta.config["parallel.sp"], meta.config["parallel.zero.stage"]
+        numbers = f"{meta.step}", f"{meta.clock:,}", f"{meta.config['train.clips']:,}", written, f"{meta.world}"
+        rows.append([*numbers, str(sp), str(stage), f"{size:,.1f}", ", ".join(states)])
+    header = ["step", "clips seen", "of", "written", "world", "sp", "zero", "MB", "state"]
+    return text_table(rows, header, align=">>><>>>><") if rows else f"{run} has no checkpoint yet", intact

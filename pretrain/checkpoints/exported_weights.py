@@ -1,11 +1,9 @@
-"""Weights in files: reading what `msc export` wrote. Nothing in a folder is ever run, and nothing is half loaded.
+"""Exported weights: reading what `msc export` wrote, with torch and safetensors only. Never runs code from a folder.
 
-    config.json                          the model, its data and training; which weights there are
-    model.safetensors                    the first of them, or in several files
-    model-00001-of-00003.safetensors ... model.safetensors.index.json     as Hugging Face lays them out
-    raw.safetensors                      further ones, under their own name
-
-Needs torch and safetensors only.
+config.json                          the model, its data and training; which weights there are
+model.safetensors                    the first of them, or in several files
+model-00001-of-00003.safetensors ... model.safetensors.index.json     as Hugging Face lays them out
+raw.safetensors                      further ones, under their own name
 """
 
 from __future__ import annotations
@@ -28,32 +26,21 @@ FORMAT = 2  # of exports; without one or in 1 rotary embedding paired other chan
 
 @dataclass(frozen=True)
 class ExportedWeights:
-    """One set of weights of an exported folder, all of whose headers have been read.
+    """One set of weights of an exported folder, whose files' headers have been read.
 
-    facts: its config.json. files: where each tensor is.
+    config: its config.json. files: where each tensor is.
     """
 
     folder: Path
-    facts: dict[str, Any]
+    config: dict[str, Any]
     files: dict[str, Path]
     shapes: dict[str, tuple[int, ...]]
 
     def check(self, expected: Shapes) -> None:
-        """ValueError naming tensors that are not there, not wanted, or of another shape."""
-        told = {
-            "which no file holds": sorted(expected.keys() - self.shapes.keys()),
-            "which the model does not have": sorted(self.shapes.keys() - expected.keys()),
-            "of another shape": [
-                f"{name} {list(self.shapes[name])} for {list(shape)}"
-                for name, shape in expected.items()
-                if self.shapes.get(name, shape) != shape
-            ],
-        }
-        wrong = [f"{abbreviated(names)}, {why}" for why, names in told.items() if names]
-        if wrong:
-            raise ValueError(f"config.json in {self.folder} does not match its weights: {'; '.join(wrong)}")
+        if differences := shape_differences(self.shapes, expected):
+            raise ValueError(f"config.json in {self.folder} does not match its weights: {differences}")
 
-    def read(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> Tensor:
         """One tensor in fp32."""
         with open_safetensors(self.files[name]) as opened:
             return opened.get_tensor(name).float()
@@ -67,51 +54,51 @@ class ExportedWeights:
 
 
 def open_exported(folder: Path, weights: str | None = None) -> ExportedWeights:
-    """Look up the "ema" or "raw" weights of an exported folder (None: the first it has) without loading them.
+    """Open the "ema" or "raw" weights of an exported folder (None: the first it has) without loading them.
 
     FileNotFoundError where files are missing, ValueError where they are not what `msc export` wrote.
     """
-    facts = read_export_config(folder)
-    listed = facts.get("weights")
-    if not isinstance(listed, list) or not listed:
+    config = read_export_config(folder)
+    available = config.get("weights")
+    if not isinstance(available, list) or not available:
         raise ValueError(f"{folder / 'config.json'} does not say which weights there are: export again")
-    weights = weights or str(listed[0])
-    if weights not in listed:
-        raise ValueError(f"{folder} holds {' and '.join(listed)} weights, not {weights!r}: export again with --weights")
-    stem = "model" if weights == listed[0] else weights
+    weights = weights or str(available[0])
+    if weights not in available:
+        raise ValueError(
+            f"{folder} holds {' and '.join(available)} weights, not {weights!r}: export again with --weights"
+        )
+    stem = "model" if weights == available[0] else weights
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-    placed: Any = {}
+    weight_map: Any = {}
     if index.is_file():
         if single.is_file():
             raise ValueError(f"{folder} holds {single.name} and {index.name}, of two exports: remove the older one")
-        placed = read_json(index).get("weight_map")
-        if not isinstance(placed, dict) or any(Path(str(file)).name != file for file in placed.values()):
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or any(Path(str(file)).name != file for file in weight_map.values()):
             raise ValueError(f"{index} has no weight_map of files beside it")
     files, shapes = {}, {}
-    for file in sorted(set(placed.values())) or [single.name]:
+    for file in sorted(set(weight_map.values())) or [single.name]:
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder} does not hold a whole exported model: {file} is missing")
         with open_safetensors(folder / file) as opened:
             for name in opened.keys():  # noqa: SIM118 - not a dict
                 files[name], shapes[name] = folder / file, tuple(opened.get_slice(name).get_shape())
-    if placed and {name: path.name for name, path in files.items()} != placed:
-        odd = sorted(name for name in placed.keys() | files.keys()
-                     if name not in files or placed.get(name) != files[name].name)  # fmt: skip
-        raise ValueError(f"{index.name} in {folder} does not match its files: {abbreviated(odd)}")
-    return ExportedWeights(folder, facts, files, shapes)
+    if weight_map and (odd := weight_map.items() ^ {name: path.name for name, path in files.items()}.items()):
+        raise ValueError(f"{index.name} in {folder} does not match its files: {abbreviated(sorted(dict(odd)))}")
+    return ExportedWeights(folder, config, files, shapes)
 
 
 def read_export_config(folder: Path) -> dict[str, Any]:
-    """The config.json of an exported folder. ValueError if it is none, or of another format."""
+    """The config.json of an exported folder; ValueError if it is not an export's, or of another format."""
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no exported model: it has no config.json")
-    facts = read_json(path)
-    if not isinstance(facts.get("model"), dict):
+    config = read_json(path)
+    if not isinstance(config.get("model"), dict):
         raise ValueError(f"{path} is not one that `msc export` wrote: it does not describe a model of ours")
-    if (found := facts.get("format", 1)) != FORMAT:
-        raise ValueError(f"{path} has export format {found}, this version reads {FORMAT}: use the msc that wrote it")
-    return facts
+    if (number := config.get("format", 1)) != FORMAT:
+        raise ValueError(f"{path} has export format {number}, this version reads {FORMAT}: use the msc that wrote it")
+    return config
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -125,7 +112,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def open_safetensors(path: Path) -> Any:
-    """`safe_open`, with errors that say what the file is instead."""
+    """`safe_open`, with errors that name what the file is instead."""
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
@@ -149,6 +136,20 @@ def safetensors_header(shapes: Shapes, dtype: torch.dtype = torch.float32) -> by
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def shape_differences(shapes: Shapes, expected: Shapes) -> str:
+    """Names the tensors that are missing, those that the model does not have, and those of another shape."""
+    differences = {
+        "which no file holds": sorted(expected.keys() - shapes.keys()),
+        "which the model does not have": sorted(shapes.keys() - expected.keys()),
+        "of another shape": [
+            f"{name} {list(shapes[name])} for {list(shape)}"
+            for name, shape in expected.items()
+            if shapes.get(name, shape) != shape
+        ],
+    }
+    return "; ".join(f"{abbreviated(names)}, {what}" for what, names in differences.items() if names)
 
 
 def abbreviated(names: list[str]) -> str:

@@ -100,9 +100,7 @@ def export(
 
 def open_source(run: Path, config: Config, step: str | None) -> Source:
     """The checkpoint to export, verified by its checksums; ValueError if it is damaged or not of the run's model."""
-    path = checkpoint_directory.latest(run) if step is None else checkpoint_directory.find(run, step)
-    if path is None:
-        raise FileNotFoundError(f"{run} has no checkpoint yet; train longer, or set checkpoint.every lower")
+    path = checkpoint_directory.find(run, step)
     if problems := checkpoint_directory.verify(path):
         raise ValueError(f"{'; '.join(problems)}: export another one with --checkpoint, `msc checkpoints` lists them")
     meta = CheckpointMeta.read(path)
@@ -144,7 +142,7 @@ def write_weights(folder: Path, stem: str, source: Source, weights: str, dtype: 
     files = files if len(groups) > 1 else [f"{stem}.safetensors"]
     for file, names in zip(files, groups, strict=True):
         # A new reader for every file: what was read through a memory map stays in memory while it is open.
-        with checkpoint_format.ParameterReader(source.path, source.meta) as reader:
+        with checkpoint_format.ParameterReader(source.path) as reader:
             write_file(folder / file, source, reader, names, weights, dtype)
             compare_file(folder / file, source, reader, names, weights, dtype)
     if len(groups) > 1:

@@ -41,9 +41,7 @@ def open_run(run: Path, weights: str = "ema", checkpoint: str | None = None) -> 
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights is {weights!r}; it must be 'ema' (averaged) or 'raw' (as trained)")
     config, space = read_run(run)
-    path = checkpoint_format.latest(run) if checkpoint is None else checkpoint_directory.find(run, checkpoint)
-    if path is None:
-        raise FileNotFoundError(f"{run} has no checkpoint yet; train longer, or set checkpoint.every lower")
+    path = checkpoint_directory.find(run, checkpoint)
     meta = checkpoint_directory.CheckpointMeta.read(path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.device("meta"):

@@ -154,7 +154,7 @@ class MSCTransformer(nn.Module):
     def described(cls, exported: ExportedWeights) -> MSCTransformer:
         """The model of an exported folder, without its weights; ValueError if config.json does not describe them."""
         try:
-            config = ModelConfig.from_dict(exported.facts["model"])
+            config = ModelConfig.from_dict(exported.config["model"])
         except (KeyError, TypeError, ValueError) as error:
             where = exported.folder / "config.json"
             raise ValueError(f"{where} does not describe a model of this version: {error}") from None

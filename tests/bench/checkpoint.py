@@ -34,7 +34,7 @@ def stall(args: argparse.Namespace, folder: Path) -> None:
     from msc.launch.processes.launcher import free_port, rank_environment
     from msc.parallel import deepspeed_zero, process_group
     from msc.pretrain import cost
-    from msc.pretrain.checkpoints.async_writer import Writer
+    from msc.pretrain.checkpoints.async_writer import CheckpointWriter
     from msc.pretrain.checkpoints.directory import CheckpointMeta
     from msc.pretrain.checkpoints.format import CheckpointConfig
     from msc.pretrain.model.config import ModelConfig
@@ -59,11 +59,11 @@ def stall(args: argparse.Namespace, folder: Path) -> None:
         deepspeed_zero.step(engine, lambda norm: "")  # the norm is a number on the host: nothing is left running
         return time.perf_counter() - began
 
-    writer = Writer(folder, CheckpointConfig(every=1, keep=1), 600.0)
+    writer = CheckpointWriter(folder, CheckpointConfig(every=1, keep=1), 600.0)
     for _ in range(3):
         step()
     writer.save(engine, CheckpointMeta(step=0, clock=0))  # makes the host buffer
-    writer.wait()
+    writer.finish()
     number, rows = 0, []
     for _ in range(args.runs):
         for way in ("before", "beside"):
@@ -72,7 +72,7 @@ def stall(args: argparse.Namespace, folder: Path) -> None:
             copied = writer.save(engine, CheckpointMeta(step=number, clock=0))["saving/stall_s"]
             steps = 0
             if way == "before":
-                writer.wait()
+                writer.finish()
             while writer.writing:  # the last of these steps ends after the writing: what it lost there counts, too
                 step()
                 steps += 1
@@ -162,7 +162,7 @@ def restart(args: argparse.Namespace, folder: Path) -> None:
     command = [sys.executable, "-c", PROGRAM, "train", "--run", str(run), "--processes", str(args.processes),
                f"data.shards={folder / 'shards'}", "checkpoint.every=3", "train.batch=4", "train.micro=2",
                "train.clips=4000", "train.evaluate=0", "train.report=1"]  # fmt: skip
-    found: list[list[tuple[str, float]]] = []
+    marks_of_runs: list[list[tuple[str, float]]] = []
     for turn in range(args.runs + 1):  # the first compiles and fills caches
         out.unlink(missing_ok=True)
         began = time.time()
@@ -173,16 +173,16 @@ def restart(args: argparse.Namespace, folder: Path) -> None:
                 raise RuntimeError("training ended by itself")
             time.sleep(0.05)
         if turn:
-            found.append([("", began), *map(tuple, json.loads(out.read_text()))])
+            marks_of_runs.append([("", began), *map(tuple, json.loads(out.read_text()))])
         process.send_signal(signal.SIGKILL)  # the ranks die with it
         process.wait()
         time.sleep(1.0)
     print(f"{args.processes} processes, `demo` preset: seconds from the new start after kill -9, median of {args.runs}")
     total = 0.0
-    for i in range(1, len(found[0])):
-        seconds = statistics.median(marks[i][1] - marks[i - 1][1] for marks in found)
+    for i in range(1, len(marks_of_runs[0])):
+        seconds = statistics.median(marks[i][1] - marks[i - 1][1] for marks in marks_of_runs)
         total += seconds
-        print(f"{found[0][i][0]:<32} {seconds:>7.2f}")
+        print(f"{marks_of_runs[0][i][0]:<32} {seconds:>7.2f}")
     print(f"{'to the end of the first step':<32} {total:>7.2f}")
 
 
