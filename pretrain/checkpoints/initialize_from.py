@@ -19,7 +19,7 @@ from torch import nn
 from ..inference.load import read_run
 from ..model.config import ModelConfig
 from ..model.transformer import MSCTransformer, OnPartBuilt
-from . import directory as checkpoint_directory
+from .directory import CheckpointMeta, latest
 from .exported_weights import ExportedWeights, Shapes, abbreviated, open_exported
 from .format import ParameterReader
 
@@ -58,9 +58,9 @@ def find_weights(place: Path, newest: Path | None = None) -> InitialWeights:
     newest: the checkpoint to take of a run, which must be the same on all ranks; None: its latest."""
     if (place / "config.yaml").is_file():
         config, space = read_run(place)
-        if (path := newest or checkpoint_directory.latest(place)) is None:
+        if (path := newest or latest(place)) is None:
             raise FileNotFoundError(f"train.init_from is {place}, a run without a checkpoint yet")
-        meta = checkpoint_directory.CheckpointMeta.read(path)
+        meta = CheckpointMeta.read(path)
         what = f"the averaged weights of step {meta.step:,} of the run {place}"
         return InitialWeights(what, config.model, space.autoencoder, meta.parameters, lambda: ParameterReader(path))
     if not (place / "config.json").is_file():
