@@ -20,7 +20,7 @@ from torch import nn
 from ..model.config import ModelConfig
 from ..model.transformer import MSCTransformer, OnPartBuilt
 from ..run_folder import RunFolder
-from . import directory as checkpoint_directory
+from .directory import CheckpointMeta, latest
 from .exported_weights import ExportedWeights, Shapes, abbreviated, open_exported
 from .format import ParameterReader
 
@@ -62,9 +62,9 @@ def find_weights(place: Path, newest: Path | None = None) -> InitialWeights:
         settings = yaml.safe_load(folder.config.read_text())["model"]
         model = ModelConfig.from_dict({**dataclasses.asdict(ModelConfig()), **settings})
         autoencoder = folder.read_latent_space().autoencoder
-        if (path := newest or checkpoint_directory.latest(place)) is None:
+        if (path := newest or latest(place)) is None:
             raise FileNotFoundError(f"train.init_from is {place}, a run without a checkpoint yet")
-        meta = checkpoint_directory.CheckpointMeta.read(path)
+        meta = CheckpointMeta.read(path)
         what = f"the averaged weights of step {meta.step:,} of the run {place}"
         return InitialWeights(what, model, autoencoder, meta.parameters, lambda: ParameterReader(path))
     if not (place / "config.json").is_file():
