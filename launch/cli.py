@@ -50,12 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
             code = getattr(error, "exit_code", FAILURE)
     # Outside of the handler nothing references the frames of the error any more, nor they loader workers.
+    try:
+        sys.stderr.flush()
+    except OSError:  # a log on a full disk; Python would flush once more at exit and change the exit code
+        sys.stderr = None
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # The others learn of a failed rank when it ends; an orderly exit may wait for them instead. And a successful
         # rank may abort in it, as threads of torch are still running.
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError):  # a full disk
-                stream.flush()
+        with suppress(OSError):
+            sys.stdout.flush()
         os._exit(code)
     return code
 

@@ -57,8 +57,7 @@ def convert(args: Namespace) -> None:
         return autoencoder.encode(clip.to(device))  # moved as bytes, a quarter of the floats
 
     embed = open_text_encoder(config.text) if config.text else None
-    how = {"embed": embed, "part": args.part, "merge": args.merge}
-    report = convert_videos(config, encode, autoencoder.temporal_factor, **how)
+    report = convert_videos(config, encode, autoencoder.temporal_factor, embed=embed, part=args.part, merge=args.merge)
     print(report.text)
     if args.part is None:
         print(f"a few of the clips: {contact_sheet_of(args.out, autoencoder, args.out / 'contact.png')}")

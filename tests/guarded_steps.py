@@ -11,7 +11,7 @@ from msc.pretrain.optimizer import OptimizerConfig, make_optimizer
 
 
 def spoiled_on_a_rank(rank, ranks, cases):
-    """Of each case: state after the steps good, NaN, refused, good; after good, good; what the four steps outcomes."""
+    """Of each case: state after the steps good, NaN, refused, good; after good, good; outcomes of the four steps."""
     init_process_group("gloo")
     results = [spoiled(rank, *case) for case in cases]
     destroy_process_group()

@@ -16,6 +16,7 @@ import pytest
 import msc.pretrain
 from msc.launch import cli, commands
 from msc.launch.processes import launcher
+from msc.launch.processes.train_request import TrainRequest
 from msc.pretrain.presets import preset
 from msc.pretrain.requests import EvaluateConfig, SampleConfig, TrainingStart
 
@@ -99,6 +100,14 @@ def test_positionals_may_follow_options() -> None:
     assert cli.parse(["convert", "a", "--out", "x", "--size", "64x96"]).size == (64, 96)
     buckets = cli.parse(["convert", "a", "--out", "x", "--bucket", "8x64x96", "--bucket", "1x64x64"]).bucket
     assert buckets == [(8, 64, 96), (1, 64, 64)]
+
+
+def test_command_line_of_a_train_request_is_parsed_to_the_same() -> None:
+    everything = TrainRequest(
+        Path("r"), Path("c.yaml"), ("a.b=1", "d.e=-2"), "demo", True, "5", True, Path("p.json"), 2
+    )
+    for request in (everything, TrainRequest(Path("r"), resume=True), TrainRequest(Path("r"), preset="demo")):
+        assert commands.train_request(cli.parse(request.command_line())) == request
 
 
 # -- errors

@@ -9,7 +9,7 @@ from msc.pretrain.presets import PRESETS, preset
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_what_is_dumped_is_what_is_loaded(name, tmp_path):
+def test_dump_and_load_are_inverse(name, tmp_path):
     config = preset(name)
     (tmp_path / "config.yaml").write_text(dump(config))
     assert load(file=tmp_path / "config.yaml") == config
@@ -23,9 +23,9 @@ def test_later_layers_win(tmp_path):
 
 
 def test_shards_are_a_folder_or_a_list_with_weights(tmp_path):
-    assert [found.path for found in load(overrides=["data.shards=/a"]).data.sets] == ["/a"]
+    assert [shard_set.path for shard_set in load(overrides=["data.shards=/a"]).data.sets] == ["/a"]
     config = load(overrides=["data.shards=[{path: /a, weight: 3}, {path: 'https://h/b'}]"])
-    assert [(found.path, found.weight) for found in config.data.sets] == [("/a", 3.0), ("https://h/b", 1.0)]
+    assert [(shard_set.path, shard_set.weight) for shard_set in config.data.sets] == [("/a", 3.0), ("https://h/b", 1.0)]
     (tmp_path / "config.yaml").write_text(dump(config))
     assert load(file=tmp_path / "config.yaml") == config
 
@@ -54,12 +54,12 @@ def test_shards_are_a_folder_or_a_list_with_weights(tmp_path):
         (["parallel.zero.stage=4"], r"parallel.zero.stage.*given: 4"),
     ],
 )
-def test_mistakes_are_named(overrides, message):
+def test_errors_name_key_and_value(overrides, message):
     with pytest.raises(ValueError, match=message):
         load(preset("demo"), overrides=overrides)
 
 
-def test_an_unknown_preset_names_the_known_ones():
+def test_an_unknown_preset_lists_the_valid_ones():
     with pytest.raises(ValueError, match="unknown preset 'huge'.*demo"):
         preset("huge")
 

@@ -36,3 +36,9 @@ logging.getLogger("msc").warning("lost")
     with open("/dev/full", "w") as full:
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # as in every rank
         assert subprocess.run([sys.executable, "-c", program], stderr=full, env=environment).returncode == 0
+
+
+def test_exit_code_with_a_full_disk():
+    program = "import sys; from msc.launch.cli import main; sys.exit(main(['status', 'nowhere']))"
+    with open("/dev/full", "w") as full:
+        assert subprocess.run([sys.executable, "-c", program], stderr=full).returncode == 2

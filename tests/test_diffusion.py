@@ -1,4 +1,4 @@
-"""Noise, levels, loss and sampling steps as pure functions."""
+"""Noise, noise levels, loss and sampling steps: pure functions."""
 
 from __future__ import annotations
 
@@ -83,6 +83,6 @@ def test_conditions_are_dropped_by_a_pure_function_of_the_clip():
 
 
 @pytest.mark.parametrize("values", [{"clean": 1.0}, {"std": 0.0}, {"shift": -1.0}])
-def test_impossible_settings_are_refused(values):
+def test_invalid_settings_are_errors(values):
     with pytest.raises(ValueError, match="diffusion"):
         DiffusionConfig(**values)

@@ -217,7 +217,7 @@ def test_counting_frames_is_bounded(monkeypatch):
     stream = SimpleNamespace(frames=0, codec_context=SimpleNamespace(width=32, height=32))
     monkeypatch.setattr(decode, "MAX_FRAMES", 1000)
     with pytest.raises(ValueError, match="endless: has more than the 1000 frames"):
-        decode._probed(container, stream, "endless")
+        decode._probe_stream(container, stream, "endless")
 
 
 def test_special_files_are_skipped(tmp_path):

@@ -1,4 +1,4 @@
-"""Which steps are not taken, and what a rollback leaves out: pure functions; then the update itself at every stage."""
+"""Skipped steps and the clips that a rollback excludes: pure functions; then the update itself at every stage."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CALM = History(tuple(1 + 0.01 * (-1) ** i for i in range(16)), tuple(0.5 + 0.1 *
 
 
 @pytest.mark.parametrize(
-    ("loss", "norm", "said"),
+    ("loss", "norm", "reason"),
     [
         (1.0, 0.5, ""),
         (1.039, 0.89, ""),
@@ -38,19 +38,18 @@ CALM = History(tuple(1 + 0.01 * (-1) ** i for i in range(16)), tuple(0.5 + 0.1 *
         (1.0, math.inf, "gradient norm inf"),
     ],
 )
-def test_objections(loss, norm, said):
-    assert skip_reason(RULE, CALM, loss, norm).startswith(said) and bool(skip_reason(RULE, CALM, loss, norm)) == bool(
-        said
-    )
+def test_skip_reasons(loss, norm, reason):
+    actual = skip_reason(RULE, CALM, loss, norm)
+    assert actual.startswith(reason) and bool(actual) == bool(reason)
 
 
-def test_without_the_rule_or_enough_history_only_what_is_not_finite_is_refused():
+def test_without_the_rule_or_enough_history_only_non_finite_steps_are_skipped():
     assert not skip_reason(GuardConfig(), CALM, 1e9, 1e9)
     assert not skip_reason(RULE, History(CALM.losses[:7], CALM.norms[:7]), 1e9, 1e9)
     assert skip_reason(GuardConfig(), History(), math.inf, 1.0)
 
 
-def test_history_keeps_the_window_and_counts_what_was_not_taken():
+def test_history_keeps_the_window_and_counts_skipped_steps():
     history = CALM
     for why in ("", "loss nan", "loss nan"):
         history = updated_history(RULE, history, 3.0, 4.0, why)
@@ -61,7 +60,7 @@ def test_history_keeps_the_window_and_counts_what_was_not_taken():
 
 
 @pytest.mark.parametrize("sigma", [-1, 0.5, 1.9])
-def test_a_rule_that_refuses_good_steps_is_refused(sigma):
+def test_a_rule_that_skips_good_steps_is_an_error(sigma):
     with pytest.raises(ValueError, match="guard.sigma"):
         GuardConfig(sigma=sigma)
 
@@ -86,7 +85,7 @@ def made_run(run, steps, clock_of_last_report, refused=()):
         (4, (), 48),  # stopped before the next report, known from the newest checkpoint
     ],
 )
-def test_a_rollback_leaves_out_everything_since(reported, refused, until, tmp_path):
+def test_a_rollback_excludes_all_clips_since(reported, refused, until, tmp_path):
     made_run(tmp_path, (4, 10, 12), reported, refused)
     roll_back(tmp_path, "4")
     assert read_excluded_ranges(tmp_path) == [(16, until)]
@@ -129,8 +128,8 @@ def test_ranges_that_are_left_out():
     [(2, "bf16"), (3, "fp32")],
     pytest.param([(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "bf16")], marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_a_step_that_is_not_taken_changes_nothing(cases):
-    """NaN on one rank, then an objection to a finite norm: weights, moments, averages as if the steps never were."""
+def test_a_skipped_step_changes_nothing(cases):
+    """NaN on one rank, then a finite norm that is skipped: weights, moments, averages as without these steps."""
     for results in run_ranks(spoiled_on_a_rank, 2, cases):
         for case, (with_them, without, outcomes) in zip(cases, results, strict=True):
             assert [bool(why) for _, why in outcomes] == [False, True, True, False], case

@@ -32,25 +32,32 @@ class Run:
     def __init__(self, folder: Path, shards: Path, *settings: str, processes=2, sp=1, stage=2, steps=60, **faults):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.run, self.faults = folder, folder / "run", {"consumed": str(folder), **faults}
-        self.words = [
+        self.arguments = [
             "train", "--run", str(self.run), "--processes", str(processes), f"data.shards={shards}", *SMALL,
             f"parallel.sp={sp}", f"parallel.zero.stage={stage}", f"train.clips={4 * steps}", "checkpoint.every=2",
             *settings,
         ]  # fmt: skip
 
-    def start(self, *words: str, **options) -> subprocess.Popen[str]:
+    def start(self, *arguments: str, **options) -> subprocess.Popen[str]:
         """A process of its own; goes on from what is there."""
         again = (self.run / "config.yaml").exists()
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MSC_FAULTS": json.dumps(self.faults)}
         environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-        command = [sys.executable, "-c", PROGRAM, *self.words, *words, *(["--resume"] if again else ["--preset=demo"])]
+        command = [
+            sys.executable,
+            "-c",
+            PROGRAM,
+            *self.arguments,
+            *arguments,
+            *(["--resume"] if again else ["--preset=demo"]),
+        ]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                 env=environment, **options)  # fmt: skip
 
-    def go(self, *words: str, code: int = 0, **options) -> str:
-        said, _ = (process := self.start(*words, **options)).communicate(timeout=280)
-        assert process.returncode == code, said
-        return said
+    def go(self, *arguments: str, code: int = 0, **options) -> str:
+        output, _ = (process := self.start(*arguments, **options)).communicate(timeout=280)
+        assert process.returncode == code, output
+        return output
 
     def consumed(self, rank: int = 0) -> list[dict]:
         file = self.folder / f"{rank}.jsonl"
@@ -136,10 +143,10 @@ def test_killed_twenty_times_and_the_same_run(shards, tmp_path):
 
 
 @pytest.mark.gloo
-def test_nan_on_one_rank_costs_that_step_and_nothing_else(shards, tmp_path):
+def test_nan_on_one_rank_skips_that_step_and_nothing_else(shards, tmp_path):
     run = Run(tmp_path, shards, "data.workers=1", steps=8, nan=[1, [8, 20]])
-    said = run.go()
-    assert "step 3 is skipped: loss nan" in said and "step 6 is skipped: loss nan" in said
+    output = run.go()
+    assert "step 3 is skipped: loss nan" in output and "step 6 is skipped: loss nan" in output
     lines = [json.loads(line) for line in (run.run / "log.jsonl").read_text().splitlines()]
     assert [line["skipped"] for line in lines] == [0, 0, 1, 1, 1, 2, 2, 2]
     assert [line["clock"] for line in lines] == list(range(4, 36, 4)), "the sample clock goes on"
@@ -152,19 +159,19 @@ def test_nan_on_one_rank_costs_that_step_and_nothing_else(shards, tmp_path):
 
 
 @pytest.mark.gloo
-def test_too_many_in_a_row_stop_the_run_and_a_rollback_leaves_out_all_since(shards, tmp_path):
+def test_too_many_skipped_steps_stop_the_run_and_a_rollback_excludes_all_clips_since(shards, tmp_path):
     run = Run(tmp_path, shards, "guard.stop_after=3", "checkpoint.keep=9", steps=12, sp=2, nan=[1, [16, 20, 24]])
-    said = run.go(code=65)
+    output = run.go(code=65)
     samples = [sample for line in run.consumed() if line.get("clock") in (16, 20, 24) for sample in line["samples"]]
-    assert "3 steps in a row were skipped" in said and "Traceback" not in said
-    assert all(re.search(rf"Samples: .*\b{sample}\b", said) for sample in samples)
-    assert f"msc train --run {run.run} --rollback N, N one of 6, 4, 2" in said
+    assert "3 steps in a row were skipped" in output and "Traceback" not in output
+    assert all(re.search(rf"Samples: .*\b{sample}\b", output) for sample in samples)
+    assert f"msc train --run {run.run} --rollback N, N one of 6, 4, 2" in output
     newest = checkpoint_directory.latest(run.run)
     assert newest.name == "step-00000006" and not checkpoint_directory.verify(newest)
     assert run.go("--rollback", "5", code=2).startswith("msc: 5 is not a checkpoint of")
 
-    said = run.go("--rollback", "2")
-    assert "rolled back to step 2; excluded clips, by sample clock: 8-27; 2 later checkpoints" in said
+    output = run.go("--rollback", "2")
+    assert "rolled back to step 2; excluded clips, by sample clock: 8-27; 2 later checkpoints" in output
     assert json.loads((run.run / "left_out.json").read_text()) == {"clips": [[8, 28]], "back_to": "step-00000002"}
     meta = checkpoint_directory.CheckpointMeta.read(checkpoint_directory.latest(run.run))
     assert (meta.step, meta.clock, meta.adam_steps, meta.guard["skipped"]) == (12, 48, 7, 0)
@@ -172,8 +179,8 @@ def test_too_many_in_a_row_stop_the_run_and_a_rollback_leaves_out_all_since(shar
 
     expected = final_weights(run.run)  # the same command again only resumes, and leaves out the same
     checkpoint_directory.set_latest(run.run, checkpoint_directory.find(run.run, "2"))
-    said = run.go("--rollback", "2")
-    assert "resuming from the newest" in said and "is skipped" not in said
+    output = run.go("--rollback", "2")
+    assert "resuming from the newest" in output and "is skipped" not in output
     assert all(torch.equal(value, expected[name]) for name, value in final_weights(run.run).items())
 
 
@@ -193,11 +200,11 @@ def test_a_rank_is_lost_while_a_checkpoint_is_written(shards, tmp_path):
         wait_for(lambda: len(list(RunFolder(run.run).checkpoints.glob(".step-*/rank-*"))) == 2, every=0.01)
         ranks[1].kill()
         began = time.monotonic()
-        said, _ = ranks[0].communicate(timeout=100)
-        assert time.monotonic() - began < 30 and ranks[0].returncode == 1, said
+        output, _ = ranks[0].communicate(timeout=100)
+        assert time.monotonic() - began < 30 and ranks[0].returncode == 1, output
         assert re.search(
-            r"msc: (rank 0: )?rank 1 \(process \d+ on .*\) is silent, its last heartbeat was in step", said
-        ), said
+            r"msc: (rank 0: )?rank 1 \(process \d+ on .*\) is silent, its last heartbeat was in step", output
+        ), output
     finally:
         for rank in ranks:
             rank.kill()
@@ -219,10 +226,10 @@ def test_damaged_checkpoints_cost_time_and_no_data(shards, tmp_path):
     content[len(content) // 2] ^= 4
     seven.write_bytes(content)
     six.unlink()
-    said = run.go()
-    assert said.count("training resumes from step-00000002") == 3
+    output = run.go()
+    assert output.count("training resumes from step-00000002") == 3
     for name in ("bytes", "does not match its checksum", "is missing"):
-        assert name in said
+        assert name in output
     assert torch.equal(curve(run.run), lines) and checkpoint_directory.latest(run.run).name == "step-00000008"
     assert all(torch.equal(value, expected[name]) for name, value in final_weights(run.run).items())
     assert [line["from"] for line in run.consumed() if "from" in line] == [0, 8]
@@ -241,8 +248,8 @@ def test_a_signal_while_a_checkpoint_is_written(shards, tmp_path):
 
     process = started()
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 75, said
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
     meta = checkpoint_directory.CheckpointMeta.read(checkpoint_directory.latest(run.run))
     last = run.consumed()[-1]["clock"]
     assert meta.clock in (last, last + 4), "all steps taken are in it; the batch after them may have been read"
@@ -255,8 +262,8 @@ def test_a_signal_while_a_checkpoint_is_written(shards, tmp_path):
     for _ in range(2):
         process.send_signal(signal.SIGTERM)
         time.sleep(0.05)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "interrupted: SIGTERM came twice" in said, said
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted: SIGTERM came twice" in output, output
     assert checkpoint_directory.latest(run.run).name in (
         newest,
         checkpoint_directory.checkpoint_name(int(newest[-8:]) + 2),
@@ -278,8 +285,8 @@ def test_a_full_disk(shards, tmp_path):
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(1.5 * size)}", "tmpfs", disk], check=True)
     (run.run / "config.yaml").touch()
     try:
-        said = run.go("--preset=demo", code=2)
-        assert said.count("No space left on device") >= 2 and "Traceback" not in said
+        output = run.go("--preset=demo", code=2)
+        assert output.count("No space left on device") >= 2 and "Traceback" not in output
         assert [path.name for path in checkpoint_directory.list_checkpoints(run.run)] == ["step-00000002"]
         subprocess.run(["mount", "-o", f"remount,size={4 * size}", disk], check=True)
         run.go()
@@ -300,21 +307,21 @@ def test_another_world_and_stage_at_every_stop(shards, tmp_path):
     for leg, (processes, sp, stage) in enumerate(legs):
         stop = {"stop_at": 24 * (leg + 1)} if leg < 3 else {}
         run = Run(tmp_path / "parts", shards, processes=processes, sp=sp, stage=stage, steps=24, **stop)
-        said = run.go(code=75 if stop else 0)
-        assert not stop or "stopped at step" in said
-    expected, found = curve(whole.run), curve(run.run)
-    print("largest relative difference of loss, norm:", ((found - expected).abs() / expected).amax(0).tolist())
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+        output = run.go(code=75 if stop else 0)
+        assert not stop or "stopped at step" in output
+    expected, actual = curve(whole.run), curve(run.run)
+    print("largest relative difference of loss, norm:", ((actual - expected).abs() / expected).amax(0).tolist())
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.slow
 @pytest.mark.gloo
-@pytest.mark.parametrize("what", ["stuck", "killed"])
+@pytest.mark.parametrize("what", ["stalled", "killed"])
 def test_a_rank_is_lost_and_the_run_goes_on_with_fewer(what, shards, tmp_path):
-    """Within the timeout, with a line that names the rank; then one rank takes all, with the losses of a whole run."""
+    """Within the timeout, with a line that names the rank; then one rank goes on, with the losses of a whole run."""
     whole = Run(tmp_path / "whole", shards, processes=1, stage=1, steps=12)
     whole.go()
-    fault = {"hang": [1, 24]} if what == "stuck" else {"step_s": 0.3}
+    fault = {"hang": [1, 24]} if what == "stalled" else {"step_s": 0.3}
     run = Run(tmp_path / "hurt", shards, "parallel.timeout=20", sp=2, stage=3, steps=12, **fault)
     launcher = run.start()
     wait_for(lambda: len(run.consumed(1)) > 6)
@@ -322,9 +329,9 @@ def test_a_rank_is_lost_and_the_run_goes_on_with_fewer(what, shards, tmp_path):
     if what == "killed":
         ranks = psutil.Process(launcher.pid).children()
         next(one for one in ranks if one.environ().get("RANK") == "1").kill()
-    said, _ = launcher.communicate(timeout=60)
-    print(said)
-    assert launcher.returncode not in (0, 75) and "rank 1" in said and time.monotonic() - began < 30
+    output, _ = launcher.communicate(timeout=60)
+    print(output)
+    assert launcher.returncode not in (0, 75) and "rank 1" in output and time.monotonic() - began < 30
     Run(tmp_path / "hurt", shards, processes=1, stage=2, steps=12).go()
     assert [line["from"] for line in run.consumed() if "from" in line][-1] > 0
     torch.testing.assert_close(curve(run.run), curve(whole.run), rtol=1e-5, atol=0)
@@ -353,13 +360,13 @@ def test_the_mlflow_server_is_down_for_a_minute_and_the_run_is_killed_meanwhile(
     time.sleep(max(0.0, down + 60 - time.monotonic()))
     assert second.poll() is None and steps() > before + 60, "training went on"
     with server(tmp_path / "server", port):
-        said, _ = second.communicate(timeout=200)
-        assert second.returncode == 0, said
-        assert "cannot be used now" in said and "is back" in said
+        output, _ = second.communicate(timeout=200)
+        assert second.returncode == 0, output
+        assert "cannot be used now" in output and "is back" in output
         client = MlflowClient(uri)
-        (found,) = client.search_runs([client.get_experiment_by_name("msc").experiment_id])
-        history = client.get_metric_history(found.info.run_id, "loss")
-    assert found.info.status == "FINISHED"
+        (mlflow_run,) = client.search_runs([client.get_experiment_by_name("msc").experiment_id])
+        history = client.get_metric_history(mlflow_run.info.run_id, "loss")
+    assert mlflow_run.info.status == "FINISHED"
     missing = set(range(1, 241)) - {point.step for point in history}
     print("steps of which MLflow holds nothing:", sorted(missing))
     assert not missing

@@ -114,6 +114,8 @@ def test_a_run_from_start_to_end(run):
     assert mlflow_run.data.metrics["lr"] == 1e-3
     assert mlflow_run.data.params["model.width"] == "64"
     assert mlflow_run.data.tags["msc.version"]
+    checkout = (Path(__file__).resolve().parents[1] / ".git").exists()
+    assert ("mlflow.source.git.commit" in mlflow_run.data.tags) == checkout
     assert len(mlflow_run.data.tags["note"]) == 5000
     names = [a.path for folder in ("", "samples", "all") for a in client_of(run).list_artifacts(tracker.run_id, folder)]
     assert {"config.yaml", "samples/sheet.png", "all/a.txt"} <= set(names)
@@ -226,8 +228,8 @@ def test_a_run_whose_id_was_never_received_is_found_again(run):
     """A job that dies between the creation of its run and the response must not create a second one."""
     first = start(run)
     first.finish("KILLED")
-    known = read_identity(run)
-    (run / "mlflow.json").write_text(json.dumps({**known, "run_id": None}))
+    identity = read_identity(run)
+    (run / "mlflow.json").write_text(json.dumps({**identity, "run_id": None}))
     second = start(run)
     second.finish("FINISHED")
     assert second.run_id == first.run_id
@@ -355,7 +357,7 @@ def test_import_needs_neither_mlflow_nor_torch():
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"experiment": " "}, "experiment is empty"),
         ({"tracking_uri": "localhost:5000"}, "localhost:5000"),
@@ -365,8 +367,8 @@ def test_import_needs_neither_mlflow_nor_torch():
         ({"tracking_uri": "postgresql://me:swordfish@host/x"}, "MLFLOW_TRACKING_URI, in the environment"),
     ],
 )
-def test_configuration_errors(changes, words):
-    with pytest.raises(ValueError, match=words) as error:
+def test_configuration_errors(changes, message):
+    with pytest.raises(ValueError, match=message) as error:
         MetricsConfig(**changes)
     assert "swordfish" not in str(error.value)
 

@@ -213,7 +213,7 @@ def test_training_from_an_address_is_training_from_the_folder(shards, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.gloo
-def test_the_same_curve_in_any_layout(shards, tmp_path):
+def test_the_same_curve_in_any_parallel_layout(shards, tmp_path):
     """Along time, with ZeRO-3 (which gathers parameters in step) and recomputation in the backward pass."""
     scales = "model.scales=[{heads: 2, window: 1, patch_window: 3}, {heads: 2}]"
     msc_train(shards, tmp_path / "one", scales, steps=10)
@@ -232,8 +232,8 @@ def test_resume_continues_exactly_and_on_another_mesh(shards, tmp_path):
     assert newest.name == "step-00000008"
     # as if the run had ended right after the checkpoint of step 4
     (newest.parent / "latest").write_text("step-00000004")
-    said = msc_train(shards, run, processes=2, sp=2, steps=8, resume=True).stderr
-    assert "step 5/8" in said and "step 4/8" not in said
+    output = msc_train(shards, run, processes=2, sp=2, steps=8, resume=True).stderr
+    assert "step 5/8" in output and "step 4/8" not in output
     assert torch.equal(curve(run), whole)
     for name, value in expected.items():
         assert torch.equal(final_weights(run)[name], value), name
@@ -259,7 +259,7 @@ def finished(shards, tmp_path_factory):
     return run
 
 
-def test_looking_at_held_out_clips_and_saving_change_nothing(shards, finished, tmp_path):
+def test_held_out_evaluation_and_checkpoints_change_nothing(shards, finished, tmp_path):
     """Held-out loss and preview from averaged weights, and a checkpoint on the way: the same curve and weights, bit for
     bit."""
     options = ("train.evaluate=1", "train.held_out=2", "checkpoint.every=1")
@@ -309,7 +309,7 @@ def test_bf16_trains_saves_and_resumes(shards, tmp_path):
 
 
 @pytest.mark.gloo
-def test_a_signal_saves_and_asks_for_more(shards, tmp_path):
+def test_a_signal_saves_and_exits_with_requeue(shards, tmp_path):
     run = tmp_path / "run"
     command = [MSC, "train", "--preset", "demo", "--run", run, "--processes", "2", f"data.shards={shards}", *SMALL,
                "parallel.sp=2", "train.clips=40000"]  # fmt: skip
@@ -317,11 +317,11 @@ def test_a_signal_saves_and_asks_for_more(shards, tmp_path):
     try:
         wait_for(lambda: (run / "log.jsonl").exists() and len((run / "log.jsonl").read_text().splitlines()) > 3)
         process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 75, said
-    assert "--resume" in said
+    assert process.returncode == 75, errors
+    assert "--resume" in errors
     steps = len((run / "log.jsonl").read_text().splitlines())
     assert CheckpointMeta.read(latest(run)).step == steps
 
@@ -361,7 +361,9 @@ BAD = {
 @pytest.mark.parametrize("what", BAD)
 def test_bad_input_is_one_clear_line_and_leaves_nothing(what, shards, tmp_path, here):
     settings, processes, message = BAD[what]
-    start = msc if what in ("unknown key", "another number of classes") else here  # where nothing else is said, either
+    start = (
+        msc if what in ("unknown key", "another number of classes") else here
+    )  # where nothing else is printed, either
     done = start(*train_words(shards, tmp_path / "run", *settings, processes=processes))
     assert done.returncode == 2
     assert re.search(message, done.stderr), done.stderr
@@ -400,7 +402,7 @@ def trained(shards, tmp_path_factory):
     return run
 
 
-def test_a_run_leaves_what_the_readme_promises(trained):
+def test_a_run_writes_the_files_of_the_readme(trained):
     for name in ("config.yaml", "data.json", "log.jsonl", "mlflow.json", "checkpoints/latest"):
         assert (trained / name).is_file(), name
     # two ranks share every clip along time; previews are of a clip each
@@ -441,7 +443,7 @@ def test_evaluate_measures_a_run_and_another_beside_it(trained, finished):
         for name, row in table["rows"].items():
             if " - other's" in name:
                 assert set(row["mean"]) <= {0, None}, name
-    card = model_card.measured(result)
+    card = model_card.results(result)
     assert "| continuations: PSNR, mean (dB) | sample | " in card
     assert "other's" not in card and str(trained) not in card
     assert "PSNR" in done.stdout and done.stdout.strip() == (trained / "evaluation.txt").read_text().strip()
@@ -454,21 +456,21 @@ def test_evaluate_measures_a_run_and_another_beside_it(trained, finished):
     assert kept.data.metrics["quality/loss_by_noise/model/mean"] == pytest.approx(expected, abs=1e-6)
 
 
-def test_evaluate_takes_any_checkpoint_and_says_what_is_wrong(trained, tmp_path, here):
+def test_evaluate_takes_any_checkpoint_and_rejects_unknown_ones(trained, tmp_path, here):
     (step,) = re.findall(r"step-0*(\d+)", " ".join(p.name for p in (trained / "checkpoints").glob("step-*")))
     assert evaluate(trained, EvaluateConfig(clips=1, steps=1, samples=1, checkpoint=step)).startswith(
         f"{trained}, step {step}, ema"
     )
-    for words, said in {
+    for options, message in {
         ("--checkpoint", "7"): f"7 is not a checkpoint of {trained}; it has those of steps: {step}",
         ("--against", str(tmp_path)): f"{tmp_path} is not a run folder",
         ("--features", str(tmp_path / "none.pt2")): "there is no feature network",
     }.items():
-        done = here("evaluate", trained, *words)
-        assert done.returncode == 2 and said in done.stderr, done.stderr
+        done = here("evaluate", trained, *options)
+        assert done.returncode == 2 and message in done.stderr, done.stderr
 
 
-def test_an_evaluation_that_is_interrupted_tells_what_it_has(finished, monkeypatch):
+def test_an_interrupted_evaluation_prints_its_results_so_far(finished, monkeypatch):
     """Clip by clip; the features of a network are few enough at first, and too few then."""
     seen = []
 
@@ -479,7 +481,7 @@ def test_an_evaluation_that_is_interrupted_tells_what_it_has(finished, monkeypat
         return measured(*arguments)
 
     measured = evaluation.measure
-    monkeypatch.setattr(evaluation, "EACH", 1)
+    monkeypatch.setattr(evaluation, "BATCH", 1)
     monkeypatch.setattr(evaluation, "measure", measure)
     monkeypatch.setattr(evaluation, "open_features", lambda *_: lambda video: video.mean((1, 3, 4)).double())
     text = evaluate(finished, EvaluateConfig(clips=4, steps=1, samples=1, features=Path("network")))
@@ -553,10 +555,10 @@ def test_a_run_starts_from_exported_weights_and_goes_on_without_them(trained, sh
 def test_exports_of_every_stage_compute_as_the_run_did(stage, processes, shards, tmp_path):
     """The loss of the sharded model when training ended, against that of a run which starts from its export."""
     processes = processes if room(processes) else 2
-    run, look = tmp_path / "run", ("train.evaluate=4", "train.held_out=4")  # a clip for every rank
-    msc_train(shards, run, *look, stage=stage, processes=processes, steps=4)
+    run, evaluated = tmp_path / "run", ("train.evaluate=4", "train.held_out=4")  # a clip for every rank
+    msc_train(shards, run, *evaluated, stage=stage, processes=processes, steps=4)
     assert msc("export", run, "--max-shard-size", "30KB").returncode == 0
-    msc_train(shards, tmp_path / "next", f"train.init_from={run / 'export'}", *look, steps=1)
+    msc_train(shards, tmp_path / "next", f"train.init_from={run / 'export'}", *evaluated, steps=1)
     assert held_out(tmp_path / "next")[0] == pytest.approx(held_out(run)[4], rel=1e-5)
 
 
@@ -579,7 +581,7 @@ def test_a_short_video_is_continued_from_what_it_has(trained, tmp_path, here):
     assert done.returncode == 2 and "lower --context" in done.stderr, done.stderr
 
 
-def test_commands_on_what_is_no_run_say_so(tmp_path, here):
+def test_commands_reject_a_folder_that_is_no_run(tmp_path, here):
     for command in ("evaluate", "sample", "export"):
         done = here(command, tmp_path)
         assert done.returncode == 2 and "not a run folder" in done.stderr, done.stderr

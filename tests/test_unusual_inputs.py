@@ -149,7 +149,7 @@ INPUTS: list[tuple[str, str, Callable[[Path, list], object], str]] = [
     ("variable frame rate", "vfr.mkv", timed([0, 40, 500, 520, 1000, 1900, 2000, 2500]), "by its time stamps"),
     ("begins at 10 s", "late.mkv", timed([10_000 + 83 * i for i in range(36)]), "by its time stamps"),
     ("a pause of a minute between two frames", "gap.mkv", timed([0, 83, 60_000]), "no frame is used for "
-     "more than 10 s: clips end there, as at a cut, and the pause is named"),
+     "more than 10 s: clips end there, as at a scene cut, and the pause is named"),
     ("29.97 in milliseconds", "ms.mkv", timed([round(i * 1001 / 30) for i in range(36)]), "by its time stamps"),
     ("1,000 frames a second", "fast.mkv", lambda p, v: write(p, pictures(1500), rate=1000), "every 83rd frame or so"),
     ("one frame a second", "slow.mp4", lambda p, v: write(p, v[:4], rate=1), "frames repeat"),
@@ -197,8 +197,8 @@ INPUTS: list[tuple[str, str, Callable[[Path, list], object], str]] = [
 ]  # fmt: skip
 
 
-def outcomes(folder: Path) -> tuple[dict[str, str], Path]:
-    """What became of every input, by file name, after one conversion of them all; and the shards."""
+def convert_inputs(folder: Path) -> tuple[dict[str, str], Path]:
+    """Result of every input, by file name, of one conversion of all of them; and the folder of shards."""
     videos = folder / "in"
     videos.mkdir()
     for number, (_, name, make, _) in enumerate(INPUTS):
@@ -209,24 +209,24 @@ def outcomes(folder: Path) -> tuple[dict[str, str], Path]:
         max_bad=0.9,
     )  # fmt: skip
     report = convert(config, lambda video: video.float(), 1)
-    found = {name.removeprefix("in/"): f"skipped: {why}" for name, why in report.skipped}
+    results = {name.removeprefix("in/"): f"skipped: {why}" for name, why in report.skipped}
     counts: dict[str, int] = {}
     index = read_index(folder / "out")
     for shard in index.splits["train"]:
         for sample in scan(folder / "out" / shard.name):
             source = json.loads(read_part(folder / "out" / shard.name, sample, "json"))["source"].removeprefix("in/")
             counts[source] = counts.get(source, 0) + 1
-    found |= {name: f"used: {count} clip{'s' * (count > 1)}" for name, count in counts.items()}
-    found["folder.mp4"] = found.pop("folder.mp4/in.mp4")
-    found[".hidden.mp4"] = "not looked at"
-    return found, folder / "out"
+    results |= {name: f"used: {count} clip{'s' * (count > 1)}" for name, count in counts.items()}
+    results["folder.mp4"] = results.pop("folder.mp4/in.mp4")
+    results[".hidden.mp4"] = "not looked at"
+    return results, folder / "out"
 
 
-def table(found: dict[str, str]) -> str:
+def results_table(results: dict[str, str]) -> str:
     rows = [f"{len(INPUTS)} inputs of up to {SECONDS} s, mostly; clips of 8 frames at {RATE} fps.", ""]
     rows += ["| input | what happens | |", "| --- | --- | --- |"]
     for what, name, _, note in INPUTS:
-        reason = re.sub(r" \((?!\d)[^()]*\)$", "", found[name])  # FFmpeg's words differ between its versions
+        reason = re.sub(r" \((?!\d)[^()]*\)$", "", results[name])  # FFmpeg's words differ between its versions
         rows.append(f"| {what} | {reason} | {note} |")
     return "\n".join(rows)
 
@@ -239,21 +239,21 @@ def page_with(rows: str) -> str:
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory) -> tuple[dict[str, str], Path]:
-    return outcomes(tmp_path_factory.mktemp("awkward"))
+    return convert_inputs(tmp_path_factory.mktemp("unusual"))
 
 
 @pytest.mark.parametrize("name", [name for _, name, _, _ in INPUTS], ids=ascii)
-def test_the_page_says_what_becomes_of_an_input(converted, name):
-    row = next(row for row, (_, other, _, _) in zip(table(converted[0]).splitlines()[4:], INPUTS, strict=True)
+def test_the_documented_result_of_an_input(converted, name):
+    row = next(row for row, (_, other, _, _) in zip(results_table(converted[0]).splitlines()[4:], INPUTS, strict=True)
                if other == name)  # fmt: skip
     assert row in PAGE.read_text()
 
 
-def test_the_table_is_the_whole_of_it(converted):
-    assert page_with(table(converted[0])) == PAGE.read_text()
+def test_the_documented_table_is_complete(converted):
+    assert page_with(results_table(converted[0])) == PAGE.read_text()
 
 
-def test_what_is_used_is_upright_and_in_order(converted):
+def test_used_clips_are_upright_and_in_order(converted):
     """Dark on the left, bright on the right, brighter with time; the rotated one turned as its flag says."""
     _, out = converted
     index = read_index(out)
@@ -280,9 +280,9 @@ def test_what_is_used_is_upright_and_in_order(converted):
 
 
 def _where(samples: ShardReader, number: int):
-    return samples._find(number)
+    return samples._locate(number)
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as made:
-        PAGE.write_text(page_with(table(outcomes(Path(made))[0])))
+    with tempfile.TemporaryDirectory() as folder:
+        PAGE.write_text(page_with(results_table(convert_inputs(Path(folder))[0])))

@@ -233,7 +233,7 @@ def broken_files(folder: Path) -> dict[str, Path]:
         ("text", "is not readable"),
         ("empty", "is empty"),
         ("no_moov", "is not readable"),
-        ("cut", "is truncated: 60 frames promised|is not readable"),
+        ("cut", "is truncated: its header promises 60 frames|is not readable"),
         ("playlist", "is not readable"),
         ("concat", "is not readable"),
         ("sound", "has no video stream"),
@@ -300,7 +300,7 @@ def test_sizes_are_bounded_before_anything_is_allocated(monkeypatch):
     with pytest.raises(ValueError, match="fps is 0"):
         decode_frames(PHONE, fps=0)
     for start, stop in ((0, 121), (-1, 5), (7, 7), (9, 3)):
-        with pytest.raises(ValueError, match=rf"frames {start} to {stop} asked for, it has 120"):
+        with pytest.raises(ValueError, match=rf"frames {start} to {stop} requested, it has 120"):
             decode_frames(PHONE, start=start, stop=stop)
     monkeypatch.setattr(decode, "MAX_FRAMES", 100)
     with pytest.raises(ValueError, match="has 120 frames, at most 100"):

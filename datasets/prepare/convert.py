@@ -277,7 +277,6 @@ def _part_report(
     text = (
         f"part {part[0]}/{part[1]}: {sum(clips.values())} clips, {seconds:.0f} s, from "
         f"{len(results) - len(skipped)} of {len(results)} videos in {elapsed:.1f} s; "
-        f"{done} of {total} groups of videos are done"
-        + ("; make the index with --merge" * (done == total))
+        f"{done} of {total} groups of videos are done" + ("; make the index with --merge" * (done == total))
     )
     return Report(clips, seconds, skipped, text)

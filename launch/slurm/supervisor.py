@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -123,7 +124,7 @@ def run_attempts(job: Job, received: list[int]) -> int:
             return code
 
 
-def slurm_job_id(environment: os._Environ[str] | dict[str, str]) -> str:
+def slurm_job_id(environment: Mapping[str, str]) -> str:
     """`17`, or `17_3` for a part of an array: one part has the array's own number for its SLURM_JOB_ID, with which
     scontrol would requeue all of them."""
     array = environment.get("SLURM_ARRAY_JOB_ID")

@@ -23,6 +23,7 @@ from msc.datasets.loading.dataloader import Batch
 
 from ..run_folder import RunFolder
 from . import directory as checkpoint_directory
+from .directory import CheckpointMeta
 
 log = logging.getLogger(__name__)
 
@@ -101,14 +102,13 @@ def roll_back(run: Path, requested: str, again: bool = False) -> None:
         log.info("%s was rolled back to %s before: resuming from the newest; --again rolls back again", run, name)
         return
     target = checkpoint_directory.find(run, requested)
-    meta, newest, (before, last) = (
-        checkpoint_directory.CheckpointMeta.read(target), checkpoint_directory.newest_meta(run), read_state(run)
-    )  # fmt: skip
+    meta, newest = CheckpointMeta.read(target), checkpoint_directory.newest_meta(run)
+    before, last = read_state(run)
     # How far the run had come is known from its reports, skipped steps and newest checkpoint.
     clocks = [record["clock"] for record in read_jsonl(RunFolder(run).log)]
     clocks += [record["clock"] + record["batch"] for record in read_jsonl(RunFolder(run).skipped_steps)]
     until = max([*clocks, newest.clock if newest else 0])
-    ranges = merge_ranges([*before, *([(meta.clock, until)] if until > meta.clock else [])])
+    ranges = merge_ranges([*before, (meta.clock, until)] if until > meta.clock else before)
     _write_state(run, ranges, last)
     checkpoint_directory.set_latest(run, target)
     later = [p for p in checkpoint_directory.list_checkpoints(run) if checkpoint_directory.step_of(p) > meta.step]
