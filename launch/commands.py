@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from msc.pretrain.requests import EvaluateConfig, SampleConfig, TrainingStart
+from msc.pretrain.requests import EvaluateConfig, SampleConfig
 from msc.pretrain.run_folder import RunFolder
+from msc.pretrain.training_start import TrainingStart
 
 from .processes import launcher, slurm_env
 from .processes.train_request import TrainRequest, split_items

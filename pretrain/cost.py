@@ -1,8 +1,8 @@
-"""What a model costs, in closed form: parameters, multiply-adds, memory. The plan and the MFU rest on it."""
+"""Cost of a model in closed form: parameters, floating-point operations, memory. The plan and the MFU rest on it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -23,25 +23,27 @@ def tokens_per_frame(config: ModelConfig, height: int, width: int) -> int:
     return (height // config.patch) * (width // config.patch)
 
 
-def _windows(scale: Scale, grid: tuple[int, int], shifted: bool) -> Iterator[tuple[int, int]]:
-    """(number of local windows, tokens of one) at a scale, region by region."""
-    rows, columns = (scale.spatial_windows(side, shifted) for side in grid)
-    for _, ny, sy in rows:
-        for _, nx, sx in columns:
-            yield ny * nx, sy * sx
-
-
 @lru_cache(maxsize=64)
 def attention_flops(config: ModelConfig, frames: int, height: int, width: int) -> int:
     """Floating-point operations (2 per multiply-add) of all layers' attention proper for one clip, forward."""
     grid = (height // config.patch, width // config.patch)
-    F, total = config.frames_per_unit, 0
-    for layer in range(config.depth):
-        for scale in config.scales:
-            blocks = sum(map(len, scale.key_blocks(0, frames // F, separate_own=False)))
-            pairs = blocks * F * F * sum(n * size**2 for n, size in _windows(scale, grid, bool(layer % 2)))
-            total += 2 * 2 * pairs * scale.heads * config.head_width  # q·k and weights·v
-    return total
+    units = frames // config.frames_per_unit
+    blocks = [sum(map(scale.blocks_seen, range(units))) for scale in config.scales]
+    return _attention_flops(config, blocks, grid)
+
+
+def _attention_flops(config: ModelConfig, blocks: Sequence[int], grid: tuple[int, int]) -> int:
+    """Of all layers, where the queries see so many blocks of keys in all at each scale: q·k and weights·v."""
+    return sum(
+        4
+        * seen
+        * config.frames_per_unit**2
+        * scale.token_pairs(grid, bool(layer % 2))
+        * scale.heads
+        * config.head_width
+        for layer in range(config.depth)
+        for scale, seen in zip(config.scales, blocks, strict=True)
+    )
 
 
 def linear_flops(config: ModelConfig, frames: int, height: int, width: int) -> int:
@@ -109,16 +111,24 @@ def activation_bytes(
     With recomputation every layer keeps its input, and one at a time all of its own.
     """
     tokens = batch * run.units * config.frames_per_unit * rows * columns
-    layer = layer_activation_bytes(config, run, rows, columns, batch, value_bytes)
+    layer = _layer_activation_bytes(config, run, rows, columns, batch, value_bytes)
     # ends: patches in; the last tokens, these normalised, and the same modulated
     ends = tokens * (config.channels * config.patch**2 + 3 * config.width) * value_bytes
-    tables = 4 * config.head_width * sum(_positions(scale, config, run, rows, columns) for scale in config.scales)
+    # cosines and sines of positions, which all layers share
+    positions = sum(
+        (run.units + scale.fresh_before(run.first) + scale.finished(run.first, run.units))
+        * scale.tokens((rows, columns))
+        for scale in config.scales
+    )
+    ends += 4 * config.head_width * config.frames_per_unit * positions
     if not recompute:
-        return config.depth * layer + ends + tables
-    return config.depth * tokens * config.width * value_bytes + layer + ends + tables
+        return config.depth * layer + ends
+    return config.depth * tokens * config.width * value_bytes + layer + ends
 
 
-def layer_activation_bytes(config: ModelConfig, run: Run, rows: int, columns: int, batch: int, value_bytes: int) -> int:
+def _layer_activation_bytes(
+    config: ModelConfig, run: Run, rows: int, columns: int, batch: int, value_bytes: int
+) -> int:
     """One block's part of `activation_bytes`."""
     tokens = batch * run.units * config.frames_per_unit * rows * columns
     # Both halves: the input, it normalised, it modulated, and the branch's output. Attention: its output before the
@@ -139,7 +149,7 @@ def layer_activation_bytes(config: ModelConfig, run: Run, rows: int, columns: in
 
 def _scale_activations(scale: Scale, config: ModelConfig, run: Run, rows: int, columns: int) -> tuple[int, int]:
     """(values, fp32 statistics) that the attention of one scale keeps per clip, besides a view of the projection."""
-    size = config.frames_per_unit * (rows // scale.space) * (columns // scale.space) * scale.heads
+    size = config.frames_per_unit * scale.tokens((rows, columns)) * scale.heads
     gated, past, finished = config.gate == "logits", scale.fresh_before(run.first), scale.finished(run.first, run.units)
     whole = scale.patch_window is None or max(rows, columns) // scale.space <= scale.patch_window
     keys = scale.pooled_before(run.first) + finished + past + run.units * (1 + gated)
@@ -152,12 +162,6 @@ def _scale_activations(scale: Scale, config: ModelConfig, run: Run, rows: int, c
     return values * size * config.head_width, statistics * size
 
 
-def _positions(scale: Scale, config: ModelConfig, run: Run, rows: int, columns: int) -> int:
-    """Positions that a scale has tables of cosines and sines for; all layers share them."""
-    units = run.units + scale.fresh_before(run.first) + scale.finished(run.first, run.units)
-    return units * config.frames_per_unit * (rows // scale.space) * (columns // scale.space)
-
-
 # Roll-out: one unit at a time against caches of the past ---------------------------------------------------
 
 
@@ -167,20 +171,14 @@ def cache_bytes(config: ModelConfig, units: int, rows: int, columns: int, batch:
     kept = levels = 0
     for scale in config.scales:
         fresh = units if scale.fresh_kept is None else min(scale.fresh_kept, units)
-        groups = units // scale.time if scale.time > 1 else 0
-        groups = groups if scale.window is None else min(scale.window, groups)
-        tokens = config.frames_per_unit * (rows // scale.space) * (columns // scale.space)
-        kept += (fresh + groups) * 2 * tokens * scale.heads * config.head_width
+        tokens = config.frames_per_unit * scale.tokens((rows, columns))
+        kept += (fresh + scale.pooled_before(units)) * 2 * tokens * scale.heads * config.head_width
         levels = max(levels, fresh * config.frames_per_unit if config.gate == "logits" else 0)
     return batch * (config.depth * kept * value_bytes + levels * 4)
 
 
 def unit_flops(config: ModelConfig, unit: int, rows: int, columns: int) -> int:
     """Floating-point operations of one forward pass of one unit against the cached past, for one clip."""
-    F, attention = config.frames_per_unit, 0
-    for layer in range(config.depth):
-        for scale in config.scales:
-            blocks = 1 + scale.fresh_before(unit) + scale.pooled_before(unit)
-            sizes = sum(n * size**2 for n, size in _windows(scale, (rows, columns), bool(layer % 2)))
-            attention += 4 * blocks * F * F * sizes * scale.heads * config.head_width
-    return attention + linear_flops(config, F, rows * config.patch, columns * config.patch)
+    blocks = [scale.blocks_seen(unit) for scale in config.scales]
+    frames, height, width = config.frames_per_unit, rows * config.patch, columns * config.patch
+    return _attention_flops(config, blocks, (rows, columns)) + linear_flops(config, frames, height, width)

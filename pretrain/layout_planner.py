@@ -1,4 +1,4 @@
-"""How each scale is shared out along time: what every layout would send and compute, and which costs least.
+"""Layout planner: what every parallel layout of a scale would send and compute, and which costs least.
 
 Pure functions of sizes. "halo": every rank computes its own units and is sent the past they need; "ulysses": all
 units, a share of the heads; "ring": a dense scale's keys travel around. docs/parallelism.md draws them.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from msc.parallel.context_parallel import required_transfers, shard_bounds
@@ -24,7 +25,7 @@ RING = 1.4
 
 @dataclass(frozen=True)
 class ClipShape:
-    """What of a clip and its model the layouts depend on; grid is the full token grid (H, W)."""
+    """What the layouts depend on of a clip and its model; grid is the full token grid (H, W)."""
 
     units: int
     frames_per_unit: int
@@ -34,8 +35,7 @@ class ClipShape:
 
     def unit_values(self, scale: Scale) -> int:
         """Numbers in one unit's queries, or keys, or values, at a scale."""
-        tokens = self.frames_per_unit * (self.grid[0] // scale.space) * (self.grid[1] // scale.space)
-        return tokens * scale.heads * self.head_width
+        return self.frames_per_unit * scale.tokens(self.grid) * scale.heads * self.head_width
 
 
 @dataclass(frozen=True)
@@ -59,56 +59,30 @@ class Estimate:
     seconds: float
 
 
-# What travels ----------------------------------------------------------------------------------------
-
-
 def halo_values(scale: Scale, edges: tuple[int, ...], unit_values: int) -> list[int]:
     """Values that each rank sends forward: keys and values of units, and of pooled groups, that later ranks need."""
-    messages = required_transfers(edges, scale.fresh_before) + required_transfers(
-        edges, scale.pooled_before, scale.time
-    )
-    return [2 * unit_values * sum(b - a for source, _, a, b in messages if source == rank) for rank in _ranks(edges)]
+    messages = required_transfers(edges, scale.fresh_before)
+    messages += required_transfers(edges, scale.pooled_before, scale.time)
+    sent = [0] * (len(edges) - 1)
+    for source, _, first, end in messages:
+        sent[source] += 2 * unit_values * (end - first)
+    return sent
 
 
 def ulysses_values(edges: tuple[int, ...], unit_values: int) -> list[int]:
     """Queries, keys and values of own units to the owners of the heads, and output of own heads back."""
     ranks, units = len(edges) - 1, edges[-1]
-    shares = [edges[rank + 1] - edges[rank] for rank in _ranks(edges)]
-    return [unit_values * (3 * own * (ranks - 1) + units - own) // ranks for own in shares]
+    return [unit_values * (3 * (b - a) * (ranks - 1) + units - (b - a)) // ranks for a, b in pairwise(edges)]
 
 
 def ring_values(edges: tuple[int, ...], unit_values: int) -> tuple[list[int], list[int]]:
     """(queries, keys and values to their zig-zag places and output back; keys and values around the ring)."""
-    held = zigzag_units(edges[-1], len(edges) - 1)
-    own = [set(range(edges[rank], edges[rank + 1])) for rank in _ranks(edges)]
-    placed = [unit_values * (3 * len(own[r] - set(held[r])) + len(set(held[r]) - own[r])) for r in _ranks(edges)]
-    ranks = len(held)
-    passed = [2 * unit_values * sum(len(held[(r - step) % ranks]) for step in range(ranks - 1)) for r in _ranks(edges)]
+    held = [set(units) for units in zigzag_units(edges[-1], len(edges) - 1)]
+    own = [set(range(a, b)) for a, b in pairwise(edges)]
+    placed = [unit_values * (3 * len(mine - there) + len(there - mine)) for mine, there in zip(own, held, strict=True)]
+    # every rank passes on all units but those of the next rank, whose keys have then been all around
+    passed = [2 * unit_values * (edges[-1] - len(held[(rank + 1) % len(held)])) for rank in range(len(held))]
     return placed, passed
-
-
-def _ranks(edges: tuple[int, ...]) -> range:
-    return range(len(edges) - 1)
-
-
-# What is computed ------------------------------------------------------------------------------------
-
-
-def unit_flops(scale: Scale, clip: ClipShape) -> int:
-    """Forward attention FLOPs of one query unit with one block of keys."""
-    pairs = clip.frames_per_unit**2
-    for side in clip.grid:
-        windows = scale.spatial_windows(side, shifted=False)
-        pairs *= sum(count * size**2 for _, count, size in windows)
-    return 4 * pairs * scale.heads * clip.head_width
-
-
-def seen_blocks(scale: Scale, units: Sequence[int]) -> int:
-    """Blocks of keys that some units see in all."""
-    return sum(1 + scale.fresh_before(unit) + scale.pooled_before(unit) for unit in units)
-
-
-# What it takes ---------------------------------------------------------------------------------------
 
 
 def estimates(scale: Scale, clip: ClipShape, ranks: int, rates: Rates) -> dict[ParallelLayout, Estimate]:
@@ -118,8 +92,8 @@ def estimates(scale: Scale, clip: ClipShape, ranks: int, rates: Rates) -> dict[P
     full, those there and back (Ulysses, and the ring's zig-zag) also with what ranks wait for each other, each scale as
     if it were the only one; halos hide behind the placing of own queries and keys, which is not counted here.
     """
-    edges, size, work = shard_bounds(clip.units, ranks), clip.unit_values(scale), unit_flops(scale, clip)
-    shares = [range(edges[rank], edges[rank + 1]) for rank in range(ranks)]
+    edges, size = shard_bounds(clip.units, ranks), clip.unit_values(scale)
+    work = 4 * clip.frames_per_unit**2 * scale.token_pairs(clip.grid) * scale.heads * clip.head_width  # FLOPs a block
 
     def compute(blocks: float) -> float:
         return 3 * blocks * work / rates.flops_per_s
@@ -127,26 +101,27 @@ def estimates(scale: Scale, clip: ClipShape, ranks: int, rates: Rates) -> dict[P
     def travel(values: float, ways: float = 2) -> float:
         return ways * values * clip.value_bytes / rates.bytes_per_s
 
-    blocks = [seen_blocks(scale, own) for own in shares]
-    sent = max(halo_values(scale, edges, size))
-    most = max(blocks)
-    found: dict[ParallelLayout, Estimate] = {
+    def blocks_seen(units: Sequence[int]) -> int:
+        return sum(map(scale.blocks_seen, units))
+
+    blocks = [blocks_seen(range(a, b)) for a, b in pairwise(edges)]
+    sent, most = max(halo_values(scale, edges, size)), max(blocks)
+    layouts: dict[ParallelLayout, Estimate] = {
         "halo": Estimate(sent, most * work, compute(most), compute(most) + travel(sent))
     }
     if scale.heads % ranks == 0:
-        sent = max(ulysses_values(edges, size))
-        computing = compute(sum(blocks) / ranks)
+        sent, computing = max(ulysses_values(edges, size)), compute(sum(blocks) / ranks)
         seconds = computing + travel(sent) + 4 * rates.wait_s
-        found["ulysses"] = Estimate(sent, sum(blocks) * work // ranks, computing, seconds)
+        layouts["ulysses"] = Estimate(sent, sum(blocks) * work // ranks, computing, seconds)
     if is_dense(scale):
         placed, passed = (max(values) for values in ring_values(edges, size))
-        most = max(seen_blocks(scale, held) for held in zigzag_units(clip.units, ranks))
+        most = max(map(blocks_seen, zigzag_units(clip.units, ranks)))
         # backward: keys and values once more, their gradients in fp32
         around = travel(passed, 2 + 4 / clip.value_bytes)
         computing = RING * compute(most)
         seconds = travel(placed) + 4 * rates.wait_s + max(computing, around)
-        found["ring"] = Estimate(placed + passed, most * work, computing, seconds)
-    return found
+        layouts["ring"] = Estimate(placed + passed, most * work, computing, seconds)
+    return layouts
 
 
 def is_dense(scale: Scale) -> bool:
@@ -166,11 +141,8 @@ def choose_layouts(
         return tuple("ring" if is_dense(scale) else "halo" for scale in scales)
     if choice != "auto":
         return (choice,) * len(scales)
-    layouts: list[ParallelLayout] = []
-    for scale in scales:
-        found = estimates(scale, clip, ranks, rates)
-        layouts.append(min(found, key=lambda layout: found[layout].seconds))
-    return tuple(layouts)
+    layouts = [estimates(scale, clip, ranks, rates) for scale in scales]
+    return tuple(min(costs, key=lambda layout, costs=costs: costs[layout].seconds) for costs in layouts)
 
 
 def check_layout(scales: Sequence[Scale], ranks: int, choice: LayoutChoice) -> None:
@@ -189,16 +161,14 @@ def check_layout(scales: Sequence[Scale], ranks: int, choice: LayoutChoice) -> N
 def layout_table(
     scales: Sequence[Scale], clip: ClipShape, ranks: int, choice: LayoutChoice, rates: Rates
 ) -> list[tuple[str, str]]:
-    """One line per scale for people: (scale, its layout and what each would take per layer and step)."""
-    lines = []
-    for index, (scale, layout) in enumerate(
-        zip(scales, choose_layouts(scales, clip, ranks, choice, rates), strict=True)
-    ):
-        found = estimates(scale, clip, ranks, rates)
+    """For people, of every scale: (its name, its layout and what each layout would take per layer and step)."""
+    rows = []
+    for index, layout in enumerate(choose_layouts(scales, clip, ranks, choice, rates)):
+        scale = scales[index]
         costs = ", ".join(
             f"{name} {estimate.seconds * 1e3:.3g} ms, sends {estimate.sent * clip.value_bytes / 1e6:.3g} MB"
-            for name, estimate in found.items()
+            for name, estimate in estimates(scale, clip, ranks, rates).items()
         )
         name = f"scale {index} ({scale.heads} × {scale.space}, {scale.time}, {scale.window or 'all'})"
-        lines.append((name, f"{layout}  (per layer: {costs})"))
-    return lines
+        rows.append((name, f"{layout}  (per layer: {costs})"))
+    return rows

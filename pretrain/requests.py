@@ -1,4 +1,4 @@
-"""Requests: the options of `msc train`, `msc sample` and `msc evaluate` as dataclasses, named as the flags.
+"""Requests: the options of `msc sample` and `msc evaluate` as dataclasses, named as the flags.
 
 Imports no torch, so that a command line can be read and checked without it.
 """
@@ -7,31 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
-
-from .tracking.plan_deviation import PlannedStep
-
-if TYPE_CHECKING:
-    from .config import Config
+from typing import Literal
 
 Solver = Literal["euler", "heun"]
 Weights = Literal["ema", "raw"]  # averaged, or as trained last
-
-
-@dataclass(frozen=True)
-class TrainingStart:
-    """How a training process starts. resume: from the newest checkpoint, if there is one.
-
-    rollback: step or folder of a checkpoint to go back to first, leaving out all clips since. again: also if the run
-    last went back to that one already. planned: of `msc plan`; a deviation from it is reported once.
-    """
-
-    config: Config
-    run: Path
-    resume: bool = False
-    rollback: str | None = None
-    again: bool = False
-    planned: PlannedStep | None = None
 
 
 @dataclass(frozen=True)

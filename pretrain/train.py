@@ -43,7 +43,6 @@ from .kernels.compile_helpers import graph_breaks
 from .model.transformer import MSCTransformer
 from .optimizer import set_schedule
 from .parallelize import build_model, clip_shape, own_past_context, parallelize
-from .requests import TrainingStart
 from .run_folder import LatentSpace, RunFolder
 from .tracking import heartbeat, spike_guard
 from .tracking.mlflow_store import code_version, read_identity
@@ -51,6 +50,7 @@ from .tracking.plan_deviation import describe_deviation, plan_ratios
 from .tracking.throughput import DESCRIPTION, Meter
 from .tracking.tracker import State, Tracker
 from .tracking.unreadable_clips import UnreadableClips, read_unreadable_clips
+from .training_start import TrainingStart
 from .validation import latent_sizes, resolve
 
 log = logging.getLogger(__name__)

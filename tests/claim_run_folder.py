@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from msc.pretrain.presets import preset
-from msc.pretrain.requests import TrainingStart
 from msc.pretrain.tracking import heartbeat
 from msc.pretrain.train import train
+from msc.pretrain.training_start import TrainingStart
 
 
 def each_for_itself(rank: int, ranks: int, run: Path) -> str:

@@ -18,7 +18,8 @@ from msc.launch import cli, commands
 from msc.launch.processes import launcher
 from msc.launch.processes.train_request import TrainRequest
 from msc.pretrain.presets import preset
-from msc.pretrain.requests import EvaluateConfig, SampleConfig, TrainingStart
+from msc.pretrain.requests import EvaluateConfig, SampleConfig
+from msc.pretrain.training_start import TrainingStart
 
 MSC = Path(sys.executable).with_name("msc")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
-from msc.pretrain.evaluation.confidence import Table, draw, join, ratio_over_clips, summed
+from msc.pretrain.evaluation.confidence import Table, concatenate, draw, ratio_over_clips, with_total
 
 
 def test_equal_counts_give_the_usual_interval_of_a_mean():
@@ -56,15 +56,15 @@ def test_the_interval_covers_as_often_as_it_says():
 
 
 def test_rows_are_summed_up_and_joined():
-    short, long = summed(torch.tensor([[1.0, 2.0]])), summed(torch.tensor([[3.0, 4.0, 5.0]]))
-    sums, counts = join([short, long])
+    short, long = with_total(torch.tensor([[1.0, 2.0]])), with_total(torch.tensor([[3.0, 4.0, 5.0]]))
+    sums, counts = concatenate([short, long])
     assert sums.tolist() == [[3, 1, 2, 0], [12, 3, 4, 5]]
     assert counts.tolist() == [[2, 1, 1, 0], [3, 1, 1, 1]]
     assert ratio_over_clips(sums, counts)[0].tolist() == [3, 2, 3, 5]
 
 
 def test_a_table_can_be_read_kept_and_drawn():
-    values = summed(torch.rand(4, 30, generator=torch.Generator().manual_seed(0)))
+    values = with_total(torch.rand(4, 30, generator=torch.Generator().manual_seed(0)))
     one = tuple(x[:1] for x in values)
     rows = {"a row": values, "of one clip": one}
     table = Table.of("a title", "frame", "dB", ["mean", *map(str, range(1, 31))], rows, 2)
@@ -75,7 +75,7 @@ def test_a_table_can_be_read_kept_and_drawn():
     found = json.loads(json.dumps(table.json(), allow_nan=False))
     assert len(found["columns"]) == 31 and found["rows"]["of one clip"]["half_width"] == [None] * 31
     assert found["rows"]["a row"]["mean"][0] == pytest.approx(float(values[0][:, 0].sum() / 120), abs=1e-6)
-    metrics = Table.of("t", "x", "u", ["mean", "1"], {"a (b, c)": summed(torch.ones(2, 1))}, 1).metrics("p/")
+    metrics = Table.of("t", "x", "u", ["mean", "1"], {"a (b, c)": with_total(torch.ones(2, 1))}, 1).metrics("p/")
     assert metrics == {"p/a _b_ c_/mean": 1, "p/a _b_ c_/1": 1}
     from PIL import Image
 

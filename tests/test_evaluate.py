@@ -14,7 +14,7 @@ from msc.datasets.prepare.convert import ConvertConfig, convert
 from msc.datasets.synthetic import moving_textures, write_videos
 from msc.pretrain.diffusion.autoencoder import open_autoencoder
 from msc.pretrain.evaluation import evaluate as evaluation
-from msc.pretrain.evaluation.confidence import OTHERS, ratio_over_clips
+from msc.pretrain.evaluation.confidence import OTHER_RUN, ratio_over_clips
 from msc.pretrain.evaluation.evaluate import TABLES, distances, evaluate, table_of, with_differences
 from msc.pretrain.evaluation.rollouts import drift, of_clip
 from msc.pretrain.inference.load import TrainedModel
@@ -75,9 +75,9 @@ def test_differences_are_paired():
     values = torch.tensor([[1.0], [5.0], [9.0]]).double()
     part = (torch.cat((values, values), 1), torch.ones(3, 2).double())
     worse = (part[0] + 0.25, part[1])
-    rows = {("loss_by_position", "model"): part, ("loss_by_position", f"{OTHERS}model"): worse}
+    rows = {("loss_by_position", "model"): part, ("loss_by_position", f"{OTHER_RUN}model"): worse}
     table = table_of("loss_by_position", with_differences(rows))
-    assert list(table.rows) == ["model", f"{OTHERS}model", "model - other's"]
+    assert list(table.rows) == ["model", f"{OTHER_RUN}model", "model - other's"]
     mean, half = table.rows["model - other's"]
     assert mean == pytest.approx([-0.25, -0.25]) and half == pytest.approx([0, 0], abs=1e-12)
     assert table.rows["model"][1][0] > 1

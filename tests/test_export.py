@@ -18,7 +18,7 @@ from msc.datasets import files
 from msc.pretrain.checkpoints import directory as checkpoint_directory
 from msc.pretrain.checkpoints import exported_weights
 from msc.pretrain.checkpoints import format as checkpoint_format
-from msc.pretrain.evaluation.confidence import summed
+from msc.pretrain.evaluation.confidence import with_total
 from msc.pretrain.evaluation.evaluate import table_of, with_differences
 from msc.pretrain.export import export as exports
 from msc.pretrain.export import model_card
@@ -364,7 +364,7 @@ def test_the_card_tells_the_facts_and_no_secrets(run, tmp_path):
 def write_evaluation(path, step, against, weights="ema"):
     """As `msc evaluate` does: a table that its code makes of what clips add."""
     values = torch.tensor([[2.0, 2.0], [3.0, 3.0], [4.0, 4.0]])
-    clips = {"sample": summed(values), "other's sample": summed(values), "one clip": summed(values[:1])}
+    clips = {"sample": with_total(values), "other's sample": with_total(values), "one clip": with_total(values[:1])}
     rows = with_differences({("psnr_by_horizon", name): part for name, part in clips.items()})
     assert ("psnr_by_horizon", "sample - other's") in rows
     result = {
@@ -394,7 +394,7 @@ def test_a_card_that_somebody_edited_is_kept(run, tmp_path):
     assert "kept" not in export(path, dtype="bf16")
     assert card.read_bytes() != first, "a card that nobody edited is renewed"
     card.write_bytes(first.replace(b"# license: ...", b"license: mit"))
-    assert "README.md is not as it was written, and kept" in export(path)
+    assert "README.md was edited and is kept" in export(path)
     assert b"license: mit" in card.read_bytes() and (path / "export" / "model.safetensors").is_file()
 
 
@@ -429,7 +429,7 @@ def test_upload_makes_a_private_repository_and_sends_the_folder(run, tmp_path, m
         ("upload", {"repo_id": "me/first", "folder_path": tmp_path / "out", "commit_message": "msc export of step 40",
                     "delete_patterns": model_card.OWN_WEIGHTS, "ignore_patterns": None}),
     ]  # fmt: skip
-    assert "its README.md is as it was" in model_card.push(tmp_path / "out", "me/card", "x")
+    assert "its README.md was not changed" in model_card.push(tmp_path / "out", "me/card", "x")
     assert Api.calls[-1][1]["ignore_patterns"] == ["README.md"]
     assert not [p for p in (tmp_path / "out").iterdir() if b"hf_secret" in p.read_bytes()]
     monkeypatch.setattr(Api, "failure", ConnectionError("no route to host"))

@@ -10,7 +10,7 @@ from msc.pretrain.batch_inputs import BatchInputs
 from msc.pretrain.diffusion.loss import Loss
 from msc.pretrain.diffusion.sampler import Cache, extend_cache
 from msc.pretrain.evaluation.confidence import ratio_over_clips
-from msc.pretrain.evaluation.held_out_loss import BINS, LossByNoise, blind, by_context, by_noise, by_position
+from msc.pretrain.evaluation.held_out_loss import BINS, LossByNoise, by_context, by_noise, by_position, hide_past
 
 
 def test_parts_of_the_loss_make_up_the_loss():
@@ -29,7 +29,7 @@ def test_parts_of_the_loss_make_up_the_loss():
     assert [v for k, v in in_training.metrics("").items() if k != "mean"] == pytest.approx(expected)
 
 
-class Elsewhere(Cache):
+class ChangedPast(Cache):
     """A past that was another one at some scales."""
 
     def __init__(self, changed, scales):
@@ -53,24 +53,24 @@ class Elsewhere(Cache):
 
 @pytest.mark.parametrize("gate", ["logits", "none"])
 @pytest.mark.parametrize("name", ["default", "pooled in time"])
-def test_what_is_hidden_has_no_influence_and_the_rest_has(name, gate):
+def test_a_hidden_scale_has_no_influence_and_the_others_have(name, gate):
     """Of every scale: with its past hidden, another past changes no bit; the others' pasts still count."""
     model, x, t, text, labels, _ = make(SCALES[name], 9, 1, gate)
     scales = range(len(model.config.scales))
 
-    def last(seeing, *changed):
-        cache = Elsewhere(changed, len(scales))
+    def last(reader, *changed):
+        cache = ChangedPast(changed, len(scales))
         extend_cache(model, cache, x[:, :-1], text, labels)
         with torch.no_grad():
-            return seeing(x[:, -1:], t[:, -1:], text, labels, cache)
+            return reader(x[:, -1:], t[:, -1:], text, labels, cache)
 
     for i in scales:
-        without = blind(model, {i})
+        without = hide_past(model, {i})
         assert torch.equal(last(without), last(without, i))
         assert not torch.equal(last(model), last(model, i))
         for j in scales:
             assert i == j or not torch.equal(last(without), last(without, j))
-    alone = blind(model, set(scales))
+    alone = hide_past(model, set(scales))
     assert torch.equal(last(alone), last(alone, *scales))
     seen = alone(x[:, -1:], t[:, -1:], text, labels, _at(8))
     torch.testing.assert_close(last(alone), seen, rtol=1e-12, atol=1e-12)

@@ -162,7 +162,7 @@ def test_gradients_of_groups_of_heads_are_those_of_all(monkeypatch):
     inputs = [torch.randn(2, 4, 3, 5, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     expected = torch.autograd.grad(attend(*inputs, blocks, "sdpa").square().sum(), inputs)
     for groups in ([(0, 3), (3, 5)], [(0, 2), (2, 3), (3, 5)]):
-        monkeypatch.setattr(rectangle, "groups", lambda q, k, groups=groups: [slice(*group) for group in groups])
+        monkeypatch.setattr(rectangle, "head_slices", lambda q, k, groups=groups: [slice(*group) for group in groups])
         found = torch.autograd.grad(attend(*inputs, blocks, "sdpa").square().sum(), inputs)
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b)

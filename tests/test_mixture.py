@@ -147,10 +147,10 @@ def test_streams_alternate_by_weight_without_losing_clips():
     shares = [Fraction(1, 2), Fraction(1, 3), Fraction(1, 6)]
     each = apportion(shares)
     assert each == [512, 341, 171]
-    found = [stream_at(position, each, 5) for position in range(3 * SLOTS)]
+    places = [stream_at(position, each, 5) for position in range(3 * SLOTS)]
     for number, count in enumerate(each):
-        assert sorted(p for s, p in found if s == number) == list(range(3 * count))
-        assert 0.7 < sum(s == number for s, _ in found[:256]) / 256 / (count / SLOTS) < 1.3  # spread, not in a block
+        assert sorted(p for s, p in places if s == number) == list(range(3 * count))
+        assert 0.7 < sum(s == number for s, _ in places[:256]) / 256 / (count / SLOTS) < 1.3  # spread, not in a block
     assert [stream_at(p, [1], 5) for p in (0, 7)] == [(0, 0), (0, 7)]
 
 
@@ -172,15 +172,15 @@ def test_windows_hold_few_shards_and_every_clip_once():
 
 
 def test_window_shuffle_caches_both_epochs_at_their_border(monkeypatch):
-    made = []
+    epochs_shuffled = []
     monkeypatch.setattr(
-        shuffling, "epoch_permutation", lambda *given: made.append(given[2]) or epoch_permutation(*given)
+        shuffling, "epoch_permutation", lambda *args: epochs_shuffled.append(args[2]) or epoch_permutation(*args)
     )
     windows = WindowShuffle([5] * 300, 3, 1)
     positions = [place for p in range(4 * 1500) for one, place in [stream_at(p, [512, 512], 7)] if one == 0]
     epochs = [windows(place)[0] for place in positions]
     assert sum(a > b for a, b in itertools.pairwise(epochs)) > 10  # back and forth
-    assert made == sorted(set(epochs))
+    assert epochs_shuffled == sorted(set(epochs))
 
 
 # --- batches -----------------------------------------------------------------------------------------------
@@ -203,11 +203,11 @@ def test_held_out_clips_do_not_depend_on_the_number_of_ranks(data, each):
     """And every row takes part in as many whole batches."""
     shards = open_shards(data)
     expected = sorted(sample for batch, _ in held_out_batches(shards, 5, each) for sample in batch.samples)
-    for rows in (2, 3, 8):
-        found = [list(held_out_batches(shards, 5, each, rows, row)) for row in range(rows)]
-        assert len({len(batches) for batches in found}) == 1
-        assert {len(batch.samples) for batches in found for batch, _ in batches} == {each}
-        counted = [sample for batches in found for batch, count in batches for sample in batch.samples[:count]]
+    for ranks in (2, 3, 8):
+        of_ranks = [list(held_out_batches(shards, 5, each, ranks, rank)) for rank in range(ranks)]
+        assert len({len(batches) for batches in of_ranks}) == 1
+        assert {len(batch.samples) for batches in of_ranks for batch, _ in batches} == {each}
+        counted = [sample for batches in of_ranks for batch, count in batches for sample in batch.samples[:count]]
         assert sorted(counted) == expected
 
 
@@ -249,7 +249,7 @@ def test_epoch_rounds_see_every_clip(data):
 
 def test_a_mixture_is_seen_by_weight_and_names_its_sets(data, plain):
     shards = open_shards(data)
-    assert [found.name for found in shards.sets] == [str(Path(found.path)) for found in data.sets]  # both end in "out"
+    assert [one.name for one in shards.sets] == [str(Path(one.path)) for one in data.sets]  # both end in "out"
     clips = [clip for batch in read(data, 150) for clip in zip(batch.samples, batch.keys, strict=True)]
     assert all(key.startswith(data.sets[sample >= 13].path + ":train-") for sample, key in clips)
     assert abs(sum(sample >= 13 for sample, _ in clips) / len(clips) - 0.75) < 0.05
@@ -259,7 +259,7 @@ def test_a_mixture_is_seen_by_weight_and_names_its_sets(data, plain):
 
 def test_statistics_are_mixed_by_weight(data):
     shards = open_shards(data)
-    parts = [(found.weight, found.index.statistics) for found in shards.sets]
+    parts = [(one.weight, one.index.statistics) for one in shards.sets]
     assert shards.index.statistics == mix_statistics(parts)
     # Against one pass over clips that are there as often as the weights say; all their turns in time and both signs,
     # so that every stretch of them has the same moments and nothing is left to chance.
@@ -269,10 +269,10 @@ def test_statistics_are_mixed_by_weight(data):
         return [sign * clip.roll(by, 0) + mean for by in range(len(clip)) for sign in (1, -1)]
 
     few, many = turns(torch.randn(8, 1, 8, 8) * 2, 1.0), turns(torch.randn(8, 1, 1, 1).expand(8, 1, 8, 8), 0.0)
-    found = mix_statistics([(1, measure_statistics(few)), (2, measure_statistics(many))])
+    mixed = mix_statistics([(1, measure_statistics(few)), (2, measure_statistics(many))])
     want = measure_statistics(few + many + many)
     for name in ("mean", "std", "ratios"):
-        torch.testing.assert_close(torch.tensor(getattr(found, name)), torch.tensor(getattr(want, name)), msg=name)
+        torch.testing.assert_close(torch.tensor(getattr(mixed, name)), torch.tensor(getattr(want, name)), msg=name)
     assert mix_statistics([(3, measure_statistics(few))]) == measure_statistics(few)
     # An image is not pooled in time: those sizes are the video's, and spaces must be measured for all of them.
     image, video = measure_statistics([torch.randn(1, 2, 16, 16)]), measure_statistics([torch.randn(8, 2, 8, 8)])
@@ -326,9 +326,9 @@ def test_only_rank_0_checks_the_shards_and_others_wait(plain, tmp_path):
     ]
     shutil.copytree(plain, tmp_path / "cut")
     os.truncate(tmp_path / "cut" / index.splits["train"][0].name, 512)
-    (told, asked), (other, none) = run_ranks(slow_shard_check.slowly, 2, str(tmp_path / "cut"), 0.0)
-    assert told == other and "has 512 bytes, its index says" in told
-    assert asked and not none
+    (message, checked), (other, none) = run_ranks(slow_shard_check.slowly, 2, str(tmp_path / "cut"), 0.0)
+    assert message == other and "has 512 bytes, its index says" in message
+    assert checked and not none
 
 
 def test_validation_checks_the_shards(plain, tmp_path, monkeypatch):

@@ -33,11 +33,11 @@ from msc.datasets.synthetic import write_videos
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """21 training and 3 held-out clips in shards of 5."""
-    made = tmp_path_factory.mktemp("folder")
-    write_videos(made / "videos", 0, 3, 72, 32, 32)
-    convert(ConvertConfig((str(made / "videos"),), str(made / "out"), frames=8, height=16, width=24, fps=12,
+    folder = tmp_path_factory.mktemp("folder")
+    write_videos(folder / "videos", 0, 3, 72, 32, 32)
+    convert(ConvertConfig((str(folder / "videos"),), str(folder / "out"), frames=8, height=16, width=24, fps=12,
                           held_out=0.2, clips_per_shard=5), lambda video: video.float(), 1)  # fmt: skip
-    return made / "out"
+    return folder / "out"
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
@@ -46,7 +46,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
     def do_GET(self):
         name = self.path.split("?")[0].rsplit("/", 1)[-1]
-        self.server.asked[self.command, name] += 1
+        self.server.requests[self.command, name] += 1
         faults = self.server.faults.get(name, [])
         fault = faults.pop(0) if faults else None
         if isinstance(fault, int):
@@ -85,7 +85,7 @@ def server(folder, tmp_path, monkeypatch) -> Iterator[SimpleNamespace]:
     shutil.copytree(folder, tmp_path / "served")
     handler = functools.partial(Handler, directory=str(tmp_path / "served"))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        running.faults, running.asked, running.begun, running.ranges = {}, Counter(), [], True
+        running.faults, running.requests, running.begun, running.ranges = {}, Counter(), [], True
         thread = threading.Thread(target=running.serve_forever, args=(0.01,))
         thread.start()
         yield SimpleNamespace(url=f"http://127.0.0.1:{running.server_port}", folder=tmp_path / "served", it=running)
@@ -102,8 +102,8 @@ def read(data: DataConfig, batches: int, **options) -> list[Batch]:
     return list(itertools.islice(loader(open_shards(data), "train", **options), batches))
 
 
-def same(found: list[Batch], wanted: list[Batch]) -> bool:
-    return all(a.samples == b.samples and torch.equal(a.video, b.video) for a, b in zip(found, wanted, strict=True))
+def same(batches: list[Batch], expected: list[Batch]) -> bool:
+    return all(a.samples == b.samples and torch.equal(a.video, b.video) for a, b in zip(batches, expected, strict=True))
 
 
 def kept(tmp_path: Path) -> list[Path]:
@@ -116,13 +116,13 @@ def kept(tmp_path: Path) -> list[Path]:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_remote_clips_equal_local_clips(server, folder, tmp_path, workers):
     data = config(server, tmp_path)
-    wanted = read(DataConfig(str(folder)), 12)
-    assert same(read(data, 12, workers=workers), wanted)
+    expected = read(DataConfig(str(folder)), 12)
+    assert same(read(data, 12, workers=workers), expected)
     shards = read_index(folder).splits["train"]
     assert sorted(path.stem for path in kept(tmp_path)) == sorted(shard.sha256 for shard in shards)
-    assert all(server.it.asked["GET", shard.name] == 1 for shard in shards)  # also with several processes
-    assert same(read(data, 5, clock=28), wanted[7:])  # from the cache
-    assert all(server.it.asked["GET", shard.name] == 1 for shard in shards)
+    assert all(server.it.requests["GET", shard.name] == 1 for shard in shards)  # also with several processes
+    assert same(read(data, 5, clock=28), expected[7:])  # from the cache
+    assert all(server.it.requests["GET", shard.name] == 1 for shard in shards)
     assert not list((tmp_path / "cache").glob("*.partial"))
 
 
@@ -142,13 +142,13 @@ def test_a_small_cache_keeps_its_limit_and_evicts_the_oldest(server, folder, tmp
     with pytest.raises(ValueError, match=r"data.window = 2 shards take up to"):
         open_shards(dataclasses.replace(data, window=2))
     data = dataclasses.replace(data, window=1)
-    wanted = read(DataConfig(str(folder), window=1), 11)
+    expected = read(DataConfig(str(folder), window=1), 11)
     batches = loader(open_shards(data), "train", seed=3, clock=0, clips=4, workers=0, window=1)
-    for want in wanted:
+    for want in expected:
         assert same([next(batches)], [want])
         assert sum(path.stat().st_size for path in kept(tmp_path)) <= 2.5 * size
     # two epochs with room for half of the shards: each fetched about once an epoch, not once a clip
-    assert sum(n for (kind, name), n in server.it.asked.items() if kind == "GET" and name.endswith(".tar")) <= 12
+    assert sum(n for (kind, name), n in server.it.requests.items() if kind == "GET" and name.endswith(".tar")) <= 12
 
 
 def test_a_shard_evicted_while_it_is_read_is_downloaded_again(server, tmp_path, monkeypatch):
@@ -157,11 +157,11 @@ def test_a_shard_evicted_while_it_is_read_is_downloaded_again(server, tmp_path, 
     scan, removed = shard_reader.scan, []
 
     def scan_and_lose(path):
-        found = scan(path)
+        samples = scan(path)
         if len(removed) < 3:
             removed.append(path)
             path.unlink()
-        return found
+        return samples
 
     monkeypatch.setattr(shard_reader, "scan", scan_and_lose)
     assert len(read(config(server, tmp_path), 6)) == 6
@@ -174,11 +174,11 @@ def test_concurrent_fetches_download_once(server, folder, tmp_path):
     with ThreadPoolExecutor(8) as pool:
         paths = list(pool.map(lambda _: place.fetch(shard), range(8)))
     assert {path.read_bytes() for path in paths} == {(folder / shard.name).read_bytes()}
-    assert server.it.asked["GET", shard.name] == 1
+    assert server.it.requests["GET", shard.name] == 1
 
 
 def test_downloads_reserve_their_final_size(server, folder, tmp_path, monkeypatch):
-    """Of shards that are asked for at once no more are fetched at once than fit; what a dead process left goes."""
+    """No more shards are downloaded at once than fit; what a dead process left is removed."""
     shards = read_index(folder).splits["train"]
     most = 5 * max(shard.bytes for shard in shards) // 2
     place = RemoteShards(server.url, tmp_path / "cache", most)
@@ -217,7 +217,7 @@ def test_transient_errors_are_retried(server, folder, tmp_path, faults, ranges):
     shard = next(shard for shard in read_index(folder).splits["train"] if shard.name == name)
     place = RemoteShards(server.url, tmp_path / "cache", 1 << 30, timeout=0.3)
     assert place.fetch(shard).read_bytes() == (folder / name).read_bytes()
-    assert server.it.asked["GET", name] == len(faults) + 1
+    assert server.it.requests["GET", name] == len(faults) + 1
     if ranges and "break" in faults:
         assert server.it.begun[-1] >= shard.bytes // 2  # went on where it broke off
 
@@ -240,7 +240,7 @@ def test_persistent_errors_name_the_url(server, tmp_path, monkeypatch, fault, me
     with pytest.raises(OSError, match=lasting) as error:
         place.read_index()
     assert "secret" not in str(error.value)
-    assert server.it.asked["GET", "index.json"] == 5
+    assert server.it.requests["GET", "index.json"] == 5
 
 
 def test_connection_refused(tmp_path, monkeypatch):
@@ -288,7 +288,7 @@ def test_a_malicious_index_causes_no_other_requests(server, tmp_path):
         path.write_text(json.dumps(fields))
         with pytest.raises(ValueError, match="index.json is damaged .*the shard name"):
             open_shards(config(server, tmp_path))
-    assert not any(name.endswith("tar") for _, name in server.it.asked)
+    assert not any(name.endswith("tar") for _, name in server.it.requests)
     path.write_bytes(b" " * (remote.CHUNK + 1))
     with pytest.raises(ValueError, match=r"more than the 1048576 bytes expected"):
         download(f"{server.url}/index.json", io.BytesIO(), remote.CHUNK, 1.0)
@@ -333,9 +333,9 @@ def test_urls_are_told_from_paths_and_shown_without_secrets():
 
 def test_credentials_in_a_url_are_sent_as_a_header(monkeypatch):
     """urllib would take them for a host, and say so with the password."""
-    asked = []
-    monkeypatch.setattr(remote.request.OpenerDirector, "open", lambda self, one, timeout: asked.append(one))
+    requests = []
+    monkeypatch.setattr(remote.request.OpenerDirector, "open", lambda self, one, timeout: requests.append(one))
     remote._open(remote.request.Request("http://me:s3%40cret@host:81/x?y"), 1.0)
-    (one,) = asked
+    (one,) = requests
     assert (one.full_url, one.host) == ("http://host:81/x?y", "host:81")
     assert one.unredirected_hdrs["Authorization"] == "Basic " + base64.b64encode(b"me:s3@cret").decode()

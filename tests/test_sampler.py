@@ -78,13 +78,13 @@ def roll_outs(draw):
 
 def uncached(model, context, units, steps, seed, text, labels, context_level, solver, guidance):
     """What `generate` must yield, from the whole video at every pass, one condition after the other."""
-    F, past, made = model.config.frames_per_unit, [], []
+    F, past, generated = model.config.frames_per_unit, [], []
     levels = sampling_levels(steps)
 
     def noise(frames, purpose):
         return torch.stack([frame_noise(seed, row, purpose, frames, context.shape[2:]) for row in (0, 1)]).to(context)
 
-    def look(unit):
+    def append(unit):
         frames = range(len(past) * F, (len(past) + 1) * F)
         past.append((1 - context_level) * unit + context_level * noise(frames, 1))
 
@@ -97,7 +97,7 @@ def uncached(model, context, units, steps, seed, text, labels, context_level, so
         return without + guidance * (given - without)
 
     for unit in context.split(F, 1) if context.shape[1] else ():
-        look(unit)
+        append(unit)
     for _ in range(units):
         x = noise(range(len(past) * F, (len(past) + 1) * F), 0)
         for i in range(steps):
@@ -105,9 +105,9 @@ def uncached(model, context, units, steps, seed, text, labels, context_level, so
             if solver == "heun" and i < steps - 1:
                 slope = 0.5 * slope + 0.5 * velocity(x + dt * slope, levels[i + 1])
             x = x + dt * slope
-        made.append(x)
-        look(x)
-    return made
+        generated.append(x)
+        append(x)
+    return generated
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -126,7 +126,7 @@ def test_a_cached_roll_out_equals_an_uncached_one(case):
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize("name", SCALES)
-def test_caches_hold_what_is_planned_unit_by_unit(name, guidance):
+def test_cache_size_equals_the_plan_after_every_unit(name, guidance):
     for F in (1, 2):
         model, x, _, text, labels, _ = make(SCALES[name], 5, F, dtype=torch.float32)
         cache, batch = Cache(), 2 if guidance == 1 else 4
@@ -137,12 +137,12 @@ def test_caches_hold_what_is_planned_unit_by_unit(name, guidance):
         assert cache.bytes == cost.cache_bytes(model.config, 13, 4, 6, batch=batch)
 
 
-def test_only_far_seeing_caches_grow_and_by_what_their_pooling_leaves():
+def test_only_caches_of_unlimited_scales_grow_by_their_pooled_size():
     model, x, *_ = make((Scale(2, 1, 1, 2, 3), Scale(2, 2, 4, None)), 4, 1, dtype=torch.float32)
     cache, sizes = Cache(), {}
     for _ in generate(model, x[:1, :4], 16, 1, cache=cache):
         sizes[cache.first] = cache.bytes
-    a_unit = 2 * 4 * model.config.depth * 2 * model.config.head_width * (4 * 6)  # k and v of the two far-seeing heads
+    a_unit = 2 * 4 * model.config.depth * 2 * model.config.head_width * (4 * 6)  # k and v of the two unlimited heads
     assert sizes[16] - sizes[8] == 8 * a_unit // (4 * 2**2)
 
 
@@ -161,22 +161,22 @@ def test_guidance_of_one_costs_nothing_and_others_double_the_batch():
     assert not torch.allclose(plain[0], without[0])
 
 
-def test_a_row_is_known_by_its_number_alone():
+def test_noise_of_a_row_depends_on_its_number_alone():
     model, x, _, text, labels, _ = make(SCALES["default"], 3, 2)
     x = x[:1].expand(3, -1, -1, -1, -1)
     text, labels = text[:1].expand(3, -1, -1), labels[:1].expand(3)
-    how = {"steps": 2, "seed": 5, "guidance": 2.0}
-    many = list(generate(model, x, 2, text=text, labels=labels, rows=[4, 9, 2], **how))
+    options = {"steps": 2, "seed": 5, "guidance": 2.0}
+    many = list(generate(model, x, 2, text=text, labels=labels, rows=[4, 9, 2], **options))
     for i, row in enumerate([4, 9, 2]):
-        alone = list(generate(model, x[:1], 2, text=text[:1], labels=labels[:1], rows=[row], **how))
-        again = list(generate(model, x[:1], 2, text=text[:1], labels=labels[:1], rows=[row], **how))
+        alone = list(generate(model, x[:1], 2, text=text[:1], labels=labels[:1], rows=[row], **options))
+        again = list(generate(model, x[:1], 2, text=text[:1], labels=labels[:1], rows=[row], **options))
         for a, b, c in zip(many, alone, again, strict=True):
             torch.testing.assert_close(a[i : i + 1], b, rtol=1e-10, atol=1e-10)  # kernels differ with the batch
             assert torch.equal(b, c)
     assert not torch.allclose(many[0][0], many[0][1])
 
 
-def test_going_on_from_a_cache_or_from_more_context_changes_no_bit():
+def test_continuing_from_a_cache_or_from_more_context_changes_no_bit():
     model, x, *_ = make(SCALES["default"], 3, 1, dtype=torch.float32)
     whole = list(generate(model, x, 4, 2, seed=1))
     cache = Cache()
@@ -188,7 +188,7 @@ def test_going_on_from_a_cache_or_from_more_context_changes_no_bit():
 
 
 @pytest.mark.parametrize("gate", ["none", "logits"])
-def test_no_frames_are_no_mistake(gate):
+def test_no_frames_are_valid_input(gate):
     model, x, t, *_ = make(SCALES["default"], 3, 1, gate)
     with torch.no_grad():
         assert model(x[:, :0], t[:, :0]).shape == x[:, :0].shape
@@ -220,7 +220,7 @@ def test_an_interrupted_unit_leaves_the_cache_as_it_was():
     assert all(map(torch.equal, *(generate(model, x[:, :0], 2, 1, cache=cache) for cache in caches)))
 
 
-def test_what_a_cache_does_not_hold_is_missed_not_made_up():
+def test_units_missing_from_the_cache_are_an_error():
     model, x, t, *_ = make(SCALES["default"], 5, 1)
     cache = Cache()
     extend_cache(limit_context(model, 1), cache, x[:, :4])
@@ -229,22 +229,22 @@ def test_what_a_cache_does_not_hold_is_missed_not_made_up():
         model(x[:, 4:], t[:, 4:], past_context=cache)
 
 
-def test_short_sight_bounds_the_cache_and_changes_nothing_within_reach():
+def test_limited_context_bounds_the_cache_and_changes_nothing_within_it():
     model, x, *_ = make((Scale(2, 1, 1, 2, 3), Scale(1, 2, 4, None), Scale(1, 2)), 2, 1, dtype=torch.float32)
-    near, cache, sizes = limit_context(model, 8), Cache(), []
-    within = list(generate(near, x, 6, 1))
+    limited, cache, sizes = limit_context(model, 8), Cache(), []
+    within = list(generate(limited, x, 6, 1))
     assert all(map(torch.equal, within, generate(model, x, 6, 1)))
-    for _ in generate(near, x, 30, 1, cache=cache):
+    for _ in generate(limited, x, 30, 1, cache=cache):
         sizes.append(cache.bytes)
-    assert sizes[8] == sizes[-1] == cost.cache_bytes(near.config, 31, 4, 6, batch=2)
+    assert sizes[8] == sizes[-1] == cost.cache_bytes(limited.config, 31, 4, 6, batch=2)
     assert sizes[-1] < cost.cache_bytes(model.config, 31, 4, 6, batch=2)
     assert model.config.scales[1].window is None
-    with pytest.raises(ValueError, match="reach is 0"):
+    with pytest.raises(ValueError, match="the limit of the context .* is 0 units"):
         limit_context(model, 0)
 
 
 @torch.no_grad()
-def test_a_unit_far_into_a_video_sees_what_it_would_near_its_start():
+def test_output_does_not_depend_on_the_position_in_the_video():
     model, x, t, text, labels, _ = make(SCALES["windowed"], 5, 1, dtype=torch.float32)
     cache = Cache()
     extend_cache(model, cache, x[:, :4], text, labels)
@@ -254,16 +254,16 @@ def test_a_unit_far_into_a_video_sees_what_it_would_near_its_start():
     torch.testing.assert_close(near, far, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize(("how", "said"), [
+@pytest.mark.parametrize(("arguments", "message"), [
     ({"guidance": 2.0}, "neither text nor a label"),
     ({"guidance": -1.0}, "guidance is -1.0"),
     ({"guidance": float("nan")}, "guidance is nan"),
-    ({"solver": "rk4"}, "solver is 'rk4'; there are euler, heun"),
+    ({"solver": "rk4"}, "solver is 'rk4'; choose one of euler, heun"),
     ({"steps": 0}, "steps is 0"),
     ({"seed": -1}, "seed is -1"),
     ({"rows": [1]}, "1 rows are numbered, the context has 2"),
 ])  # fmt: skip
-def test_what_cannot_be_asked_for_is_said_before_anything_is_computed(how, said):
+def test_invalid_settings_are_refused_before_anything_is_computed(arguments, message):
     model, x, *_ = make(SCALES["default"], 2, 1)
-    with pytest.raises(ValueError, match=said):
-        generate(model, x, 1, **how)
+    with pytest.raises(ValueError, match=message):
+        generate(model, x, 1, **arguments)

@@ -59,13 +59,13 @@ def make_tar(path: Path, *members: tuple[tarfile.TarInfo, bytes], **options) -> 
 
 def test_samples_are_read_back_by_offset(tmp_path):
     info = write_shard(tmp_path / "a.tar", SAMPLES)
-    found = scan(tmp_path / "a.tar")
+    samples = scan(tmp_path / "a.tar")
     assert (info.name, info.samples, info.bytes) == ("a.tar", 5, (tmp_path / "a.tar").stat().st_size)
-    assert [sample.key for sample in found] == [key for key, _ in SAMPLES]
-    for sample, (_, parts) in zip(found, SAMPLES, strict=True):
+    assert [sample.key for sample in samples] == [key for key, _ in SAMPLES]
+    for sample, (_, parts) in zip(samples, SAMPLES, strict=True):
         assert {x: read_part(tmp_path / "a.tar", sample, x) for x in sample.parts} == parts
     with pytest.raises(ValueError, match=r"train-000.* has no .text.safetensors"):
-        read_part(tmp_path / "a.tar", found[0], "text.safetensors")
+        read_part(tmp_path / "a.tar", samples[0], "text.safetensors")
 
 
 def test_a_shard_is_an_ordinary_webdataset(tmp_path):
@@ -143,15 +143,6 @@ def test_extended_headers_are_refused_before_they_are_read(tmp_path):
             scan(path)
 
 
-def test_a_huge_member_is_refused_by_its_header(tmp_path):
-    for size, message in ((1 << 40, "claims 1099511627776 bytes"), (1 << 30, "truncated")):
-        info = tarfile.TarInfo("a.mp4")
-        info.size = size
-        (tmp_path / "a.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(4096))
-        with pytest.raises(ValueError, match=message):
-            scan(tmp_path / "a.tar")
-
-
 def test_a_truncated_or_damaged_tar_is_refused(tmp_path):
     whole = tmp_path / "whole.tar"
     write_shard(whole, SAMPLES)
@@ -164,12 +155,6 @@ def test_a_truncated_or_damaged_tar_is_refused(tmp_path):
     (tmp_path / "bad.tar").write_bytes(b"x" + content[1:])
     with pytest.raises(ValueError, match="damaged at byte 0"):
         scan(tmp_path / "bad.tar")
-
-
-def test_a_member_twice_is_refused(tmp_path):
-    members = [(tarfile.TarInfo("a.json"), b"{}") for _ in range(2)]
-    with pytest.raises(ValueError, match=r"'a\.json' is there twice"):
-        scan(make_tar(tmp_path / "a.tar", *members))
 
 
 def test_the_index_round_trips(tmp_path):

@@ -114,6 +114,8 @@ def test_a_run_from_start_to_end(run):
     assert mlflow_run.data.metrics["lr"] == 1e-3
     assert mlflow_run.data.params["model.width"] == "64"
     assert mlflow_run.data.tags["msc.version"]
+    checkout = (Path(__file__).resolve().parents[1] / ".git").exists()
+    assert ("mlflow.source.git.commit" in mlflow_run.data.tags) == checkout
     assert len(mlflow_run.data.tags["note"]) == 5000
     names = [a.path for folder in ("", "samples", "all") for a in client_of(run).list_artifacts(tracker.run_id, folder)]
     assert {"config.yaml", "samples/sheet.png", "all/a.txt"} <= set(names)

@@ -443,7 +443,7 @@ def test_evaluate_measures_a_run_and_another_beside_it(trained, finished):
         for name, row in table["rows"].items():
             if " - other's" in name:
                 assert set(row["mean"]) <= {0, None}, name
-    card = model_card.measured(result)
+    card = model_card.results(result)
     assert "| continuations: PSNR, mean (dB) | sample | " in card
     assert "other's" not in card and str(trained) not in card
     assert "PSNR" in done.stdout and done.stdout.strip() == (trained / "evaluation.txt").read_text().strip()
@@ -481,7 +481,7 @@ def test_an_interrupted_evaluation_prints_its_results_so_far(finished, monkeypat
         return measured(*arguments)
 
     measured = evaluation.measure
-    monkeypatch.setattr(evaluation, "EACH", 1)
+    monkeypatch.setattr(evaluation, "BATCH", 1)
     monkeypatch.setattr(evaluation, "measure", measure)
     monkeypatch.setattr(evaluation, "open_features", lambda *_: lambda video: video.mean((1, 3, 4)).double())
     text = evaluate(finished, EvaluateConfig(clips=4, steps=1, samples=1, features=Path("network")))

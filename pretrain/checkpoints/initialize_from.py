@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 
-from ..inference.load import read_run
 from ..model.config import ModelConfig
 from ..model.transformer import MSCTransformer, OnPartBuilt
+from ..run_folder import RunFolder
 from .directory import CheckpointMeta, latest
 from .exported_weights import ExportedWeights, Shapes, abbreviated, open_exported
 from .format import ParameterReader
@@ -56,13 +57,16 @@ def find_weights(place: Path, newest: Path | None = None) -> InitialWeights:
     """Open a run or an export without loading its weights; FileNotFoundError or ValueError if they cannot be used.
 
     newest: the checkpoint to take of a run, which must be the same on all ranks; None: its latest."""
-    if (place / "config.yaml").is_file():
-        config, space = read_run(place)
+    folder = RunFolder(place)
+    if folder.exists():
+        settings = yaml.safe_load(folder.config.read_text())["model"]
+        model = ModelConfig.from_dict({**dataclasses.asdict(ModelConfig()), **settings})
+        autoencoder = folder.read_latent_space().autoencoder
         if (path := newest or latest(place)) is None:
             raise FileNotFoundError(f"train.init_from is {place}, a run without a checkpoint yet")
         meta = CheckpointMeta.read(path)
         what = f"the averaged weights of step {meta.step:,} of the run {place}"
-        return InitialWeights(what, config.model, space.autoencoder, meta.parameters, lambda: ParameterReader(path))
+        return InitialWeights(what, model, autoencoder, meta.parameters, lambda: ParameterReader(path))
     if not (place / "config.json").is_file():
         raise FileNotFoundError(
             f"train.init_from is {place}, which is neither a run folder (config.yaml) nor an exported one (config.json)"

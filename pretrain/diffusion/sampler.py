@@ -1,13 +1,12 @@
-"""Video unit by unit: denoise one unit against caches of the past, then let it join the past.
+"""Autoregressive sampler: denoise a video unit by unit against a cache of keys and values of the past.
 
-Per layer and scale the cache holds what `Scale` says later queries can need: a constant number of units for
-windowed scales, pooled groups for far-seeing ones (`cost.cache_bytes` counts them). One forward pass per denoising
-step touches only the new unit. The finished unit re-enters the past clean (t = 0) or at a chosen noise level.
+Per layer and scale the cache holds what later queries can need: a constant number of units for windowed scales, pooled
+groups for unlimited ones (`cost.cache_bytes` is its size). One forward pass per denoising step computes only the new
+unit. The finished unit enters the cache clean (t = 0) or at a chosen noise level.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..model.past_context import Key, Placement
+from ..model.scales import Scale
 from ..model.transformer import MSCTransformer
 from ..requests import Solver
 from .rectified_flow import frame_noise, sampling_levels
@@ -57,8 +57,8 @@ class Cache:
         return None
 
     @contextmanager
-    def joined_by(self, units: int) -> Iterator[None]:
-        """What asks inside the block leaves its units here. Where that fails, the cache is as it was before."""
+    def writing_units(self, units: int) -> Iterator[None]:
+        """Forward passes inside the block append their units to the cache; after an error it is as it was before."""
         before, self.writing = dict(self._kept), True
         try:
             yield
@@ -76,7 +76,7 @@ class Cache:
 
 
 def _newest(stored: Tensor | None, x_BU: Tensor, kept: int | None) -> Tensor:
-    """The last `kept` items (None: all), in memory of their own: a view would keep alive all that it is cut from."""
+    """The last `kept` items (None: all), copied: a view would keep the whole tensor that it is cut from alive."""
     own = x_BU if kept is None else x_BU[:, max(0, x_BU.shape[1] - kept) :]
     if stored is None:
         return own.clone(memory_format=torch.contiguous_format)
@@ -93,8 +93,8 @@ def extend_cache(
     labels: Tensor | None = None,
     level: float = 0.0,
 ) -> None:
-    """Let frames (whole units) join the cache's past; they hold noise of this level."""
-    with cache.joined_by(x_BTCHW.shape[1] // model.config.frames_per_unit):
+    """Append frames (whole units) that hold noise of this level to the cache."""
+    with cache.writing_units(x_BTCHW.shape[1] // model.config.frames_per_unit):
         model(x_BTCHW, x_BTCHW.new_full(x_BTCHW.shape[:2], level), text, labels, cache)
 
 
@@ -117,25 +117,23 @@ def generate(
     """Yield `units` new units `[B, F, C, H, W]` that continue normalised latents, one after another.
 
     The context may hold no frames (T = 0). A single step gives the mean of all continuations. Memory is that of
-    `cost.cache_bytes`, whatever was yielded before.
+    `cost.cache_bytes`, however many units were yielded before.
 
-    context_level: noise level at which the past is looked at: a little hides what generation got wrong from the units
-        that follow.
+    context_level: noise level of the past in the cache: a little of it hides errors of generation from later units.
     solver: from t = 1 to 0, "euler" or "heun" (second order; 2 · steps - 1 passes, as the last step is Euler's: the
         network learns nothing at t = 0; Karras et al. 2022, algorithm 1).
     guidance: scale w of classifier-free guidance (Ho and Salimans 2022), `v = v(none) + w (v(condition) - v(none))`,
         for text and labels together. Other than 1 it doubles batch and cache: each condition has a past of its own.
     rows: number of every row, by default 0, 1, ...; its noise depends on (seed, its number, frame) alone.
-    cache: continue where this one stands, if another call of as many rows, and guided alike, has filled it. It holds
-        everything up to the last unit that was asked for once the iterator has ended.
+    cache: continue from this one, which another call with the same rows and conditions has filled. Once the iterator
+        has ended it holds everything up to the last unit.
     Raises ValueError at once where the arguments do not fit each other or the model.
     """
     batch, frames = context_BTCHW.shape[:2]
+    per_unit, shape = model.config.frames_per_unit, context_BTCHW.shape[2:]
     rows = range(batch) if rows is None else rows
-    if frames % model.config.frames_per_unit:
-        raise ValueError(
-            f"the context of {frames} latent frames does not divide into units of {model.config.frames_per_unit}"
-        )
+    if frames % per_unit:
+        raise ValueError(f"the context of {frames} latent frames does not divide into units of {per_unit}")
     if len(rows) != batch:
         raise ValueError(f"{len(rows)} rows are numbered, the context has {batch}")
     check_sampling(steps, seed, context_level, solver, guidance)
@@ -143,44 +141,8 @@ def generate(
         raise ValueError(f"guidance is {guidance:g}, but there is neither text nor a label to guide by")
     cache = Cache() if cache is None else cache
     levels = sampling_levels(steps, shift)
-    return _roll_out(
-        model, context_BTCHW, units, levels, seed, text, labels, context_level, solver, guidance, rows, cache
-    )
-
-
-def check_sampling(steps: int, seed: int, context_level: float, solver: str, guidance: float) -> None:
-    """ValueError for what no model can be asked for."""
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; it must be at least 1")
-    if not 0 <= seed < 1 << 64:
-        raise ValueError(f"seed is {seed}; it must be a whole number from 0 on, of 64 bits")
-    if not 0 <= context_level < 1:
-        raise ValueError(f"context_level is {context_level}; it must lie in [0, 1)")
-    if solver not in get_args(Solver):
-        raise ValueError(f"solver is {solver!r}; there are {', '.join(get_args(Solver))}")
-    if not 0 <= guidance < float("inf"):
-        raise ValueError(f"guidance is {guidance}; it must be a number from 0 on (1: none)")
-
-
-@torch.no_grad()
-def _roll_out(
-    model: MSCTransformer,
-    context_BTCHW: Tensor,
-    units: int,
-    levels: Sequence[float],
-    seed: int,
-    text: Tensor | None,
-    labels: Tensor | None,
-    context_level: float,
-    solver: Solver,
-    guidance: float,
-    rows: Sequence[int],
-    cache: Cache,
-) -> Iterator[Tensor]:
-    per_unit, shape = model.config.frames_per_unit, context_BTCHW.shape[2:]
-    copies = 1
-    if guidance != 1:  # the second half of the batch goes without a condition, through all of its past
-        copies = 2
+    copies = 1 if guidance == 1 else 2
+    if copies == 2:  # the second half of the batch has no condition, through all of its past
         text = None if text is None else torch.cat((text, torch.zeros_like(text)))
         labels = None if labels is None else torch.cat((labels, torch.full_like(labels, model.config.classes)))
 
@@ -189,42 +151,66 @@ def _roll_out(
         return torch.stack([frame_noise(seed, row, purpose, own, shape) for row in rows]).to(context_BTCHW)
 
     def velocity(x: Tensor, level: float) -> Tensor:
-        both = torch.cat([x] * copies)
-        v = model(both, both.new_full(both.shape[:2], level), text, labels, cache)
+        x = torch.cat([x] * copies)
+        v = model(x, x.new_full(x.shape[:2], level), text, labels, cache)
         if copies == 1:
             return v
-        conditional, without = v.chunk(2)
-        return without + guidance * (conditional - without)
+        conditional, unconditional = v.chunk(2)
+        return unconditional + guidance * (conditional - unconditional)
 
-    def join(x: Tensor) -> None:
-        seen = (1 - context_level) * x + context_level * noise(_CONTEXT) if context_level else x
-        extend_cache(model, cache, torch.cat([seen] * copies), text, labels, context_level)
+    def append(x: Tensor) -> None:
+        x = (1 - context_level) * x + context_level * noise(_CONTEXT) if context_level else x
+        extend_cache(model, cache, torch.cat([x] * copies), text, labels, context_level)
 
-    # unit by unit, in bounded memory, and so that the past is the same to the bit however much of it was given
-    for unit in context_BTCHW.split(per_unit, 1) if context_BTCHW.shape[1] else ():
-        join(unit)
-    for _ in range(units):
-        x = noise(_START)
-        for level, lower in pairwise(levels):
-            v = velocity(x, level)
-            if solver == "heun" and lower > 0:
-                v = (v + velocity(x + (lower - level) * v, lower)) / 2
-            x = x + (lower - level) * v
-        yield x
-        join(x)
+    @torch.no_grad()
+    def roll_out() -> Iterator[Tensor]:
+        # unit by unit, in bounded memory, and so that the cache is the same to the bit however long the context
+        for unit in context_BTCHW.split(per_unit, 1) if frames else ():
+            append(unit)
+        for _ in range(units):
+            x = noise(_START)
+            for level, lower in pairwise(levels):
+                v = velocity(x, level)
+                if solver == "heun" and lower > 0:
+                    v = (v + velocity(x + (lower - level) * v, lower)) / 2
+                x = x + (lower - level) * v
+            yield x
+            append(x)
+
+    return roll_out()
 
 
-def limit_context(model: MSCTransformer, reach: int) -> MSCTransformer:
-    """The same weights in a model that sees no group that begins more than `reach` units back.
+def check_sampling(steps: int, seed: int, context_level: float, solver: str, guidance: float) -> None:
+    """ValueError for settings that are invalid for every model."""
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; it must be at least 1")
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed is {seed}; it must be an integer from 0 to 2^64 - 1")
+    if not 0 <= context_level < 1:
+        raise ValueError(f"context_level is {context_level}; it must lie in [0, 1)")
+    if solver not in get_args(Solver):
+        raise ValueError(f"solver is {solver!r}; choose one of {', '.join(get_args(Solver))}")
+    if not 0 <= guidance < float("inf"):
+        raise ValueError(f"guidance is {guidance}; it must be a finite number, at least 0 (1: no guidance)")
 
-    Far-seeing scales then need no more memory than that, however long the video, and meet no distance that training
-    did not if `reach` is below a training clip's units. Shares all parameters with `model`.
+
+def limit_context(model: MSCTransformer, units: int) -> MSCTransformer:
+    """The same weights in a model whose queries see no group that begins more than `units` units back.
+
+    Unlimited scales then need no more memory than that, however long the video, and meet no distance that training did
+    not if `units` is below a training clip's. Shares all parameters with `model`.
     """
-    if reach < 1:
-        raise ValueError(f"reach is {reach} units; it must be at least 1")
+    if units < 1:
+        raise ValueError(f"the limit of the context (--reach) is {units} units; it must be at least 1")
     scales = [
-        replace(s, window=min(reach // s.time, reach if s.window is None else s.window)) for s in model.config.scales
+        replace(s, window=min(units // s.time, units if s.window is None else s.window)) for s in model.config.scales
     ]
-    near = copy.copy(model)
-    near.config = replace(model.config, scales=tuple(scales))
-    return near
+    return with_scales(model, scales)
+
+
+def with_scales(model: MSCTransformer, scales: Sequence[Scale]) -> MSCTransformer:
+    """A model of other scales that shares all parameters with `model`, in evaluation mode."""
+    with torch.device("meta"):
+        other = MSCTransformer(replace(model.config, scales=tuple(scales)), model.attention_inputs.kernel)
+    other.load_state_dict(model.state_dict(), assign=True)
+    return other.eval()

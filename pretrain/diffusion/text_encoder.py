@@ -1,4 +1,4 @@
-"""Captions to embeddings, by a text encoder that `transformers` saved to a folder."""
+"""Text encoder: captions to embeddings, with a model that `transformers` saved to a folder."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-MAX_TOKENS = 512  # of one caption, where the encoder itself sets no lower bound
+MAX_TOKENS = 512  # of one caption, unless the encoder has a lower limit
 
 
 def open_text_encoder(folder: str, device: torch.device | str | None = None) -> Callable[[str], Tensor]:
     """A function from a caption to its embeddings `[L, E]`, float16, without padding.
 
-    folder: tokenizer and weights (safetensors only; nothing is downloaded, no code in the folder is run). Of a model
-    with encoder and decoder the encoder is taken, of one for pictures and text the text model. Longer captions are
-    cut.
+    folder: tokenizer and weights (safetensors only; nothing is downloaded, no code in the folder is run). Of an
+    encoder-decoder the encoder is used, of a model of images and text the text model. Longer captions are truncated.
     Raises FileNotFoundError where there is no such folder, ValueError where it cannot be used.
     """
     path = Path(folder).expanduser()
@@ -41,16 +40,16 @@ def open_text_encoder(folder: str, device: torch.device | str | None = None) -> 
         raise ValueError(f"{path} is not usable as text encoder: it has no {', '.join(missing[:3])}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device).eval()
-    longest = min(MAX_TOKENS, tokenizer.model_max_length)
+    max_tokens = min(MAX_TOKENS, tokenizer.model_max_length)
 
     @lru_cache(maxsize=16)  # the clips of a video follow one another
     @torch.inference_mode()
     def embed(caption: str) -> Tensor:
-        tokens = tokenizer(caption, truncation=True, max_length=longest, return_tensors="pt").to(device)
+        tokens = tokenizer(caption, truncation=True, max_length=max_tokens, return_tensors="pt").to(device)
         inputs = {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
-        found = model(**inputs).last_hidden_state[0].to("cpu", torch.float16)
-        if not torch.isfinite(found).all():
+        embeddings = model(**inputs).last_hidden_state[0].to("cpu", torch.float16)
+        if not torch.isfinite(embeddings).all():
             raise ValueError(f"embeddings of {caption[:80]!r} overflow 16-bit floats")
-        return found.clone()
+        return embeddings.clone()
 
     return embed

@@ -1,12 +1,14 @@
-"""Figures of an evaluation: means over clips with 95 % intervals, as tables to read, to keep and to draw.
+"""Confidence intervals of an evaluation: ratios over clips with 95 % intervals, as tables for text, JSON and figures.
 
-What was drawn at random is the clip. Its frames resemble each other, so that counting them one by one would give
+The clip is the unit of sampling: frames of one clip resemble each other, so counting them one by one would give
 intervals that are far too narrow.
 """
 
 from __future__ import annotations
 
+import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,22 +16,25 @@ from typing import Any
 import torch
 from scipy.special import stdtrit
 from torch import Tensor
+from torch.nn.functional import pad
+
+from msc.datasets.text_table import text_table
 
 CONFIDENCE = 0.95
-SHOWN = 8  # columns of a table as text
-OTHERS = "other's "  # before the rows of a run that is compared with
+TEXT_COLUMNS = 8  # of a table as text
+OTHER_RUN = "other's "  # before the rows of a run that is compared with
 
-# What clips add to a row of a table: numerators and denominators `[clips, columns]`, whose totals' ratio is estimated.
-Part = tuple[Tensor, Tensor]
+# Numerators and denominators of every clip, `[clips, columns]` each; what is estimated is the ratio of their totals.
+ClipRatios = tuple[Tensor, Tensor]
 
 
 def ratio_over_clips(sums_NK: Tensor, counts_NK: Tensor) -> tuple[Tensor, Tensor]:
     """Ratio of totals over clips and half the width of its 95 % interval, `[K]` float64 each.
 
-    The ratio estimator of sampling by clusters (Cochran 1977, Sampling Techniques, section 2.11 and chapter 6): for
+    The ratio estimator of cluster sampling (Cochran 1977, Sampling Techniques, section 2.11 and chapter 6): for
     r = Σ a / Σ b over n clips, Var(r) ≈ n / (n-1) · Σ (a - r b)² / (Σ b)², with Student's t of n-1 degrees of
-    freedom. Where all b are equal it is the usual interval of a mean. Clips with b = 0 take no part. NaN where no
-    clip takes part; a half width of NaN where only one does.
+    freedom. Where all b are equal it is the usual interval of a mean. Clips with b = 0 are left out. NaN where there is
+    no clip; a half width of NaN where there is only one.
     """
     b = counts_NK.double()
     a = sums_NK.double().where(b != 0, 0)
@@ -42,27 +47,25 @@ def ratio_over_clips(sums_NK: Tensor, counts_NK: Tensor) -> tuple[Tensor, Tensor
     return ratio, half.where(clips > 1, math.nan)
 
 
-def summed(sums_BK: Tensor, counts_BK: Tensor | None = None) -> Part:
-    """A row whose first column is the total of all others; without counts, of plain values."""
+def with_total(sums_BK: Tensor, counts_BK: Tensor | None = None) -> ClipRatios:
+    """The columns after a first one that is the total of all; without counts, of plain values."""
     counts_BK = torch.ones_like(sums_BK) if counts_BK is None else counts_BK
     a, b = (torch.cat((x.sum(1, keepdim=True), x), 1).double().cpu() for x in (sums_BK, counts_BK))
     return a, b
 
 
-def join(parts: Sequence[Part]) -> Part:
-    """Clips of several batches; those with fewer columns take no part in the last ones."""
-    most = max(sums.shape[1] for sums, _ in parts)
-    a, b = (
-        torch.cat([torch.nn.functional.pad(x, (0, most - x.shape[1])) for x in of]) for of in zip(*parts, strict=True)
-    )
+def concatenate(batches: Sequence[ClipRatios]) -> ClipRatios:
+    """Clips of several batches; those with fewer columns have counts of 0 in the others."""
+    columns = max(sums.shape[1] for sums, _ in batches)
+    a, b = (torch.cat([pad(x, (0, columns - x.shape[1])) for x in tensors]) for tensors in zip(*batches, strict=True))
     return a, b
 
 
 @dataclass(frozen=True)
 class Table:
-    """Estimates by row and column; the first column sums up the others. Lists hold NaN for what is not known.
+    """Estimates and half widths by row and column; the first column is that of the total. NaN where there is none.
 
-    axis: what the columns go along. unit: of the values. digits: after the point, as text.
+    axis: what the columns are values of. unit: of the estimates. digits: after the point, as text.
     """
 
     title: str
@@ -73,15 +76,15 @@ class Table:
     digits: int = 4
 
     @staticmethod
-    def of(title: str, axis: str, unit: str, columns: Sequence[str], rows: Mapping[str, Part], digits: int) -> Table:
-        found = {}
-        for name, part in rows.items():
-            mean, half = ratio_over_clips(*part)
-            found[name] = (mean.tolist(), half.tolist())
-        return Table(title, axis, unit, list(columns), found, digits)
+    def of(
+        title: str, axis: str, unit: str, columns: Sequence[str], rows: Mapping[str, ClipRatios], digits: int
+    ) -> Table:
+        estimates = {name: ratio_over_clips(*ratios) for name, ratios in rows.items()}
+        lists = {name: (mean.tolist(), half.tolist()) for name, (mean, half) in estimates.items()}
+        return Table(title, axis, unit, list(columns), lists, digits)
 
     def json(self) -> dict[str, Any]:
-        """Plain values; null for what is not known."""
+        """Plain values, null for NaN."""
 
         def plain(values: list[float]) -> list[float | None]:
             return [round(value, 6) if math.isfinite(value) else None for value in values]
@@ -89,66 +92,57 @@ class Table:
         rows = {name: {"mean": plain(mean), "half_width": plain(half)} for name, (mean, half) in self.rows.items()}
         return {"title": self.title, "axis": self.axis, "unit": self.unit, "columns": self.columns, "rows": rows}
 
-    def shown(self) -> list[int]:
-        """Columns to print: all, or the first ones and some of the others up to the last."""
+    def main_columns(self) -> list[int]:
+        """Columns to print: all, or the first two and evenly spaced ones up to the last."""
         last = len(self.columns) - 1
-        return sorted({round(i * last / (SHOWN - 1)) for i in range(SHOWN)} | {0, min(1, last)})
+        return sorted({round(i * last / (TEXT_COLUMNS - 1)) for i in range(TEXT_COLUMNS)} | {0, min(1, last)})
 
     def text(self) -> str:
-        columns, left = self.shown(), max(map(len, [self.axis, *self.rows])) + 2
-        cells = {
-            name: [f"{mean[i]:.{self.digits}f} ±{half[i]:.{self.digits}f}" for i in columns]
+        columns, digits = self.main_columns(), self.digits
+        rows = [
+            [name, *(f"{mean[i]:.{digits}f} ±{half[i]:.{digits}f}".replace("nan", "  –") for i in columns)]
             for name, (mean, half) in self.rows.items()
-        }
-        width = 2 + max(len(cell) for row in [*cells.values(), [self.columns[i] for i in columns]] for cell in row)
-        head = f"{self.axis:<{left}}" + "".join(f"{self.columns[i]:>{width}}" for i in columns)
-        lines = [f"{name:<{left}}" + "".join(f"{cell:>{width}}" for cell in row) for name, row in cells.items()]
-        return "\n".join([f"{self.title} ({self.unit})", head, *lines]).replace("nan", "  –")
+        ]
+        table = text_table(rows, [self.axis, *(self.columns[i] for i in columns)], align="<>")
+        return f"{self.title} ({self.unit})\n{table}"
 
     def metrics(self, prefix: str) -> dict[str, float]:
-        """What the text shows, by names that MLflow takes."""
+        """The columns of the text, under names that MLflow accepts."""
         return {
-            prefix + _plain(f"{row}/{self.columns[i]}"): mean[i]
+            prefix + re.sub(r"[^\w\-./ ]", "_", f"{row}/{self.columns[i]}"): mean[i]
             for row, (mean, _) in self.rows.items()
-            for i in self.shown()
+            for i in self.main_columns()
             if math.isfinite(mean[i])
         }
 
 
-def _plain(name: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "_-./ " else "_" for letter in name)
-
-
 def draw(tables: Sequence[Table], title: str) -> bytes:
-    """All tables as curves with their intervals, a PNG. Of rows named `a - b` only the sum is told."""
-    from io import BytesIO
-
+    """All tables as curves with their intervals, a PNG. Rows named `a - b` have their total in the legend only."""
     from matplotlib.figure import Figure  # no pyplot: no window, nothing global
 
     figure = Figure(figsize=(8, 2.8 * len(tables)), layout="constrained")
     figure.suptitle(title)
     for axes, table in zip(figure.subplots(len(tables), squeeze=False).flat, tables, strict=True):
-        at, colours = torch.arange(len(table.columns) - 1), dict[str, Any]()
+        positions, colours = torch.arange(len(table.columns) - 1), dict[str, Any]()
         for name, (mean, half) in table.rows.items():
             label = f"{name}: {mean[0]:.{table.digits}f} ±{half[0]:.{table.digits}f}".replace("nan", "–")
             if " - " in name:
                 axes.plot([], [], " ", label=label)
                 continue
-            own = name.removeprefix(OTHERS)
-            (line,) = axes.plot(
-                at, mean[1:], ".-" if own == name else ".:", lw=1, ms=4, label=label, c=colours.get(own)
-            )
+            own = name.removeprefix(OTHER_RUN)
+            style = ".-" if own == name else ".:"
+            (line,) = axes.plot(positions, mean[1:], style, lw=1, ms=4, label=label, c=colours.get(own))
             colours[own] = line.get_color()
             low, up = ([m + sign * h for m, h in zip(mean[1:], half[1:], strict=True)] for sign in (-1, 1))
-            axes.fill_between(at, low, up, color=colours[own], alpha=0.15, lw=0)
-        some = [i for i in table.shown() if i]
-        axes.set_xticks([i - 1 for i in some], [table.columns[i] for i in some])
+            axes.fill_between(positions, low, up, color=colours[own], alpha=0.15, lw=0)
+        ticks = [i for i in table.main_columns() if i]
+        axes.set_xticks([i - 1 for i in ticks], [table.columns[i] for i in ticks])
         axes.set_title(table.title, fontsize=9)
         axes.set_xlabel(table.axis, fontsize=8)
         axes.set_ylabel(table.unit, fontsize=8)
         axes.tick_params(labelsize=7)
         beside = {"loc": "upper left", "bbox_to_anchor": (1, 1), "frameon": False, "fontsize": 7, "title_fontsize": 7}
         axes.legend(title=f"{table.columns[0]}, 95 % interval", **beside)
-    out = BytesIO()
-    figure.savefig(out, format="png", dpi=110)
-    return out.getvalue()
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=110)
+    return png.getvalue()

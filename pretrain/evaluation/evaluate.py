@@ -1,20 +1,17 @@
-"""How good a model is: continuations against the truth while it trains, and `msc evaluate` (docs/evaluation.md)."""
+"""`msc evaluate`: held-out loss and roll-outs of a run with confidence intervals (docs/evaluation.md)."""
 
 from __future__ import annotations
 
 import json
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from msc.datasets.files import write_atomically
-from msc.datasets.loading.held_out import held_out_batches, parts_of
+from msc.datasets.loading.held_out import held_out_batches, held_out_counts
 from msc.datasets.loading.mixture import Shards, open_shards
 
 from ..batch_inputs import BatchInputs, InputBuilder, NoiseSource
@@ -22,122 +19,78 @@ from ..diffusion.loss import Loss
 from ..diffusion.rectified_flow import DiffusionConfig
 from ..inference.load import TrainedModel, open_run
 from ..inference.preview import half_of_clip
+from ..inference.progress import progress
 from ..model.config import check_clip
 from ..model.transformer import precondition
 from ..requests import EvaluateConfig
+from ..run_folder import RunFolder
 from ..tracking.tracker import Tracker
-from .confidence import OTHERS, Table, draw, join
+from .confidence import OTHER_RUN, Table, concatenate, draw
 from .frechet import check_enough, frechet, open_features
-from .held_out_loss import (
-    BINS,
-    HELD_OUT_SEED,
-    bin_names,
-    by_context,
-    by_noise,
-    by_position,
-)
+from .held_out_loss import BIN_NAMES, BINS, HELD_OUT_SEED, by_context, by_noise, by_position
 from .rollouts import Rollouts, Rows, continuations
 
-EACH = 4  # clips in a batch of `msc evaluate`
-
-
-# msc evaluate ----------------------------------------------------------------------------------------
+BATCH = 4  # clips
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What a table is about; first: its first column, which sums up the others."""
+class TableKind:
+    """What a table shows; total: name of its first column."""
 
     title: str
     axis: str
     unit: str
     digits: int
-    first: str = "mean"
+    total: str = "mean"
 
 
 TABLES = {
-    "loss_by_noise": Kind("held-out loss by noise level", "noise level t", "squared velocity error", 4),
-    "loss_by_position": Kind("held-out loss by position", "latent frame", "squared velocity error", 4),
-    "loss_by_context": Kind("last unit, clean past: loss, and what hiding the past adds", "noise level t", "loss", 4),
-    "psnr_by_horizon": Kind("continuations: PSNR", "frames ahead", "dB", 2),
-    "ssim_by_horizon": Kind("continuations: SSIM", "frames ahead", "1: identical", 3),
-    "drift": Kind("continuations: drift", "frames ahead", "sample / truth; slope: per frame", 3, "slope"),
+    "loss_by_noise": TableKind("held-out loss by noise level", "noise level t", "squared velocity error", 4),
+    "loss_by_position": TableKind("held-out loss by position", "latent frame", "squared velocity error", 4),
+    "loss_by_context": TableKind(
+        "last unit, clean past: loss, and what hiding the past adds", "noise level t", "loss", 4
+    ),
+    "psnr_by_horizon": TableKind("continuations: PSNR", "frames ahead", "dB", 2),
+    "ssim_by_horizon": TableKind("continuations: SSIM", "frames ahead", "1: identical", 3),
+    "drift": TableKind("continuations: drift", "frames ahead", "sample / truth; slope: per frame", 3, "slope"),
 }
-BASELINES = ("untrained", "mean velocity", "copy last", "truth")  # rows that no trained model has a part in
+BASELINES = ("untrained", "mean velocity", "copy last", "truth")  # rows that do not depend on the trained model
 
 
 def evaluate(run: Path, request: EvaluateConfig) -> str:
     """Measure a run on its first held-out clips: the report as text, also kept in the run folder.
 
-    Files of a chosen checkpoint carry its step. After Ctrl-C the figures are those of the clips so far.
+    Files of a chosen checkpoint carry its step. After Ctrl-C the results are those of the clips so far.
     """
-    # Who is measured, and on what
     trained = open_run(run, request.weights, request.checkpoint)
     shards = open_shards(trained.config.data)
-    each = [sum(some) for some in parts_of(shards, min(request.clips, shards.samples("held_out")))]  # of every bucket
-    if not (clips := sum(each)):
-        raise ValueError(f"{shards} holds no held-out clip: convert with --held-out")
-    continued = next(bucket for bucket, some in enumerate(each) if some)  # clips of others have other horizons
-    subjects = {"": trained}
+    models = {"": trained}
     if request.against is not None:
-        subjects[OTHERS] = open_run(request.against, request.weights)
-        check_comparable(trained, subjects[OTHERS], shards)
+        models[OTHER_RUN] = open_run(request.against, request.weights)
+        check_comparable(trained, models[OTHER_RUN], shards)
     network = None if request.features is None else open_features(request.features, trained.device)
     rollouts = Rollouts(request.steps, request.samples, network)
-    builders = {who: builders_of(one, trained.config.diffusion, shards) for who, one in subjects.items()}
+    batches, clips, interrupted = measure_clips(models, shards, request.clips, rollouts)
 
-    # Clip by clip
-    found: list[Rows] = []  # of every batch
-    done, interrupted, told = 0, False, time.monotonic()
-    with tqdm(total=clips, desc="evaluate", unit="clip", disable=None) as bar:
-        try:
-            for batch, _ in held_out_batches(shards, clips, EACH):
-                rows: Rows = {}
-                for who, one in subjects.items():
-                    inputs, seed = builders[who][batch.bucket](batch), HELD_OUT_SEED + batch.samples[0]
-                    own = measure(one, inputs, seed, rollouts if batch.bucket == continued else None)
-                    rows |= {(table, who + row): part for (table, row), part in own.items()
-                             if not (who and row in BASELINES)}  # fmt: skip
-                if not done and ("features", "truth") in rows:
-                    check_enough(each[continued], rows["features", "truth"][0].shape[1])
-                found.append(rows)
-                done += len(batch.samples)
-                bar.update(len(batch.samples))
-                if bar.disable and time.monotonic() - told > 30:  # no terminal: a line in a job's log now and then
-                    print(f"evaluate: {done} of {clips} clips", file=sys.stderr, flush=True)
-                    told = time.monotonic()
-        except KeyboardInterrupt:
-            if not found:
-                raise
-            interrupted = True
-
-    # Figures
-    keys = dict.fromkeys(key for rows in found for key in rows)
-    parts = with_differences({key: join([rows[key] for rows in found if key in rows]) for key in keys})
-    tables = {name: table_of(name, parts) for name in TABLES if name in {table for table, _ in parts}}
-    seen = {row: values for (table, row), (values, _) in parts.items() if table == "features"}
+    keys = dict.fromkeys(key for rows in batches for key in rows)
+    rows = with_differences({key: concatenate([batch[key] for batch in batches if key in batch]) for key in keys})
+    tables = {name: table_of(name, rows) for name in TABLES if name in {table for table, _ in rows}}
+    features = {row: values for (table, row), (values, _) in rows.items() if table == "features"}
     result = {
         "step": trained.step,
         "clock": trained.clock,
         "weights": request.weights,
-        "clips": done,
+        "clips": clips,
         "interrupted": interrupted,
         "sampling_steps": request.steps,
         "samples": request.samples,
-        "against": None if request.against is None else {"run": str(request.against), "step": subjects[OTHERS].step},
+        "against": request.against and {"run": str(request.against), "step": models[OTHER_RUN].step},
         "loss": {name: row["mean"][0] for name, row in tables["loss_by_noise"].json()["rows"].items()},
-        "frechet": distances(seen) if request.features else None,
+        "frechet": distances(features) if request.features else None,
         "tables": {name: table.json() for name, table in tables.items()},
     }
     text = report(run, result, tables)
-    keep(
-        run,
-        "evaluation" if request.checkpoint is None else f"evaluation-{trained.step:08d}",
-        trained,
-        result,
-        tables,
-        text,
-    )
+    keep(run, trained, None if request.checkpoint is None else trained.step, result, tables, text)
     return text
 
 
@@ -155,70 +108,102 @@ def check_comparable(one: TrainedModel, other: TrainedModel, shards: Shards) -> 
         check_clip(other.config.model, shape.frames, shape.height, shape.width)
 
 
-def builders_of(one: TrainedModel, diffusion: DiffusionConfig, shards: Shards) -> list[InputBuilder]:
-    """How clips of every bucket become inputs: noise and levels do not depend on the model."""
+def input_builders(trained: TrainedModel, diffusion: DiffusionConfig, shards: Shards) -> list[InputBuilder]:
+    """Builders of the inputs, one for every bucket; noise and noise levels do not depend on the model."""
     return [
         InputBuilder(
-            model=one.model,
-            autoencoder=one.autoencoder,
+            model=trained.model,
+            autoencoder=trained.autoencoder,
             noise=NoiseSource(
                 diffusion,
                 HELD_OUT_SEED,
                 (shape.frames, shape.height, shape.width),
-                one.config.model.channels,
-                one.config.model.frames_per_unit,
-                units=range(shape.frames // one.config.model.frames_per_unit),
+                trained.config.model.channels,
+                trained.config.model.frames_per_unit,
+                units=range(shape.frames // trained.config.model.frames_per_unit),
             ),
             text_dropout=0.0,
-            device=one.device,
+            device=trained.device,
         )
         for shape in shards.shapes
     ]
 
 
-# One model, one batch ---------------------------------------------------------------------------------
+def measure_clips(
+    models: dict[str, TrainedModel], shards: Shards, limit: int, rollouts: Rollouts
+) -> tuple[list[Rows], int, bool]:
+    """The rows of every batch of held-out clips, the number of clips, and whether Ctrl-C ended it early.
+
+    models: by the prefix of their rows. Only clips of one bucket are continued, as others have other horizons.
+    """
+    counts = [sum(counts) for counts in held_out_counts(shards, min(limit, shards.samples("held_out")))]  # by bucket
+    if not sum(counts):
+        raise ValueError(f"{shards} holds no held-out clip: convert with --held-out")
+    continued = next(bucket for bucket, count in enumerate(counts) if count)
+    diffusion = models[""].config.diffusion
+    builders = {prefix: input_builders(trained, diffusion, shards) for prefix, trained in models.items()}
+    batches: list[Rows] = []
+    clips = 0
+    loaded = (batch for batch, _ in held_out_batches(shards, sum(counts), BATCH))
+    try:
+        for batch in progress(loaded, sum(counts), "evaluate", "clip", lambda batch: len(batch.samples)):
+            rows: Rows = {}
+            for prefix, trained in models.items():
+                inputs, seed = builders[prefix][batch.bucket](batch), HELD_OUT_SEED + batch.samples[0]
+                measured = measure(trained, inputs, seed, rollouts if batch.bucket == continued else None)
+                rows |= {(table, prefix + row): ratios for (table, row), ratios in measured.items()
+                         if not (prefix and row in BASELINES)}  # fmt: skip
+            if not batches and ("features", "truth") in rows:
+                check_enough(counts[continued], rows["features", "truth"][0].shape[1])
+            batches.append(rows)
+            clips += len(batch.samples)
+    except KeyboardInterrupt:
+        if not batches:
+            raise
+        return batches, clips, True
+    return batches, clips, False
 
 
-def measure(one: TrainedModel, inputs: BatchInputs, seed: int, rollouts: Rollouts | None) -> Rows:
+def measure(trained: TrainedModel, inputs: BatchInputs, seed: int, rollouts: Rollouts | None) -> Rows:
     """All rows of one model for a batch; without roll-outs their tables are left out."""
     with torch.no_grad():
-        velocity = one.model(inputs.noisy, inputs.t, inputs.text, inputs.labels)
-    guesses = {
+        velocity = trained.model(inputs.noisy, inputs.t, inputs.text, inputs.labels)
+    velocities = {
         "model": velocity,
         "untrained": precondition(inputs.noisy, inputs.t, torch.zeros_like(inputs.x)),
         "mean velocity": torch.zeros_like(inputs.x),  # the mean over noise and normalised data
     }
     rows: Rows = {}
-    for name, guess in guesses.items():
-        errors = Loss().per_frame(guess, inputs.x, inputs.noise)
+    for name, velocity in velocities.items():
+        errors = Loss().per_frame(velocity, inputs.x, inputs.noise)
         rows["loss_by_noise", name] = by_noise(errors, inputs)
         rows["loss_by_position", name] = by_position(errors, inputs)
-    if half_of_clip(inputs.x.shape[1], one.config.model.frames_per_unit)[1]:  # a clip of a single unit has no past
-        rows |= {("loss_by_context", name): part for name, part in by_context(one.model, inputs).items()}
-        rows |= continuations(one, inputs, seed, rollouts) if rollouts else {}
+    if half_of_clip(inputs.x.shape[1], trained.config.model.frames_per_unit)[1]:  # a clip of one unit has no past
+        rows |= {("loss_by_context", name): ratios for name, ratios in by_context(trained.model, inputs).items()}
+        rows |= continuations(trained, inputs, seed, rollouts) if rollouts else {}
     return rows
 
 
-# Figures ----------------------------------------------------------------------------------------------
+# Results ----------------------------------------------------------------------------------------------
 
 
-def with_differences(parts: Rows) -> Rows:
+def with_differences(rows: Rows) -> Rows:
     """Also the differences of both runs, row by row: paired, as clips and noise are the same."""
-    found = dict(parts)
-    for (table, row), (sums, counts) in parts.items():
-        other = parts.get((table, OTHERS + row))
+    differences = {}
+    for (table, row), (sums, counts) in rows.items():
+        other = rows.get((table, OTHER_RUN + row))
         if other is not None and " - " not in row and table != "features":
-            found[table, f"{row} - {OTHERS.strip()}"] = (sums - other[0], counts)
-    return found
+            differences[table, f"{row} - {OTHER_RUN.strip()}"] = (sums - other[0], counts)
+    return {**rows, **differences}
 
 
-def table_of(name: str, parts: Rows) -> Table:
+def table_of(name: str, rows: Rows) -> Table:
     kind = TABLES[name]
-    rows = {row: part for (table, row), part in parts.items() if table == name}
-    columns = next(iter(rows.values()))[0].shape[1] - 1
-    names = {"loss_by_noise": bin_names(), "loss_by_context": [f"{(i + 0.5) / BINS:.1f}" for i in range(BINS)]}
-    along = names.get(name) or [str(i + 1) for i in range(columns)]
-    return Table.of(kind.title, kind.axis, kind.unit, [kind.first, *along], rows, kind.digits)
+    own = {row: ratios for (table, row), ratios in rows.items() if table == name}
+    columns = next(iter(own.values()))[0].shape[1] - 1
+    names = {"loss_by_noise": BIN_NAMES, "loss_by_context": [f"{(i + 0.5) / BINS:.1f}" for i in range(BINS)]}
+    names_of_columns = names.get(name) or [str(i + 1) for i in range(columns)]
+    return Table.of(kind.title, kind.axis, kind.unit, [kind.total, *names_of_columns], own, kind.digits)
 
 
 def distances(features: dict[str, Tensor]) -> dict[str, float]:
@@ -242,25 +227,26 @@ def report(run: Path, result: dict[str, Any], tables: dict[str, Table]) -> str:
     if "psnr_by_horizon" not in tables:
         lines.append("\nclips of a single unit leave nothing to continue: no PSNR")
     if result["frechet"] is not None:
-        found = ", ".join(f"{name} {value:.4g}" for name, value in result["frechet"].items())
-        lines.append(f"\nFréchet distance to the truth: {found or 'too few clips were continued'}")
+        values = ", ".join(f"{name} {value:.4g}" for name, value in result["frechet"].items())
+        lines.append(f"\nFréchet distance to the truth: {values or 'too few clips were continued'}")
     return "\n".join(lines)
 
 
 def keep(
-    run: Path, name: str, trained: TrainedModel, result: dict[str, Any], tables: dict[str, Table], text: str
+    run: Path, trained: TrainedModel, step: int | None, result: dict[str, Any], tables: dict[str, Table], text: str
 ) -> None:
-    """In the run folder and in its MLflow run."""
-    files = {
-        f"{name}.json": json.dumps(result, indent=1).encode(),
-        f"{name}.txt": f"{text}\n".encode(),
-        f"{name}.png": draw(list(tables.values()), f"{run.name}, step {result['step']}"),
+    """Write the files of an evaluation to the run folder, and log it to the MLflow run."""
+    contents = {
+        "json": json.dumps(result, indent=1).encode(),
+        "txt": f"{text}\n".encode(),
+        "png": draw(list(tables.values()), f"{run.name}, step {result['step']}"),
     }
     tracker = Tracker(trained.config.metrics)
     tracker.start(run, {}, "", run.name, attach=True)
-    for file, content in files.items():
-        write_atomically(run / file, content)
-        tracker.artifact(run / file)
+    for suffix, content in contents.items():
+        file = RunFolder(run).evaluation(suffix, step)
+        write_atomically(file, content)
+        tracker.artifact(file)
     values = {k: value for key, table in tables.items() for k, value in table.metrics(f"quality/{key}/").items()}
     values |= {f"quality/frechet/{row}": value for row, value in (result["frechet"] or {}).items()}
     tracker.log(values, trained.step)

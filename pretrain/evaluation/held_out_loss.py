@@ -1,5 +1,4 @@
-"""Held-out clips, always the same ones with the same noise, and the loss on them: by noise level, by position, and
-with parts of the past hidden."""
+"""Held-out loss: by noise level, by position in the clip, and with parts of the past hidden."""
 
 from __future__ import annotations
 
@@ -16,21 +15,18 @@ from ..batch_inputs import BatchInputs, InputBuilder
 from ..config import Config
 from ..diffusion.loss import Loss
 from ..diffusion.rectified_flow import add_noise
-from ..diffusion.sampler import Cache, extend_cache
+from ..diffusion.sampler import Cache, extend_cache, with_scales
 from ..model.transformer import MSCTransformer
-from .confidence import Part, summed
+from .confidence import ClipRatios, with_total
 
 BINS = 5  # equal ranges of the noise level
+BIN_NAMES = [f"{i / BINS:.1f}-{(i + 1) / BINS:.1f}" for i in range(BINS)]
 HELD_OUT_SEED = 1_000_003  # noise of evaluations: the same in every run and at every step
 
 
 def bin_of(t: Tensor) -> Tensor:
-    """Which range a noise level in [0, 1] lies in; same shape."""
+    """The index of the bin of noise levels in [0, 1]; same shape."""
     return (t * BINS).long().clamp(max=BINS - 1)
-
-
-def bin_names() -> list[str]:
-    return [f"{i / BINS:.1f}-{(i + 1) / BINS:.1f}" for i in range(BINS)]
 
 
 @dataclass
@@ -42,10 +38,10 @@ class LossByNoise:
 
     @staticmethod
     def zeros(device: torch.device) -> LossByNoise:
-        return LossByNoise(*(torch.zeros(BINS, dtype=torch.float64, device=device) for _ in range(2)))
+        return LossByNoise(*torch.zeros(2, BINS, dtype=torch.float64, device=device))
 
     def add(self, errors_BT: Tensor, t_BT: Tensor, counted_BT: Tensor) -> None:
-        """Those of frames that count. Without indexing by a mask, for which a CPU would wait for the GPU."""
+        """Add the frames that count. Without indexing by a mask, for which a CPU would wait for the GPU."""
         bins = bin_of(t_BT).flatten()
         self.sums.index_add_(0, bins, errors_BT.where(counted_BT, 0).flatten().double())
         self.counts.index_add_(0, bins, counted_BT.flatten().double())
@@ -66,27 +62,27 @@ class LossByNoise:
         return float(self.sums.sum() / self.counts.sum())
 
     def metrics(self, prefix: str) -> dict[str, float]:
-        """Mean, and the mean in every range of noise levels that was met."""
-        found = {prefix + "mean": self.mean}
-        for name, total, count in zip(bin_names(), self.sums.tolist(), self.counts.tolist(), strict=True):
+        """The mean, and the mean of every bin that holds frames."""
+        values = {prefix + "mean": self.mean}
+        for name, total, count in zip(BIN_NAMES, self.sums.tolist(), self.counts.tolist(), strict=True):
             if count:
-                found[f"{prefix}t_{name.replace('-', '_')}"] = total / count
-        return found
+                values[f"{prefix}t_{name.replace('-', '_')}"] = total / count
+        return values
 
 
 @torch.no_grad()
 def held_out_losses(
-    model: nn.Module, config: Config, shards: Shards, builders: Sequence[InputBuilder], rows: int, row: int
+    model: nn.Module, config: Config, shards: Shards, builders: Sequence[InputBuilder], ranks: int, rank: int
 ) -> LossByNoise:
-    """Held-out loss of a model that may be sharded over ranks; the same noise at every call. builders: per bucket."""
+    """Held-out loss of a model that may be sharded over ranks; the same noise at every call. builders: of every bucket;
+    ranks, rank: of the data-parallel group."""
     builders = [
         replace(builder, noise=replace(builder.noise, seed=HELD_OUT_SEED), text_dropout=0.0) for builder in builders
     ]
     frames = [(builder.frames.start, builder.frames.stop) for builder in builders]
     losses = LossByNoise.zeros(builders[0].device)
     model.eval()
-    each = config.train.micro
-    for batch, count in held_out_batches(shards, config.train.held_out, each, rows, row, frames):
+    for batch, count in held_out_batches(shards, config.train.held_out, config.train.micro, ranks, rank, frames):
         builder = builders[batch.bucket]
         inputs = builder(batch)
         velocity = model(inputs.noisy, inputs.t, inputs.text, inputs.labels, builder.past_context, inputs.all_t)
@@ -97,55 +93,50 @@ def held_out_losses(
     return losses
 
 
-# What clips add to the tables of `msc evaluate` ------------------------------------------------------
+# Of every clip, for the tables of `msc evaluate` -----------------------------------------------------
 
 
-def by_noise(errors_BT: Tensor, inputs: BatchInputs) -> Part:
-    """Squared velocity errors of supervised frames, by range of the noise level."""
+def by_noise(errors_BT: Tensor, inputs: BatchInputs) -> ClipRatios:
+    """Squared velocity errors of supervised frames, by bin of the noise level."""
     in_bin = torch.nn.functional.one_hot(bin_of(inputs.t), BINS) * inputs.supervised[..., None]
-    return summed((errors_BT[..., None] * in_bin).sum(1), in_bin.sum(1))
+    return with_total((errors_BT[..., None] * in_bin).sum(1), in_bin.sum(1))
 
 
-def by_position(errors_BT: Tensor, inputs: BatchInputs) -> Part:
-    """The same by place of the frame in its clip."""
-    return summed(errors_BT * inputs.supervised, inputs.supervised)
+def by_position(errors_BT: Tensor, inputs: BatchInputs) -> ClipRatios:
+    """Squared velocity errors of supervised frames, by position of the frame in its clip."""
+    return with_total(errors_BT * inputs.supervised, inputs.supervised)
 
 
 @torch.no_grad()
-def by_context(model: MSCTransformer, inputs: BatchInputs) -> dict[str, Part]:
-    """Loss of the clips' last unit at the middle of every range of noise levels, after a clean past that is seen
-    whole; and what is added where the unit sees nothing of the past, or nothing at one scale."""
+def by_context(model: MSCTransformer, inputs: BatchInputs) -> dict[str, ClipRatios]:
+    """Loss of the clips' last unit at the middle of every noise bin, after a clean past; and the increase where all of
+    the past is hidden, or that of one scale."""
     per_unit = model.config.frames_per_unit
     past, last, noise = inputs.x[:, :-per_unit], inputs.x[:, -per_unit:], inputs.noise[:, -per_unit:]
     cache = Cache()
     extend_cache(model, cache, past, inputs.text, inputs.labels)
 
-    def losses(seeing: MSCTransformer) -> Tensor:
-        found = []
-        for level in range(BINS):
-            t = inputs.t.new_full(last.shape[:2], (level + 0.5) / BINS)
-            velocity = seeing(add_noise(last, noise, t), t, inputs.text, inputs.labels, cache)
-            found.append(Loss().per_frame(velocity, last, noise).mean(1))
-        return torch.stack(found, 1)
+    def losses(model: MSCTransformer) -> Tensor:
+        by_bin = []
+        for i in range(BINS):
+            t = inputs.t.new_full(last.shape[:2], (i + 0.5) / BINS)
+            velocity = model(add_noise(last, noise, t), t, inputs.text, inputs.labels, cache)
+            by_bin.append(Loss().per_frame(velocity, last, noise).mean(1))
+        return torch.stack(by_bin, 1)
 
     scales = model.config.scales
     hidden = {"added without any past": set(range(len(scales)))}
     if len(scales) > 1:
         hidden |= {f"without scale {i + 1} (space {s.space}, time {s.time})": {i} for i, s in enumerate(scales)}
-    whole = losses(model)
-    added = {name: losses(blind(model, which)) - whole for name, which in hidden.items()}
-    return {name: summed(values) for name, values in {"with all of the past": whole, **added}.items()}
+    full = losses(model)
+    increase = {name: losses(hide_past(model, which)) - full for name, which in hidden.items()}
+    return {name: with_total(values) for name, values in {"with all of the past": full, **increase}.items()}
 
 
-def blind(model: MSCTransformer, hidden: Collection[int]) -> MSCTransformer:
-    """The same weights, not copied, in a model whose queries see no past at the `hidden` scales: a window of no units.
+def hide_past(model: MSCTransformer, hidden: Collection[int]) -> MSCTransformer:
+    """The same weights in a model whose queries see no past at the `hidden` scales: a window of no units.
 
-    Own units are seen as before, also by pooled heads. What others keep in a cache can be read with it.
+    Own units are seen as before, also by pooled heads. It can read a cache that `model` has filled.
     """
-    scales = tuple(
-        replace(scale, time=1, window=0) if i in hidden else scale for i, scale in enumerate(model.config.scales)
-    )
-    with torch.device("meta"):
-        other = MSCTransformer(replace(model.config, scales=scales), model.attention_inputs.kernel)
-    other.load_state_dict(model.state_dict(), assign=True)
-    return other.eval()
+    scales = [replace(scale, time=1, window=0) if i in hidden else scale for i, scale in enumerate(model.config.scales)]
+    return with_scales(model, scales)

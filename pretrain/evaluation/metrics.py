@@ -1,4 +1,4 @@
-"""How good a video is against the truth, frame by frame: pure functions of `[T, 3, H, W]` in [0, 1]."""
+"""Video metrics per frame: PSNR, SSIM, and traits that may drift; pure functions of `[T, 3, H, W]` in [0, 1]."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Structural similarity of every frame, mean over the three colours: `[T]`.
 
-    Wang et al. 2004 as published: an 11 × 11 Gaussian of σ = 1.5, K1 = 0.01, K2 = 0.03, only where the window lies
-    inside. Frames smaller than that get the largest odd window that fits.
+    Wang et al. 2004 as published: an 11 × 11 Gaussian of σ = 1.5, K1 = 0.01, K2 = 0.03, without padding. Smaller
+    frames get the largest odd window that fits.
     """
     side = min(11, *((n - 1) // 2 * 2 + 1 for n in a.shape[-2:]))
     at = torch.arange(side, device=a.device, dtype=a.dtype) - side // 2
     window = torch.exp(-at.square() / (2 * 1.5**2))
     window = window / window.sum()
-    # frame by frame, or a long video would be held five times over
+    # frame by frame: a long video at once would take five times its memory
     return torch.stack([_ssim(x, y, window) for x, y in zip(a, b, strict=True)])
 
 
@@ -37,12 +37,12 @@ def _ssim(a_CHW: Tensor, b_CHW: Tensor, window: Tensor) -> Tensor:
     mean_a, mean_b, aa, bb, ab = local
     var_a, var_b, covariance = aa - mean_a**2, bb - mean_b**2, ab - mean_a * mean_b
     c1, c2 = 0.01**2, 0.03**2
-    same_light = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
-    same_structure = (2 * covariance + c2) / (var_a + var_b + c2)
-    return (same_light * same_structure).mean()
+    luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+    structure = (2 * covariance + c2) / (var_a + var_b + c2)
+    return (luminance * structure).mean()
 
 
-# What drifts when a model feeds on its own frames --------------------------------------------------------
+# Traits that drift in a roll-out --------------------------------------------------------
 
 
 def contrast(video: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def contrast(video: Tensor) -> Tensor:
 
 
 def sharpness(video: Tensor) -> Tensor:
-    """Gradient energy: mean square of the differences of neighbours along height plus along width: `[T]`."""
+    """Gradient energy: mean square difference of neighbours along height plus along width: `[T]`."""
     down, across = (video.diff(dim=dim).square().mean((1, 2, 3)) for dim in (2, 3))
     return down + across
 
@@ -71,12 +71,12 @@ def bands(height: int, width: int) -> list[str]:
 def band_energy(video: Tensor) -> Tensor:
     """Variance of every frame by octave of spatial frequency, mean over colours, as `bands` names them: `[T, bands]`.
 
-    By the cosine transform, which has no edges to leak from (Denis et al. 2002); octaves add up to the variance.
+    By the cosine transform, which has no leakage at the borders (Denis et al. 2002); octaves add up to the variance.
     """
     height, width = video.shape[-2:]
     count = len(bands(height, width))
     energy = (_cosines(height, video) @ video @ _cosines(width, video).T).square().mean(1) / (height * width)
-    energy[:, 0, 0] = 0  # the mean is no variance
+    energy[:, 0, 0] = 0  # the mean is not part of the variance
     rows, columns = (torch.arange(n, device=video.device) / (2 * n) for n in (height, width))
     octave = (-torch.hypot(rows[:, None], columns).log2()).ceil().clamp(2, count + 1).long() - 2
     return video.new_zeros(len(video), count).index_add_(1, octave.flatten(), energy.flatten(1))
@@ -91,12 +91,12 @@ def _cosines(n: int, like: Tensor) -> Tensor:
 
 
 def trait_names(video: Tensor) -> list[str]:
-    """Of the rows of `traits`."""
+    """Names of the rows of `traits`."""
     return ["contrast", "sharpness", "motion", *bands(*video.shape[-2:])]
 
 
 def traits(video: Tensor, shown: int) -> Tensor:
-    """What may drift, of the frames after the first `shown` ones: `[traits, T - shown]`."""
+    """Traits of the frames after the first `shown` ones: `[traits, T - shown]`."""
     ahead = video[shown:]
     return torch.stack([contrast(ahead), sharpness(ahead), motion(video[shown - 1 :]), *band_energy(ahead).T])
 

@@ -1,9 +1,9 @@
-"""Exported weights as a pipeline of `diffusers`, for those whose tools know pipelines.
+"""A `diffusers` pipeline of exported weights, for tools that work with pipelines.
 
     MSCPipeline.from_pretrained(folder)                                   runs nothing that lies in the folder
     DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)     runs its pipeline.py, which imports this one
 
-Diffusers finds a pipeline that is not its own in no other way. Needs diffusers; sampling is in diffusion/sampler.py.
+These are the two ways to load a pipeline from outside diffusers. Sampling is in diffusion/sampler.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..model.transformer import MSCTransformer
 
 
 class PipelineTransformer(MSCTransformer, ModelMixin):
-    """The model with what diffusers asks of a part of a pipeline: its device, its type, how it is loaded."""
+    """The model with the interface of a pipeline's component: its device, dtype and loading."""
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -47,10 +47,10 @@ class VideoOutput(BaseOutput):
 
 
 class MSCPipeline(DiffusionPipeline):
-    """Continues videos, or makes them from nothing.
+    """Continues videos, or generates them without context.
 
     data, diffusion: sections of the folder's config.json. autoencoder: instead of the one that it names, such as
-    "diffusers:FOLDER" where that folder lies elsewhere now.
+    "diffusers:FOLDER" where that folder has moved.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class MSCPipeline(DiffusionPipeline):
         dtype: torch.dtype | None = None,
         autoencoder: str | None = None,
     ) -> MSCPipeline:
-        """Of a folder that `msc export` wrote; arguments and errors are those of `MSCTransformer.from_pretrained`."""
+        """From a folder that `msc export` wrote; arguments and errors are those of `MSCTransformer.from_pretrained`."""
         facts = read_export_config(Path(folder))
         transformer = PipelineTransformer.from_pretrained(folder, weights, dtype)
         return cls(transformer, facts.get("data"), facts.get("diffusion"), autoencoder)
@@ -93,7 +93,7 @@ class MSCPipeline(DiffusionPipeline):
         output_type: Literal["np", "pt", "latent"] = "np",
         **sampling: Any,
     ) -> VideoOutput:
-        """Generate `units` units after `video`, or `batch` videos after nothing; what was given comes first.
+        """Generate `units` units after `video`, or `batch` videos without context; the output begins with the context.
 
         video: `[B, T, 3, H, W]`, uint8 or float in [-1, 1], at the fps the model was trained at; as many frames as make
         whole units. size: height and width in pixels (default: the training clips'). text: embeddings `[B, L, E]`;

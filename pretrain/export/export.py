@@ -1,4 +1,4 @@
-"""`msc export`: a checkpoint as weights that need nothing of the run folder, proved to be the trained ones.
+"""`msc export`: write a checkpoint's weights as safetensors that need nothing of the run folder, and verify them.
 
 Tensor by tensor from the checkpoint's slices to the new files, in parts: one process and little memory are enough
 for a model of any size, from checkpoints of any number of ranks and any ZeRO stage.
@@ -26,97 +26,91 @@ from ..checkpoints.exported_weights import FORMAT, Shapes, abbreviated, open_saf
 from ..config import Config
 from ..inference.load import read_run
 from ..model.transformer import MSCTransformer
-from ..run_folder import LatentSpace
+from ..run_folder import LatentSpace, RunFolder
 from . import model_card
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-KEYS = {"ema": "ema", "raw": "weight"}  # what a checkpoint calls them
+KEYS = {"ema": "ema", "raw": "weight"}  # their names in a checkpoint
 PART = 1 << 23  # elements read, converted and written at a time
-SHARD = 5_000_000_000
+MAX_SHARD_SIZE = 5_000_000_000  # bytes
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint to take weights from. shapes: of everything that the model keeps, in its order."""
+    """A checkpoint to take weights from. shapes: of all tensors of the model, in its order."""
 
     path: Path
     meta: CheckpointMeta
     shapes: Shapes
 
-    def parts(self, slices: checkpoint_format.ParameterReader, name: str, which: str) -> Iterator[Tensor]:
+    @property
+    def elements(self) -> int:
+        return sum(map(math.prod, self.shapes.values()))
+
+    def parts(self, reader: checkpoint_format.ParameterReader, name: str, weights: str) -> Iterator[Tensor]:
         """The flattened fp32 values of a tensor, a part at a time."""
         numel = math.prod(self.shapes[name])
         for start in range(0, numel, PART):
-            yield slices.read(name, KEYS[which], start, min(PART, numel - start))
-
-    def open(self) -> checkpoint_format.ParameterReader:
-        return checkpoint_format.ParameterReader(self.path)
+            yield reader.read(name, KEYS[weights], start, min(PART, numel - start))
 
 
 def export(
-    run: Path, out: Path | None = None, weights: str = "ema", dtype: str = "fp32", max_shard_size: int = SHARD,
-    step: str | None = None, push_to: str | None = None,
+    run: Path, out: Path | None = None, weights: str = "ema", dtype: str = "fp32",
+    max_shard_size: int = MAX_SHARD_SIZE, step: str | None = None, push_to: str | None = None,
 ) -> str:  # fmt: skip
-    """Write the weights of a run's newest checkpoint (or that of `step`) as safetensors; returns what was done.
+    """Write the weights of a run's newest checkpoint (or that of `step`) as safetensors; returns a report.
 
     weights: "ema", "raw" or "both". max_shard_size: bytes, above which they are split into files with an index.
     push_to: repository of the Hugging Face Hub to upload the folder to afterwards; a new one is private.
-    All tensors are read again and compared. Weights that are not split are also loaded with
+    All tensors are read back and compared. Weights that are not split are also loaded with
     `MSCTransformer.from_pretrained` and must give bit-identical outputs if they are in fp32.
     """
-    replace_own = out is None  # the run's own folder may be renewed; any other must be new or empty
-    out = run / "export" if out is None else out
-    check_replaceable(out, overwrite=replace_own, proof="config.json")
+    folder = RunFolder(run).export if out is None else out
+    # the run's own folder may be replaced; any other must be new or empty
+    check_replaceable(folder, overwrite=out is None, proof="config.json")
     config, space = read_run(run)
     source = open_source(run, config, step)
-    asked = ("ema", "raw") if weights == "both" else (weights,)
-    check_space(out, source, len(asked) * DTYPES[dtype].itemsize)
-    facts = describe(config, space, source.meta, asked, dtype)
-    told = []
-    with partial_folder(out) as aside:
-        write_atomically(aside / "config.json", json.dumps(facts, indent=1).encode())
-        for which in asked:
-            stem = "model" if which == asked[0] else which
-            files = write_weights(aside, stem, source, which, DTYPES[dtype], max_shard_size)
-            proof = "every tensor read again and compared"
+    sets = ("ema", "raw") if weights == "both" else (weights,)
+    free, needed = free_bytes(folder), len(sets) * DTYPES[dtype].itemsize * source.elements
+    if free < needed:
+        raise OSError(f"the disk of {folder} has {free / 1e9:.1f} GB free; the weights take {needed / 1e9:.1f} GB")
+    facts = describe(config, space, source.meta, sets, dtype)
+    report = [f"{source.elements:,} parameters of step {source.meta.step:,} in {dtype} written to {folder}"]
+    with partial_folder(folder) as partial:
+        write_atomically(partial / "config.json", json.dumps(facts, indent=1).encode())
+        for name in sets:
+            stem = "model" if name == sets[0] else name
+            files = write_weights(partial, stem, source, name, DTYPES[dtype], max_shard_size)
+            checks = "every tensor read again and compared"
             if len(files) == 1 and dtype == "fp32":
-                check_outputs(source, which, config, aside)
-                proof += ", outputs of the loaded model bit-identical"
-            size = sum((aside / file).stat().st_size for file in files)
-            named = files[0] if len(files) == 1 else f"{files[0]} … {files[-1]}"
-            told.append(f"{which:<4} {named} ({size / 1e6:,.1f} MB): {proof}")
-        kept = model_card.write_card(aside, run, facts, config, before=out / "README.md", repository=push_to)
-        model_card.write_pipeline(aside, facts)
-        publish_folder(aside, out)
-    count = sum(map(math.prod, source.shapes.values()))
-    told.insert(0, f"{count:,} parameters of step {source.meta.step:,} in {dtype} written to {out}")
+                check_outputs(source, name, config, partial)
+                checks += ", outputs of the loaded model bit-identical"
+            size = sum((partial / file).stat().st_size for file in files)
+            names = files[0] if len(files) == 1 else f"{files[0]} … {files[-1]}"
+            report.append(f"{name:<4} {names} ({size / 1e6:,.1f} MB): {checks}")
+        kept = model_card.write_card(partial, run, facts, config, previous=folder / "README.md", repository=push_to)
+        model_card.write_pipeline(partial, facts)
+        publish_folder(partial, folder)
     if kept:
-        told.append(f"{out / 'README.md'} is not as it was written, and kept: its figures may be of an earlier export")
+        report.append(f"{folder / 'README.md'} was edited and is kept: its figures may be of an earlier export")
     if push_to is not None:
-        told.append(model_card.push(out, push_to, f"step {source.meta.step}"))
-    return "\n".join(told)
+        report.append(model_card.push(folder, push_to, f"step {source.meta.step}"))
+    return "\n".join(report)
 
 
 def open_source(run: Path, config: Config, step: str | None) -> Source:
-    """The checkpoint to export, checked by its checksums; ValueError if it is damaged or not of the run's model."""
+    """The checkpoint to export, verified by its checksums; ValueError if it is damaged or not of the run's model."""
     path = checkpoint_directory.find(run, step)
     if problems := checkpoint_directory.verify(path):
         raise ValueError(f"{'; '.join(problems)}: export another one with --checkpoint, `msc checkpoints` lists them")
     meta = CheckpointMeta.read(path)
     with torch.device("meta"):
         shapes = MSCTransformer(config.model).shapes()
-    held = meta.parameters
-    if lost := sorted(shapes.keys() ^ held.keys()):  # such as parameters that were frozen: they are not checkpointed
-        raise ValueError(f"{path} and the run's model do not hold the same tensors: {abbreviated(lost)}")
-    if other := [name for name in shapes if shapes[name] != held[name]]:
+    if unmatched := sorted(shapes.keys() ^ meta.parameters.keys()):  # such as frozen ones: they are not checkpointed
+        raise ValueError(f"{path} and the run's model do not hold the same tensors: {abbreviated(unmatched)}")
+    if other := [name for name in shapes if shapes[name] != meta.parameters[name]]:
         raise ValueError(f"{path} holds {abbreviated(other)} in another shape than the run's model")
     return Source(path, meta, shapes)
-
-
-def check_space(out: Path, source: Source, each: int) -> None:
-    free, needed = free_bytes(out), each * sum(map(math.prod, source.shapes.values()))
-    if free < needed:
-        raise OSError(f"the disk of {out} has {free / 1e9:.1f} GB free; the weights take {needed / 1e9:.1f} GB")
 
 
 def describe(
@@ -141,22 +135,19 @@ def describe(
     }
 
 
-def write_weights(
-    folder: Path, stem: str, source: Source, which: str, dtype: torch.dtype, limit: int
-) -> list[str]:  # fmt: skip
-    """Write and compare all tensors; returns the names of the files. More than one have an index."""
+def write_weights(folder: Path, stem: str, source: Source, weights: str, dtype: torch.dtype, limit: int) -> list[str]:
+    """Write and compare all tensors; returns the names of the files. Several get an index."""
     groups = split({name: math.prod(shape) * dtype.itemsize for name, shape in source.shapes.items()}, limit)
-    of = f"-of-{len(groups):05d}"
-    files = [f"{stem}-{i + 1:05d}{of}.safetensors" for i in range(len(groups))]
+    files = [f"{stem}-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
     files = files if len(groups) > 1 else [f"{stem}.safetensors"]
     for file, names in zip(files, groups, strict=True):
-        # Opened for every file anew: what was read through a mapping stays in memory while it is open.
-        with source.open() as slices:
-            write_file(folder / file, source, slices, names, which, dtype)
-            compare_file(folder / file, source, slices, names, which, dtype)
+        # A new reader for every file: what was read through a memory map stays in memory while it is open.
+        with checkpoint_format.ParameterReader(source.path) as reader:
+            write_file(folder / file, source, reader, names, weights, dtype)
+            compare_file(folder / file, source, reader, names, weights, dtype)
     if len(groups) > 1:
         index = {
-            "metadata": {"total_size": sum(map(math.prod, source.shapes.values())) * dtype.itemsize},
+            "metadata": {"total_size": source.elements * dtype.itemsize},
             "weight_map": {name: file for file, names in zip(files, groups, strict=True) for name in names},
         }
         write_atomically(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=1).encode())
@@ -164,7 +155,7 @@ def write_weights(
 
 
 def split(sizes: dict[str, int], limit: int) -> list[list[str]]:
-    """Cut tensors into runs of at most `limit` bytes; a larger tensor is alone."""
+    """Group tensors in order into files of at most `limit` bytes; a larger tensor is alone."""
     groups: list[list[str]] = []
     held = limit + 1
     for name, size in sizes.items():
@@ -177,18 +168,14 @@ def split(sizes: dict[str, int], limit: int) -> list[list[str]]:
 
 
 def write_file(
-    path: Path,
-    source: Source,
-    slices: checkpoint_format.ParameterReader,
-    names: list[str],
-    which: str,
+    path: Path, source: Source, reader: checkpoint_format.ParameterReader, names: list[str], weights: str,
     dtype: torch.dtype,
-) -> None:
-    """One safetensors file, without holding more than a part of a tensor. (The library's writer takes all at once.)"""
+) -> None:  # fmt: skip
+    """One safetensors file, a part of a tensor in memory at a time (the library's writer takes all at once)."""
     with path.open("wb") as file:
         file.write(safetensors_header({name: source.shapes[name] for name in names}, dtype))
         for name in names:
-            for part in source.parts(slices, name, which):
+            for part in source.parts(reader, name, weights):
                 converted = part.to(dtype)
                 if dtype == torch.float16 and not converted.isfinite().all() and part.isfinite().all():
                     raise ValueError(f"{name} holds values up to {part.abs().max():.3g}, too large for fp16: use bf16")
@@ -198,36 +185,32 @@ def write_file(
 
 
 def compare_file(
-    path: Path,
-    source: Source,
-    slices: checkpoint_format.ParameterReader,
-    names: list[str],
-    which: str,
+    path: Path, source: Source, reader: checkpoint_format.ParameterReader, names: list[str], weights: str,
     dtype: torch.dtype,
-) -> None:
+) -> None:  # fmt: skip
     """RuntimeError unless the file, read by the safetensors library, holds exactly the checkpoint's tensors."""
     with open_safetensors(path) as opened:
         for name in names:
             tensor = opened.get_tensor(name)
-            same, at = tensor.dtype == dtype and tuple(tensor.shape) == source.shapes[name], 0
-            for part in source.parts(slices, name, which):
-                stored = tensor.flatten()[at : at + part.numel()]
+            same, offset = tensor.dtype == dtype and tuple(tensor.shape) == source.shapes[name], 0
+            for part in source.parts(reader, name, weights):
+                stored = tensor.flatten()[offset : offset + part.numel()]
                 same = same and torch.equal(stored.view(torch.uint8), part.to(dtype).view(torch.uint8))
-                at += part.numel()
+                offset += part.numel()
             if not same:
                 raise RuntimeError(f"{path.name} does not hold {name} as the checkpoint does; please report this")
 
 
 @torch.no_grad()
-def check_outputs(source: Source, which: str, config: Config, folder: Path) -> None:
-    """RuntimeError unless the exported model computes the same as the trained one, on a small random clip."""
+def check_outputs(source: Source, weights: str, config: Config, folder: Path) -> None:
+    """RuntimeError unless the exported model gives the same outputs as the trained one on a small random clip."""
     with torch.device("meta"):
         trained = MSCTransformer(config.model)
-    trained.load_state_dict(dict(checkpoint_format.weights(source.path, which)), assign=True)
+    trained.load_state_dict(dict(checkpoint_format.weights(source.path, weights)), assign=True)
     model = config.model
     side = model.patch * math.lcm(*(scale.space for scale in model.scales))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 4 * model.frames_per_unit, model.channels, side, side, generator=generator)
     t = torch.rand(1, 4, generator=generator).repeat_interleave(model.frames_per_unit, 1)
-    if not torch.equal(trained.eval()(x, t), MSCTransformer.from_pretrained(folder, which)(x, t)):
-        raise RuntimeError(f"the exported {which} weights do not reproduce the trained model; please report this")
+    if not torch.equal(trained.eval()(x, t), MSCTransformer.from_pretrained(folder, weights)(x, t)):
+        raise RuntimeError(f"the exported {weights} weights do not reproduce the trained model; please report this")

@@ -1,4 +1,4 @@
-"""What an exported folder says of itself: a model card for people, model_index.json for diffusers; and its upload."""
+"""Model card of an exported folder, its model_index.json for diffusers, and its upload to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import yaml
 from msc.datasets.files import write_atomically
 
 from ..config import Config, plain
-from ..evaluation.confidence import OTHERS
+from ..evaluation.confidence import OTHER_RUN
+from ..run_folder import RunFolder
 
 OWN_WEIGHTS = [f"{stem}{rest}" for stem in ("model", "ema", "raw")
                for rest in (".safetensors", "-?????-of-?????.safetensors", ".safetensors.index.json")]  # fmt: skip
-SEAL = "\n<!-- msc export renews this card as long as nothing is changed: {} -->\n"
+CHECKSUM = "\n<!-- msc export renews this card as long as nothing is changed: {} -->\n"
 CARD = """\
 ---
 library_name: msc
@@ -80,27 +81,31 @@ __all__ = ["MSCPipeline"]
 
 
 def write_card(
-    folder: Path, run: Path, facts: dict[str, Any], config: Config, before: Path, repository: str | None = None
+    folder: Path, run: Path, facts: dict[str, Any], config: Config, previous: Path, repository: str | None = None
 ) -> bool:
-    """README.md: training facts, figures of the run's evaluation, settings. Of this machine it names at most the folder
-    of an autoencoder, which config.json must name, too. A card `before` that somebody has edited is kept instead;
-    returns whether it was. repository: of the Hub, where readers will find the folder."""
-    if before.is_file() and edited(text := before.read_bytes()):
+    """Write README.md: training facts, the results of the run's evaluation, settings.
+
+    Of this machine it names at most the folder of an autoencoder, as config.json must. A `previous` card that somebody
+    has edited is kept instead; returns whether it was. repository: of the Hub, where readers will find the folder.
+    """
+    if previous.is_file() and is_edited(text := previous.read_bytes()):
         write_atomically(folder / "README.md", text)
         return True
     data, training, model = facts["data"], facts["training"], config.model
+    in_set = f" (the set holds {training['clips_in_set']:,})" if training["clips_in_set"] else ""
+    kinds = {"ema": "averaged (ema)", "raw": "as trained last (raw)"}
+    conditions = [
+        name for name, size in (("class labels", model.classes), ("text embeddings", model.text_width)) if size
+    ]
     rows = {
         "steps": f"{training['step']:,}",
-        "clips seen": f"{training['clips']:,}" + (f" (the set holds {training['clips_in_set']:,})"
-                                                  if training["clips_in_set"] else ""),
+        "clips seen": f"{training['clips']:,}{in_set}",
         "clips": f"{data['video_height']} × {data['video_width']} pixels at {data['fps']:g} frames/s; {data['frames']} "
                  f"latent frames of {data['height']} × {data['width']}",
         "autoencoder": data["autoencoder"],
-        "weights": " and ".join({"ema": "averaged (ema)", "raw": "as trained last (raw)"}[w] for w in facts["weights"])
-                   + f", in {facts['dtype']}",
+        "weights": f"{' and '.join(kinds[name] for name in facts['weights'])}, in {facts['dtype']}",
         "trained in": training["precision"],
-        "conditions": ", ".join(what for what, there in (("class labels", model.classes),
-                                                         ("text embeddings", model.text_width)) if there) or "none",
+        "conditions": ", ".join(conditions) or "none",
     }  # fmt: skip
     settings = {name: plain(asdict(getattr(config, name))) for name in ("model", "diffusion", "optimizer", "train")}
     settings["train"]["init_from"] = Path(settings["train"]["init_from"]).name
@@ -111,47 +116,47 @@ def write_card(
         autoencoder=data["autoencoder"],
         training="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
         units=max(1, data["frames"] // model.frames_per_unit),
-        measured="\n\n".join(map(measured, evaluations(run, facts))) or "Nothing yet.",
+        measured="\n\n".join(map(results, evaluations(run, facts))) or "Nothing yet.",
         settings=yaml.safe_dump(settings, sort_keys=False),
     )
-    write_atomically(folder / "README.md", sealed(card.encode()))
+    write_atomically(folder / "README.md", with_checksum(card.encode()))
     return False
 
 
-def sealed(card: bytes) -> bytes:
-    return card + SEAL.format(hashlib.sha256(card).hexdigest()).encode()
+def with_checksum(card: bytes) -> bytes:
+    return card + CHECKSUM.format(hashlib.sha256(card).hexdigest()).encode()
 
 
-def edited(card: bytes) -> bool:
-    """Whether this is another card than `write_card` wrote."""
-    return sealed(card[: -len(sealed(b""))]) != card
+def is_edited(card: bytes) -> bool:
+    """Whether this is not a card as `write_card` wrote it."""
+    return with_checksum(card[: -len(with_checksum(b""))]) != card
 
 
 def evaluations(run: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """What `msc evaluate` found of just these weights at this step."""
-    step, found = facts["training"]["step"], {}
-    for file in (run / f"evaluation-{step:08d}.json", run / "evaluation.json"):
-        one = json.loads(file.read_bytes()) if file.is_file() else {}
-        if "tables" in one and one["step"] == step and one["weights"] in facts["weights"]:
-            found[one["weights"]] = one
-    return list(found.values())
+    """Results of `msc evaluate` for exactly these weights at this step."""
+    step, by_weights = facts["training"]["step"], {}
+    for file in (RunFolder(run).evaluation("json", step), RunFolder(run).evaluation("json")):
+        result = json.loads(file.read_bytes()) if file.is_file() else {}
+        if "tables" in result and result["step"] == step and result["weights"] in facts["weights"]:
+            by_weights[result["weights"]] = result
+    return list(by_weights.values())
 
 
-def measured(evaluation: dict[str, Any]) -> str:
-    """The figures of an evaluation that sum up others, as a table; those of a run beside it are left out."""
-    what = f"The {evaluation['weights']} weights on {evaluation['clips']} held-out clips"
-    lines = [f"{what}, ± a 95 % interval over clips:", "", "| | | |", "| --- | --- | --- |"]
+def results(evaluation: dict[str, Any]) -> str:
+    """The totals of an evaluation as a Markdown table, without those of another run compared with."""
+    title = f"The {evaluation['weights']} weights on {evaluation['clips']} held-out clips"
+    lines = [f"{title}, ± a 95 % interval over clips:", "", "| | | |", "| --- | --- | --- |"]
     for table in evaluation["tables"].values():
         for name, row in table["rows"].items():
             mean, half = row["mean"][0], row["half_width"][0]
-            if mean is not None and OTHERS.strip() not in name:
+            if mean is not None and OTHER_RUN.strip() not in name:
                 value = f"{mean:.4g}" + (f" ± {half:.2g}" if half is not None else "")
                 lines.append(f"| {table['title']}, {table['columns'][0]} ({table['unit']}) | {name} | {value} |")
     return "\n".join(lines)
 
 
 def write_pipeline(folder: Path, facts: dict[str, Any]) -> None:
-    """model_index.json and the one-line module that it names: `DiffusionPipeline.from_pretrained` looks for them."""
+    """model_index.json and the one-line module that it names: `DiffusionPipeline.from_pretrained` reads them."""
     index = {
         "_class_name": ["pipeline", "MSCPipeline"],
         "_diffusers_version": "0.35.0",  # the first that it was written for
@@ -163,12 +168,11 @@ def write_pipeline(folder: Path, facts: dict[str, Any]) -> None:
     write_atomically(folder / "pipeline.py", PIPELINE.encode())
 
 
-def push(folder: Path, repository: str, what: str) -> str:
-    """Upload an exported folder; a repository that does not exist is made, and is private.
+def push(folder: Path, repository: str, title: str) -> str:
+    """Upload an exported folder; a repository that does not exist is created, and is private.
 
-    Weights of an export before are removed by the same commit; a README.md that is there stays. Whose account it is,
-    huggingface_hub knows (HF_TOKEN, or `hf auth login`); nothing here sees the token. ValueError if it is not installed
-    or does not succeed.
+    Weights of an earlier export are removed by the same commit; an existing README.md stays. huggingface_hub takes the
+    account from HF_TOKEN or `hf auth login`; the token is not read here. ValueError if it is not installed or fails.
     """
     try:
         from huggingface_hub import HfApi
@@ -177,12 +181,12 @@ def push(folder: Path, repository: str, what: str) -> str:
     api = HfApi()
     try:
         api.create_repo(repository, private=True, exist_ok=True)
-        card = api.file_exists(repository, "README.md")
-        done = api.upload_folder(
-            repo_id=repository, folder_path=folder, commit_message=f"msc export of {what}",
-            delete_patterns=OWN_WEIGHTS, ignore_patterns=["README.md"] if card else None,
+        has_card = api.file_exists(repository, "README.md")
+        url = api.upload_folder(
+            repo_id=repository, folder_path=folder, commit_message=f"msc export of {title}",
+            delete_patterns=OWN_WEIGHTS, ignore_patterns=["README.md"] if has_card else None,
         )  # fmt: skip
     except Exception as error:  # of huggingface_hub or of its HTTP library, which has changed twice
-        why = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{folder} is written, but not uploaded to {repository}: {why[0]}") from None
-    return f"uploaded to {repository}: {done}" + "; its README.md is as it was" * card
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{folder} is written, but not uploaded to {repository}: {reason}") from None
+    return f"uploaded to {repository}: {url}" + ("; its README.md was not changed" if has_card else "")

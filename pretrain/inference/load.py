@@ -17,7 +17,7 @@ from ..run_folder import LatentSpace, RunFolder
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model with the weights of a run's newest checkpoint, ready to compute with."""
+    """A model with the weights of a checkpoint, in evaluation mode on `device`, and what it was trained on."""
 
     model: MSCTransformer
     config: Config
@@ -36,13 +36,12 @@ def read_run(run: Path) -> tuple[Config, LatentSpace]:
     return load(file=run / "config.yaml"), RunFolder(run).read_latent_space()
 
 
-def open_run(run: Path, weights: str = "ema", wanted: str | None = None) -> TrainedModel:
-    """Load a run's newest checkpoint, or that of the `wanted` step or folder: its averaged ("ema") or last ("raw")
-    weights, in fp32."""
+def open_run(run: Path, weights: str = "ema", checkpoint: str | None = None) -> TrainedModel:
+    """Load the averaged ("ema") or last ("raw") weights of the newest checkpoint, or one by step or folder, in fp32."""
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights is {weights!r}; it must be 'ema' (averaged) or 'raw' (as trained)")
     config, space = read_run(run)
-    path = checkpoint_directory.find(run, wanted)
+    path = checkpoint_directory.find(run, checkpoint)
     meta = checkpoint_directory.CheckpointMeta.read(path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.device("meta"):

@@ -21,45 +21,48 @@ from .contact_sheet import write_contact_sheet
 from .video_io import upscaled, write_mp4
 
 log = logging.getLogger(__name__)
-PREVIEWS = 8  # clips continued at every evaluation, as far as there are ranks
+PREVIEWS = 8  # clips continued at every evaluation, one for each of the first ranks
 
 
 def half_of_clip(frames: int, per_unit: int) -> tuple[int, int]:
-    """(frames given, units to make) when a clip is continued from half of it."""
+    """(frames of context, units to generate) when a clip is continued from half of it."""
     units = frames // per_unit
-    given = max(1, units // 2)
-    return given * per_unit, units - given
+    context = max(1, units // 2)
+    return context * per_unit, units - context
 
 
 @torch.no_grad()
 def write_preview(
     model: nn.Module, config: Config, shards: Shards, builders: Sequence[InputBuilder], run: Path, step: int, rank: int
 ) -> list[Path]:
-    """Continue a held-out clip from half of it, shown beside the truth: a clip for each of the first ranks, which write
-    it. Clips are of one shape: weights may be sharded, so all ranks must make equally many passes. Nothing else passes
-    between them."""
-    alike = next(stream.clips for streams in shards.streams("held_out") for stream in streams if stream.first == 0)
-    clip = rank % min(PREVIEWS, alike)
+    """Continue a held-out clip from half of it and write it beside the truth: one clip for each of the first ranks.
+
+    All clips have one shape: weights may be sharded, so all ranks must make the same number of forward passes.
+    """
+    of_one_shape = next(
+        stream.clips for streams in shards.streams("held_out") for stream in streams if stream.first == 0
+    )
+    clip = rank % min(PREVIEWS, of_one_shape)
     batch = held_out_clip(shards, clip)
     builder = builders[batch.bucket]
     assert isinstance(model, MSCTransformer)
     x = model.normalise(latents_of(batch, builder.autoencoder, builder.device))
-    given, units = half_of_clip(x.shape[1], config.model.frames_per_unit)
+    context, units = half_of_clip(x.shape[1], config.model.frames_per_unit)
     text, labels = (None if v is None else v.to(builder.device) for v in (batch.text, batch.labels))
     model.eval()
-    new = list(generate(model, x[:, :given], units, steps=8, shift=builder.noise.shift, text=text, labels=labels))
+    new = list(generate(model, x[:, :context], units, steps=8, shift=builder.noise.shift, text=text, labels=labels))
     model.train()
     if rank != clip or not new:
         return []
-    made = torch.cat([x[:, :given], *new], 1)
-    truth, video = (to_uint8(builder.autoencoder.decode(model.denormalise(y[0]).cpu())) for y in (x, made))
+    continued = torch.cat([x[:, :context], *new], 1)
+    truth, video = (to_uint8(builder.autoencoder.decode(model.denormalise(y[0]).cpu())) for y in (x, continued))
     name = run / "samples" / (f"step-{step:08d}" + f"-clip{clip}" * (clip > 0))
-    shown = builder.autoencoder.video_frames(given)
+    shown = builder.autoencoder.video_frames(context)
     try:
         name.parent.mkdir(exist_ok=True)
         write_contact_sheet([("truth", truth), ("continued", video)], name.with_suffix(".png"), context=shown)
         write_mp4(name.with_suffix(".mp4"), upscaled(torch.cat([truth, video], -1)), shards.index.fps)
-    except OSError as error:  # a full disk is the checkpoint's to complain about
+    except OSError as error:  # no reason to end training: on a full disk the next checkpoint fails
         log.warning("preview %s could not be written: %s", name.name, error)
         return []
     return [name.with_suffix(".png"), name.with_suffix(".mp4")]

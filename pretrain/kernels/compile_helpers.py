@@ -1,4 +1,4 @@
-"""What torch's compiler is told, and asked."""
+"""Helpers for torch.compile: constants, the number of shapes, graph breaks."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 VARIANTS = 256  # shapes that a function is compiled for
 
 
-def constant(function: Function) -> Function:
-    """Compilers take its result for a constant: what it looks at would cut a compiled block into pieces.
+def compile_time_constant(function: Function) -> Function:
+    """Compilers take the function's result for a constant; traced, it would break the graph.
 
     As torch.compiler.assume_constant_result, which would import the compiler: a second at the start of every command.
     """
@@ -21,15 +21,15 @@ def constant(function: Function) -> Function:
 
 
 def allow_many_shapes() -> None:
-    """Let torch compile a function for more shapes than its default of 8, before it runs it uncompiled."""
+    """Let torch compile a function for more shapes than its default of 8, after which it would run uncompiled."""
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, VARIANTS)
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, VARIANTS)
 
 
 def graph_breaks() -> str:
-    """Why what was compiled so far is more than one graph, and how often; nothing where it is not, or by design: the
-    ring and flash-attn keep out of compilers."""
+    """Reasons of the graph breaks so far, and how often each; not those by design (ring and flash-attn are not
+    compiled)."""
     breaks = torch._dynamo.utils.counters["graph_break"].most_common()
     reasons = [((str(reason).splitlines() or ["?"])[0][:120], times) for reason, times in breaks]
     return "; ".join(f"{reason} (×{times})" for reason, times in reasons if "torch.compiler.disable()" not in reason)

@@ -1,7 +1,7 @@
 """Attention over blocks of keys: one signature, several kernels.
 
 `attend(q, k, v, blocks)`: every query unit attends, unmasked, to the blocks of keys listed for it. That
-list is all a kernel needs to know of causality, windows and pooling, so no N×N mask is ever built.
+list is all that a kernel needs to know of causality, windows and pooling, so no N×N mask is ever built.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import sdpa  # the other kernels bring torch's compiler along, seconds that not everyone need pay
+from . import sdpa  # the other kernels import torch's compiler, which takes seconds
 from .blocks import KeyBlocks
-from .compile_helpers import constant
+from .compile_helpers import compile_time_constant
 
 Attend = Callable[[Tensor, Tensor, Tensor, KeyBlocks], Tensor]
 Kernel = Literal["auto", "sdpa", "flex", "flash"]
-Masks = dict[int, Any]  # what FlexAttention knows of blocks beforehand (flex.Prepared), by their tokens
+Masks = dict[int, Any]  # FlexAttention's block masks (flex.Prepared), by the tokens of a block
 
 
 def attend(
@@ -33,15 +33,15 @@ def attend(
     """Softmax attention of each query unit to its own list of key blocks.
 
     q `[B, U, n, h, d]` holds U units of n tokens; k and v `[B, R, n, h, d]` hold R blocks of n keys;
-    `blocks[u]` names the blocks unit u sees, never none. Logits are scaled by `d**-0.5`. `masks` are those that
-    `prepare` made for the blocks, if it was asked. Returns `[B, U, n, h, d]`.
+    `blocks[u]` names the blocks unit u sees, never none. Logits are scaled by `d**-0.5`. `masks` are those of
+    `prepare` for the blocks (optional). Returns `[B, U, n, h, d]`.
     """
     kernel = resolve_kernel(kernel, len(blocks), q_BUnhd.device.type, q_BUnhd.shape[-1], q_BUnhd.dtype)
     if kernel == "flex":
         from . import flex
 
         n, d = q_BUnhd.shape[2], q_BUnhd.shape[-1]
-        # Who has a mask need not look at the blocks: a compiled model would check each of their numbers at every call.
+        # With a mask the blocks are not read: a compiled model would check each of their numbers at every call.
         prepared = masks[n] if masks and n in masks else flex.prepare(blocks, n, q_BUnhd.device, d)
         return flex.attend(q_BUnhd, k_BRnhd, v_BRnhd, prepared)
     assert len(blocks) == q_BUnhd.shape[1] and all(blocks), "every query unit needs at least its own keys"
@@ -53,11 +53,8 @@ def attend(
 
 
 def prepare(blocks: KeyBlocks, sizes: Collection[int], device: torch.device, head_width: int, kernel: Kernel) -> Masks:
-    """What a kernel can know of `blocks` before queries and keys are there, for blocks of these numbers of tokens.
-
-    Made outside of what may be compiled: a compiler would unroll it.
-    """
-    assert kernel != "auto", "the kernel itself, see `resolve_kernel`"
+    """The kernel's masks for `blocks` of these numbers of tokens. Not to be compiled: a compiler would unroll it."""
+    assert kernel != "auto", "see resolve_kernel"
     if kernel != "flex" or not blocks:
         return {}
     from . import flex
@@ -68,7 +65,7 @@ def prepare(blocks: KeyBlocks, sizes: Collection[int], device: torch.device, hea
 def resolve_kernel(
     kernel: Kernel, units: int, device_type: str, head_width: int, dtype: torch.dtype = torch.bfloat16
 ) -> Kernel:
-    """The kernel itself where `kernel` is "auto": as `choose_kernel`, but a roll-out's single unit is one rectangle
+    """The kernel's name where `kernel` is "auto": as `choose_kernel`, but a roll-out's single unit is one rectangle
     without a mask, and as its past grows `flex` would compile anew for every length."""
     if kernel != "auto":
         return kernel
@@ -77,13 +74,13 @@ def resolve_kernel(
     return choose_kernel(device_type, head_width, dtype)
 
 
-@constant
+@compile_time_constant
 def choose_kernel(device_type: str, head_width: int = 64, dtype: torch.dtype = torch.bfloat16) -> Kernel:
     """The kernel that "auto" means on a device ("cpu", "cuda").
 
     FlexAttention has no backward pass on a CPU and needs Triton and heads of 16 channels; on a GPU it is several
     times faster than `sdpa`, as one launch covers all units (docs/benchmarks.md), and it copies no keys. It compiles
-    once per shape, minutes in all. Where it cannot run, flash-attn does, if there is one that takes the heads.
+    once per shape, minutes in all. Where it cannot run, flash-attn does, if one is installed that takes the heads.
     """
     if device_type != "cuda":
         return "sdpa"
@@ -99,7 +96,7 @@ def choose_kernel(device_type: str, head_width: int = 64, dtype: torch.dtype = t
 
 
 def check_kernel(kernel: Kernel, head_width: int, dtype: torch.dtype) -> None:
-    """ValueError if a kernel that was asked for by name cannot run."""
+    """ValueError if a kernel chosen by name cannot run."""
     if kernel == "flash":
         from . import flash
 

@@ -1,10 +1,10 @@
 """`attend` by flash-attn 2, 3 or 4: variable-length calls in which every query unit is one sequence.
 
-Such a call wants the keys of each sequence in a piece of its own, so keys that several units see are copied. A
-window needs window + 1 copies and one call. The lists of a past that grows would together be quadratic, so units
-are packed into calls that copy at most COPIES times the keys there are, and a call then keeps nothing but its
-inputs: keys are gathered, and attention is computed, once more in the backward pass. (Page tables would share keys
-without copies; flash-attn has no backward pass for them.)
+Such a call needs the keys of each sequence in contiguous memory, so keys that several units see are copied. A
+window needs window + 1 copies and one call. For a past that grows all copies would be quadratic, so units are packed
+into calls that copy at most COPIES times the keys there are; a call keeps nothing but its inputs, and gathers keys and
+computes attention once more in the backward pass. (Page tables would share keys without copies; flash-attn has no
+backward pass for them.)
 """
 
 from __future__ import annotations
@@ -29,18 +29,15 @@ MODULES = {"flash-attn 2": "flash_attn", "flash-attn 3": "flash_attn_interface",
 COPIES = 4
 
 
-def versions(capability: int) -> tuple[str, ...]:
-    """Versions that run on GPUs of a major compute capability, the fastest first."""
-    if capability >= 10:
-        return "flash-attn 4", "flash-attn 2"
-    return ("flash-attn 3", "flash-attn 4", "flash-attn 2") if capability == 9 else ("flash-attn 2",)
-
-
 @lru_cache(maxsize=8)
 def load(capability: int) -> tuple[str, Varlen]:
-    """The version to use and its varlen function; ValueError saying why none loads."""
+    """The fastest version that loads on GPUs of a major compute capability, and its varlen function; ValueError says
+    why none loads."""
+    versions = {9: ("flash-attn 3", "flash-attn 4", "flash-attn 2")}.get(capability, ("flash-attn 2",))
+    if capability >= 10:
+        versions = "flash-attn 4", "flash-attn 2"
     reasons = []
-    for version in versions(capability):
+    for version in versions:
         try:
             return version, importlib.import_module(MODULES[version]).flash_attn_varlen_func
         except Exception as error:  # a binary made for another torch raises anything
@@ -69,7 +66,7 @@ def check(head_width: int, dtype: torch.dtype) -> None:
 def attend(
     q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, blocks: KeyBlocks, kernel: Varlen | None = None
 ) -> Tensor:
-    """See dispatch.attend. `kernel` stands in for flash-attn's function, of the same signature."""
+    """See dispatch.attend. `kernel`: a function of flash-attn's signature to use instead."""
     if kernel is None:
         check(q_BUnhd.shape[-1], q_BUnhd.dtype)
         _, kernel = load(capability())
@@ -85,7 +82,7 @@ def attend(
 
 
 def pack(blocks: KeyBlocks, rows: int) -> list[KeyBlocks]:
-    """Cut the units into runs that see at most COPIES · rows blocks in all. One unit alone sees at most `rows`."""
+    """Split the units into runs that see at most COPIES · rows blocks in all. One unit alone sees at most `rows`."""
     packs: list[list[tuple[int, ...]]] = [[]]
     for seen in blocks:
         if sum(map(len, packs[-1])) + len(seen) > COPIES * rows:

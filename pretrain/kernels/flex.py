@@ -1,7 +1,7 @@
 """`attend` by FlexAttention: one fused kernel over all units, its block mask built from unit indices.
 
-The table of who sees which block of keys is small (units × blocks); the mask's own tiles follow from it by
-counting, so that no N×N mask is ever evaluated. Masks are cached per shape; noise and batch do not enter.
+The table of the key blocks that every unit sees is small (units × blocks); the mask's tiles are counted from it, so
+that no N×N mask is ever evaluated. Masks are cached per shape; noise and batch do not enter.
 """
 
 from __future__ import annotations
@@ -35,15 +35,16 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Any) -> A
 
 @lru_cache(maxsize=VARIANTS)
 def compiled(*shapes: object) -> Callable[..., Any]:
-    """FlexAttention for tensors of some shapes. Each has code of its own: torch keeps all that it compiled of one piece
-    of code in a row and tries one after the other at every call, with a dozen shapes for most of a call's time."""
+    """FlexAttention compiled for tensors of these shapes. Each has a code object of its own: torch keeps all that it
+    compiled of one code object in a list and tries one after the other at every call, with a dozen shapes for most of a
+    call's time."""
     allow_many_shapes()
     return torch.compile(FunctionType(_attend.__code__.replace(), globals()), dynamic=False)
 
 
 def for_any_batch(*qkv_BhNd: Tensor) -> Callable[..., Any]:
-    """`compiled` for these tensors, and for such of any batch: of clips, and of windows in space, whose number differs
-    from region to region. Only one alone is another case to torch."""
+    """`compiled` for these tensors and any batch size above 1: of clips and of windows in space, whose number differs
+    from region to region. Torch always treats a batch of 1 as a case of its own."""
     q, k, _ = qkv_BhNd
     if len(q) > 1:
         for x in qkv_BhNd:
@@ -52,21 +53,21 @@ def for_any_batch(*qkv_BhNd: Tensor) -> Callable[..., Any]:
 
 
 class Prepared(NamedTuple):
-    """Who sees whom, and FlexAttention's options for 16-bit tensors."""
+    """Block mask, and FlexAttention's options for 16-bit tensors."""
 
     mask: BlockMask
     tiles: dict[str, int]
 
 
 def prepare(blocks: KeyBlocks, n: int, device: torch.device, head_width: int) -> Prepared:
-    """For `attend`, before tensors are there. Not to be compiled: a compiler would unroll the table."""
-    nvidia = device.type == "cuda" and torch.version.hip is None  # AMD's GPUs count differently
+    """For `attend`. Not to be compiled: a compiler would unroll the table."""
+    nvidia = device.type == "cuda" and torch.version.hip is None  # AMD's GPUs number capabilities differently
     capability = torch.cuda.get_device_capability(device)[0] if nvidia else 0
     return Prepared(block_mask(blocks, n, str(device)), TILES.get((capability, head_width), {}))
 
 
 def attend(q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, prepared: Prepared) -> Tensor:
-    """See dispatch.attend; of its blocks, prepared."""
+    """See dispatch.attend; its blocks are in `prepared`."""
     units, n = q_BUnhd.shape[1:3]
     q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (q_BUnhd, k_BRnhd, v_BRnhd))
     if torch.compiler.is_compiling() or not q.is_cuda:  # of a compiled model it becomes a part
@@ -90,27 +91,23 @@ def block_mask(blocks: KeyBlocks, n: int, device: str) -> BlockMask:
         table[unit, list(seen)] = True
     seen_tokens = tile_counts(table, n)
     # only tiles whose every pair is visible may skip the mask function; a short last tile is never whole
-    whole = seen_tokens == TILE * TILE
-    partial = (seen_tokens > 0) & ~whole
-    where = table.to(device)
+    full = seen_tokens == TILE * TILE
+    partial = (seen_tokens > 0) & ~full
+    device_table = table.to(device)
 
     def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return where[q // n, k // n]
+        return device_table[q // n, k // n]
 
-    def ordered(chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """(how many, which first) of the chosen key tiles of every query tile, as FlexAttention lists them."""
-        rows, columns = chosen.nonzero(as_tuple=True)
-        at = torch.zeros(chosen.shape, dtype=torch.int32)
-        at[rows, chosen.cumsum(-1)[rows, columns] - 1] = columns.int()
-        return chosen.sum(-1)[None, None].int(), at[None, None]
+    def ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
+        """(count, indices first to last) of the key tiles of every query tile, as FlexAttention lists them."""
+        rows, columns = tiles.nonzero(as_tuple=True)
+        indices = torch.zeros(tiles.shape, dtype=torch.int32)
+        indices[rows, tiles.cumsum(-1)[rows, columns] - 1] = columns.int()
+        return tiles.sum(-1)[None, None].int().to(device), indices[None, None].to(device)
 
-    some, some_at = ordered(partial)
-    every, every_at = ordered(whole)
     return BlockMask.from_kv_blocks(
-        some.to(device),
-        some_at.to(device),
-        every.to(device),
-        every_at.to(device),
+        *ordered(partial),
+        *ordered(full),
         BLOCK_SIZE=TILE,
         mask_mod=visible,
         seq_lengths=(len(blocks) * n, rows * n),
@@ -124,7 +121,7 @@ def tile_counts(table: Tensor, n: int) -> Tensor:
         """Rows of units, each as often as it has tokens, added up to rows of tiles."""
         tokens = len(x) * n
         edges = torch.cat((torch.arange(0, tokens, TILE), torch.arange(0, tokens + 1, n))).unique()
-        pieces = x[edges[:-1] // n] * edges.diff()[:, None].to(x.dtype)
-        return x.new_zeros(-(-tokens // TILE), x.shape[1]).index_add_(0, edges[:-1] // TILE, pieces)
+        shares = x[edges[:-1] // n] * edges.diff()[:, None].to(x.dtype)
+        return x.new_zeros(-(-tokens // TILE), x.shape[1]).index_add_(0, edges[:-1] // TILE, shares)
 
     return by_tiles(by_tiles(table.int()).T).T

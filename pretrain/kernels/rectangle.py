@@ -1,4 +1,4 @@
-"""Attention of one rectangle of queries and keys, by torch's own kernels, forward and backward; masked only for text.
+"""Attention of one rectangle of queries and keys by torch's own kernels, forward and backward; masked only for text.
 
 Shapes: q `[B, h, n, d]`, k and v `[B, h, m, d]`, the logits' log-sum-exp `[B, h, n]`.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .compile_helpers import constant
+from .compile_helpers import compile_time_constant
 
 # Left to itself torch 2.11 takes cuDNN's kernels on Hopper. Others found their gradients wrong, without a word or as
 # NaN (pytorch issues 150700, 196678), and here gradients of that choice were 17 % off (docs/benchmarks.md); that cuDNN
@@ -25,7 +25,7 @@ KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacken
 
 
 def scaled_dot_product(q_Bhnd: Tensor, k_Bhmd: Tensor, v_Bhmd: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Torch's attention, by none of cuDNN's kernels."""
+    """Torch's attention by any kernel but cuDNN's."""
     if q_Bhnd.device.type == "cpu":
         return F.scaled_dot_product_attention(q_Bhnd, k_Bhmd, v_Bhmd, attn_mask=mask)
     with sdpa_kernel(KERNELS):
@@ -33,7 +33,7 @@ def scaled_dot_product(q_Bhnd: Tensor, k_Bhmd: Tensor, v_Bhmd: Tensor, mask: Ten
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Output, and the log-sum-exp of the logits or nothing: only torch's own operators give it away."""
+    """Output, and the log-sum-exp of the logits, empty where torch's operator does not return it."""
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
     if _flash(q):
@@ -48,7 +48,7 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum
         return op(grad, q, k, v, out, log_sum, 0.0, False)
     if _flash(q):
         op = torch.ops.aten._scaled_dot_product_flash_attention_backward
-        seed = q.new_empty(2, dtype=torch.int64)  # of a dropout that there is not: not read
+        seed = q.new_empty(2, dtype=torch.int64)  # of dropout, which is 0: not read
         lengths = q.shape[2], k.shape[2]
         with _in_fixed_order():
             return op(grad, q, k, v, out, log_sum.contiguous(), None, None, *lengths, 0.0, False, seed, seed)
@@ -57,18 +57,18 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum
         return torch.autograd.grad(scaled_dot_product(*inputs), inputs, grad)
 
 
-_SWITCH = threading.Lock()
+_DETERMINISM_LOCK = threading.Lock()  # the setting is the whole process's
 
 
 @contextmanager
 def _in_fixed_order() -> Iterator[None]:
-    """Flash attention adds up the queries' gradients of several blocks of keys in any order, if not told otherwise: no
-    run would repeat another. A compiler is not told: in compiled models the order is torch's. The public switch would
-    also set torch's compiler, whatever the user set there."""
+    """Deterministic flash attention: it else adds up the queries' gradients of several blocks of keys in any order, and
+    no run would repeat another. Compiled models keep torch's order. torch.use_deterministic_algorithms would also
+    change the compiler's settings, whatever the user chose there."""
     if torch.compiler.is_compiling():
         yield
         return
-    with _SWITCH:  # it is the whole process's
+    with _DETERMINISM_LOCK:
         mode = torch.are_deterministic_algorithms_enabled()
         warns = torch.is_deterministic_algorithms_warn_only_enabled()
         fills = torch._C._get_deterministic_fill_uninitialized_memory()
@@ -81,8 +81,8 @@ def _in_fixed_order() -> Iterator[None]:
             torch._C._set_deterministic_fill_uninitialized_memory(fills)
 
 
-def groups(q: Tensor, k: Tensor) -> list[slice | None]:
-    """Heads that are best differentiated at a time; None: all."""
+def head_slices(q: Tensor, k: Tensor) -> list[slice | None]:
+    """Heads that are best differentiated together; None: all."""
     if q.device.type == "cpu" or torch.compiler.is_compiling() or not _flash(q):
         return [None]
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
@@ -115,18 +115,16 @@ def groups_of_heads(batch: int, heads: int, queries: int, keys: int, multiproces
         turns = -(-batch * group * shares // multiprocessors)
         return turns * -(-blocks // shares) + SETUP + LAUNCHES / queries
 
-    best: list[tuple[float, tuple[int, ...]]] = [(0, ())]
-    for some in range(1, heads + 1):
-        ways = ((cost(group) + best[some - group][0], group) for group in range(some, 0, -1))
+    best: list[tuple[float, tuple[int, ...]]] = [(0, ())]  # cost and groups of the first heads
+    for count in range(1, heads + 1):
+        ways = ((cost(group) + best[count - group][0], group) for group in range(count, 0, -1))
         least, group = min(ways, key=lambda way: way[0])
-        best.append((least, (group, *best[some - group][1])))
+        best.append((least, (group, *best[count - group][1])))
     return best[heads][1]
 
 
-# The same with the log-sum-exp in hand always, which parts need to be merged.
-
-
 def forward_with_sum(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """`forward` with the log-sum-exp always, which parts need to be merged."""
     if q.device.type == "cpu" or _flash(q):
         return forward(q, k, v)
     logits = _wide(q) @ _wide(k).mT * q.shape[-1] ** -0.5
@@ -141,8 +139,8 @@ def backward_with_sum(
         return backward(grad, q, k, v, out, log_sum)
     scale = q.shape[-1] ** -0.5
     weights = (_wide(q) @ _wide(k).mT * scale - log_sum[..., None]).exp()
-    rest = _wide(grad) @ _wide(v).mT - (_wide(grad) * out).sum(-1, keepdim=True)
-    grad_logits = weights * rest * scale
+    grad_weights = _wide(grad) @ _wide(v).mT
+    grad_logits = weights * (grad_weights - (_wide(grad) * out).sum(-1, keepdim=True)) * scale
     grads = grad_logits @ _wide(k), grad_logits.mT @ _wide(q), weights.mT @ _wide(grad)
     return tuple(part.to(q.dtype) for part in grads)
 
@@ -154,7 +152,7 @@ def _flash(q: Tensor) -> bool:
     return _has_flash()
 
 
-@constant
+@compile_time_constant
 def _has_flash() -> bool:
     return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability() >= (8, 0)
 

@@ -15,6 +15,7 @@ from . import rectangle
 from .blocks import KeyBlocks
 
 CPU_UNITS = 16  # units that are joined to a call on a CPU, see _calls
+Lists = list[tuple[int, ...]]  # of blocks
 
 
 def attend(q_BUnhd: Tensor, k_BRnhd: Tensor, v_BRnhd: Tensor, blocks: KeyBlocks) -> Tensor:
@@ -78,10 +79,6 @@ def differentiate_part(
     _differentiate_calls(grad_out, q, k, v, out, sums, calls, rectangle.backward_with_sum, grads)
 
 
-# Units that see the same blocks are a run, with more queries; equal runs are one batched call. Each call is an unmasked
-# rectangle.
-
-
 class Runs(NamedTuple):
     """Runs of `length` neighbours, the first from `first` on, the next `step` further."""
 
@@ -91,38 +88,24 @@ class Runs(NamedTuple):
     length: int
 
     def of(self, x_BU: Tensor) -> Tensor:
-        """A view of these of all: `[B, U, ...] -> [B, number, length, ...]`."""
+        """A view of these: `[B, U, ...] -> [B, number, length, ...]`."""
         x = x_BU[:, self.first : self.first + (self.number - 1) * self.step + self.length]
         if self.number == 1 or self.step == self.length:
             return x.unflatten(1, (self.number, self.length))
         return x.unfold(1, self.length, self.step).movedim(-1, 2)
 
 
-Calls = list[tuple[Runs, list[tuple[int, ...]]]]  # units, and the blocks that each run of them sees
-
-
-def _differentiate_calls(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: list[Tensor], calls: Calls,
-    backward: Callable[..., tuple[Tensor, ...]], grads: tuple[Tensor, Tensor, Tensor],
-) -> None:  # fmt: skip
-    for (units, seen), log_sum in zip(calls, statistics, strict=True):
-        queries, keys = _fold(q, units), _gather(k, seen)
-        operands = _fold(grad_out, units), queries, keys, _gather(v, seen), _fold(out, units), log_sum
-        for heads in rectangle.groups(queries, keys):
-            dq, dk, dv = backward(*(operands if heads is None else [x[:, heads] for x in operands]))
-            grad_q, grad_k, grad_v = grads if heads is None else [x[..., heads, :] for x in grads]
-            units.of(grad_q).add_(_unfold(dq, units, q.shape[2]))
-            _scatter_add(grad_k, dk, seen)
-            _scatter_add(grad_v, dv, seen)
+Calls = list[tuple[Runs, Lists]]  # runs of units, and the blocks that each run sees
 
 
 def _calls(blocks: KeyBlocks, device: torch.device) -> Calls:
-    """Runs of units and what each of them sees, by calls; units that see nothing are left out.
+    """Calls of one unmasked rectangle each; units that see nothing are left out.
 
-    In a ring a run of units sees the same of another rank's keys: a copy of them for each unit would be many times the
-    keys. Runs are joined where they are equally long, equally far apart and see equally many blocks.
-    On a GPU all of them, for fewer launches. On a CPU a few at a time: copies of their keys then stay small enough
-    for the allocator to use the same memory again, where fresh memory costs a page fault every 4 KB.
+    Neighbours that see the same blocks are a run, with more queries: in a ring they see the same of another rank's
+    keys, a copy of which for each unit would be many times the keys. Runs share a call where they are equally long,
+    equally far apart and see equally many blocks. On a GPU all of them do, for fewer launches. On a CPU a few at a
+    time: copies of their keys then stay small enough for the allocator to use the same memory again, where fresh memory
+    costs a page fault every 4 KB.
     """
     most = CPU_UNITS if device.type == "cpu" else len(blocks)
     runs: list[tuple[int, int]] = []  # first, end
@@ -138,17 +121,31 @@ def _calls(blocks: KeyBlocks, device: torch.device) -> Calls:
             last, lists = calls[-1]
             step = first - last.first if last.number == 1 else last.step
             follows = first == last.first + last.number * step and (last.number + 1) * length <= most
-            if follows and _joined(length, step) and (length, len(seen)) == (last.length, len(lists[0])):
+            if follows and _can_be_one_view(length, step) and (length, len(seen)) == (last.length, len(lists[0])):
                 calls[-1] = (Runs(last.first, step, last.number + 1, length), [*lists, seen])
                 continue
         calls.append((Runs(first, length, 1, length), [seen]))
     return calls
 
 
-def _joined(length: int, step: int) -> bool:
-    """Whether runs may be one view. Compiled, a write to a view with gaps makes 0 of what lies in them (pytorch issue
-    198102)."""
+def _can_be_one_view(length: int, step: int) -> bool:
+    """Compiled, a write to a view with gaps makes 0 of what lies in them (pytorch issue 198102)."""
     return step == length or (step > length and not torch.compiler.is_compiling())
+
+
+def _differentiate_calls(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: list[Tensor], calls: Calls,
+    backward: Callable[..., tuple[Tensor, ...]], grads: tuple[Tensor, Tensor, Tensor],
+) -> None:  # fmt: skip
+    for (units, seen), log_sum in zip(calls, statistics, strict=True):
+        queries, keys = _fold(q, units), _gather(k, seen)
+        operands = _fold(grad_out, units), queries, keys, _gather(v, seen), _fold(out, units), log_sum
+        for heads in rectangle.head_slices(queries, keys):
+            dq, dk, dv = backward(*(operands if heads is None else [x[:, heads] for x in operands]))
+            grad_q, grad_k, grad_v = grads if heads is None else [x[..., heads, :] for x in grads]
+            units.of(grad_q).add_(_unfold(dq, units, q.shape[2]))
+            _scatter_add(grad_k, dk, seen)
+            _scatter_add(grad_v, dv, seen)
 
 
 def _fold(x_BUnhd: Tensor, units: Runs) -> Tensor:
@@ -161,53 +158,51 @@ def _unfold(x_Bhnd: Tensor, units: Runs, tokens: int) -> Tensor:
     return x_Bhnd.transpose(1, 2).unflatten(0, (-1, units.number)).unflatten(2, (units.length, tokens))
 
 
-def _evenly(seen: list[tuple[int, ...]]) -> Runs | None:
-    """Lists of blocks as runs, where they are such and have no block twice."""
+def _as_runs(seen: Lists) -> Runs | None:
+    """Lists of blocks as evenly spaced runs, where they are such and have no block twice."""
     first, length = seen[0][0], len(seen[0])
     step = seen[1][0] - first if len(seen) > 1 else length
-    starts = range(first, first + len(seen) * step, step) if _joined(length, step) else ()
+    starts = range(first, first + len(seen) * step, step) if _can_be_one_view(length, step) else ()
     even = [tuple(range(start, start + length)) for start in starts] == seen
     return Runs(first, step, len(seen), length) if even else None
 
 
-def _stretches(indices: list[int]) -> list[tuple[int, int, int]]:
-    """Where a list of indices counts on: (position in the list, first index, length)."""
-    runs: list[tuple[int, int, int]] = []
+def _stretches(indices: tuple[int, ...]) -> list[tuple[int, slice]]:
+    """Where indices count on: position in the list, and the indices as a slice."""
+    runs: list[tuple[int, slice]] = []
     for position, index in enumerate(indices):
-        if runs and index == runs[-1][1] + runs[-1][2]:
-            at, first, length = runs[-1]
-            runs[-1] = (at, first, length + 1)
+        if runs and index == runs[-1][1].stop:
+            runs[-1] = (runs[-1][0], slice(runs[-1][1].start, index + 1))
         else:
-            runs.append((position, index, 1))
+            runs.append((position, slice(index, index + 1)))
     return runs
 
 
-def _gather(x_BRnhd: Tensor, seen: list[tuple[int, ...]]) -> Tensor:
+def _select(x_BR: Tensor, indices: tuple[int, ...]) -> Tensor:
+    parts = [x_BR[:, part] for _, part in _stretches(indices)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _gather(x_BRnhd: Tensor, seen: Lists) -> Tensor:
     """Keys of a call: `[B, R, n, h, d] -> [B·U, h, len(seen[0])·n, d]`, a view where the blocks allow it."""
-    batch, _, _, heads, width = x_BRnhd.shape
-    if (runs := _evenly(seen)) is not None:
+    if (runs := _as_runs(seen)) is not None:
         return _fold(x_BRnhd, runs)
     if len(seen) == 1:
-        rows = torch.cat([x_BRnhd[:, first : first + length] for _, first, length in _stretches(list(seen[0]))], 1)
-        return rows.reshape(batch, -1, heads, width).transpose(1, 2)
-    columns = []
-    for column in zip(*seen, strict=True):
-        parts = [x_BRnhd[:, first : first + length] for _, first, length in _stretches(list(column))]
-        columns.append(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
-    return torch.cat(columns, 2).flatten(0, 1).transpose(1, 2)
+        return _select(x_BRnhd, seen[0]).flatten(1, 2).transpose(1, 2)
+    return torch.cat([_select(x_BRnhd, column) for column in zip(*seen, strict=True)], 2).flatten(0, 1).transpose(1, 2)
 
 
-def _scatter_add(grad_BRnhd: Tensor, part: Tensor, seen: list[tuple[int, ...]]) -> None:
+def _scatter_add(grad_BRnhd: Tensor, part: Tensor, seen: Lists) -> None:
     """Add the gradients of gathered keys to their blocks, in a fixed order."""
     batch, _, tokens, heads, width = grad_BRnhd.shape
-    if (runs := _evenly(seen)) is not None:
+    if (runs := _as_runs(seen)) is not None:
         runs.of(grad_BRnhd).add_(_unfold(part, runs, tokens))
         return
     part = part.transpose(1, 2).reshape(batch, len(seen), -1, tokens, heads, width)
     if len(seen) == 1:
-        for position, first, length in _stretches(list(seen[0])):
-            grad_BRnhd[:, first : first + length] += part[:, 0, position : position + length]
-        return
-    for j, column in enumerate(zip(*seen, strict=True)):
-        for position, first, length in _stretches(list(column)):
-            grad_BRnhd[:, first : first + length] += part[:, position : position + length, j]
+        columns = [(part[:, 0], seen[0])]
+    else:
+        columns = [(part[:, :, j], column) for j, column in enumerate(zip(*seen, strict=True))]
+    for grads, indices in columns:
+        for position, blocks in _stretches(indices):
+            grad_BRnhd[:, blocks] += grads[:, position : position + blocks.stop - blocks.start]

@@ -1,8 +1,8 @@
-"""How the attention reaches what it needs of a video but does not hold: two small protocols.
+"""Past context: how attention reaches what it needs of a video but does not hold. Two small protocols.
 
 A `PastContext` says where a run of units lies and brings its past. It may name a `Placement` for a scale: another
-place where that scale's attention is computed. Neither tells who else there is; the parallel package and the
-generation cache provide them.
+place where that scale's attention is computed. Neither tells who else there is; the parallel package
+(context_parallel.py) and the generation cache (sampler.py) provide them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..kernels.dispatch import Attend
 
 @dataclass(frozen=True)
 class Layer:
-    """Number of a layer, inside of something: a compiler would compile anew for every bare number."""
+    """Number of a layer, inside of an object: a compiler would compile anew for every bare number."""
 
     number: int
 
@@ -26,7 +26,7 @@ class Layer:
         return str(self.number)
 
 
-Key = tuple[str | Layer | int, ...]  # what is asked for: its name, layer and scale
+Key = tuple[str | Layer | int, ...]  # of a tensor that is exchanged: its name, layer and scale
 
 
 class Placement(Protocol):
@@ -71,12 +71,11 @@ class PastContext(Protocol):
     def exchange(
         self, key: Key, x_BU: Tensor, before: Callable[[int], int], kept: int | None, every: int = 1
     ) -> Callable[[], Tensor | None]:
-        """Hand on the own items and ask for earlier ones. Returns at once; its result waits for those.
+        """Hand on the own items and request earlier ones. Returns at once; its result waits for them (None: none).
 
         An item (of dimension 1) covers `every` units and belongs to whoever holds the last of them;
         `before(first)` is how many earlier items a run that starts at unit `first` needs; no later run ever
-        needs more than `kept` of them (None: all may be needed). `key` names the tensor across calls. None
-        means no earlier items.
+        needs more than `kept` of them (None: all may be needed). `key` names the tensor across calls.
         """
         ...
 
@@ -94,14 +93,12 @@ class PastContext(Protocol):
 
 
 class WholeVideo:
-    """The past_context of a video that lies here from its first frame: nothing comes before it."""
+    """Past context of a video that lies here from its first frame: nothing comes before it."""
 
     first = 0
     grows = False
 
-    def exchange(
-        self, key: Key, x_BU: Tensor, before: Callable[[int], int], kept: int | None, every: int = 1
-    ) -> Callable[[], Tensor | None]:
+    def exchange(self, *_: object, **__: object) -> Callable[[], Tensor | None]:
         return lambda: None
 
     def noise_levels(self, t_BUF: Tensor, kept: int | None) -> tuple[Tensor, int]:

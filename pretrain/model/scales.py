@@ -1,4 +1,4 @@
-"""One way of seeing the video: what a scale pools, what its queries see, and where its tokens sit.
+"""Scales: what a group of heads pools, and which part of the past its queries see.
 
 Pure integer arithmetic, shared by the attention, its cost formulas and the memory plan of a roll-out.
 The definition (ours; arXiv 2412.09828 gives the idea, no equations) is section 3.1 of docs/attention.md.
@@ -40,11 +40,20 @@ class Scale:
         if self.patch_window is not None and self.patch_window < 2:
             raise ValueError(f"scale patch_window is {self.patch_window}; it must be at least 2, or null")
 
+    def tokens(self, grid: tuple[int, int]) -> int:
+        """Tokens of a frame at this scale; `grid` is the full token grid (H, W), here and below."""
+        return (grid[0] // self.space) * (grid[1] // self.space)
+
     def spatial_windows(self, side: int, shifted: bool) -> list[tuple[int, int, int]]:
         """Local windows along a side of the full token grid, in tokens of this scale: see the function below."""
         return spatial_windows(side // self.space, self.patch_window, shifted)
 
-    # What a query in unit `first` needs of the past ------------------------------------------------
+    def token_pairs(self, grid: tuple[int, int], shifted: bool = False) -> int:
+        """Pairs of a query's and a key's token that two frames have inside the local windows."""
+        rows, columns = (
+            sum(count * size**2 for _, count, size in self.spatial_windows(side, shifted)) for side in grid
+        )
+        return rows * columns
 
     def fresh_before(self, first: int) -> int:
         """Units before `first` that are needed unpooled: the window, or the incomplete group."""
@@ -58,6 +67,10 @@ class Scale:
             return 0
         groups = first // self.time
         return groups if self.window is None else min(self.window, groups)
+
+    def blocks_seen(self, unit: int) -> int:
+        """Blocks of keys that a query in `unit` sees, its own included."""
+        return 1 + self.fresh_before(unit) + self.pooled_before(unit)
 
     @property
     def fresh_kept(self) -> int | None:

@@ -44,8 +44,7 @@ class MSCTransformer(nn.Module):
         super().__init__()
         if config.channels < 1:
             raise ValueError("model.channels is 0; it is taken from the shards' index when training starts")
-        self.config, self.recompute = config, recompute
-        self.attention_inputs = AttentionInputs(config, kernel)
+        self.config, self.kernel, self.recompute = config, kernel, recompute
         width, tokens = config.width, config.channels * config.patch**2
 
         def new(name: str, module: M, zero: bool = False) -> M:
@@ -117,6 +116,10 @@ class MSCTransformer(nn.Module):
         shift, scale = self.final_modulate(embedding)[:, :, None, None].chunk(2, -1)
         residual = self.final(self.final_norm(tokens) * (1 + scale) + shift)
         return precondition(x_BTCHW, t_BT, unpatchify(residual, config.patch, config.channels))
+
+    @property
+    def attention_inputs(self) -> AttentionInputs:
+        return AttentionInputs(self.config, self.kernel)
 
     # Latents as the autoencoder gives them <-> zero mean, unit variance per channel ---------------------
 

@@ -51,9 +51,9 @@ def main() -> None:
     x = torch.randn(1, T, SIDE, SIDE, 3, 2 * h, d, device=device, dtype=dtype)[..., 1, :h, :]
     grad, gain = torch.randn(x.shape, device=device, dtype=dtype), torch.ones(d, device=device, dtype=dtype)
     side = torch.arange(SIDE, device=device)
-    angles = rope_angles((torch.arange(T, device=device), side, side), d, 2, 10_000.0)
-    tail = torch.randn(1, T, 1, 1, h, 2, device=device)
-    shared = (x, gain, angles.cos, angles.sin, tail)
+    angles = rope_angles((torch.arange(T, device=device), side, side), d, 10_000.0)
+    bias = torch.randn(1, T, 1, 1, h, 2, device=device)
+    shared = (x, gain, angles.cos, angles.sin, bias)
     copy = median_ms(lambda: grad.clone(), args.runs)
     name = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     print(f"{name}, {T} frames, {h} heads of {d}; a copy: {copy:.3f} ms\n")
@@ -61,7 +61,7 @@ def main() -> None:
     for rows, times in product(args.rows, args.times):
         forward = median_ms(partial(placing._run_forward, placing._forward, *shared, EPS, rows), args.runs)
         tables = angles.cos, angles.sin
-        given = placing._backward, grad, x, gain, tables, tail, True, EPS, rows, times
+        given = placing._backward, grad, x, gain, tables, bias, True, EPS, rows, times
         backward = median_ms(partial(placing._run_backward, *given), args.runs)
         print(
             f"| {rows} | {times} | {forward:.3f} ({copy:.3f}) | {backward:.3f} ({1.5 * copy:.3f}) |",
