@@ -29,6 +29,7 @@ def options_for(function: Callable[..., Any], args: Namespace, **options: Any) -
     is None. options: under another name than in `args`."""
     values = {**vars(args), **options}
     names = inspection.signature(function).parameters
+    assert names.keys() >= options.keys(), f"{function.__name__} takes no {options.keys() - names.keys()}"
     return {name: values[name] for name in names if values.get(name) is not None}
 
 

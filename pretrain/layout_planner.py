@@ -142,7 +142,7 @@ def choose_layouts(
     if choice != "auto":
         return (choice,) * len(scales)
     layouts = [estimates(scale, clip, ranks, rates) for scale in scales]
-    return tuple(min(costs, key=lambda layout, costs=costs: costs[layout].seconds) for costs in layouts)
+    return tuple(min(costs.items(), key=lambda item: item[1].seconds)[0] for costs in layouts)
 
 
 def check_layout(scales: Sequence[Scale], ranks: int, choice: LayoutChoice) -> None:

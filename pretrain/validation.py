@@ -16,9 +16,9 @@ from msc.datasets.loading.mixture import (
     open_shards,
     single_set,
 )
-from msc.datasets.prepare.statistics import Statistics
 from msc.datasets.shards.index import Index
 from msc.datasets.shards.remote import is_url
+from msc.datasets.statistics import Statistics
 from msc.datasets.text_table import text_table
 
 from . import cost

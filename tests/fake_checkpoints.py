@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from msc.datasets.prepare.statistics import Statistics
+from msc.datasets.statistics import Statistics
 from msc.pretrain.checkpoints import directory as checkpoint_directory
 from msc.pretrain.checkpoints import format as checkpoint_format
 from msc.pretrain.checkpoints.async_writer import write_slices

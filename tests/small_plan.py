@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from context_parallel_ranks import counted, joined
 
-from msc.datasets.prepare.statistics import Statistics
+from msc.datasets.statistics import Statistics
 from msc.parallel.mesh import make_mesh
 from msc.pretrain.model.scales import default_scales
 from msc.pretrain.model.transformer import MSCTransformer

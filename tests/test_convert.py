@@ -23,9 +23,9 @@ from msc.datasets.prepare.clip_ranges import held_out_border, split_into_clips, 
 from msc.datasets.prepare.convert import ConvertConfig, convert
 from msc.datasets.prepare.progress import count_finished_groups
 from msc.datasets.prepare.sources import find_sources
-from msc.datasets.prepare.statistics import measure_statistics
 from msc.datasets.shards import tar
 from msc.datasets.shards.index import corrupted_shards, read_index, read_part, scan
+from msc.datasets.statistics import measure_statistics
 from msc.datasets.synthetic import write_videos
 from msc.datasets.video import decode_frames, encode_mp4
 from msc.launch import cli

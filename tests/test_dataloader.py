@@ -24,8 +24,8 @@ from msc.datasets.loading.mixture import DataConfig, single_set
 from msc.datasets.loading.shard_reader import ShardReader
 from msc.datasets.loading.shuffling import epoch_permutation, positions_of_rank, sample_at
 from msc.datasets.prepare.convert import ConvertConfig, convert
-from msc.datasets.prepare.statistics import Statistics
 from msc.datasets.shards.index import Index, ShardInfo, read_index, scan, write_index, write_shard
+from msc.datasets.statistics import Statistics
 from msc.datasets.synthetic import moving_textures, write_videos
 from msc.datasets.video import encode_mp4
 

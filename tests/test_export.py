@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from msc.datasets import files
+from msc.pretrain import exported_weights
 from msc.pretrain.checkpoints import directory as checkpoint_directory
-from msc.pretrain.checkpoints import exported_weights
 from msc.pretrain.checkpoints import format as checkpoint_format
 from msc.pretrain.evaluation.confidence import with_total
 from msc.pretrain.evaluation.evaluate import table_of, with_differences

@@ -23,8 +23,8 @@ from msc.datasets import video as decode
 from msc.datasets.loading.shard_reader import ShardReader
 from msc.datasets.prepare.convert import ConvertConfig, convert
 from msc.datasets.prepare.sources import find_sources
-from msc.datasets.prepare.statistics import Statistics
 from msc.datasets.shards.index import Index, read_index, scan, write_shard
+from msc.datasets.statistics import Statistics
 from msc.datasets.synthetic import write_videos
 from msc.datasets.video import decode_frames, encode_mp4, probe
 

@@ -21,8 +21,8 @@ from msc.datasets.loading.shard_reader import ShardReader
 from msc.datasets.loading.shuffling import SLOTS, BucketSchedule, WindowShuffle, apportion, epoch_permutation, stream_at
 from msc.datasets.prepare.clip_ranges import best_buckets, split_into_clips
 from msc.datasets.prepare.convert import ConvertConfig, convert
-from msc.datasets.prepare.statistics import Statistics, measure_statistics, mix_statistics
 from msc.datasets.shards.index import read_index
+from msc.datasets.statistics import Statistics, measure_statistics, mix_statistics
 from msc.datasets.synthetic import write_videos
 from msc.pretrain import validation
 from msc.pretrain.config import load

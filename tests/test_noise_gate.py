@@ -10,7 +10,7 @@ import torch
 import yaml
 from fake_checkpoints import configured
 
-from msc.datasets.prepare.statistics import Statistics, measure_statistics
+from msc.datasets.statistics import Statistics, measure_statistics
 from msc.datasets.synthetic import gaussian_fields
 from msc.pretrain.config import flat, load, plain
 from msc.pretrain.model.config import ModelConfig

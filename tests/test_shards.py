@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from msc.datasets.prepare.statistics import Statistics
 from msc.datasets.shards import index as shards
 from msc.datasets.shards.index import (
     Index,
@@ -22,6 +21,7 @@ from msc.datasets.shards.index import (
     write_index,
     write_shard,
 )
+from msc.datasets.statistics import Statistics
 
 SAMPLES = [(f"train-{i:03d}", {"json": b"{}" * (i + 1), "mp4": bytes([i]) * (700 * i + 1)}) for i in range(5)]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from msc.datasets.prepare.statistics import Statistics, measure_statistics
+from msc.datasets.statistics import Statistics, measure_statistics
 from msc.datasets.synthetic import gaussian_fields
 from msc.datasets.video import decode_frames
 

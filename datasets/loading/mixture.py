@@ -13,9 +13,9 @@ from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 
-from ..prepare.statistics import mix_statistics
 from ..shards.index import Index, Shape, check_shards, index_content, parse_index
 from ..shards.remote import COMMANDS, RemoteShards, is_url, redact_url
+from ..statistics import mix_statistics
 from .shuffling import SLOTS, apportion
 
 DEFAULT_CACHE = "~/.cache/msc/shards"

@@ -124,8 +124,8 @@ def _decode_clips(task: ExtractionTask) -> Extraction:
     if not clips:
         reason = "gives no clip that passes the filters" if unwanted else f"has no scene of {min(buckets)} frames"
     counts = {split: sum(clip.split == split for clip in clips) for split in SPLITS}
-    frames = sum(task.shapes[clip.bucket][0] for clip in clips)
-    return SourceResult(source.name, ticks, counts, reason, left_out=(*freezes, *unwanted), frames=frames), clips
+    count = sum(task.shapes[clip.bucket][0] for clip in clips)
+    return SourceResult(source.name, ticks, counts, reason, left_out=(*freezes, *unwanted), frames=count), clips
 
 
 def _unreadable(task: ExtractionTask, ticks: int, reason: str) -> Extraction:

@@ -23,6 +23,7 @@ from safetensors.torch import load
 
 from ..files import check_replaceable, publish_folder, write_atomically
 from ..shards.index import STORES, Index, Sample, Shape, read_part, scan, write_index
+from ..statistics import TIMES, LatentSums, Statistics, mix_statistics, statistics_of_sums, sum_latents
 from ..video import decode_frames
 from .clip_ranges import HELD_OUT_RULE, SPLITS
 from .convert_config import ConvertConfig as ConvertConfig
@@ -38,7 +39,6 @@ from .progress import (
 )
 from .shard_writer import Embed, Encode, ShardWriter, check_unreadable
 from .sources import Listing, find_sources
-from .statistics import TIMES, LatentSums, Statistics, mix_statistics, statistics_of_sums, sum_latents
 from .summary import clip_lines
 
 RECORDS = 2  # version of the records of unfinished conversions

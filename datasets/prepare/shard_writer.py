@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +82,7 @@ class ShardWriter:
 
     def _extractions(
         self, part: list[int], groups: list[range], finished: dict[int, GroupRecord]
-    ) -> Iterator[Extraction]:
+    ) -> Generator[Extraction, None, None]:
         """Results and clips of all sources of a part's unfinished groups, in order; logs progress. ValueError as
         soon as too many sources are unreadable, of all or of the part's.
         """

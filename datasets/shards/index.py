@@ -15,7 +15,7 @@ from typing import Any
 from webdataset.writer import TarWriter
 
 from ..files import describe_validation_error, partial_file, sha256_of, write_atomically
-from ..prepare.statistics import Statistics
+from ..statistics import Statistics
 from .tar import normalise_name, tar_members
 
 FORMAT = 2  # written only where there are several buckets; otherwise format 1

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from msc.parallel import control_plane, deepspeed_zero
 
+from ..exported_weights import shape_differences
 from . import directory as checkpoint_directory
 from .directory import CheckpointMeta
-from .exported_weights import shape_differences
 
 log = getLogger(__name__)
 

@@ -17,11 +17,11 @@ import torch
 import yaml
 from torch import nn
 
+from ..exported_weights import ExportedWeights, Shapes, abbreviated, open_exported
 from ..model.config import ModelConfig
 from ..model.transformer import MSCTransformer, OnPartBuilt
 from ..run_folder import RunFolder
 from .directory import CheckpointMeta, latest
-from .exported_weights import ExportedWeights, Shapes, abbreviated, open_exported
 from .format import ParameterReader
 
 FIXED = ("width", "depth", "heads", "hidden", "patch", "channels")

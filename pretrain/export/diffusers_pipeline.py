@@ -18,10 +18,10 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from ..checkpoints.exported_weights import read_export_config
 from ..diffusion.autoencoder import open_autoencoder, to_float
 from ..diffusion.rectified_flow import DiffusionConfig, frame_shift
 from ..diffusion.sampler import generate
+from ..exported_weights import read_export_config
 from ..model.config import check_clip
 from ..model.transformer import MSCTransformer
 

@@ -22,8 +22,8 @@ from msc.datasets.files import check_replaceable, free_bytes, partial_folder, pu
 from ..checkpoints import directory as checkpoint_directory
 from ..checkpoints import format as checkpoint_format
 from ..checkpoints.directory import CheckpointMeta
-from ..checkpoints.exported_weights import FORMAT, Shapes, abbreviated, open_safetensors, safetensors_header
 from ..config import Config
+from ..exported_weights import FORMAT, Shapes, abbreviated, open_safetensors, safetensors_header
 from ..inference.load import read_run
 from ..model.transformer import MSCTransformer
 from ..run_folder import LatentSpace, RunFolder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -69,7 +70,7 @@ def write_contact_sheet(
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
     FigureCanvasAgg(figure)
     figure.figimage(sheet, origin="upper")  # pixel for pixel, no resampling
-    style = {"fontsize": 11 * 72 / DPI, "family": "monospace", "va": "center", "parse_math": False}
+    style: dict[str, Any] = {"fontsize": 11 * 72 / DPI, "family": "monospace", "va": "center", "parse_math": False}
     for i in range(columns):
         x = left + i * column
         figure.text(x / width, 1 - HEAD / 2 / height, str(i * every * step), color="dimgrey", **style)

@@ -13,6 +13,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ from .progress import progress
 from .video_io import partial_name, stream_mp4
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 SHEET_ROWS = 16  # videos on the contact sheet, and logged to MLflow
 
 
@@ -158,9 +160,11 @@ def read_conditions(config: Config, request: SampleConfig) -> Conditions:
             )
     classes = [class_number(config, label) for label in labels]
     videos = count or max(len(prompts), len(labels), 1)
-    names, texts, classes = ([values[i % len(values)] for i in range(videos)] if values else []
-                             for values in (prompts or labels, texts, classes))  # fmt: skip
-    return Conditions(videos, names, texts, classes)
+
+    def one_per_video(values: Sequence[T]) -> list[T]:
+        return [values[i % len(values)] for i in range(videos)] if values else []
+
+    return Conditions(videos, one_per_video(prompts or labels), one_per_video(texts), one_per_video(classes))
 
 
 def class_number(config: Config, label: str) -> int:

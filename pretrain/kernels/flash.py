@@ -33,9 +33,8 @@ COPIES = 4
 def load(capability: int) -> tuple[str, Varlen]:
     """The fastest version that loads on GPUs of a major compute capability, and its varlen function; ValueError says
     why none loads."""
-    versions = {9: ("flash-attn 3", "flash-attn 4", "flash-attn 2")}.get(capability, ("flash-attn 2",))
-    if capability >= 10:
-        versions = "flash-attn 4", "flash-attn 2"
+    newer = {9: ["flash-attn 3", "flash-attn 4"]}.get(capability, ["flash-attn 4"] if capability >= 10 else [])
+    versions = [*newer, "flash-attn 2"]
     reasons = []
     for version in versions:
         try:

@@ -103,9 +103,8 @@ class AttentionInputs:
         # What follows from where the units lie is the same at every step of a training run, and takes the CPU tens of
         # milliseconds to count or to start: made once. Not so in a roll-out, where it changes from unit to unit.
         lasting = not past_context.grows and _lasting(device)
-        tables, blocks_and_masks = _rope_tables, _blocks_and_masks
-        if not lasting:
-            tables, blocks_and_masks = tables.__wrapped__, blocks_and_masks.__wrapped__
+        tables = _rope_tables if lasting else _rope_tables.__wrapped__
+        blocks_and_masks = _blocks_and_masks if lasting else _blocks_and_masks.__wrapped__
         dtype = torch.float64 if t_BT.dtype == torch.float64 else torch.float32
         axes = config.frames_per_unit, scale.space, grid, config.head_width, config.rope_theta, dtype, device
 

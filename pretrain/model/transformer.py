@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..checkpoints.exported_weights import ExportedWeights, open_exported
+from ..exported_weights import ExportedWeights, open_exported
 from ..kernels.dispatch import Kernel
 from .attention_inputs import AttentionInputs
 from .config import ModelConfig

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from msc.pretrain.kernels import flash, flex
-from msc.pretrain.kernels.blocks import Blocks
+from msc.pretrain.kernels.blocks import KeyBlocks
 from msc.pretrain.model.scales import Scale, default_scales
 
 SIDE = 16  # tokens of a frame's side
@@ -61,7 +61,7 @@ def options(word: str) -> dict[str, Any]:
     return others[name]
 
 
-def inputs(scale: Scale, frames: int, width: int) -> tuple[list[Tensor], Blocks, Tensor]:
+def inputs(scale: Scale, frames: int, width: int) -> tuple[list[Tensor], KeyBlocks, Tensor]:
     """q, k, v as the module hands them over, which blocks units see, and the output's gradient."""
     torch.manual_seed(0)
     blocks = scale.key_blocks(0, frames, separate_own=True)
@@ -73,7 +73,7 @@ def inputs(scale: Scale, frames: int, width: int) -> tuple[list[Tensor], Blocks,
     return [q, k, v], blocks, torch.randn_like(q)
 
 
-def kernel(word: str, blocks: Blocks, n: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def kernel(word: str, blocks: KeyBlocks, n: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     if word == "flash":
         return lambda q, k, v: flash.attend(q, k, v, blocks)
     mask, chosen = flex.block_mask(blocks, n, "cuda"), options(word)

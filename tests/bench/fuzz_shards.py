@@ -20,15 +20,15 @@ import atheris
 with atheris.instrument_imports(include=["msc.datasets"]):
     from msc.datasets.loading.mixture import Shards, ShardSet, batches_per_round
     from msc.datasets.loading.shard_reader import ShardReader
-    from msc.datasets.prepare.statistics import mix_statistics
     from msc.datasets.prepare.summary import describe
     from msc.datasets.shards.index import ShardInfo, parse_index, scan, write_index, write_shard
+    from msc.datasets.statistics import mix_statistics
 
 import torch
 from safetensors.torch import save
 
-from msc.datasets.prepare.statistics import Statistics
 from msc.datasets.shards.index import Index
+from msc.datasets.statistics import Statistics
 from msc.pretrain.model.noise_gate import gate_constants
 from msc.pretrain.model.scales import Scale
 

@@ -36,7 +36,7 @@ RANK = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import 
 
 def configure(case: dict[str, Any]) -> Any:
     """(configuration, index) of a case, resolved."""
-    from msc.datasets.prepare.statistics import Statistics
+    from msc.datasets.statistics import Statistics
     from msc.pretrain.model.scales import Scale, default_scales
     from msc.pretrain.presets import PRESETS
     from msc.pretrain.validation import ASSUMED_INDEX, resolve

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msc.datasets.prepare.statistics import measure_statistics
+from msc.datasets.statistics import measure_statistics
 from msc.datasets.synthetic import moving_textures
 from msc.pretrain.diffusion.loss import Loss
 from msc.pretrain.diffusion.rectified_flow import add_noise

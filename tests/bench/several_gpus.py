@@ -127,8 +127,8 @@ def jobs_of(args: argparse.Namespace) -> list[dict[str, Any]]:
 def nothing_sent() -> Iterator[None]:
     """Messages along time stay away inside the block: receivers get random numbers at once, of ordinary size."""
     post, wait = collectives.start_all_to_all, collectives.wait_all_to_all
-    collectives.start_all_to_all = lambda x, route: x.new_empty(sum(route.receive_counts)).uniform_(0.1, 0.9)
-    collectives.wait_all_to_all = lambda x, route: x
+    collectives.start_all_to_all = lambda x, plan: x.new_empty(sum(plan.receive_counts)).uniform_(0.1, 0.9)
+    collectives.wait_all_to_all = lambda x, plan: x
     try:
         yield
     finally:

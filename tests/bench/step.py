@@ -48,8 +48,8 @@ def past_context_of(config: ModelConfig, frames: int, part: tuple[int, int] | No
     rank, ranks = part
     if not dist.is_initialized():
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
-        collectives.start_all_to_all = lambda x, route: x.new_empty(sum(route.receive_counts)).uniform_(0.1, 0.9)
-        collectives.wait_all_to_all = lambda x, route: x
+        collectives.start_all_to_all = lambda x, plan: x.new_empty(sum(plan.receive_counts)).uniform_(0.1, 0.9)
+        collectives.wait_all_to_all = lambda x, plan: x
     edges = shard_bounds(frames // config.frames_per_unit * ranks, ranks)
     assert dist.group.WORLD is not None
     return sharded_past_context(dist.group.WORLD, edges, config, ["halo"] * len(config.scales))
@@ -193,7 +193,9 @@ def main() -> None:
         print("\nDense / multi-scale, time ratio / FLOP ratio. " + "; ".join(ratios), flush=True)
 
 
-def row(args: argparse.Namespace, config: ModelConfig, frames: int, label: str, backend: str, name: str) -> dict | None:
+def row(
+    args: argparse.Namespace, config: ModelConfig, frames: int, label: str, backend: Kernel, name: str
+) -> dict | None:
     """Measure one configuration and print it; None where it does not fit."""
     start = f"| {frames * 256:,} | {label} | {backend}"
     try:
@@ -220,7 +222,7 @@ def row(args: argparse.Namespace, config: ModelConfig, frames: int, label: str, 
     return found
 
 
-def longest(args: argparse.Namespace, config: ModelConfig, label: str, backend: str, name: str) -> None:
+def longest(args: argparse.Namespace, config: ModelConfig, label: str, backend: Kernel, name: str) -> None:
     """Double the frames until they do not fit, and say what did."""
     args.runs, frames, fitted, ended = 1, args.frames[0], 0, "--longest"
     while frames <= args.longest:

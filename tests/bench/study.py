@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from msc.datasets.loading.shard_reader import ShardReader
-from msc.datasets.prepare.statistics import Statistics, measure_statistics
 from msc.datasets.shards.index import read_index
+from msc.datasets.statistics import Statistics, measure_statistics
 from msc.datasets.synthetic import curtains, gaussian_fields, moving_textures, turning_camera
 from msc.pretrain import cost
 from msc.pretrain.diffusion.loss import Loss
