@@ -213,7 +213,7 @@ def events_on_a_rank(rank, ranks, backend, case):
     with joined(rank, backend) as device:
         noting(collectives, "start_all_to_all", "post")
         noting(collectives, "wait_all_to_all", "wait")
-        noting(attention, "place", "place")
+        noting(attention, "normalise_and_rotate", "place")
         noting(rope._NormaliseAndRotate, "backward", "place back")
         noting(rectangle, "forward", "attend")
         noting(rectangle, "backward", "differentiate")
