@@ -111,6 +111,6 @@ def test_inspection_detects_a_table_with_wrong_offsets(folder):
     first["mp4"], second["mp4"] = second["mp4"], first["mp4"]
     path.write_text(json.dumps(fields))
     (line,) = damaged_shards(folder, index)
-    assert line.startswith(f"{path.name}: is not the contents of {shard.name}")
+    assert line.startswith(f"{path.name}: does not match {shard.name}")
     with pytest.raises(ValueError, match="checksum of the video differs"):
         ShardReader(folder, index, "train").read(0)

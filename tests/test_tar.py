@@ -190,7 +190,7 @@ GOOD = special("good.mp4", size=3) + b"abc".ljust(512, b"\0")
         (b"\xff" * 512, "is damaged at byte 1024"),
         (special("a.json", size=2 << 20) + bytes(2 << 20) + special("a.mp4"), "a.json claims 2097152 bytes, at most"),
         (special("good.json", size=1) + b"{".ljust(512, b"\0"), "good.json is not readable as JSON"),
-        (special("good.json", size=1) + b"3".ljust(512, b"\0"), "good.json holds no table"),
+        (special("good.json", size=1) + b"3".ljust(512, b"\0"), "good.json is not a JSON object"),
         (special("good.json", size=13) + b'{"caption":1}'.ljust(512, b"\0"), "caption is 1, expected text$"),
         (special("good.json", size=12) + b'{"label":[]}'.ljust(512, b"\0"), "label is .*, expected text or a number"),
         (special("good.txt", size=1) + b"\xff".ljust(512, b"\0"), "good.txt is not UTF-8"),
