@@ -106,7 +106,9 @@ def test_importing_a_module_starts_nothing() -> None:
                 documented = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
                 # a registration of an operator's gradient, which torch has no decorator for
                 registers = isinstance(node, ast.Expr) and ast.unparse(node).startswith("library.register_autograd(")
-                assert documented or registers or isinstance(node, harmless), f"{path.name}:{node.lineno} runs when imported"
+                assert documented or registers or isinstance(node, harmless), (
+                    f"{path.name}:{node.lineno} runs when imported"
+                )
 
 
 def test_neither_the_compiler_nor_mlflow_delays_a_start() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -339,3 +340,8 @@ def test_a_run_says_once_that_it_is_off_its_plan(shards, tmp_path):  # noqa: F81
     plan_file.write_text("{}")
     with pytest.raises(ValueError, match="has no step_s"):
         read_planned_step(plan_file)
+
+
+def test_a_setting_of_the_command_line_stays_in_the_plan(capsys):
+    assert cli.main(["plan", "pilot", "parallel.sp=4", "--gpus", "8", "--kind", "h100"]) == 0
+    assert re.search(r"^best way +dp 2 × sp 4,", capsys.readouterr().out, re.MULTILINE)
