@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from msc.datasets.files import free_bytes
+from msc.datasets.files import format_bytes, free_bytes
 from msc.datasets.loading.mixture import (
     DataConfig,
     Shards,
@@ -138,7 +138,7 @@ def check_room(config: Config, run: Path) -> None:
     free = free_bytes(run)
     if free < more * size:
         raise OSError(
-            f"the disk of {run} has {free / 1e9:.1f} GB free; a checkpoint takes {size / 1e9:.1f} GB, and {more} more "
+            f"the disk of {run} has {format_bytes(free)} free; a checkpoint takes {format_bytes(size)}, and {more} more "
             f"are to come before the oldest goes (checkpoint.keep is {saved.keep}): free some, or keep fewer"
         )
 

@@ -108,7 +108,7 @@ def table_row(status: RunStatus, state: str, now: float) -> list[str]:
         str(status.run),
         status.record.id if status.record else "-",
         f"{step:,}/{-(-status.clips // status.batch):,}" if status.clips else "-",
-        f"{line['loss']:.4f}" if "loss" in line else "-",
+        f"{line['loss']:.4f}" if line.get("loss") is not None else "-",
         f"{line['tokens_per_s']:,.0f}" if running else "-",
         duration((status.clips - clock) / line["clips_per_s"]) if running else "-",
         f"step {saved[0]:,}, {duration(now - saved[2])} ago" if saved else "-",

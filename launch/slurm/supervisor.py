@@ -26,6 +26,7 @@ from msc.datasets.prepare.progress import count_finished_groups
 from msc.parallel.console import configure_logging
 from msc.parallel.signals import collect_signals
 from msc.pretrain.checkpoints import directory as checkpoint_directory
+from msc.pretrain.run_folder import RunFolder
 from msc.pretrain.tracking import heartbeat
 
 from ..processes import launcher
@@ -167,7 +168,13 @@ def run_ranks(job: Job, received: list[int]) -> int:
     cpus = [f"--cpus-per-task={count}"] if (count := os.environ.get("SLURM_CPUS_PER_TASK")) else []
     # A rank that ends must not end the others at once: they may still save, or name the stalled rank.
     srun = ["srun", f"--wait={WAIT}", "--kill-on-bad-exit=0", *cpus, *job.srun]
+    logs = RunFolder(Path(job.folder)).logs
+    sizes = {path: path.stat().st_size for path in logs.glob("rank_*.log")}
     code = subprocess.call([*srun, *command], env=launcher.process_environment(os.environ), stdin=subprocess.DEVNULL)
+    if code not in (0, REQUEUE):  # rank 0's output is in the job's own log; the reason may be in that of another rank
+        grown = [path for path in logs.glob("rank_*.log") if path.stat().st_size > sizes.get(path, 0)]
+        for path in sorted(grown, key=lambda path: path.stat().st_mtime)[: launcher.SHOWN_TAILS]:
+            log.error("\n".join([f"the end of {path}:", *launcher.log_tail(path, sizes.get(path, 0))]))
     return 128 - code if code < 0 else code
 
 
