@@ -128,6 +128,7 @@ def _train(
         folder.write_latent_space(LatentSpace.of(shards.index))
         for path in folder.step_logs:
             rollback.truncate_jsonl(path, step)
+    settings = folder.read_settings() if world.is_rank_0 else {}
 
     # --- data: this rank's clips and frames, from this clock on ----------------------------------------------
     autoencoder = open_autoencoder(shards.index.autoencoder, world.device)
@@ -165,6 +166,8 @@ def _train(
 
     def save_checkpoint() -> None:
         enter_phase(step, "checkpoint")
+        if control_plane.run_on_rank_0(partial(folder.restore_settings, settings)):
+            writer.step = None  # where the run folder was deleted, the last checkpoint is gone as well
         # the order of clips is a function of the seed and their number; `clock` is the position in it
         meta = checkpoint_directory.CheckpointMeta(
             step=step, clock=clock, clips=shards.samples("train"), guard=asdict(history), mlflow=tracker.run_id,

@@ -130,8 +130,8 @@ def test_ranges_that_are_left_out():
     pytest.param([(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "bf16")], marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_skipped_step_changes_nothing(cases):
-    """NaN on one rank, then a finite norm that is skipped, then one beyond what fp32 can square (at stage 3 it is known,
-    at the others not): weights, moments, averages as without these steps."""
+    """NaN on one rank, then a finite norm that is skipped, then one that fp32 cannot square (at stage 3 it is known, at
+    the others not): weights, moments, averages as without these steps."""
     for results in run_ranks(spoiled_on_a_rank, 2, cases):
         for case, (with_them, without, outcomes) in zip(cases, results, strict=True):
             assert [bool(why) for _, why in outcomes] == [False, True, True, True, False], case

@@ -250,8 +250,8 @@ def remove_unfinished(run: Path) -> None:
 
 def checkpoint_table(run: Path, check_files: bool = False) -> tuple[str, bool]:
     """The checkpoints of a run as text, and whether none is damaged, as far as was checked."""
-    if not RunFolder(run).exists():
-        raise FileNotFoundError(f"{run} is not a run folder: it has no config.yaml")
+    if not RunFolder(run).exists() and not list_checkpoints(run):
+        raise FileNotFoundError(f"{run} is not a run folder: it has no config.yaml and no checkpoint")
     rows, intact, next_one = [], True, next(iter(resume_candidates(run)), None)
     for path in list_checkpoints(run):
         try:
