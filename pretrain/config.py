@@ -7,7 +7,6 @@ error that names the nearest valid one.
 from __future__ import annotations
 
 import dataclasses
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,21 +14,16 @@ from typing import Any
 
 import yaml
 
-from msc.datasets.files import describe_validation_error, nearest
-from msc.datasets.loading.mixture import DataConfig, ShardSetConfig
+from msc.datasets.loading.mixture import DataConfig
 
 from .checkpoints.format import CheckpointConfig
 from .diffusion.rectified_flow import DiffusionConfig
 from .model.config import ModelConfig
-from .model.noise_gate import without_correlations
-from .model.scales import Scale
 from .optimizer import OptimizerConfig
 from .parallelize import ParallelConfig
 from .tracking.spike_guard import GuardConfig
 from .tracking.tracker import MetricsConfig
-
-# Settings that are lists of tables, with one such table each.
-TABLE_LISTS: dict[str, Any] = {"scales": Scale(1), "shards": ShardSetConfig("x")}
+from .typed_values import read, shown
 
 
 @dataclass(frozen=True)
@@ -89,29 +83,35 @@ def load(base: Config | None = None, file: Path | None = None, overrides: Sequen
     """
     values = dataclasses.asdict(base or Config())
     if file is not None:
-        try:
-            content = yaml.safe_load(Path(file).read_text()) or {}
-        except yaml.YAMLError as error:
-            raise ValueError(f"{file} is not valid YAML: {error}") from None
-        _merge(values, content, Config, str(file), "")
+        _merge(values, _parse(Path(file).read_text(), str(file)) or {}, str(file))
     for override in overrides:
         name, sign, text = override.partition("=")
         if not sign or not name:
             raise ValueError(f"{override!r} is not of the form section.key=value")
-        try:
-            nested: Any = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ValueError(f"the value of {override!r} is not valid YAML") from None
-        _merge(values, _nested(name, nested), Config, "the command line", "")
-    return validated(values)
+        _merge(values, _nested(name, _parse(text, f"the value of {override!r}")), "the command line")
+    sources = [str(file)] * (file is not None) + ["the command line"] * bool(overrides)
+    return _read(values, " and ".join(sources) or "the defaults")
+
+
+def _parse(text: str, what: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ValueError(f"{what} is not valid YAML: {reason}") from None
 
 
 def from_flat(settings: Mapping[str, Any], source: str) -> Config:
     """The configuration that `flat` gave these settings of, such as a checkpoint's. source: for error messages."""
     values = dataclasses.asdict(Config())
     for name, value in settings.items():
-        _merge(values, _nested(name, value), Config, source, "")
-    return validated(values)
+        _merge(values, _nested(name, value), source)
+    return _read(values, source)
+
+
+def _read(values: Mapping[str, Any], source: str) -> Config:
+    known = [*flat(Config()), *(section.name for section in dataclasses.fields(Config))]
+    return read(Config, values, "", source, known)
 
 
 def _nested(name: str, value: Any) -> Any:
@@ -121,14 +121,15 @@ def _nested(name: str, value: Any) -> Any:
     return value
 
 
-def validated(values: Mapping[str, Any]) -> Config:
-    """A Config of plain values; ValueError describes those that are not valid."""
-    import pydantic
-
-    try:
-        return pydantic.TypeAdapter(Config).validate_python(values)
-    except pydantic.ValidationError as error:
-        raise ValueError(f"configuration: {describe_validation_error(error)}") from None
+def _merge(values: dict[str, Any], new: Any, source: str, prefix: str = "") -> None:
+    """Write `new` over `values`, section by section; `read` checks what comes of it."""
+    if not isinstance(new, Mapping):
+        raise ValueError(f"{source}: {prefix or 'the configuration'} must be a table of keys, not {shown.repr(new)}")
+    for key, value in new.items():
+        if isinstance(values.get(key), dict):
+            _merge(values[key], value, source, f"{prefix}.{key}".lstrip("."))
+        else:
+            values[key] = value
 
 
 def dump(config: Config) -> str:
@@ -154,31 +155,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _merge(values: dict[str, Any], new: Any, section: type, source: str, prefix: str) -> None:
-    """Write `new` over `values`, section by section, rejecting keys that the dataclass `section` does not have."""
-    if not isinstance(new, Mapping):
-        raise ValueError(f"{source}: {prefix.rstrip('.') or 'the configuration'} must be a table of keys, not {new!r}")
-    types = typing.get_type_hints(section)
-    for key, value in new.items():
-        if key not in types:
-            raise ValueError(f"{source}: unknown key {prefix}{key}{_hint(prefix + str(key))}")
-        if dataclasses.is_dataclass(types[key]):
-            _merge(values[key], value, typing.cast(type, types[key]), source, f"{prefix}{key}.")
-        else:
-            if key in TABLE_LISTS and isinstance(value, list | tuple):
-                for item in value:  # each table is checked against its own fields
-                    table = TABLE_LISTS[key]
-                    _merge(dataclasses.asdict(table), item, type(table), source, f"{prefix}{key}.")
-            if key == "gate_constants":
-                value = without_correlations(value)
-            values[key] = "" if value is None and types[key] is str else value  # `key=` empties a text
-
-
-def _hint(name: str) -> str:
-    """The nearest key by its whole path, else by its last part."""
-    keys = [*flat(Config()), *(section.name for section in dataclasses.fields(Config))]
-    by_last_part = {key.rsplit(".", 1)[-1]: key for key in keys}
-    best = nearest(name, keys) or by_last_part.get(nearest(name.rsplit(".", 1)[-1], by_last_part), "")
-    return f"; did you mean {best}?" if best else ""

@@ -10,13 +10,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from .diffusion.rectified_flow import DiffusionConfig
+from .model.config import ModelConfig, check_clip, check_complete
+from .run_folder import LatentSpace
+from .typed_values import read, read_json
 
 TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 Shapes = Mapping[str, tuple[int, ...]]
@@ -24,15 +29,37 @@ NAMED = 3  # tensors that an error names
 FORMAT = 2  # of exports; without one or in 1 rotary embedding paired other channels: the weights would compute nonsense
 
 
+# What every export of this format says of its model; later settings have defaults that mean the same model.
+MODEL_KEYS = ("width", "depth", "scales", "patch", "frames_per_unit", "mlp_ratio", "gate", "rope_theta", "classes",
+              "text_width", "channels", "latent_mean", "latent_std", "gate_constants")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """config.json of an export: the model, its latents, the noise it was trained with, and where it comes from."""
+
+    format: int
+    weights: tuple[Literal["ema", "raw"], ...]
+    model: ModelConfig
+    data: LatentSpace
+    diffusion: DiffusionConfig
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if not self.weights:
+            raise ValueError("weights is empty: export again")
+
+
 @dataclass(frozen=True)
 class ExportedWeights:
     """One set of weights of an exported folder, whose files' headers have been read.
 
-    config: its config.json. files: where each tensor is.
+    files: where each tensor is.
     """
 
     folder: Path
-    config: dict[str, Any]
+    config: ExportConfig
     files: dict[str, Path]
     shapes: dict[str, tuple[int, ...]]
 
@@ -59,10 +86,8 @@ def open_exported(folder: Path, weights: str | None = None) -> ExportedWeights:
     FileNotFoundError where files are missing, ValueError where they are not what `msc export` wrote.
     """
     config = read_export_config(folder)
-    available = config.get("weights")
-    if not isinstance(available, list) or not available:
-        raise ValueError(f"{folder / 'config.json'} does not say which weights there are: export again")
-    weights = weights or str(available[0])
+    available = config.weights
+    weights = weights or available[0]
     if weights not in available:
         raise ValueError(
             f"{folder} holds {' and '.join(available)} weights, not {weights!r}: export again with --weights"
@@ -85,11 +110,13 @@ def open_exported(folder: Path, weights: str | None = None) -> ExportedWeights:
                 files[name], shapes[name] = folder / file, tuple(opened.get_slice(name).get_shape())
     if weight_map and (odd := weight_map.items() ^ {name: path.name for name, path in files.items()}.items()):
         raise ValueError(f"{index.name} in {folder} does not match its files: {abbreviated(sorted(dict(odd)))}")
+    check_sizes(config.model, shapes, folder / "config.json")
     return ExportedWeights(folder, config, files, shapes)
 
 
-def read_export_config(folder: Path) -> dict[str, Any]:
-    """The config.json of an exported folder; ValueError if it is not an export's, or of another format."""
+def read_export_config(folder: Path) -> ExportConfig:
+    """The config.json of an exported folder; ValueError if it is not an export's, of another format, or edited into
+    what no model can be."""
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no exported model: it has no config.json")
@@ -98,17 +125,39 @@ def read_export_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not one that `msc export` wrote: it does not describe a model of ours")
     if (number := config.get("format", 1)) != FORMAT:
         raise ValueError(f"{path} has export format {number}, this version reads {FORMAT}: use the msc that wrote it")
-    return config
-
-
-def read_json(path: Path) -> dict[str, Any]:
+    if missing := [key for key in MODEL_KEYS if key not in config["model"]]:
+        raise ValueError(f"{path}: model.{missing[0]} is missing: export again")
+    facts = {key.name: config[key.name] for key in fields(ExportConfig) if key.name in config}
+    read_config = read(ExportConfig, facts, "", path)
     try:
-        values = json.loads(path.read_bytes())
-    except ValueError:
-        raise ValueError(f"{path} is truncated or damaged: it is not JSON") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    return values
+        check_complete(read_config.model)
+        check_clip(read_config.model, read_config.data.frames, read_config.data.height, read_config.data.width)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return read_config
+
+
+def check_sizes(config: ModelConfig, shapes: Shapes, path: Path) -> None:
+    """Raise ValueError where `config`, of the file `path`, and stored tensors differ in what the size of the model
+    depends on: a model of any other size is not built at all."""
+    width = config.width
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {
+        "embed.weight": ("width, channels and patch", (width, config.channels * config.patch**2)),
+        "blocks.0.feed_forward.up.weight": ("mlp_ratio", (config.hidden, width)),
+    }
+    if config.classes:
+        expected["label.weight"] = ("classes", (config.classes + 1, width))
+    if config.text_width:
+        expected["text.weight"] = ("text_width", (width, config.text_width))
+    for name, (setting, shape) in expected.items():
+        if name in shapes and shapes[name] != shape:
+            raise ValueError(
+                f"{path} does not match its weights: {name} is {list(shapes[name])} there and {list(shape)} by "
+                f"model.{setting}: take config.json and weights of one export"
+            )
+    depth = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
+    if config.depth != depth:
+        raise ValueError(f"{path} does not match its weights: model.depth is {config.depth}, they hold {depth} blocks")
 
 
 def open_safetensors(path: Path) -> Any:
@@ -116,8 +165,10 @@ def open_safetensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
-        start = path.open("rb").read(2)
-        if start == b"PK" or start[:1] == b"\x80":
+        with path.open("rb") as file:
+            start = file.read(9)
+        # A header whose length ends in 0x80 begins like a pickle of protocol 2 to 5, but its JSON stands at byte 8.
+        if start[:2] == b"PK" or (len(start) == 9 and start[0] == 0x80 and 2 <= start[1] <= 5 and start[8:] != b"{"):
             raise ValueError(
                 f"{path} is a pickle whatever its name, and was not opened, as loading one can run any code: "
                 "take the weights from where they are safetensors"

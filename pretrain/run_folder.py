@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from msc.datasets.files import write_atomically
 
+from .typed_values import read, read_json
+
 if TYPE_CHECKING:
     from msc.datasets.shards.index import Index
 
@@ -28,6 +30,15 @@ class LatentSpace:
     video_height: int
     video_width: int
     fps: float
+
+    def __post_init__(self):
+        largest = {"frames": 1 << 20, "height": 1 << 16, "width": 1 << 16, "video_height": 1 << 16,
+                   "video_width": 1 << 16}  # fmt: skip
+        for name, most in largest.items():
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"data.{name} is {getattr(self, name)}; it must be at least 1 and at most {most:,}")
+        if not 0 < self.fps <= 1000:
+            raise ValueError(f"data.fps is {self.fps}; it must be above 0 and at most 1000")
 
     @staticmethod
     def of(index: Index) -> LatentSpace:
@@ -109,4 +120,4 @@ class RunFolder:
         self.latent_space.write_text(json.dumps(asdict(space), indent=1))
 
     def read_latent_space(self) -> LatentSpace:
-        return LatentSpace(**json.loads(self.latent_space.read_text()))
+        return read(LatentSpace, read_json(self.latent_space), "data", self.latent_space)

@@ -17,6 +17,7 @@ from msc.pretrain.model.config import ModelConfig
 from msc.pretrain.model.noise_gate import gate_constants, log_gate, log_snr, pooled_log_snr
 from msc.pretrain.model.scales import Scale
 from msc.pretrain.validation import check_same_model
+from msc.pretrain.typed_values import read
 
 
 def test_log_snr_is_finite_and_falls():
@@ -86,7 +87,7 @@ def test_constants_of_earlier_versions_are_read(tmp_path):
     written["model"]["gate_constants"] = old
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
     assert load(file=tmp_path / "config.yaml") == config
-    assert ModelConfig.from_dict(written["model"]) == config.model
+    assert read(ModelConfig, written["model"], "model", "config.yaml") == config.model
     check_same_model(config, {**flat(config), "model.gate_constants": old})
     old[0][0] += 1
     with pytest.raises(ValueError, match="model.gate_constants"):

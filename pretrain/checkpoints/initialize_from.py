@@ -21,6 +21,7 @@ from ..exported_weights import ExportedWeights, Shapes, abbreviated, open_export
 from ..model.config import ModelConfig
 from ..model.transformer import MSCTransformer, OnPartBuilt
 from ..run_folder import RunFolder
+from ..typed_values import read
 from .directory import CheckpointMeta, latest
 from .format import ParameterReader
 
@@ -59,8 +60,9 @@ def find_weights(place: Path, newest: Path | None = None) -> InitialWeights:
     newest: the checkpoint to take of a run, which must be the same on all ranks; None: its latest."""
     folder = RunFolder(place)
     if folder.exists():
-        settings = yaml.safe_load(folder.config.read_text())["model"]
-        model = ModelConfig.from_dict({**dataclasses.asdict(ModelConfig()), **settings})
+        settings = yaml.safe_load(folder.config.read_text())
+        settings = settings.get("model", {}) if isinstance(settings, dict) else settings
+        model = read(ModelConfig, settings, "model", folder.config)
         autoencoder = folder.read_latent_space().autoencoder
         if (path := newest or latest(place)) is None:
             raise FileNotFoundError(f"train.init_from is {place}, a run without a checkpoint yet")
@@ -73,8 +75,8 @@ def find_weights(place: Path, newest: Path | None = None) -> InitialWeights:
         )
     exported = open_exported(place)
     model = MSCTransformer.described(exported).config
-    what = f"the exported weights of step {exported.config.get('training', {}).get('step', '?')} in {place}"
-    autoencoder = exported.config.get("data", {}).get("autoencoder", "?")
+    what = f"the exported weights of step {exported.config.training.get('step', '?')} in {place}"
+    autoencoder = exported.config.data.autoencoder
     return InitialWeights(what, model, autoencoder, exported.shapes, lambda: nullcontext(exported))
 
 

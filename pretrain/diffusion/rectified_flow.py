@@ -6,6 +6,7 @@ epoch, frame) alone, so that they do not depend on ranks, workers, accumulation 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,8 +35,10 @@ class DiffusionConfig:
     def __post_init__(self):
         if not 0 <= self.clean < 1:
             raise ValueError(f"diffusion.clean is {self.clean}; it must lie in [0, 1), or nothing is left to learn")
-        if self.std <= 0 or (self.shift is not None and self.shift <= 0):
-            raise ValueError(f"diffusion.std ({self.std}) and diffusion.shift ({self.shift}) must be positive")
+        if not 0 < self.std < math.inf or not (self.shift is None or 0 < self.shift < math.inf):
+            raise ValueError(f"diffusion.std ({self.std}) and diffusion.shift ({self.shift}) must be positive, finite")
+        if not math.isfinite(self.mean):
+            raise ValueError(f"diffusion.mean is {self.mean}; it must be finite")
 
 
 def frame_shift(config: DiffusionConfig, height: int, width: int) -> float:

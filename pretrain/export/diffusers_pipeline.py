@@ -8,7 +8,7 @@ These are the two ways to load a pipeline from outside diffusers. Sampling is in
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,7 +77,7 @@ class MSCPipeline(DiffusionPipeline):
         """From a folder that `msc export` wrote; arguments and errors are those of `MSCTransformer.from_pretrained`."""
         facts = read_export_config(Path(folder))
         transformer = PipelineTransformer.from_pretrained(folder, weights, dtype)
-        return cls(transformer, facts.get("data"), facts.get("diffusion"), autoencoder)
+        return cls(transformer, asdict(facts.data), asdict(facts.diffusion), autoencoder)
 
     @torch.no_grad()
     def __call__(

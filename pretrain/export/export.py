@@ -30,7 +30,7 @@ from ..checkpoints import directory as checkpoint_directory
 from ..checkpoints import format as checkpoint_format
 from ..checkpoints.directory import CheckpointMeta
 from ..config import Config
-from ..exported_weights import FORMAT, Shapes, abbreviated, open_safetensors, safetensors_header
+from ..exported_weights import FORMAT, Shapes, abbreviated, check_sizes, open_safetensors, safetensors_header
 from ..inference.load import read_run
 from ..model.transformer import MSCTransformer
 from ..run_folder import LatentSpace, RunFolder
@@ -111,6 +111,7 @@ def open_source(path: Path, config: Config) -> Source:
     if problems := checkpoint_directory.verify(path):
         raise ValueError(f"{'; '.join(problems)}: export another one with --checkpoint, `msc checkpoints` lists them")
     meta = CheckpointMeta.read(path)
+    check_sizes(config.model, meta.parameters, path.parents[1] / "config.yaml")
     with torch.device("meta"):
         shapes = MSCTransformer(config.model).shapes()
     if unmatched := sorted(shapes.keys() ^ meta.parameters.keys()):  # such as frozen ones: they are not checkpointed

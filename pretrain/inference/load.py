@@ -11,6 +11,7 @@ from ..checkpoints import directory as checkpoint_directory
 from ..checkpoints import format as checkpoint_format
 from ..config import Config, load
 from ..diffusion.autoencoder import Autoencoder, open_autoencoder
+from ..exported_weights import check_sizes
 from ..model.transformer import MSCTransformer
 from ..run_folder import LatentSpace, RunFolder
 
@@ -42,10 +43,11 @@ def open_run(run: Path, weights: str = "ema", checkpoint: str | None = None) -> 
         raise ValueError(f"weights is {weights!r}; it must be 'ema' (averaged) or 'raw' (as trained)")
     config, space = read_run(run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with torch.device("meta"):
-        model = MSCTransformer(config.model)
     with checkpoint_directory.held(run, checkpoint) as path:
         meta = checkpoint_directory.CheckpointMeta.read(path)
+        check_sizes(config.model, meta.parameters, RunFolder(run).config)
+        with torch.device("meta"):
+            model = MSCTransformer(config.model)
         model.load_state_dict(dict(checkpoint_format.weights(path, weights)), assign=True)
     model.to(device).eval()
     autoencoder = open_autoencoder(space.autoencoder, device)

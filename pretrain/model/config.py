@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import get_args
+from itertools import chain
+from typing import Any, get_args
 
 from .noise_gate import Gate, GateConstants, without_correlations
 from .scales import Scale, check_scales
+
+LARGEST = 1 << 20  # of any size: far beyond models that can be trained, and small enough for a clear error
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,26 @@ class ModelConfig:
                 f"model.gate is {self.gate!r}; it must be one of {', '.join(get_args(Gate))} "
                 "(values, mix and pair, of earlier versions, were no better and are gone)"
             )
+        sizes = {"width": 1, "depth": 1, "patch": 1, "frames_per_unit": 1, "classes": 0, "text_width": 0, "channels": 0}
+        for name, least in sizes.items():
+            if not least <= getattr(self, name) <= LARGEST:
+                raise ValueError(
+                    f"model.{name} is {getattr(self, name)}; it must be at least {least} and at most {LARGEST:,}"
+                )
+        if not 0 < self.mlp_ratio <= LARGEST or self.hidden < 1:
+            raise ValueError(f"model.mlp_ratio is {self.mlp_ratio}; it must be positive and at most {LARGEST:,}")
+        if not 1 <= self.rope_theta < math.inf:
+            raise ValueError(f"model.rope_theta is {self.rope_theta}; it must be at least 1 and finite")
+        for scale in self.scales:
+            for name, value in vars(scale).items():
+                if value is not None and value > LARGEST:
+                    raise ValueError(f"scale {name} is {value}; it must be at most {LARGEST:,}")
+        for name in ("latent_mean", "latent_std", "gate_constants"):
+            values = getattr(self, name)
+            if not all(map(math.isfinite, chain(*values) if name == "gate_constants" else values)):
+                raise ValueError(f"model.{name} holds a number that is not finite: {values}")
+        if any(std <= 0 for std in self.latent_std):
+            raise ValueError(f"model.latent_std is {self.latent_std}; all must be positive")
         if self.width % self.heads:
             raise ValueError(f"model.width {self.width} does not divide by the scales' {self.heads} heads")
         if self.head_width < 8 or self.head_width % 2:
@@ -50,11 +74,6 @@ class ModelConfig:
                 f"model.width {self.width} over {self.heads} heads gives a head width of {self.head_width}; "
                 "it must be even and at least 8"
             )
-        if self.hidden < 1:
-            raise ValueError(f"model.mlp_ratio is {self.mlp_ratio}; it must be positive")
-        for name in ("depth", "patch", "frames_per_unit"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
 
     @property
     def heads(self) -> int:
@@ -69,16 +88,22 @@ class ModelConfig:
         return int(self.width * self.mlp_ratio)
 
     @staticmethod
-    def from_dict(values: dict) -> ModelConfig:
-        """From plain JSON values; ValueError names unknown keys and values that do not fit."""
-        values = dict(values)
-        if unknown := sorted(values.keys() - {field.name for field in dataclasses.fields(ModelConfig)}):
-            raise ValueError(f"unknown: {', '.join(unknown)}")
-        values["scales"] = tuple(Scale(**scale) for scale in values["scales"])
-        for name in ("latent_mean", "latent_std"):
-            values[name] = tuple(values[name])
-        values["gate_constants"] = tuple(GateConstants(*row) for row in without_correlations(values["gate_constants"]))
-        return ModelConfig(**values)
+    def from_earlier_version(values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The plain values of a file as this version writes them."""
+        if "gate_constants" not in values:
+            return values
+        return {**values, "gate_constants": without_correlations(values["gate_constants"])}
+
+
+def check_complete(config: ModelConfig) -> None:
+    """Raise ValueError unless all that is taken from the shards is there, and is of this model."""
+    if config.channels < 1:
+        raise ValueError("model.channels is 0; it is taken from the shards' index when training starts")
+    lengths = {"latent_mean": config.channels, "latent_std": config.channels, "gate_constants": len(config.scales)}
+    for name, length in lengths.items():
+        if len(getattr(config, name)) not in (0, length):
+            per = "scale" if name == "gate_constants" else "channel"
+            raise ValueError(f"model.{name} has {len(getattr(config, name))} entries; it needs {length}, one a {per}")
 
 
 def check_clip(config: ModelConfig, frames: int, height: int, width: int) -> None:

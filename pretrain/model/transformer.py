@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from ..exported_weights import ExportedWeights, open_exported
 from ..kernels.dispatch import Kernel
 from .attention_inputs import AttentionInputs
-from .config import ModelConfig
+from .config import ModelConfig, check_complete
 from .layers import Block, NoiseEmbedding
 from .past_context import Layer, PastContext, WholeVideo
 
@@ -42,8 +42,7 @@ class MSCTransformer(nn.Module):
         it has its first weights: what takes them from elsewhere, or keeps only a rank's share of them, does it there.
         """
         super().__init__()
-        if config.channels < 1:
-            raise ValueError("model.channels is 0; it is taken from the shards' index when training starts")
+        check_complete(config)
         self.config, self.kernel, self.recompute = config, kernel, recompute
         width, tokens = config.width, config.channels * config.patch**2
 
@@ -156,13 +155,8 @@ class MSCTransformer(nn.Module):
     @classmethod
     def described(cls, exported: ExportedWeights) -> MSCTransformer:
         """The model of an exported folder, without its weights; ValueError if config.json does not describe them."""
-        try:
-            config = ModelConfig.from_dict(exported.config["model"])
-        except (KeyError, TypeError, ValueError) as error:
-            where = exported.folder / "config.json"
-            raise ValueError(f"{where} does not describe a model of this version: {error}") from None
         with torch.device("meta"):
-            model = cls(config)
+            model = cls(exported.config.model)
         exported.check(model.shapes())
         return model
 
