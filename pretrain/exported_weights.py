@@ -129,12 +129,17 @@ def read_export_config(folder: Path) -> ExportConfig:
         raise ValueError(f"{path}: model.{missing[0]} is missing: export again")
     facts = {key.name: config[key.name] for key in fields(ExportConfig) if key.name in config}
     read_config = read(ExportConfig, facts, "", path)
+    check_model(read_config.model, read_config.data, path)
+    return read_config
+
+
+def check_model(config: ModelConfig, space: LatentSpace, path: Path) -> None:
+    """Raise ValueError, naming `path`, unless the model is complete and takes clips of these latents."""
     try:
-        check_complete(read_config.model)
-        check_clip(read_config.model, read_config.data.frames, read_config.data.height, read_config.data.width)
+        check_complete(config)
+        check_clip(config, space.frames, space.height, space.width)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return read_config
 
 
 def check_sizes(config: ModelConfig, shapes: Shapes, path: Path) -> None:
@@ -145,15 +150,16 @@ def check_sizes(config: ModelConfig, shapes: Shapes, path: Path) -> None:
         "embed.weight": ("width, channels and patch", (width, config.channels * config.patch**2)),
         "blocks.0.feed_forward.up.weight": ("mlp_ratio", (config.hidden, width)),
     }
-    if config.classes:
-        expected["label.weight"] = ("classes", (config.classes + 1, width))
-    if config.text_width:
-        expected["text.weight"] = ("text_width", (width, config.text_width))
+    if config.classes or "label.weight" in shapes:
+        expected["label.weight"] = ("classes", (config.classes + 1, width) if config.classes else ())
+    if config.text_width or "text.weight" in shapes:
+        expected["text.weight"] = ("text_width", (width, config.text_width) if config.text_width else ())
     for name, (setting, shape) in expected.items():
-        if name in shapes and shapes[name] != shape:
+        stored = shapes.get(name, () if setting in ("classes", "text_width") else shape)
+        if stored != shape:
             raise ValueError(
-                f"{path} does not match its weights: {name} is {list(shapes[name])} there and {list(shape)} by "
-                f"model.{setting}: take config.json and weights of one export"
+                f"{path} does not match its weights: {name} is {list(stored) or 'not'} there and "
+                f"{list(shape) or 'not'} by model.{setting}: take config.json and weights of one export"
             )
     depth = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
     if config.depth != depth:

@@ -35,7 +35,7 @@ EDITS = {  # dotted name: values that no model can have; a list's own length is 
     "model.channels": ("3", 3.0, 0, -3, 10**9),
     "model.latent_mean": (0.0, [0.0], [0.0] * 4, [NAN] * 3, [INF, 0, 0], ["a", "b", "c"]),
     "model.latent_std": (1.0, [1.0], [1.0] * 4, [0.0] * 3, [-1.0] * 3, [NAN] * 3, [INF, 1, 1], [None] * 3),
-    "model.gate_constants": (0, [[0, 0]], [[0, 0, 0]] * 3, [[0, 0]] * 4, [[NAN, 0]] * 3, [[0, INF]] * 3, [["a", 0]] * 3),
+    "model.gate_constants": (0, [[0, 0]], [[0, 0, 0]] * 3, [[0, 0]] * 4, [[NAN, 0]] * 3, [["a", 0]] * 3),
     "model.rings": (3, None),
     "data.autoencoder": (3, ["pixels"]),
     "data.frames": ("6", 0, -6, 10**18),

@@ -318,7 +318,7 @@ BAD = {  # what is done to a folder, and what is said of it
     "other names":        (rename_tensor, "embed.weight, which no file holds; embedding.weight, which the model"),
     "a gate of before":   (config(lambda m: m.update(gate="pair")), "model.gate is 'pair'; it must be one of none"),
     "unknown settings":   (config(lambda m: m.update(rings=3)), "config.json: unknown key model.rings"),
-    "wrong types":        (config(lambda m: m.update(scales=[1, 2])), r"config.json: model.scales\[0\] must be a table"),
+    "wrong types":        (config(lambda m: m.update(scales=[1, 2])), r"model.scales\[0\] must be a table"),
     "a part missing":     (lambda f: next(f.glob("model-00002*")).unlink(), "not hold a whole exported model: model-0"),
     "an index besides":   (lambda f: shutil.copy(next(f.glob("model-00001*")), f / "model.safetensors"),
                            "holds model.safetensors and model.safetensors.index.json, of two exports"),

@@ -16,8 +16,8 @@ from msc.pretrain.config import flat, load, plain
 from msc.pretrain.model.config import ModelConfig
 from msc.pretrain.model.noise_gate import gate_constants, log_gate, log_snr, pooled_log_snr
 from msc.pretrain.model.scales import Scale
-from msc.pretrain.validation import check_same_model
 from msc.pretrain.typed_values import read
+from msc.pretrain.validation import check_same_model
 
 
 def test_log_snr_is_finite_and_falls():

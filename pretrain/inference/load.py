@@ -11,7 +11,7 @@ from ..checkpoints import directory as checkpoint_directory
 from ..checkpoints import format as checkpoint_format
 from ..config import Config, load
 from ..diffusion.autoencoder import Autoencoder, open_autoencoder
-from ..exported_weights import check_sizes
+from ..exported_weights import check_model, check_sizes
 from ..model.transformer import MSCTransformer
 from ..run_folder import LatentSpace, RunFolder
 
@@ -34,7 +34,9 @@ def read_run(run: Path) -> tuple[Config, LatentSpace]:
     for name in ("config.yaml", "data.json"):
         if not (run / name).is_file():
             raise FileNotFoundError(f"{run} is not a run folder: it has no {name}")
-    return load(file=run / "config.yaml"), RunFolder(run).read_latent_space()
+    config, space = load(file=run / "config.yaml"), RunFolder(run).read_latent_space()
+    check_model(config.model, space, run / "config.yaml")
+    return config, space
 
 
 def open_run(run: Path, weights: str = "ema", checkpoint: str | None = None) -> TrainedModel:
