@@ -28,7 +28,7 @@ def attention_flops(config: ModelConfig, frames: int, height: int, width: int) -
     """Floating-point operations (2 per multiply-add) of all layers' attention proper for one clip, forward."""
     grid = (height // config.patch, width // config.patch)
     units = frames // config.frames_per_unit
-    blocks = [sum(map(scale.blocks_seen, range(units))) for scale in config.scales]
+    blocks = [sum(scale.blocks_seen(unit, grid) for unit in range(units)) for scale in config.scales]
     return _attention_flops(config, blocks, grid)
 
 
@@ -179,6 +179,6 @@ def cache_bytes(config: ModelConfig, units: int, rows: int, columns: int, batch:
 
 def unit_flops(config: ModelConfig, unit: int, rows: int, columns: int) -> int:
     """Floating-point operations of one forward pass of one unit against the cached past, for one clip."""
-    blocks = [scale.blocks_seen(unit) for scale in config.scales]
+    blocks = [scale.blocks_seen(unit, (rows, columns)) for scale in config.scales]
     frames, height, width = config.frames_per_unit, rows * config.patch, columns * config.patch
     return _attention_flops(config, blocks, (rows, columns)) + linear_flops(config, frames, height, width)

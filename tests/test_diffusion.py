@@ -17,7 +17,7 @@ from msc.pretrain.diffusion.rectified_flow import (
     sampling_levels,
     shift_levels,
 )
-from msc.pretrain.model.transformer import precondition
+from msc.pretrain.model.output import precondition
 
 CONFIG = DiffusionConfig()
 
