@@ -42,33 +42,34 @@ SCALES: dict[str, tuple[Scale, ...]] = {
 }
 
 
+DIFFUSION = DiffusionConfig(std=2.0, shift=4.0, clean=0.5)
+PREFIX = replace(DIFFUSION, prefix=0.5)
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """One change each from these defaults."""
+    """One change each from these defaults, those of the preset `demo`."""
 
     scales: str = "pooled"
-    diffusion: DiffusionConfig = field(default_factory=lambda: DiffusionConfig(std=1.0, shift=2.0, clean=0.25))
+    diffusion: DiffusionConfig = DIFFUSION
     model: dict[str, Any] = field(default_factory=dict)
     lr: float = 2e-3
 
 
-START = DiffusionConfig(std=1.0, shift=2.0, clean=0.25)
 VARIANTS: dict[str, Recipe] = {
-    "demo": Recipe(diffusion=DiffusionConfig(std=2.0, shift=4.0, clean=0.5)),
-    "preconditioned": Recipe(),
+    "demo": Recipe(),
     "velocity": Recipe(model={"prediction": "velocity"}),
     "x": Recipe(model={"prediction": "x"}),
-    "shift 1": Recipe(diffusion=replace(START, shift=1.0)),
-    "shift 4": Recipe(diffusion=replace(START, shift=4.0)),
-    "velocity shift 4": Recipe(diffusion=replace(START, shift=4.0), model={"prediction": "velocity"}),
-    "std 1.5": Recipe(diffusion=replace(START, std=1.5)),
-    "clean 0.5": Recipe(diffusion=replace(START, clean=0.5)),
-    "prefix": Recipe(diffusion=replace(START, prefix=0.5)),
+    "std 1, shift 2, clean 0.25": Recipe(diffusion=DiffusionConfig(std=1.0, shift=2.0, clean=0.25)),
+    "std 1": Recipe(diffusion=replace(DIFFUSION, std=1.0)),
+    "shift 2": Recipe(diffusion=replace(DIFFUSION, shift=2.0)),
+    "shift 8": Recipe(diffusion=replace(DIFFUSION, shift=8.0)),
+    "prefix": Recipe(diffusion=PREFIX),
     "no gate": Recipe(model={"gate": "none"}),
-    "routed": Recipe("routed", replace(START, prefix=0.5)),
-    "routed tiles": Recipe("routed tiles", replace(START, prefix=0.5)),
-    "dense": Recipe("dense", replace(START, prefix=0.5), {"gate": "none"}),
-    "local": Recipe("local", replace(START, prefix=0.5)),
+    "routed": Recipe("routed", PREFIX),
+    "routed tiles": Recipe("routed tiles", PREFIX),
+    "dense": Recipe("dense", PREFIX, {"gate": "none"}),
+    "local": Recipe("local", PREFIX),
 }
 
 
@@ -161,7 +162,7 @@ def train(model: MSCTransformer, recipe: Recipe, data: Data, seed: int, args: ar
         with torch.no_grad():
             torch._foreach_lerp_(list(average.values()), parameters, 1 - min(0.999, (step + 1) / (step + 10)))
         if step % 100 == 0 or step == steps - 1:
-            losses.append((step, round(float(loss), 4), round(float(norm), 3)))
+            losses.append((step, round(float(loss.detach()), 4), round(float(norm), 3)))
     synchronize(device)
     seconds = time.perf_counter() - began
     model.load_state_dict(average, strict=False)
@@ -283,13 +284,13 @@ def main() -> None:
         lines = [json.loads(line) for line in args.results.read_text().splitlines()]
         done = {(line["videos"], line["variant"], line["seed"]) for line in lines}
     data = load(args.videos, args.frames, args.context + args.units, args.held_out, device)
-    longest = 0.0
+    last = 0.0
     for seed in args.seeds:
         for name in args.variants:
-            if (args.videos.name, name, seed) in done or time.monotonic() - began + longest > args.seconds:
+            if (args.videos.name, name, seed) in done or time.monotonic() - began + last > args.seconds:
                 continue
             result = run(name, data, seed, args)
-            longest = max(longest, result["seconds"])
+            last = result["seconds"]
             picture = result.pop("pictures")
             from PIL import Image
 
