@@ -11,6 +11,7 @@ Shapes: q `[B, U, P, n, h, d]` of U units of P tiles of n tokens, k and v `[B, R
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ class Routes(NamedTuple):
     calls: tuple[Call, ...]
 
 
+@lru_cache(maxsize=64)  # while a CUDA graph is captured nothing can be copied to its device
 def prepare(
     blocks: KeyBlocks, candidates: tuple[Candidates, ...], tiles: int, top: int, device: torch.device
 ) -> Routes:
@@ -100,7 +102,7 @@ class _Routed(torch.autograd.Function):
         for call in calls:
             seen = _rows(call, chosen, k)
             part, log_sum = rectangle.forward(_queries(q, call), _gather(keys, seen), _gather(values, seen))
-            _add_units(out, part, call)
+            _write_units(out, part, call)
             statistics.append(log_sum)
         ctx.calls = calls
         ctx.save_for_backward(q, k, v, chosen, out, *statistics)
@@ -117,7 +119,7 @@ class _Routed(torch.autograd.Function):
                 _queries(grads[0], call), _queries(q, call), _gather(keys, seen), _gather(values, seen),
                 _queries(out, call), log_sum,
             )  # fmt: skip
-            _add_units(grad_q, dq, call)
+            _write_units(grad_q, dq, call)
             for total, part in ((grad_k, dk), (grad_v, dv)):  # in a fixed order, also on a GPU
                 total.index_put_((seen.flatten(),), part.reshape(-1, *total.shape[1:]), accumulate=True)
         return grad_q, _from_heads(grad_k, k), _from_heads(grad_v, v), None, None
@@ -152,7 +154,7 @@ def _queries(x_BUPnhd: Tensor, call: Call) -> Tensor:
     return x_BUPnhd[:, call.first : call.end].permute(0, 4, 1, 2, 3, 5).flatten(2, 3).flatten(0, 1)
 
 
-def _add_units(x_BUPnhd: Tensor, part: Tensor, call: Call) -> None:
+def _write_units(x_BUPnhd: Tensor, part: Tensor, call: Call) -> None:
     """Write what `_queries` took, in place."""
     units = x_BUPnhd[:, call.first : call.end]
     B, U, P, n, h, d = units.shape

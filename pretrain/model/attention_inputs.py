@@ -164,10 +164,15 @@ def _lasting(device: torch.device) -> bool:
     """Whether tensors made here may be kept: not a tracer's, nor in the memory of a CUDA graph."""
     if torch.compiler.is_dynamo_compiling():
         return True  # it looks behind the cache
-    probe = torch.empty(0, device=device)
-    if type(probe) is not Tensor or torch._is_functional_tensor(probe):
+    if _is_traced(device):
         return False
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+def _is_traced(device: torch.device) -> bool:
+    """Whether tensors made here are a tracer's."""
+    probe = torch.empty(0, device=device)
+    return type(probe) is not Tensor or torch._is_functional_tensor(probe)
 
 
 @lru_cache(maxsize=64)
@@ -180,7 +185,8 @@ def _blocks_and_masks(
     of a routed scale."""
     blocks = scale.key_blocks(first, units, separate_own=gated)
     if scale.top is not None and units:
-        return blocks, {}, routed.prepare(blocks, scale.candidates(first, units), scale.tiles(grid), scale.top, device)
+        make = routed.prepare.__wrapped__ if _is_traced(device) else routed.prepare
+        return blocks, {}, make(blocks, scale.candidates(first, units), scale.tiles(grid), scale.top, device)
     heights, widths = (
         {size for shifted in (False, True) for *_, size in scale.spatial_windows(side, shifted)} for side in grid
     )

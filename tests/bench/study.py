@@ -226,7 +226,7 @@ def trainer(
         feed(number)
         step()
 
-    if not on_gpu:
+    if not on_gpu or args.eager:
         return at_once
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -377,6 +377,7 @@ def main() -> None:
     parser.add_argument("--backend", default="sdpa", help="kernel of training")
     parser.add_argument("--compile", action="store_true", help="torch.compile while training")
     parser.add_argument("--bf16", action="store_true", help="products of training in bf16")
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no run after this time")
     args = parser.parse_args()
     began = time.monotonic()
