@@ -158,8 +158,11 @@ def _scale_activations(scale: Scale, config: ModelConfig, run: Run, rows: int, c
     raw = (3 * run.units if scale.space > 1 else 0) + 2 * past + 2 * finished
     values = raw + 2 * run.units + keys + rows_of_values  # 2: queries and output
     # inverse norms of queries and keys, and the log-sum-exp
-    statistics = 2 * run.units + past + finished + run.units
-    return values * size * config.head_width, statistics * size
+    statistics = (2 * run.units + past + finished + run.units) * size
+    if scale.top is not None:  # the chosen blocks, as integers of twice the bytes
+        tiles = scale.tiles((rows, columns))
+        statistics += 2 * run.units * tiles * scale.heads * min(scale.top, keys * tiles)
+    return values * size * config.head_width, statistics
 
 
 # Roll-out: one unit at a time against caches of the past ---------------------------------------------------

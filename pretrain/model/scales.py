@@ -50,11 +50,6 @@ class Scale:
             raise ValueError(f"scale top is {self.top}; it must be at least 1, or null for a scale that is not routed")
         if self.time > 1:
             raise ValueError(f"scale top is {self.top} with time {self.time}; a routed scale does not pool in time")
-        if self.window is not None and self.window < 2:
-            raise ValueError(
-                f"scale top is {self.top} with window {self.window}; a routed scale chooses among units before the "
-                "previous one, so that its window must be at least 2, or null"
-            )
 
     def tokens(self, grid: tuple[int, int]) -> int:
         """Tokens of a frame at this scale; `grid` is the full token grid (H, W), here and below."""
@@ -139,11 +134,12 @@ class Scale:
         """Rows of `key_blocks` among which the units of a routed scale choose: all that they reach but the previous."""
         if self.top is None:
             return ()
-        ends = [self.fresh_before(first) + i - 1 for i in range(units)]
-        return tuple(
-            Candidates(end + 1 - self.fresh_before(first + i), end) if end > 0 else Candidates(0, 0)
-            for i, end in enumerate(ends)
-        )
+        rows = []
+        for i in range(units):
+            previous = self.fresh_before(first) + i - 1
+            earlier = max(self.fresh_before(first + i) - 1, 0)
+            rows.append(Candidates(previous - earlier, previous))
+        return tuple(rows)
 
 
 def check_scales(scales: Sequence[Scale], heads: int, grid: tuple[int, int] | None = None) -> None:
