@@ -242,8 +242,8 @@ class Watchdog:
     def _end_process(self, message: str) -> None:
         """From this thread, as no exception reaches the main thread where it is stuck."""
         if not self._over.is_set():
-            log.error(message)
             faulthandler.dump_traceback()
+            log.error(message)  # last, as a launcher shows the end of a rank's log
             self._close()
             os._exit(EXIT)
 

@@ -180,13 +180,14 @@ def describe_end(rank: Rank) -> str:
     return f"rank {rank.rank} {end}"
 
 
-def log_tail(rank: Rank) -> list[str]:
-    """The last lines that a rank wrote in this launch (none for rank 0, whose output is on the terminal)."""
-    if rank.log is None:
-        return []
-    with rank.log.open("rb") as file:
-        file.seek(max(rank.log_start, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-        return file.read().decode(errors="replace").splitlines()[-TAIL_LINES:]
+def log_tail(log: Path, start: int) -> list[str]:
+    """The last lines of a rank's log after byte `start`: its last message and what follows, such as a traceback, not
+    the stacks before a message of the watchdog."""
+    with log.open("rb") as file:
+        file.seek(max(start, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+        lines = file.read().decode(errors="replace").splitlines()
+    last_message = max((i for i, line in enumerate(lines) if line.startswith("msc: ")), default=0)
+    return lines[last_message:][-TAIL_LINES:]
 
 
 def run(
@@ -217,7 +218,8 @@ def run(
     stopped_together = forwarded and len({rank.process.returncode for rank in started}) == 1
     for position, rank in enumerate(failed if not stopped_together else ()):
         lines = [f"{describe_end(rank)}; {f'see {rank.log}' if rank.log else 'its output is above'}"]
-        lines += [f"  [rank {rank.rank}] {line}" for line in (log_tail(rank) if position < SHOWN_TAILS else ())]
+        if rank.log is not None and position < SHOWN_TAILS:
+            lines += [f"  [rank {rank.rank}] {line}" for line in log_tail(rank.log, rank.log_start)]
         log.error("\n".join(lines))
     code = int(failed[0].process.returncode)
     return 128 - code if code < 0 else code

@@ -198,7 +198,8 @@ def without(settings: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any
 
 def result_of_run(run: Path, config: Config, loss: str) -> tuple[RunResult | None, str]:
     """The result of a finished run, or None and why there is none."""
-    curve = [(line["clock"], line["loss"]) for line in read_jsonl(run / "log.jsonl")]
+    reports = read_jsonl(run / "log.jsonl")
+    curve = [(line["clock"], math.nan if line["loss"] is None else line["loss"]) for line in reports]
     if reason := divergence(run, [value for _, value in curve], config.guard.stop_after):
         return None, reason
     if not curve or curve[-1][0] < config.train.clips:
@@ -210,7 +211,7 @@ def result_of_run(run: Path, config: Config, loss: str) -> tuple[RunResult | Non
     elif held_out.get("clock", 0) < config.train.clips:
         return None, "no held-out loss at its end (train.evaluate is 0?); use --loss train"
     else:
-        final_loss = held_out["mean"]
+        final_loss = math.nan if held_out["mean"] is None else held_out["mean"]
     if reason := invalid_loss(final_loss):
         return None, reason
     space = run_folder.RunFolder(run).read_latent_space()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -255,9 +256,8 @@ def record_end(folder: Path, process: RunProcess) -> int:
 def describe_outcome(folder: Path, sweep: SweepSpec, process: RunProcess) -> str:
     now = state(folder, sweep, process.run)
     if now == "finished":
-        loss = last_jsonl_record(folder / process.run.name / "held_out.jsonl").get(
-            "mean", last_loss(folder / process.run.name)
-        )
+        loss = last_jsonl_record(folder / process.run.name / "held_out.jsonl").get("mean")
+        loss = last_loss(folder / process.run.name) if loss is None else loss
         return f"finished in {time.time() - process.began:.0f} s, loss {loss:.4f}"
     log = folder / "logs" / f"{process.run.name}.log"
     words = log.read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
@@ -318,7 +318,8 @@ def table(folder: Path, sweep: SweepSpec) -> str:
 
 
 def last_loss(run: Path) -> float:
-    return float(last_jsonl_record(run / "log.jsonl").get("loss", "nan"))
+    loss = last_jsonl_record(run / "log.jsonl").get("loss")
+    return math.nan if loss is None else float(loss)
 
 
 def attempts(folder: Path, run: RunSpec) -> list[dict[str, Any]]:

@@ -13,7 +13,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from msc.datasets.prepare.progress import count_finished_groups
 from msc.parallel.console import configure_logging
 from msc.parallel.signals import collect_signals
 from msc.pretrain.checkpoints import directory as checkpoint_directory
+from msc.pretrain.run_folder import RunFolder
 from msc.pretrain.tracking import heartbeat
 
 from ..processes import launcher
@@ -101,7 +101,7 @@ def run_attempts(job: Job, received: list[int]) -> int:
         log.error(f"{error}. This job ends without a start")
         return USER_ERROR
     while True:
-        began, start = time.time(), progress_of(job)
+        start = progress_of(job)
         starts = [event["from"] for event in job_records.read_events(jobs, number) if "from" in event]
         if job_records.starts_without_progress(starts, start) >= job.starts:  # Slurm itself requeued it
             log.error(f"{job.starts} starts without a new checkpoint: given up. The log above says why")
@@ -110,7 +110,7 @@ def run_attempts(job: Job, received: list[int]) -> int:
         code = run_ranks(job, received)
         end = progress_of(job)
         stalled = job_records.starts_without_progress([*starts, start], end)
-        worked = start > 0 or (took_a_step(job, began, start) if job.trains else end > 0)
+        worked = start > 0 or end > start or (job.trains and took_a_step(job, number))
         verdict, reason = decide(code, stalled, job.starts, worked, job.resumable)
         if verdict == "again" and not may_restart(job, number, code, received):
             verdict, reason = "over", "stopped from outside: cancelled, or put back into the queue"
@@ -168,7 +168,13 @@ def run_ranks(job: Job, received: list[int]) -> int:
     cpus = [f"--cpus-per-task={count}"] if (count := os.environ.get("SLURM_CPUS_PER_TASK")) else []
     # A rank that ends must not end the others at once: they may still save, or name the stalled rank.
     srun = ["srun", f"--wait={WAIT}", "--kill-on-bad-exit=0", *cpus, *job.srun]
+    logs = RunFolder(Path(job.folder)).logs
+    sizes = {path: path.stat().st_size for path in logs.glob("rank_*.log")}
     code = subprocess.call([*srun, *command], env=launcher.process_environment(os.environ), stdin=subprocess.DEVNULL)
+    if code not in (0, REQUEUE):  # rank 0's output is in the job's own log; the reason may be in that of another rank
+        grown = [path for path in logs.glob("rank_*.log") if path.stat().st_size > sizes.get(path, 0)]
+        for path in sorted(grown, key=lambda path: path.stat().st_mtime)[: launcher.SHOWN_TAILS]:
+            log.error("\n".join([f"the end of {path}:", *launcher.log_tail(path, sizes.get(path, 0))]))
     return 128 - code if code < 0 else code
 
 
@@ -182,12 +188,10 @@ def progress_of(job: Job) -> int:
     )  # as convert does: the link may have another name
 
 
-def took_a_step(job: Job, began: float, start: int) -> bool:
-    """Whether training took a step since then, by a new checkpoint or the heartbeat that it leaves behind."""
-    last = heartbeat.read(Path(job.folder))
-    newest = checkpoint_directory.newest_meta(Path(job.folder))
-    step = newest.step if newest else 0
-    return progress_of(job) > start or (last.get("started", 0) >= began and last["step"] > step)
+def took_a_step(job: Job, number: str) -> bool:
+    """Whether the heartbeat that its ranks left behind has a later step than the newest checkpoint."""
+    last, newest = heartbeat.read(Path(job.folder)), checkpoint_directory.newest_meta(Path(job.folder))
+    return last.get("job") == number and last["step"] > (newest.step if newest else 0)
 
 
 def may_restart(job: Job, number: str, code: int, received: list[int]) -> bool:
@@ -222,13 +226,17 @@ def scontrol(*arguments: str) -> str:
 def end_own_mlflow_run(job: Job, code: int) -> None:
     """End the MLflow run where the ranks could not: they were killed, and it would be RUNNING for ever. Not if another
     job has taken the run folder while the ranks were starting."""
-    last = heartbeat.read(Path(job.folder))
-    taken = heartbeat.is_fresh(last, time.time()) and last["job"] != heartbeat.job_id(os.environ)
-    if job.trains and code not in (0, REQUEUE) and not taken:
-        from msc.pretrain.tracking.tracker import end_mlflow_run
+    if not job.trains or code in (0, REQUEUE):
+        return
+    try:
+        if heartbeat.read(Path(job.folder)).get("job") != heartbeat.job_id(os.environ):
+            heartbeat.check_not_training(Path(job.folder))
+    except ValueError:
+        return
+    from msc.pretrain.tracking.tracker import end_mlflow_run
 
-        if run_id := end_mlflow_run(Path(job.folder), "FAILED"):
-            log.warning(f"MLflow run {run_id} was still RUNNING and is now FAILED")
+    if run_id := end_mlflow_run(Path(job.folder), "FAILED"):
+        log.warning(f"MLflow run {run_id} was still RUNNING and is now FAILED")
 
 
 def warn_of_changed_code(job: Job) -> None:

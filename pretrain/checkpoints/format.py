@@ -125,10 +125,12 @@ def load(path: Path, engine: Any) -> CheckpointMeta:
 
 
 class ParameterReader:
-    """Random access to a checkpoint's parameters without loading it whole."""
+    """Random access to a checkpoint's parameters without loading it whole; it is not pruned while this is open."""
 
     def __init__(self, path: Path):
-        self.meta, self._stack = CheckpointMeta.read(path), ExitStack()
+        self._stack = ExitStack()
+        self._stack.enter_context(checkpoint_directory.lock_for_reading(path))
+        self.meta = CheckpointMeta.read(path)
         self._slices: dict[tuple[str, str], list[tuple[int, Any, str]]] = defaultdict(list)
         for file in self.meta.files:
             opened = self._stack.enter_context(safe_open(path / file, framework="pt"))
