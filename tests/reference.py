@@ -134,7 +134,7 @@ def routed_scale(module, pooled, keys, where, cell, scale, F, delta):
                 fits = []
                 for other in earlier:
                     score = q[b, own, head].mean(0) @ k[b, members[other], head].mean(0)
-                    fits.append(float(score + d**0.5 * bias[b, members[other], head].mean()))
+                    fits.append(float(score.detach() + d**0.5 * bias[b, members[other], head].mean()))
                 best = sorted(range(len(earlier)), key=lambda i: -fits[i])[: scale.top]
                 seen = [i for other in [*near, *(earlier[i] for i in best)] for i in members[other]]
                 past = torch.tensor([of_key[i][0] < unit for i in seen])
