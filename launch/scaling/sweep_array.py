@@ -47,7 +47,7 @@ def submit_sweep(folder: Path, spec: SweepSpec, file: Path, job_request: JobRequ
         for run in pending:
             request = sweep.train_request(folder, spec, run, tracker.run_id, uri)
             parts.append(submit.prepare_training(request, job_request, config, check_active=False))
-        record = submit.submit_array(parts, folder / "jobs", job_request, config, folder.name, parallel=parallel)
+        record = submit.submit_array(parts, folder / "jobs", folder.name, parallel=parallel)
     except (ValueError, OSError):
         for own in new_folders:  # their runs have not begun
             with suppress(OSError):
