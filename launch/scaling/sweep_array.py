@@ -44,7 +44,7 @@ def submit_sweep(folder: Path, spec: SweepSpec, file: Path, job_request: JobRequ
         try:
             requests = [sweep.train_request(run) for run in pending]
             parts = [submit.prepare_training(one, job_request, config, check_active=False) for one in requests]
-            record = submit.submit_array(parts, folder / "jobs", job_request, config, folder.name, parallel=parallel)
+            record = submit.submit_array(parts, folder / "jobs", folder.name, parallel=parallel)
         except (ValueError, OSError):
             for own in new_folders:  # their runs have not begun
                 with suppress(OSError):
