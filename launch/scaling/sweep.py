@@ -203,9 +203,10 @@ class Sweep:
         append_jsonl(self.folder / "attempts.jsonl", entry, required=True)
         process.lock.close()
         if (state := self.state(run)) == "finished":
-            loss = last_jsonl_record(self.of(run).log).get("loss", float("nan"))
+            loss = last_jsonl_record(self.of(run).log).get("loss")
             loss = last_jsonl_record(self.of(run).held_out).get("mean", loss)
-            log.info(f"{run.name}: finished in {seconds:.0f} s, loss {loss:.4f}")
+            shown = "not finite" if loss is None else f"{loss:.4f}"  # JSON has no NaN
+            log.info(f"{run.name}: finished in {seconds:.0f} s, loss {shown}")
         else:
             output = self.log_of(run).read_text(errors="replace").strip().splitlines() or ["no output"]
             log.info(f"{run.name}: {state} (exit code {code}): {output[-1]}; see {self.log_of(run)}")
