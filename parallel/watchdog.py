@@ -175,14 +175,15 @@ class Watchdog:
         reason = ""
         while not reason and not self._over.wait(self.interval):
             reason = self._reason_to_end()
-        if reason and not self._over.is_set():
+        if reason:
             self._end_process(reason)
 
     def _end_process(self, reason: str) -> None:
-        faulthandler.dump_traceback()
-        log.error(reason)  # last, as a launcher shows the end of a rank's log
-        self._close()
-        os._exit(1)
+        if not self._over.is_set():
+            faulthandler.dump_traceback()
+            log.error(reason)  # last, as a launcher shows the end of a rank's log
+            self._close()
+            os._exit(1)
 
     def _reason_to_end(self) -> str:
         now, phase = time.monotonic(), self.progress.phase
