@@ -219,9 +219,10 @@ def test_sources_of_one_name_stay_apart(tmp_path):
 
 
 PIECES = {
-    "video1_0": "video1", "video1_12": "video1", "v_Bowling_g01_c02": "v_Bowling_g01", "dQw4w9WgXcQ_00001": "dQw4w9WgXcQ",
+    "video1_0": "video1", "video1_12": "video1", "v_Bowling_g01_c02": "v_Bowling_g01",
+    "dQw4w9WgXcQ_00001": "dQw4w9WgXcQ",
     "holiday-Scene-001": "holiday", "a film.part2": "a film", "a_1.mp4_part_03": "a_1.mp4",
-    "20260105_174500": "", "2026-01-05": "", "synthetic-000": "", "IMG_0012": "", "video1": "", "scene-001": "", "_1": "",
+    "20260105_174500": "", "2026-01-05": "", "synthetic-000": "", "IMG_0012": "", "video1": "", "scene-001": "",
 }  # fmt: skip
 
 

@@ -31,11 +31,10 @@ TEXT_BYTES = 1 << 20  # the most that is read of a KEY.json, KEY.txt or KEY.cls
 MANIFESTS = (".csv", ".jsonl", ".parquet", ".txt")
 TEXTS = ("caption", "licence", "group")
 COLUMNS = ("path", "caption", "label", "licence", "group", "start", "end")
-# The name of a piece, without suffix: a recording with a digit, then the piece's number (video3_12, v_Bowling_g01_c02),
-# or any recording, then a word and the number (holiday-Scene-001). Times (20260105_174500) and single numbers (img_12)
-# are no pieces.
+# The name of a piece, without suffix: any recording, then a word and a number (holiday-Scene-001), or a recording with
+# a digit, then the number (video3_12, v_Bowling_g01_c02). Times (20260105_174500) and single numbers (img_12) are none.
 PIECE = re.compile(
-    r"(?P<numbered>.*\d.*)_c?\d{1,5}|(?P<named>.+)[-_. ](?:scene|part|piece|segment|chunk)[-_. ]?\d{1,5}", re.IGNORECASE
+    r"(?P<named>.+)[-_. ](?:scene|part|piece|segment|chunk)[-_. ]?\d{1,5}|(?P<numbered>.*\d.*)_c?\d{1,5}", re.IGNORECASE
 )
 Entry = tuple["Source", Any, Path]  # a source, its label as written, the folder that its name is relative to
 log = logging.getLogger(__name__)
@@ -172,7 +171,7 @@ def _recording(name: str) -> str:
     """The folder and name of the recording of which a video of this name, without suffix, is a piece; "" for none."""
     folder, slash, stem = name.rpartition("/")
     piece = PIECE.fullmatch(stem)
-    return f"{folder}{slash}{piece['numbered'] or piece['named']}" if piece else ""
+    return f"{folder}{slash}{piece['named'] or piece['numbered']}" if piece else ""
 
 
 def _distinct_names(entries: list[Entry]) -> list[str]:

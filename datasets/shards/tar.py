@@ -99,7 +99,7 @@ def tar_members(tar: Path, plain: bool = False) -> dict[str, Member]:
             file.seek(offset)
             block = file.read(tarfile.BLOCKSIZE)
             if len(block) == tarfile.BLOCKSIZE and not any(block):
-                offset = _next_data(file, offset)  # behind the end mark
+                offset = _next_data(tar, offset)  # behind the end mark
                 if offset < 0:
                     return members
                 if plain:
@@ -137,22 +137,22 @@ def tar_members(tar: Path, plain: bool = False) -> dict[str, Member]:
                 raise ValueError(f"{tar}: {name!r} is {kind}; only plain files are read")
 
 
-def _next_data(file: io.BufferedReader, offset: int) -> int:
+def _next_data(tar: Path, offset: int) -> int:
     """Where the first block that is not zero begins, at `offset` in bytes or behind it; -1 for none. Holes in the file
     are not read."""
-    while True:
-        try:
-            offset = os.lseek(file.fileno(), offset, os.SEEK_DATA) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
-        except OSError as error:
-            if error.errno != errno.ENXIO:  # which means that no data follow
-                raise
-            return -1
-        file.seek(offset)
-        if not (content := file.read(READ_BYTES)):
-            return -1
-        if data := content.lstrip(b"\0"):
-            return offset + (len(content) - len(data)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
-        offset += len(content)
+    with open(tar, "rb", buffering=0) as file:
+        while True:
+            try:
+                offset = file.seek(offset, os.SEEK_DATA) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+            except OSError as error:
+                if error.errno != errno.ENXIO:  # which means that no data follow
+                    raise
+                return -1
+            file.seek(offset)
+            content = file.read(READ_BYTES)
+            if data := content.lstrip(b"\0"):
+                return offset + (len(content) - len(data)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+            offset += len(content)
 
 
 def normalise_name(tar: Path, name: str) -> str:
