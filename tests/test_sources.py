@@ -130,7 +130,7 @@ def test_a_list_of_files_is_a_column_of_paths(folder):
         (
             "csv",
             "path,end,group\na.mp4,3,x\na.mp4,5,y\n",
-            r"a.mp4\[0-5\] is in group 'y' and, by another row, in 'x': parts of one file must have one group",
+            r"a.mp4 is in several groups, \['x', 'y'\]: parts of one file must be in one",
         ),
         ("txt", "http://127.0.0.1/a.mp4\n", "is an address or a command"),
         ("txt", "pipe:cat /etc/passwd\n", "is an address or a command"),
@@ -289,7 +289,7 @@ def test_pieces_of_one_recording_are_of_one_split(tmp_path):
 def test_pieces_of_a_single_recording_are_divided_with_a_warning(tmp_path, caplog):
     (tmp_path / "list.txt").write_text("video1_0.mp4\nvideo1_1.mp4\n")
     assert [source.group for source in find_sources((str(tmp_path / "list.txt"),)).sources] == ["", ""]
-    assert "all 2 videos are pieces of one recording, video1: held-out and training clips are both of it" in caplog.text
+    assert "all 2 videos are pieces of one recording, video1: both splits are of it" in caplog.text
 
 
 def test_captions_are_asked_for_where_there_is_an_encoder(tmp_path, folder):

@@ -18,6 +18,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -84,18 +85,17 @@ def find_sources(arguments: tuple[str, ...]) -> Listing:
         for source, label, folder in _sources_of(argument):
             unique.setdefault((source.path, source.start, source.end), (source, label, folder))
     entries = list(unique.values())
-    spans: dict[Location, tuple[float, float]] = {}
-    draws: dict[Location, float] = {}
+    parts: dict[Location, list[Source]] = defaultdict(list)
     for source, _, _ in entries:
-        first, last = spans.get(source.path, (source.start, source.end))
-        spans[source.path] = (min(first, source.start), max(last, source.end))
-        draws[source.path] = min(draws.get(source.path, 1.0), _draw(_file_name(source)))
-    groups = _groups([source for source, _, _ in entries])
+        parts[source.path].append(source)
+    spans = {path: (min(x.start for x in own), max(x.end for x in own)) for path, own in parts.items()}
+    draws = {path: min(_draw(_file_name(x)) for x in own) for path, own in parts.items()}
+    groups = _groups(parts)
     draws |= {path: _draw(group) for path, group in groups.items()}
-    if len(groups) == len(spans):  # otherwise few recordings might leave a split without clips
+    if len(groups) == len(parts):  # otherwise few recordings might leave a split without clips
         least = min(draws.values())
         draws = {path: draw if draw > least else 0.0 for path, draw in draws.items()}
-    sizes = {path: size_of(path) for path in spans}
+    sizes = {path: size_of(path) for path in parts}
     names = _distinct_names(entries)
     labels, classes = _number_labels([(name, label) for name, (_, label, _) in zip(names, entries, strict=True)])
     sources = [
@@ -137,34 +137,25 @@ def _file_name(source: Source) -> str:
     return source.name.removesuffix(_part_suffix(source.start, source.end))
 
 
-def _groups(sources: list[Source]) -> dict[Location, str]:
-    """The group of every file that has one, by its row or its name; a group has two files at least.
+def _groups(parts: dict[Location, list[Source]]) -> dict[Location, str]:
+    """The group of every file that has one, by its rows or its name; a group has two files at least.
 
     Pieces of one recording may lie in several tars, but not in several folders.
     """
     groups: dict[Location, str] = {}
-    for source in sources:
-        if source.group and groups.setdefault(source.path, source.group) != source.group:
-            raise ValueError(
-                f"{source.name} is in group {source.group!r} and, by another row, in {groups[source.path]!r}: "
-                "parts of one file must have one group"
-            )
-    for source in sources:
-        if source.path not in groups:
-            name = _file_name(source)
-            if isinstance(source.path, Member):
-                name = name.partition("/")[2]
-            if recording := _recording(name.rpartition(".")[0]):
-                groups[source.path] = recording
+    for path, own in parts.items():
+        by_rows = sorted({source.group for source in own if source.group})
+        if len(by_rows) > 1:
+            raise ValueError(f"{_file_name(own[0])} is in several groups, {by_rows}: parts of one file must be in one")
+        name = _file_name(own[0]).rpartition(".")[0]
+        groups[path] = (
+            by_rows[0] if by_rows else _recording(name.partition("/")[2] if isinstance(path, Member) else name)
+        )
     files = Counter(groups.values())
-    groups = {path: group for path, group in groups.items() if files[group] > 1}
-    if len(set(groups.values())) == 1 and len(groups) == len({source.path for source in sources}):
-        log.warning(
-            "all %d videos are pieces of one recording, %s: held-out and training clips are both of it",
-            len(groups), next(iter(files)),
-        )  # fmt: skip
+    if len(parts) > 1 and len(files) == 1 and "" not in files:
+        log.warning("all %d videos are pieces of one recording, %s: both splits are of it", len(parts), *files)
         return {}
-    return groups
+    return {path: group for path, group in groups.items() if group and files[group] > 1}
 
 
 def _recording(name: str) -> str:
@@ -234,41 +225,37 @@ def _tar_sources(tar: Path) -> Iterator[Entry]:
         folder, slash, base = name.rpartition("/")
         key = f"{folder}{slash}{base.partition('.')[0]}"
         metadata: dict[str, Any] = {}
-        for one in dict.fromkeys((key, stem)):
-            about: dict[str, Any] = {}
-            for extension, field in (("txt", "caption"), ("cls", "label"), ("json", "")):
-                place = texts.get(f"{one}.{extension}", "")
-                if place and (text := _member_text(tar, place, files)):
-                    about |= {field: text} if field else _parse_metadata(f"{tar}: {place}", text)
-            metadata |= about
-            if about and one != stem:  # several views of one sample
-                metadata["group"] = _recording(key) or key
+        for one, kind in product(dict.fromkeys((key, stem)), ("txt", "cls", "json")):
+            if place := texts.get(f"{one}.{kind}"):
+                metadata |= _read_metadata(tar, place, files[place])
+                if one != stem:  # there may be several views of this sample
+                    metadata["group"] = _recording(key) or key
         yield Source(f"{tar.name}/{name}", member, **{**metadata, "label": None}), metadata.get("label"), tar.parent
         videos += 1
     if not videos:
         raise ValueError(f"no videos in {tar}: looked for {' '.join(sorted(SUFFIXES))}")
 
 
-def _member_text(tar: Path, name: str, files: dict[str, Member]) -> str:
-    if files[name].size > TEXT_BYTES:
-        raise ValueError(f"{tar}: {name} claims {files[name].size} bytes, at most {TEXT_BYTES} are read")
+def _read_metadata(tar: Path, name: str, member: Member) -> dict[str, Any]:
+    """What KEY.txt, KEY.cls or KEY.json says of its video; other fields than caption, label and licence are ignored."""
+    if member.size > TEXT_BYTES:
+        raise ValueError(f"{tar}: {name} claims {member.size} bytes, at most {TEXT_BYTES} are read")
     try:
-        with open_bytes(files[name]) as file:
-            return file.read().decode("utf-8-sig").strip()
+        with open_bytes(member) as file:
+            text = file.read().decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise ValueError(f"{tar}: {name} is not UTF-8 text ({error})") from None
-
-
-def _parse_metadata(place: str, text: str) -> dict[str, Any]:
-    """Caption, label and licence of a KEY.json; its other fields are ignored."""
+    extension = name[-4:].lower()
+    if not text or extension in (".txt", ".cls"):
+        return {"caption" if extension == ".txt" else "label": text} if text else {}
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place} is not readable as JSON: {error}") from None
+        raise ValueError(f"{tar}: {name} is not readable as JSON: {error}") from None
     if not isinstance(fields, dict):
-        raise ValueError(f"{place} is not a JSON object of names and values")
-    fields = {name: fields[name] for name in ("caption", "label", "licence") if fields.get(name) not in (None, "")}
-    _check_texts(place, fields)
+        raise ValueError(f"{tar}: {name} is not a JSON object of names and values")
+    fields = {field: fields[field] for field in ("caption", "label", "licence") if fields.get(field) not in (None, "")}
+    _check_texts(f"{tar}: {name}", fields)
     return fields
 
 
@@ -314,7 +301,8 @@ def _manifest_sources(file: Path) -> Iterator[Entry]:
         fields = {name: row[name] for name in (*TEXTS, "label") if name in row}
         _check_texts(place, {name: value for name, value in fields.items() if not isinstance(value, int | float)})
         label, texts = fields.pop("label", None), {name: str(value) for name, value in fields.items()}
-        yield Source(row["path"] + _part_suffix(start, end), path, start=start, end=end, **texts), label, file.parent
+        source = Source(row["path"] + _part_suffix(start, end), path, start=start, end=end)
+        yield dataclasses.replace(source, **texts), label, file.parent  # type: ignore[arg-type]
     if not rows:
         raise ValueError(f"{file} lists no videos")
 
