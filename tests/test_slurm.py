@@ -38,6 +38,7 @@ from msc.pretrain.checkpoints import directory as checkpoint_directory
 from msc.pretrain.tracking import heartbeat
 
 configure_logging()
+LOCAL = JobRequest("local")
 
 # Ranks -------------------------------------------------------------------------------------------------------
 
@@ -216,7 +217,7 @@ def local_job(tmp_path, monkeypatch):
         monkeypatch.setattr(supervisor, "progress_of", lambda job: clock[0])
         monkeypatch.setattr(supervisor, "took_a_step", lambda job, number: False)
         monkeypatch.setattr(supervisor, "end_own_mlflow_run", lambda job, code: None)
-        job = Job(arguments, str(tmp_path / "run"), str(tmp_path / "run/jobs"), "local")
+        job = Job(arguments, str(tmp_path / "run"), str(tmp_path / "run/jobs"), LOCAL)
         code = supervisor.run_attempts(job, [])
         return code, left
 
@@ -245,7 +246,7 @@ def test_progress_of_a_conversion_part_counts_its_own_groups(tmp_path):
     work.mkdir(parents=True)
     for number in (0, 1, 3, 4, 6):
         (work / f"group-{number:06d}.json").touch()
-    of = Job(("convert",), str(tmp_path / "shards"), "x", "slurm")
+    of = Job(("convert",), str(tmp_path / "shards"), "x")
     assert [supervisor.progress_of(replace(of, part=part)) for part in (None, (0, 3), (1, 3), (2, 3))] == [5, 3, 2, 0]
 
 
@@ -254,13 +255,13 @@ def test_progress_of_a_conversion_to_a_symbolic_link(tmp_path):
     (tmp_path / "disk/.shards.partial/.work").mkdir(parents=True)
     (tmp_path / "disk/.shards.partial/.work/group-000000.json").touch()
     (tmp_path / "out").symlink_to(tmp_path / "disk/shards")
-    assert supervisor.progress_of(Job(("convert",), str(tmp_path / "out"), "x", "slurm")) == 1
+    assert supervisor.progress_of(Job(("convert",), str(tmp_path / "out"), "x")) == 1
 
 
 def test_job_refuses_a_run_that_is_being_trained(tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     monkeypatch.setattr(supervisor, "run_ranks", lambda job, received: pytest.fail("started"))
-    job = Job(("train",), str(run), str(run / "jobs"), "local")
+    job = Job(("train",), str(run), str(run / "jobs"), LOCAL)
     with heartbeat.write_heartbeat(run, 2, Progress(), interval=0.05):
         wait_for(lambda: heartbeat.read(run), seconds=10)
         assert supervisor.run_attempts(job, []) == supervisor.USER_ERROR
@@ -274,7 +275,7 @@ def test_job_ends_only_its_own_mlflow_run(job, training, settled, tmp_path, monk
     monkeypatch.setattr("msc.pretrain.tracking.tracker.end_mlflow_run", lambda run, state: ended.append(state))
     monkeypatch.setenv(heartbeat.JOB_VARIABLE, "7")
     with other_process(tmp_path, monkeypatch, job=job, writes=training):
-        supervisor.end_own_mlflow_run(Job(("train",), str(tmp_path), "x", "local"), 137)
+        supervisor.end_own_mlflow_run(Job(("train",), str(tmp_path), "x", LOCAL), 137)
     assert ended == ["FAILED"] * settled
 
 
@@ -364,7 +365,7 @@ def test_job_id_of_an_array_part():
 
 
 def test_warning_of_changed_code(capsys):
-    supervisor.warn_of_changed_code(Job(("train",), "x", "x", "local", code=(("mlflow.source.git.commit", "0" * 40),)))
+    supervisor.warn_of_changed_code(Job(("train",), "x", "x", code=(("mlflow.source.git.commit", "0" * 40),)))
     assert "the code is not what was submitted: mlflow.source.git.commit 000" in capsys.readouterr().err
 
 
@@ -571,9 +572,8 @@ def test_conversion_whose_merge_is_refused_is_cancelled(code, fake_slurm, tmp_pa
 def test_array_parallelism(parallel, at_once, fake_slurm, tmp_path):
     """submitit's own default is 256."""
     (fake_slurm / "sbatch").write_text(f"#!/bin/sh\ncp \"$1\" '{fake_slurm}/script'\necho Submitted batch job 77\n")
-    jobs = [Job(("convert",), "x", "x", "slurm")] * 257
-    options = sbatch.executor_parameters(cluster_config.ClusterConfig(), "x", 1, 1, 0, parallel=parallel)
-    assert sbatch.submit_array(supervisor.supervise, jobs, tmp_path / "jobs", options, {}) == "77"
+    jobs = [Job(("convert",), "x", "x")] * 257
+    assert submit.submit_array(jobs, tmp_path / "jobs", "x", parallel=parallel).id == "77"
     assert f"#SBATCH --array=0-256%{at_once}\n" in (fake_slurm / "script").read_text()
 
 
