@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import islice, pairwise
+from itertools import dropwhile, islice, pairwise
 from pathlib import Path
 from typing import BinaryIO
 
@@ -41,6 +41,7 @@ MAX_FRAMES = 1 << 24  # of one file; four days at 50 per second
 MAX_BYTES = 32 << 30  # of one result of `decode_frames`
 UNSPECIFIED_MATRIX = 2  # of AVColorSpace
 HDR_TRANSFERS = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)  # PQ, HLG
+MAX_DELAY = 32  # frames that a decoder holds back, for reordering and in its threads
 CHECKED_FRAMES = 3  # of the start of a file, with which the stamps of its packets must agree
 KEYFRAME_INTERVAL = 16  # in what we write: the most frames that a slice decodes and does not use
 
@@ -166,6 +167,7 @@ class VideoReader:
         self._source, self._threads, self._max_frames = source, threads, max_frames or MAX_FRAMES
         self._ours = isinstance(source, bytes)
         self._file = ExitStack()
+        self._begins_inside = False  # inside a group of pictures
         self._from_frames = False  # whether the time line is the decoder's
         self._counted: tuple[Iterator[av.VideoFrame], int] | None = None  # frames from the start, and how many are read
 
@@ -210,8 +212,7 @@ class VideoReader:
         video, number = self.video, first
         if video.counted:
             if self._counted is None or self._counted[1] > first:
-                self._open(self._threads)
-                self._counted = self._container.decode(self._stream), 0
+                self._counted = self._decode_from_start(), 0
             decoded, number = self._counted
             for frame in decoded:
                 number += 1
@@ -224,12 +225,11 @@ class VideoReader:
         for earlier in (0, 10, None) if first else (None,):  # seconds: not all containers seek to keyframes
             if earlier is not None:
                 target = max(video.pts[0], video.pts[first] - round(earlier / video.time_base))
-                self._container.seek(target, stream=self._stream)
-            elif self._ours:
-                self._container.seek(video.pts[0], stream=self._stream)
-            else:
-                self._open(self._threads)
-            for frame in self._container.decode(self._stream):
+                try:
+                    self._container.seek(target, stream=self._stream)
+                except av.FFmpegError:  # no keyframe is listed before it
+                    continue
+            for frame in self._decode_from_start() if earlier is None else self._container.decode(self._stream):
                 if frame.pts is not None and frame.pts < video.pts[first]:
                     continue
                 if frame.pts != video.pts[number]:
@@ -245,6 +245,15 @@ class VideoReader:
         self.video = replace(video, counted=True) if self._from_frames else self._frame_timeline()
         raise TimelineChanged
 
+    def _decode_from_start(self) -> Iterator[av.VideoFrame]:
+        if self._ours:
+            self._container.seek(self.video.pts[0], stream=self._stream)
+        else:
+            self._open(self._threads)
+        frames = self._container.decode(self._stream)
+        # Before the first keyframe not all decoders skip what they cannot reconstruct.
+        return dropwhile(lambda frame: not frame.key_frame, frames) if self._begins_inside else frames
+
     def _open(self, threads: int) -> None:
         self._file.close()
         self._container, self._stream = self._file.enter_context(_open_container(self._source, self.name, threads))
@@ -254,58 +263,73 @@ class VideoReader:
         container, stream, most = self._container, self._stream, self._max_frames
         if stream.frames > most + 1:  # as below, before any is read
             raise ValueError(f"{self.name}: has {stream.frames} frames, at most {most} are read")
-        packets = [(p.pts, p.dts, p.is_discard) for p in islice(container.demux(stream), most + 2) if p.size]
-        stamps = [pts for pts, _, discarded in packets if not discarded]
+        packets = [
+            (p.pts, p.dts, p.is_discard, p.is_keyframe) for p in islice(container.demux(stream), most + 2) if p.size
+        ]
+        stamps = [pts for pts, _, discarded, _ in packets if not discarded]
         if not stamps or stream.codec_context.width <= 0:
             raise ValueError(f"{self.name}: has no frames")
         if len(packets) > most:
             raise ValueError(f"{self.name}: has more than the {most} frames that are read")
-        promised = stream.frames - 1
+        promised, count = stream.frames, len(packets) + 1
         if "mov" in container.format.name:  # its edit lists leave packets out
-            promised = sum(entry.size > 0 for entry in stream.index_entries)
-        if promised > len(packets):
+            promised, count = sum(entry.size > 0 for entry in stream.index_entries), len(packets)
+        elif container.format.name == "avi":  # counts the places of frames that were dropped
+            count = max((dts for _, dts, _, _ in packets if dts is not None), default=0) + 2
+        if promised > count:
             raise ValueError(f"{self.name}: is truncated: its header promises {promised} frames, it has {len(packets)}")
-        ordered = [dts for _, dts, _ in packets if dts is not None]
-        if None in stamps or len(set(stamps)) < len(stamps) or any(a > b for a, b in pairwise(ordered)):
+        ordered = [dts for _, dts, _, _ in packets if dts is not None]
+        self._begins_inside = not packets[0][3]
+        if (
+            self._begins_inside
+            or None in stamps
+            or len(set(stamps)) < len(stamps)
+            or any(a > b for a, b in pairwise(ordered))
+        ):
             return None
         stamps.sort()
         if self._ours:
             return self._video(None, stamps)
-        container.seek(0)
-        first = list(islice(container.decode(stream), CHECKED_FRAMES))
+        self._open(1)  # not all containers seek to their start
+        first = list(islice(self._container.decode(self._stream), CHECKED_FRAMES))
         agrees = bool(first) and [frame.pts for frame in first] == stamps[: len(first)]
         return self._video(first[0], stamps) if agrees else None
 
     def _frame_timeline(self) -> Video:
         """The time line by the decoder, which gives the frames in the order in which they are shown."""
-        self._open(self._threads)
-        first, stamps, fallback = None, [], []
-        for frame in self._container.decode(self._stream):
+        first, pts, dts = None, [], []
+        for frame in self._decode_from_start():
             first = first or frame
-            stamps.append(frame.pts)
-            fallback.append(frame.dts)  # of the packet with which it came out: AVI has no other
-            if len(stamps) > self._max_frames:
+            pts.append(frame.pts)
+            dts.append(frame.dts)  # of the packet with which it came out
+            if len(pts) > self._max_frames:
                 raise ValueError(f"{self.name}: has more than the {self._max_frames} frames that are read")
         if first is None:
             raise ValueError(f"{self.name}: has no frames")
-        self._from_frames, counted = True, None in stamps
-        stamps = fallback if counted else stamps
-        if None in stamps:
+        # AVI has no presentation times, and what FFmpeg makes of its decoding times is wrong for B-frames.
+        known = [stamp for stamp in dts if stamp is not None]
+        counted = None in pts or _disorder(pts) > _disorder(known)
+        stamps = known if counted else pts
+        if not stamps or len(pts) - len(stamps) > MAX_DELAY:
             raise ValueError(f"{self.name}: has no time stamps; remux it, e.g. with ffmpeg -i IN -c copy OUT.mkv")
+        self._from_frames = True
         steps = sorted(b - a for a, b in pairwise(stamps) if b > a)
         step = steps[len(steps) // 2] if steps else 1
         shift, laid, seams = 0, stamps[:1], []
-        counted = counted or any(a >= b for a, b in pairwise(stamps))
+        counted = counted or _disorder(stamps) > 0
         for stamp in stamps[1:]:
             if stamp + shift < laid[-1]:  # begins anew, as where files are joined
                 shift = laid[-1] + step - stamp
                 seams.append(len(laid))
             laid.append(stamp + shift)
+        while len(laid) < len(pts):  # frames that the decoder held back to the end have no packet
+            laid.append(laid[-1] + step)
         video = self._video(first, laid)
         rate = 1 / (step * video.time_base)
         if steps and not 0.9 < rate / video.fps < 1.1:  # such as fields a second; time stamps may be rounded
             video = replace(video, fps=rate)
-        return replace(video, seams=tuple(seams), counted=counted)
+        origin = 0.0 if stamps is known else video.origin
+        return replace(video, seams=tuple(seams), counted=counted, origin=origin)
 
     def _video(self, first: av.VideoFrame | None, pts: list[int]) -> Video:
         """first: the first frame, None to take the header's word."""
@@ -467,6 +491,11 @@ def _to_array(
     if transposed:
         rgb = rgb.transpose(1, 0, 2)
     return np.ascontiguousarray(rgb[:: -1 if up_down else 1, :: -1 if left_right else 1])
+
+
+def _disorder(stamps: list[int]) -> int:
+    """How often a stamp is not later than the one before it."""
+    return sum(a >= b for a, b in pairwise(stamps))
 
 
 def _orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
