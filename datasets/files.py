@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import secrets
 import shutil
@@ -147,12 +148,13 @@ def locked(path: Path, required: bool = True) -> Iterator[None]:
 
 
 def append_jsonl(path: Path, record: Mapping[str, Any], required: bool = False) -> None:
-    """Append a record as a line of JSON; on a full disk all of the line or nothing.
+    """Append a record as a line of JSON; on a full disk all of the line or nothing. A number that is not finite, which
+    JSON cannot express, is written as null.
 
     required: OSError where it cannot be written, and it survives a power cut. Otherwise a warning: a lost line of a log
     is no reason to end a run whose next checkpoint may find room.
     """
-    line = (json.dumps(record) + "\n").encode()
+    line = (json.dumps(finite_or_none(record), allow_nan=False) + "\n").encode()
     try:
         with path.open("ab", buffering=0) as file:
             end = file.tell()
@@ -165,6 +167,15 @@ def append_jsonl(path: Path, record: Mapping[str, Any], required: bool = False) 
         if required:
             raise
         log.warning("a line of %s is lost: %s", path, error.strerror)
+
+
+def finite_or_none(value: Any) -> Any:
+    """JSON's plain values, with None for each number in them that is not finite."""
+    if isinstance(value, Mapping):
+        return {key: finite_or_none(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_none(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -197,6 +208,12 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(
         next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     ).free
+
+
+def format_bytes(size: float) -> str:
+    """A size in the unit that leaves one to three digits before the point, such as `3.2 MB`."""
+    unit, factor = next((u, f) for u, f in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1)) if size >= f or f == 1)
+    return f"{size:.0f} bytes" if factor == 1 else f"{size / factor:.1f} {unit}"
 
 
 def sha256_of(file: Path | io.BufferedIOBase) -> str:

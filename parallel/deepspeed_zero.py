@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 
 Precision = Literal["fp32", "bf16", "fp8"]  # of fp8 only the products: see fp8.py
-STATE = ("weight", "exp_avg", "exp_avg_sq", "ema")
 
 
 @dataclass(frozen=True)
@@ -199,13 +198,35 @@ def local_slices(engine: Any, share: tuple[int, int] | None = None) -> list[Loca
 
     At stage 0 every rank holds everything; `share = (rank, world size)` then takes an even part of it.
     """
-    optimizer, shapes = base_optimizer(engine), parameter_shapes(engine)
-    slices = []
-    for name, parameter in engine.module.named_parameters():
-        for start, flat, at, numel in _parts(engine, parameter, share) if name in shapes else ():
-            if numel:
-                state = {key: value.narrow(0, at, numel) for key, value in _state(optimizer, flat).items()}
-                slices.append(LocalSlice(name, start, shapes[name], state))
+    zero, optimizer, slices = engine.optimizer, base_optimizer(engine), []
+    parameters, (rank, world_size) = dict(engine.module.named_parameters()), share or (0, 1)
+    for name, shape in parameter_shapes(engine).items():
+        parameter = parameters[name]
+        # start and numel: of what this rank holds of the parameter; first: where it begins in its flat master tensor
+        if hasattr(parameter, "ds_id"):  # stage 3 splits every parameter evenly, and pads the last part
+            group, first, numel = zero.grad_position[zero.get_param_id(parameter)]
+            master, start = zero.fp32_partitioned_groups_flat[group], engine.global_rank * numel
+            numel = max(0, min(numel, math.prod(shape) - start))
+        elif hasattr(parameter, "_hp_mapping"):  # stages 1 and 2 split the concatenation of all parameters
+            if (mapping := parameter._hp_mapping) is None:
+                continue
+            master, address = (
+                zero.single_partition_of_fp32_groups[mapping.param_group_index],
+                mapping.hp_fragment_address,
+            )
+            start, first, numel = mapping.lp_fragment_address.start, address.start, address.numel
+        else:
+            start, end = (math.prod(shape) * r // world_size for r in (rank, rank + 1))
+            master, first, numel = parameter, start, end - start
+        state = optimizer.state[master]
+        if "exp_avg" not in state:  # no step has been taken; a fused one wants its count on the device
+            state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
+            state["ema"] = master.detach().clone()
+        if numel:
+            values = {"weight": master} | {key: state[key] for key in ("exp_avg", "exp_avg_sq", "ema")}
+            views = {key: value.data.view(-1).narrow(0, first, numel) for key, value in values.items()}
+            slices.append(LocalSlice(name, start, shape, views))
     return slices
 
 
@@ -213,34 +234,6 @@ def parameter_shapes(engine: Any) -> dict[str, tuple[int, ...]]:
     """Of all trainable parameters in the model's order, whole, also where ZeRO-3 left an empty tensor."""
     parameters = engine.module.named_parameters()
     return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters if p.requires_grad}
-
-
-def _parts(engine: Any, parameter: Any, share: tuple[int, int] | None) -> Iterator[tuple[int, Tensor, int, int]]:
-    """(start in the parameter, flat master tensor, start in it, elements) of what this rank holds."""
-    zero = engine.optimizer
-    if hasattr(parameter, "ds_id"):  # stage 3 splits every parameter evenly, and pads the last part
-        group, at, numel = zero.grad_position[zero.get_param_id(parameter)]
-        start = engine.global_rank * numel
-        end = min(start + numel, parameter.ds_shape.numel())
-        yield start, zero.fp32_partitioned_groups_flat[group], at, max(0, end - start)
-    elif hasattr(parameter, "_hp_mapping"):  # stages 1 and 2 split the concatenation of all parameters
-        if (mapping := parameter._hp_mapping) is not None:
-            flat, address = zero.single_partition_of_fp32_groups[mapping.param_group_index], mapping.hp_fragment_address
-            yield mapping.lp_fragment_address.start, flat, address.start, address.numel
-    else:
-        rank, world_size = share or (0, 1)
-        start, end = (parameter.numel() * r // world_size for r in (rank, rank + 1))
-        yield start, parameter, start, end - start
-
-
-def _state(optimizer: torch.optim.Optimizer, master: Tensor) -> dict[str, Tensor]:
-    """Master weights and optimizer state as flat tensors; the state is created if no step has been taken."""
-    state = optimizer.state[master]
-    if "exp_avg" not in state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)  # a fused step wants it there
-        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
-        state["ema"] = master.detach().clone()
-    return {"weight": master.data.view(-1)} | {key: state[key].data.view(-1) for key in STATE[1:]}
 
 
 def adam_steps(engine: Any) -> int:
@@ -271,18 +264,14 @@ def copy_masters_to_model(engine: Any) -> None:
 @contextmanager
 def averaged_weights(engine: Any) -> Iterator[None]:
     """Compute with the averaged weights inside the block. A collective."""
-    _swap_averages(engine)
+
+    def swap() -> None:
+        for part in local_slices(engine):
+            weight = part.state["weight"].clone()
+            part.state["weight"].copy_(part.state["ema"])
+            part.state["ema"].copy_(weight)
+        copy_masters_to_model(engine)
+
+    swap()
     yield
-    # Not in a `finally`: a rank that failed must not wait for the others here.
-    _swap_averages(engine)
-
-
-def _swap_averages(engine: Any) -> None:
-    optimizer = base_optimizer(engine)
-    masters = {id(flat): flat for p in engine.module.parameters() for _, flat, _, _ in _parts(engine, p, None)}
-    for master in masters.values():
-        state = _state(optimizer, master)
-        weight = state["weight"].clone()
-        state["weight"].copy_(state["ema"])
-        state["ema"].copy_(weight)
-    copy_masters_to_model(engine)
+    swap()  # not in a `finally`: a rank that failed must not wait for the others here

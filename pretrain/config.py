@@ -102,10 +102,23 @@ def load(base: Config | None = None, file: Path | None = None, overrides: Sequen
             nested: Any = yaml.safe_load(text)
         except yaml.YAMLError:
             raise ValueError(f"the value of {override!r} is not valid YAML") from None
-        for part in reversed(name.split(".")):
-            nested = {part: nested}
-        _merge(values, nested, Config, "the command line", "")
+        _merge(values, _nested(name, nested), Config, "the command line", "")
     return validated(values)
+
+
+def from_flat(settings: Mapping[str, Any], source: str) -> Config:
+    """The configuration that `flat` gave these settings of, such as a checkpoint's. source: for error messages."""
+    values = dataclasses.asdict(Config())
+    for name, value in settings.items():
+        _merge(values, _nested(name, value), Config, source, "")
+    return validated(values)
+
+
+def _nested(name: str, value: Any) -> Any:
+    """`{"a": {"b": value}}` of the name `a.b`."""
+    for part in reversed(name.split(".")):
+        value = {part: value}
+    return value
 
 
 def validated(values: Mapping[str, Any]) -> Config:

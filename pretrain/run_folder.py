@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from msc.datasets.files import write_atomically
+
 if TYPE_CHECKING:
     from msc.datasets.shards.index import Index
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,21 @@ class RunFolder:
         """Whether it is empty but for what a run that failed before its first step leaves."""
         left = ("logs", "heartbeat.json", ".heartbeat.*")
         return not self.path.exists() or all(any(map(path.match, left)) for path in self.path.iterdir())
+
+    def read_settings(self) -> dict[Path, bytes]:
+        """The files that a resumed run needs besides a checkpoint, and their contents."""
+        settings = (self.config, self.latent_space, self.excluded_ranges)
+        return {path: path.read_bytes() for path in settings if path.is_file()}
+
+    def restore_settings(self, contents: Mapping[Path, bytes]) -> bool:
+        """Write those of the files again that are missing; whether there were any."""
+        if missing := [path for path in contents if not path.exists()]:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for path in missing:
+                write_atomically(path, contents[path])
+            names = ", ".join(path.name for path in missing)
+            log.warning("%s were removed from %s during training: they are written again", names, self.path)
+        return bool(missing)
 
     def write_latent_space(self, space: LatentSpace) -> None:
         self.latent_space.write_text(json.dumps(asdict(space), indent=1))

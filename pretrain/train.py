@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -127,6 +128,7 @@ def _train(
         folder.write_latent_space(LatentSpace.of(shards.index))
         for path in folder.step_logs:
             rollback.truncate_jsonl(path, step)
+    settings = folder.read_settings() if world.is_rank_0 else {}
 
     # --- data: this rank's clips and frames, from this clock on ----------------------------------------------
     autoencoder = open_autoencoder(shards.index.autoencoder, world.device)
@@ -164,6 +166,8 @@ def _train(
 
     def save_checkpoint() -> None:
         enter_phase(step, "checkpoint")
+        if control_plane.run_on_rank_0(partial(folder.restore_settings, settings)):
+            writer.step = None  # where the run folder was deleted, the last checkpoint is gone as well
         # the order of clips is a function of the seed and their number; `clock` is the position in it
         meta = checkpoint_directory.CheckpointMeta(
             step=step, clock=clock, clips=shards.samples("train"), guard=asdict(history), mlflow=tracker.run_id,
@@ -314,9 +318,14 @@ def initial_model(start: TrainingStart, config: Config, shards: Shards, device: 
     if not config.train.init_from or (start.resume and control_plane.run_on_rank_0(candidates)):
         return build_model(config.model, config.parallel, device)
     source = Path(config.train.init_from)
-    # one for all ranks, as a run that is still training may save meanwhile
-    newest = control_plane.run_on_rank_0(partial(checkpoint_directory.latest, source))
-    with initialize_from.open_initial_weights(source, config.model, shards.index.autoencoder, newest) as (lines, fill):
+    with ExitStack() as stack:
+        # one for all ranks, as a run that is still training may save and prune meanwhile
+        newest = control_plane.run_on_rank_0(
+            lambda: stack.enter_context(checkpoint_directory.held(source)) if RunFolder(source).exists() else None
+        )
+        autoencoder = shards.index.autoencoder
+        weights = initialize_from.open_initial_weights(source, config.model, autoencoder, newest)
+        lines, fill = stack.enter_context(weights)
         model = build_model(config.model, config.parallel, device, fill)
     for line in lines:
         log.info(line)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from msc.datasets.files import free_bytes
+from msc.datasets.files import format_bytes, free_bytes
 from msc.datasets.loading.mixture import (
     DataConfig,
     Shards,
@@ -95,10 +95,11 @@ def validate(config: Config, run: Path, resume: bool, processes: int) -> Config:
         raise ValueError(f"{shards} holds no held-out clip; convert with --held-out, or set train.evaluate=0")
     if not resume and not folder.has_only_startup_files():
         raise FileExistsError(f"{run} is not empty; continue it with --resume, or choose another --run")
-    if resume and not folder.exists():
-        raise FileNotFoundError(f"{run} has nothing to resume: no config.yaml in it")
-    if resume and (meta := checkpoint_directory.newest_meta(run)) is not None:
+    meta = checkpoint_directory.newest_meta(run) if resume else None
+    if meta is not None:
         check_same_model(config, meta.config)
+    elif resume and not folder.exists():
+        raise FileNotFoundError(f"{run} has nothing to resume: no config.yaml and no checkpoint in it")
     if config.train.init_from and not (resume and checkpoint_directory.resume_candidates(run)):
         describe_initial_weights(config, shards.index)
     if (
@@ -138,8 +139,8 @@ def check_room(config: Config, run: Path) -> None:
     free = free_bytes(run)
     if free < more * size:
         raise OSError(
-            f"the disk of {run} has {free / 1e9:.1f} GB free; a checkpoint takes {size / 1e9:.1f} GB, and {more} more "
-            f"are to come before the oldest goes (checkpoint.keep is {saved.keep}): free some, or keep fewer"
+            f"the disk of {run} has {format_bytes(free)} free; a checkpoint takes {format_bytes(size)}, and {more} "
+            f"more are to come before the oldest goes (checkpoint.keep is {saved.keep}): free some, or keep fewer"
         )
 
 

@@ -6,6 +6,7 @@ MSC_FAULTS is a JSON table:
     nan: [rank, [clocks]]: that rank's inputs are NaN in the steps that begin there
     hang, fail: [rank, clock]: that rank sleeps for ever, or raises, instead of taking the step that begins there
     stop_at: clock of the batch at which rank 0 sends itself SIGTERM
+    ahead: seconds that the clock of this process is ahead
 
 No rank may request noise levels from another: training knows those of whole clips.
 """
@@ -48,7 +49,9 @@ def install(faults: dict, rank: int) -> None:
     from msc.pretrain import train as training
     from msc.pretrain.checkpoints import async_writer
 
-    now = {"clock": 0}
+    now, true_time = {"clock": 0}, time.time
+    if "ahead" in faults:
+        time.time = lambda: true_time() + faults["ahead"]
     loader, call = training.loader, training.InputBuilder.__call__
 
     def loader_with_faults(*arguments, clock, clips, **options):

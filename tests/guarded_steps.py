@@ -8,10 +8,12 @@ from torch.distributed import destroy_process_group, init_process_group
 
 from msc.parallel import deepspeed_zero
 from msc.pretrain.optimizer import OptimizerConfig, make_optimizer
+from msc.pretrain.tracking import spike_guard
+from msc.pretrain.tracking.spike_guard import GuardConfig, History
 
 
 def spoiled_on_a_rank(rank, ranks, cases):
-    """Of each case: state after the steps good, NaN, refused, good; after good, good; outcomes of the four steps."""
+    """Of each case: state after the steps good, NaN, refused, huge, good; after good, good; outcomes of the first."""
     init_process_group("gloo")
     results = [spoiled(rank, *case) for case in cases]
     destroy_process_group()
@@ -20,7 +22,7 @@ def spoiled_on_a_rank(rank, ranks, cases):
 
 def spoiled(rank, stage, precision):
     results = []
-    for steps in (("good", "nan", "refused", "good"), ("good", "good")):
+    for steps in (("good", "nan", "refused", "huge", "good"), ("good", "good")):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
         optimizer = make_optimizer(model, OptimizerConfig(lr=1e-2))
@@ -36,10 +38,10 @@ def spoiled(rank, stage, precision):
                 if kind == "nan" and micro == 1 and rank == 1:
                     x[0, 0] = torch.nan
                 y = engine(x.to(next(engine.module.parameters()).dtype))
-                deepspeed_zero.backward(engine, y.float().square().mean())
+                deepspeed_zero.backward(engine, y.float().square().mean() * (1e38 if kind == "huge" else 1.0))
 
             def skip_reason(norm, kind=kind):
-                return "not finite" if not norm < float("inf") else "refused" if kind == "refused" else ""
+                return "refused" if kind == "refused" else spike_guard.skip_reason(GuardConfig(), History(), 1.0, norm)
 
             outcomes.append(deepspeed_zero.step(engine, skip_reason))
         state = {

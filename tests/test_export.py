@@ -212,9 +212,44 @@ def test_values_too_large_for_fp16_are_named(tmp_path):
 
 
 def test_a_full_disk_is_known_beforehand(run, tmp_path, monkeypatch):
+    needed = 4 * sum(p.numel() for p in run.models["ema"].parameters())
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(OSError, match="the weights take"):
+    with pytest.raises(OSError, match=rf"has 1\.0 kB free; the weights take {needed / 1e3:.1f} kB"):
         export(run.path, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
+    export(run.path, tmp_path / "out")
+
+
+def test_checkpoints_rotate_while_one_is_exported(tmp_path, monkeypatch):
+    """With checkpoint.keep = 1: the one that is read stays until the export is done, and goes with the next."""
+    models, write = fake_checkpoints.write_run(tmp_path / "run", step=40), exports.write_weights
+
+    def write_while_training_saves(*arguments):
+        fake_checkpoints.write_run(tmp_path / "run", step=80)
+        checkpoint_directory.prune(tmp_path / "run", 80, 1, 0)
+        return write(*arguments)
+
+    monkeypatch.setattr(exports, "write_weights", write_while_training_saves)
+    assert "step 40 " in export(tmp_path / "run", tmp_path / "out")
+    assert same(MSCTransformer.from_pretrained(tmp_path / "out"), models["ema"])
+    checkpoint_directory.prune(tmp_path / "run", 80, 1, 0)
+    assert [path.name for path in checkpoint_directory.list_checkpoints(tmp_path / "run")] == ["step-00000080"]
+
+
+def test_a_checkpoint_that_is_pruned_just_before_it_is_read(tmp_path, monkeypatch):
+    """`latest` named it a moment ago; the newer one is taken."""
+    fake_checkpoints.write_run(tmp_path / "run", step=40)
+    lock = checkpoint_directory.lock_for_reading
+
+    def lock_after_training_saved(path):
+        if path.name == "step-00000040":
+            fake_checkpoints.write_run(tmp_path / "run", step=80)
+            checkpoint_directory.prune(tmp_path / "run", 80, 1, 0)
+        return lock(path)
+
+    monkeypatch.setattr(checkpoint_directory, "lock_for_reading", lock_after_training_saved)
+    assert "step 80 " in export(tmp_path / "run", tmp_path / "out")
 
 
 # Folders that are not what they should be ---------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -44,6 +45,23 @@ for step in range(3):
     done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, f"a line of {path} is lost: No space left on device\n")
     assert [line["step"] for line in files.read_jsonl(path)] == [0, 2]
+
+
+def test_a_jsonl_line_holds_no_nan(tmp_path):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    path = tmp_path / "log.jsonl"
+    files.append_jsonl(path, {"loss": float("nan"), "norms": [1.5, float("-inf")], "why": "NaN", "of": {"a": (2,)}})
+    expected = {"loss": None, "norms": [1.5, None], "why": "NaN", "of": {"a": [2]}}
+    assert json.loads(path.read_text(), parse_constant=refuse) == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 bytes"), (999, "999 bytes"), (32_000, "32.0 kB"), (5.3e6, "5.3 MB"), (2.5e11, "250.0 GB")]
+)
+def test_format_bytes(size, text):
+    assert files.format_bytes(size) == text
 
 
 def test_a_lock_on_a_removed_file_is_not_acquired(tmp_path):

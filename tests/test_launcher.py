@@ -163,6 +163,16 @@ time.sleep(60)
     assert "rank 2" not in output
 
 
+def test_log_tail_ends_with_the_verdict_and_leaves_out_the_stacks(tmp_path: Path) -> None:
+    log = tmp_path / "rank_1.log"
+    stacks = [f'  File "x.py", line {i} in f' for i in range(60)]
+    log.write_text("\n".join(["msc: rank 1: step 1 is skipped", *stacks, "msc: rank 1: rank 0 is silent"]) + "\n")
+    assert local.log_tail(log, 0) == ["msc: rank 1: rank 0 is silent"]
+    with log.open("a") as file:
+        file.write("Traceback (most recent call last):\n  one\nRuntimeError: two\n")
+    assert local.log_tail(log, 0)[1:] == ["Traceback (most recent call last):", "  one", "RuntimeError: two"]
+
+
 def test_grace_period_for_other_ranks(tmp_path: Path, caplog) -> None:
     program = """
 import os, sys, time
@@ -274,7 +284,9 @@ def test_gpu_shares(monkeypatch):
     assert local.gpu_shares({"CUDA_VISIBLE_DEVICES": "-1"}, 3, 2) == ["", "", ""]
     with pytest.raises(ValueError, match="3 runs at a time of 2 processes need 6 GPUs, but 4 are visible"):
         local.gpu_shares(seen, 3, 2)
-    monkeypatch.setattr(local, "visible_gpus", lambda environment: 4)
+    monkeypatch.setattr(
+        local.Path, "glob", lambda *_: [Path(f"/dev/nvidia{name}") for name in ("0", "1", "2", "3", "ctl")]
+    )
     assert local.gpu_shares({}, 2, 2) == ["0,1", "2,3"]
 
 

@@ -4,6 +4,7 @@ with fake sbatch and srun. test_cluster.py has the tests with a real Slurm."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -11,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +23,7 @@ import yaml
 from gloo_ranks import run_ranks
 from test_training import MSC, SMALL, shards, wait_for  # noqa: F401
 
-from msc.datasets.files import last_jsonl_record
+from msc.datasets.files import last_jsonl_record, write_atomically
 from msc.launch import cli, commands
 from msc.launch.processes import slurm_env
 from msc.launch.slurm import cluster_config, job_records, sbatch, submit, supervisor
@@ -36,6 +38,7 @@ from msc.pretrain.checkpoints import directory as checkpoint_directory
 from msc.pretrain.tracking import heartbeat
 
 configure_logging()
+LOCAL = JobRequest("local")
 
 # Ranks -------------------------------------------------------------------------------------------------------
 
@@ -212,9 +215,9 @@ def local_job(tmp_path, monkeypatch):
 
         monkeypatch.setattr(supervisor, "run_ranks", ranks)
         monkeypatch.setattr(supervisor, "progress_of", lambda job: clock[0])
-        monkeypatch.setattr(supervisor, "took_a_step", lambda job, since, start: clock[0] > start)
+        monkeypatch.setattr(supervisor, "took_a_step", lambda job, number: False)
         monkeypatch.setattr(supervisor, "end_own_mlflow_run", lambda job, code: None)
-        job = Job(arguments, str(tmp_path / "run"), str(tmp_path / "run/jobs"), "local")
+        job = Job(arguments, str(tmp_path / "run"), str(tmp_path / "run/jobs"), LOCAL)
         code = supervisor.run_attempts(job, [])
         return code, left
 
@@ -243,7 +246,7 @@ def test_progress_of_a_conversion_part_counts_its_own_groups(tmp_path):
     work.mkdir(parents=True)
     for number in (0, 1, 3, 4, 6):
         (work / f"group-{number:06d}.json").touch()
-    of = Job(("convert",), str(tmp_path / "shards"), "x", "slurm")
+    of = Job(("convert",), str(tmp_path / "shards"), "x")
     assert [supervisor.progress_of(replace(of, part=part)) for part in (None, (0, 3), (1, 3), (2, 3))] == [5, 3, 2, 0]
 
 
@@ -252,28 +255,28 @@ def test_progress_of_a_conversion_to_a_symbolic_link(tmp_path):
     (tmp_path / "disk/.shards.partial/.work").mkdir(parents=True)
     (tmp_path / "disk/.shards.partial/.work/group-000000.json").touch()
     (tmp_path / "out").symlink_to(tmp_path / "disk/shards")
-    assert supervisor.progress_of(Job(("convert",), str(tmp_path / "out"), "x", "slurm")) == 1
+    assert supervisor.progress_of(Job(("convert",), str(tmp_path / "out"), "x")) == 1
 
 
 def test_job_refuses_a_run_that_is_being_trained(tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     monkeypatch.setattr(supervisor, "run_ranks", lambda job, received: pytest.fail("started"))
-    job = Job(("train",), str(run), str(run / "jobs"), "local")
+    job = Job(("train",), str(run), str(run / "jobs"), LOCAL)
     with heartbeat.write_heartbeat(run, 2, Progress(), interval=0.05):
         wait_for(lambda: heartbeat.read(run), seconds=10)
         assert supervisor.run_attempts(job, []) == supervisor.USER_ERROR
     assert f"{run} is being trained: process {os.getpid()} on " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("whose", "settled"), [("7", ["FAILED"]), ("8", [])])
-def test_job_ends_only_its_own_mlflow_run(whose, settled, tmp_path, monkeypatch):
-    """Ranks that were killed leave a heartbeat of their job; those that found their run taken that of another."""
+@pytest.mark.parametrize(("job", "training", "settled"), [("7", False, 1), ("8", True, 0), ("8", False, 1)])
+def test_job_ends_only_its_own_mlflow_run(job, training, settled, tmp_path, monkeypatch):
+    """Ranks that were killed leave a heartbeat of their job; those that saw their run taken that of another."""
     ended = []
     monkeypatch.setattr("msc.pretrain.tracking.tracker.end_mlflow_run", lambda run, state: ended.append(state))
     monkeypatch.setenv(heartbeat.JOB_VARIABLE, "7")
-    (tmp_path / "heartbeat.json").write_text(json.dumps({"time": time.time(), "phase": "report", "job": whose}))
-    supervisor.end_own_mlflow_run(Job(("train",), str(tmp_path), "x", "local"), 137)
-    assert ended == settled
+    with other_process(tmp_path, monkeypatch, job=job, writes=training):
+        supervisor.end_own_mlflow_run(Job(("train",), str(tmp_path), "x", LOCAL), 137)
+    assert ended == ["FAILED"] * settled
 
 
 @pytest.mark.gloo
@@ -293,13 +296,66 @@ def test_all_ranks_end_if_the_run_is_taken(tmp_path):
 
 
 @pytest.mark.parametrize("last", [
-    {"phase": "ended"}, {"time": 0.0}, {"pid": 2**22 + 1}, {"host": "elsewhere", "time": time.time() - 58},
+    {"phase": "ended"}, {"host": socket.gethostname(), "pid": 2**22 + 1},
+    {"ahead": 0}, {"ahead": -7200}, {"ahead": 600},
 ])  # fmt: skip
-def test_run_that_ended_or_was_killed_may_resume(last, tmp_path):
-    """Ended by itself; long silent; killed on this machine; and on another, where only waiting tells."""
-    here = {"time": time.time(), "phase": "report", "host": socket.gethostname(), "pid": os.getpid(), "step": 3}
-    (tmp_path / "heartbeat.json").write_text(json.dumps(here | last))
-    heartbeat.check_not_training(tmp_path, interval=0.05)
+def test_run_that_ended_or_was_killed_may_resume(last, tmp_path, monkeypatch):
+    """Ended by itself; killed on this machine; and on another, whatever its clock, where only waiting tells: once."""
+    with other_process(tmp_path, monkeypatch, writes=False, **last):
+        began = time.monotonic()
+        heartbeat.check_not_training(tmp_path, interval=0.05)
+        assert (time.monotonic() - began >= heartbeat.TAKEOVER_S) == ("ahead" in last)
+        began = time.monotonic()
+        heartbeat.check_not_training(tmp_path, interval=0.05)
+        assert time.monotonic() - began < heartbeat.TAKEOVER_S
+
+
+@pytest.mark.parametrize("ahead", [-120, 0, 120, 600])
+def test_run_is_owned_whatever_the_clock_of_its_node(ahead, tmp_path, monkeypatch):
+    with other_process(tmp_path, monkeypatch, ahead=ahead), pytest.raises(ValueError, match="process 1 on elsewhere"):
+        heartbeat.acquire_run(tmp_path, 1)
+
+
+@pytest.mark.parametrize(("writes", "state"), [(True, "RUNNING"), (False, "LOST (silent for ")])
+def test_status_of_a_run_on_a_node_whose_clock_is_behind(writes, state, tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").write_text("train: {clips: 8, batch: 4}")
+    with other_process(tmp_path, monkeypatch, ahead=-120, writes=writes):
+        (last,) = heartbeat.read_with_own_clock([tmp_path], interval=0.3)
+        assert state in status.describe_state(status.read_status(tmp_path, last), [], False, time.time())
+
+
+@contextlib.contextmanager
+def other_process(run, monkeypatch, writes=True, ahead=0, **changes):
+    """The heartbeat of a process on a machine whose clock is `ahead` seconds ahead; it goes on if it `writes`."""
+    monkeypatch.setattr(heartbeat, "TAKEOVER_S", 1.0)
+    monkeypatch.setenv(heartbeat.SILENT_VARIABLE, "")  # restored afterwards
+    own = {
+        "phase": "report",
+        "since": time.time() + ahead,
+        "host": "elsewhere",
+        "pid": 1,
+        "job": "",
+        "step": 3,
+    } | changes
+
+    def write() -> None:
+        content = json.dumps({"time": time.time() + ahead, **own}).encode()
+        write_atomically(run / "heartbeat.json", content, sync=False)
+
+    over = threading.Event()
+
+    def loop() -> None:
+        while writes and not over.wait(0.1):
+            write()
+
+    write()
+    thread = threading.Thread(target=loop)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def test_job_id_of_an_array_part():
@@ -309,7 +365,7 @@ def test_job_id_of_an_array_part():
 
 
 def test_warning_of_changed_code(capsys):
-    supervisor.warn_of_changed_code(Job(("train",), "x", "x", "local", code=(("mlflow.source.git.commit", "0" * 40),)))
+    supervisor.warn_of_changed_code(Job(("train",), "x", "x", code=(("mlflow.source.git.commit", "0" * 40),)))
     assert "the code is not what was submitted: mlflow.source.git.commit 000" in capsys.readouterr().err
 
 
@@ -516,9 +572,8 @@ def test_conversion_whose_merge_is_refused_is_cancelled(code, fake_slurm, tmp_pa
 def test_array_parallelism(parallel, at_once, fake_slurm, tmp_path):
     """submitit's own default is 256."""
     (fake_slurm / "sbatch").write_text(f"#!/bin/sh\ncp \"$1\" '{fake_slurm}/script'\necho Submitted batch job 77\n")
-    jobs = [Job(("convert",), "x", "x", "slurm")] * 257
-    options = sbatch.executor_parameters(cluster_config.ClusterConfig(), "x", 1, 1, 0, parallel=parallel)
-    assert sbatch.submit_array(supervisor.supervise, jobs, tmp_path / "jobs", options, {}) == "77"
+    jobs = [Job(("convert",), "x", "x")] * 257
+    assert submit.submit_array(jobs, tmp_path / "jobs", "x", parallel=parallel).id == "77"
     assert f"#SBATCH --array=0-256%{at_once}\n" in (fake_slurm / "script").read_text()
 
 

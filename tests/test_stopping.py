@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import pytest
 import torch
 from faults import PROGRAM
 from test_tracking import free_port, server
-from test_training import SMALL, curve, final_weights, room, shards, wait_for  # noqa: F401
+from test_training import SMALL, curve, final_weights, msc, room, shards, wait_for  # noqa: F401
 
 from msc.pretrain.checkpoints import directory as checkpoint_directory
 from msc.pretrain.run_folder import RunFolder
@@ -156,6 +157,36 @@ def test_nan_on_one_rank_skips_that_step_and_nothing_else(shards, tmp_path):
     assert {clip["sample"] for clip in first["clips"] if clip["error"] is None} == set(second_rank)
     assert all(torch.isfinite(value).all() for value in final_weights(run.run).values())
     assert checkpoint_directory.newest_meta(run.run).adam_steps == 6
+
+
+@pytest.mark.parametrize("ahead", [-120, pytest.param(600, marks=pytest.mark.slow)])
+def test_a_second_training_in_the_same_folder_from_a_node_with_another_clock(ahead, shards, tmp_path):
+    run = Run(tmp_path, shards, processes=1, steps=500, step_s=0.2, ahead=ahead)
+    process = run.start()
+    wait_for(lambda: len(run.consumed()) > 3)
+    run.faults.pop("ahead")
+    output = run.go(code=2)
+    assert f"{run.run} is being trained: process {process.pid} on " in output and len(output.splitlines()) == 2, output
+    kill_all(process, random.Random(0))
+
+
+def test_the_run_folder_is_deleted_during_training(shards, tmp_path):
+    """What a resumed run needs is there again at the end; without config.yaml it resumes by the newest checkpoint."""
+    whole = Run(tmp_path / "whole", shards, processes=1, steps=12)
+    whole.go()
+    run = Run(tmp_path / "hurt", shards, processes=1, steps=12, step_s=0.3)
+    process = run.start()
+    wait_for(lambda: len(run.consumed()) > 5, every=0.01)
+    shutil.rmtree(run.run, ignore_errors=True)  # a file may be written meanwhile
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 0 and re.search(r"config.yaml, data.json (was|were) removed from", output), output
+    expected = final_weights(whole.run)
+    assert all(torch.equal(value, expected[name]) for name, value in final_weights(run.run).items())
+    (run.run / "config.yaml").unlink()
+    done = msc("train", "--resume", "--run", run.run, "--processes", "1", "train.clips=64")
+    assert done.returncode == 0, done.stderr
+    assert "resuming with the configuration of the checkpoint of step 12" in done.stderr
+    assert checkpoint_directory.latest(run.run).name == "step-00000016" and (run.run / "config.yaml").is_file()
 
 
 @pytest.mark.gloo
@@ -312,6 +343,20 @@ def test_another_world_and_stage_at_every_stop(shards, tmp_path):
     expected, actual = curve(whole.run), curve(run.run)
     print("largest relative difference of loss, norm:", ((actual - expected).abs() / expected).amax(0).tolist())
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.gloo
+def test_rank_0_is_stopped_and_the_terminal_shows_the_verdict(shards, tmp_path):
+    run = Run(tmp_path, shards, "parallel.timeout=20", steps=500, step_s=0.1)
+    launcher = run.start()
+    wait_for(lambda: len(run.consumed(1)) > 3)
+    ranks = psutil.Process(launcher.pid).children()
+    next(one for one in ranks if one.environ().get("RANK") == "0").suspend()
+    output, _ = launcher.communicate(timeout=90)
+    print(output)
+    assert launcher.returncode == 1 and '  File "' not in output, output
+    assert re.search(r"\[rank 1\] msc: rank 1: rank 0.*(does not answer|is silent)", output), output
 
 
 @pytest.mark.slow

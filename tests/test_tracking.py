@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -297,6 +298,87 @@ def test_a_read_only_run_folder_is_no_reason_to_fail(run, caplog, monkeypatch):
     tracker.log({"loss": 1.0}, 0)
     tracker.finish("FINISHED")
     assert "not kept" in caplog.text
+
+
+def unsent_states(run: Path) -> list[str | None]:
+    return [json.loads(path.read_text())["state"] for path in sorted(run.glob("mlflow-unsent-*.json"))]
+
+
+def test_an_end_that_could_not_be_sent_outlives_other_commands(run):
+    """The server is away while training ends, and once more while somebody samples; then it is back."""
+    away = config(run, tracking_uri=NOWHERE)
+    killed_by_the_system = start(run)
+    killed_by_the_system.log({"loss": 1.0}, 0)
+    assert killed_by_the_system.flush(60)
+    resumed = start(run, away)
+    resumed.finish("FINISHED", timeout=1)
+    assert unsent_states(run) == ["FINISHED"]
+    for _ in range(2):
+        start(run, away, attach=True).finish("FAILED", timeout=1)
+        assert unsent_states(run) == ["FINISHED"]
+    assert run_of(run).info.status == "RUNNING"
+    start(run, attach=True).finish("FAILED", timeout=60)
+    assert (run_of(run).info.status, unsent_states(run)) == ("FINISHED", [])
+
+
+def test_the_unsent_end_of_an_earlier_process_does_not_end_one_that_goes_on(run):
+    start(run, config(run, tracking_uri=NOWHERE)).finish("KILLED", timeout=1)
+    assert unsent_states(run) == ["KILLED"]
+    resumed = start(run)
+    resumed.log({"loss": 1.0}, 0)
+    assert resumed.flush(60)
+    start(run, attach=True).finish("FINISHED", timeout=60)
+    assert run_of(run).info.status == "RUNNING"
+    resumed.finish("FINISHED", timeout=60)
+    assert run_of(run).info.status == "FINISHED"
+
+
+def test_the_end_of_killed_processes_is_sent_later_if_the_server_is_away(run, monkeypatch):
+    (run / "config.yaml").write_text(yaml.safe_dump({"metrics": {}}))
+    killed = start(run)
+    killed.log({"loss": 1.0}, 0)
+    assert killed.flush(60)
+    with monkeypatch.context() as away:
+        away.setenv("MLFLOW_TRACKING_URI", NOWHERE)
+        assert end_mlflow_run(run, "FAILED") is None
+    assert (run_of(run).info.status, unsent_states(run)) == ("RUNNING", ["FAILED"])
+    start(run, attach=True).finish("FINISHED", timeout=60)
+    assert (run_of(run).info.status, unsent_states(run)) == ("FAILED", [])
+
+
+@contextmanager
+def locked_store(database: sqlite3.Connection):
+    database.execute("begin exclusive")
+    yield
+    database.execute("rollback")
+
+
+@contextmanager
+def store_without_a_table(database: sqlite3.Connection):
+    database.execute("alter table latest_metrics rename to elsewhere")
+    yield
+    database.execute("alter table elsewhere rename to latest_metrics")
+
+
+@pytest.mark.parametrize("fault", [store_without_a_table, pytest.param(locked_store, marks=pytest.mark.slow)])
+def test_a_sqlite_store_that_cannot_be_used_is_one_warning(run, caplog, capfd, fault):
+    """MLflow waits 20 s for a lock, and logs a traceback of its own at every attempt."""
+    tracker = start(run)
+    tracker.log({"loss": 2.0}, 0)
+    assert tracker.flush(60)
+    with sqlite3.connect(run.parent / "mlflow.db", isolation_level=None) as database, fault(database):
+        tracker.log({"loss": 1.0}, 1)
+        deadline = time.monotonic() + 60
+        while not caplog.records:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        time.sleep(3)  # further attempts
+    assert tracker.flush(60)
+    tracker.finish("FINISHED")
+    assert history(run, "loss") == [(0, 2.0), (1, 1.0)]
+    outage, back = caplog.messages
+    assert "cannot be used now" in outage and "OperationalError" in outage and "is back" in back
+    assert "Traceback" not in capfd.readouterr().err
 
 
 SCRIPT = """

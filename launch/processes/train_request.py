@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from msc.pretrain.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from msc.pretrain.config import Config
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,16 +74,21 @@ class TrainRequest:
                 self.run, self.rollback
             ):  # it may have been pruned since
                 directory.find(self.run, self.rollback)
-        config = self.config
-        if self.resumes and config is None and self.preset is None:
-            config = RunFolder(self.run).config
-            if not config.is_file():
-                raise FileNotFoundError(f"cannot resume: there is no {config}; name the run folder with --run")
-
-        from msc.pretrain.config import load
+        from msc.pretrain.config import from_flat, load
         from msc.pretrain.presets import preset
 
-        return load(preset(self.preset) if self.preset else None, config, list(self.overrides))
+        base, config = preset(self.preset) if self.preset else None, self.config
+        if self.resumes and config is None and base is None:
+            config = RunFolder(self.run).config
+            if not config.is_file():
+                from msc.pretrain.checkpoints.directory import newest_meta
+
+                if (meta := newest_meta(self.run)) is None:
+                    raise FileNotFoundError(f"cannot resume: there is no {config}; name the run folder with --run")
+                log.warning("there is no %s: resuming with the configuration of the checkpoint of step %d", config,
+                            meta.step)  # fmt: skip
+                base, config = from_flat(meta.config, f"the checkpoint of step {meta.step}"), None
+        return load(base, config, list(self.overrides))
 
 
 def split_items(items: Iterable[str]) -> tuple[Path | None, tuple[str, ...]]:

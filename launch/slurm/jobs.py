@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ class RunStatus:
     record: JobRecord | None = None
 
 
-def read_status(run: Path) -> RunStatus:
+def read_status(run: Path, last: Mapping[str, Any]) -> RunStatus:
     """FileNotFoundError if `run` is neither a run folder nor one with jobs."""
     jobs = job_records.jobs_folder(run)
     records = job_records.training_records(jobs) or job_records.read_records(jobs)
@@ -63,19 +64,16 @@ def read_status(run: Path) -> RunStatus:
     train = yaml.safe_load(folder.config.read_text())["train"]
     saved = None
     for path in checkpoint_directory.resume_candidates(run)[:1]:
-        try:
+        with suppress(ValueError, OSError):  # being pruned, or damaged
             meta = checkpoint_directory.CheckpointMeta.read(path)
             saved = meta.step, meta.clock, (path / "meta.json").stat().st_mtime
-        except (ValueError, OSError):  # being pruned, or damaged
-            pass
-    last = heartbeat.read(run) or None
-    return RunStatus(run, train["clips"], train["batch"], last_jsonl_record(folder.log), last, saved, record)
+    return RunStatus(run, train["clips"], train["batch"], last_jsonl_record(folder.log), last or None, saved, record)
 
 
 def describe_state(status: RunStatus, queue: Sequence[JobState], alive: bool, now: float) -> str:
     """One phrase on what the run is doing. queue: what Slurm says of its job; alive: its process, for a local one."""
     record, last = status.record, status.heartbeat
-    fresh = last is not None and heartbeat.is_fresh(last, now)
+    fresh = last is not None and heartbeat.is_recent(last, now)
     if status.saved is not None and status.saved[1] >= status.clips and not fresh:
         return "FINISHED"
     if record is not None and record.cluster == "slurm" and queue:
@@ -109,7 +107,7 @@ def table_row(status: RunStatus, state: str, now: float) -> list[str]:
         str(status.run),
         status.record.id if status.record else "-",
         f"{step:,}/{-(-status.clips // status.batch):,}" if status.clips else "-",
-        f"{line['loss']:.4f}" if "loss" in line else "-",
+        f"{line['loss']:.4f}" if line.get("loss") is not None else "-",
         f"{line['tokens_per_s']:,.0f}" if running else "-",
         duration((status.clips - clock) / line["clips_per_s"]) if running else "-",
         f"step {saved[0]:,}, {duration(now - saved[2])} ago" if saved else "-",
@@ -132,7 +130,7 @@ def status_table(runs: Sequence[Path]) -> str:
     runs = runs or sorted(path.parent for path in Path("runs").glob("*/config.yaml"))
     if not runs:
         raise FileNotFoundError("there is no run in runs/: name run folders")
-    statuses = [read_status(run) for run in runs]
+    statuses = list(map(read_status, runs, heartbeat.read_with_own_clock(runs)))
     slurm_jobs = [s.record.id for s in statuses if s.record is not None and s.record.cluster == "slurm"]
     try:
         queue = sbatch.job_states(slurm_jobs)
@@ -178,25 +176,20 @@ def show_log(run: Path, rank: int | None, follow: bool, lines: int) -> None:
                 time.sleep(0.5)
 
 
-def runs_elsewhere(jobs: Path, record: JobRecord) -> bool:
-    """Whether a job went into the background of another machine, and its end was not recorded."""
-    if record.cluster == "slurm" or record.host == os.uname().nodename:
-        return False
-    last = (job_records.read_events(jobs, record.id) or [{}])[-1]
-    return last.get("verdict", "again") == "again"
-
-
 def cancel(run: Path) -> str:
     """End the jobs of a run that are in the queue or alive, and wait until they are gone; returns a report."""
     jobs = job_records.jobs_folder(run)
     records = job_records.read_records(jobs)
     active = active_records(records)
-    if not active:
-        if elsewhere := [record for record in records if runs_elsewhere(jobs, record)]:
+    for record in reversed(records if not active else ()):
+        last = (job_records.read_events(jobs, record.id) or [{}])[-1]
+        local, ended = record.host == os.uname().nodename, last.get("verdict", "again") != "again"
+        if record.cluster != "slurm" and not local and not ended:
             raise ValueError(
-                f"job {elsewhere[-1].id} of {run} was started on {elsewhere[-1].host}, and no sign of its end is here: "
-                "use `msc cancel` there"
+                f"job {record.id} of {run} was started on {record.host}, and no sign of its end is here: use "
+                "`msc cancel` there"
             )
+    if not active:
         raise ValueError(f"no job of {run} is in the queue or running")
     for record in active:
         if record.cluster == "slurm":

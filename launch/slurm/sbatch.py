@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .cluster_config import ClusterConfig, check_one_line
+from .cluster_config import ClusterConfig, JobRequest, check_one_line
 
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "STAGE_OUT")
 
@@ -47,24 +47,31 @@ def check_folder(folder: Path) -> None:
             raise ValueError(f"the folder {str(folder)!r} has {sign!r} in it, which Slurm replaces: choose another")
 
 
-def executor_parameters(
-    config: ClusterConfig, name: str, nodes: int, tasks_per_node: int, gpus_per_node: int, dependency: str = "",
-    parallel: int = 0,
-) -> dict[str, Any]:  # fmt: skip
-    """The parameters of submitit's SlurmExecutor. parallel: parts of an array at a time (0: all)."""
+def submit_array(
+    function: Callable[..., Any], arguments: Sequence[Any], folder: Path, name: str, request: JobRequest,
+    config: ClusterConfig, dependency: str = "", parallel: int = 0,
+) -> str:  # fmt: skip
+    """Submit `function(argument)` as a job, for several arguments as an array, `parallel` parts at a time (0: all);
+    returns Slurm's number of it. `config.environment` is added to the job's, and written nowhere. SubmissionError with
+    sbatch's message if it refuses."""
+    import submitit
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    check_folder(folder)
     extra = {option: value for option, value in config.sbatch.items() if value is not False}
     if dependency:
         extra |= {"dependency": dependency, "kill-on-invalid-dep": "yes"}
     optional: dict[str, Any] = {
         "partition": config.partition, "account": config.account, "qos": config.qos, "constraint": config.constraint,
-        "time": config.time, "mem": config.mem, "cpus_per_task": config.cpus_per_task, "gpus_per_node": gpus_per_node,
-        "array_parallelism": parallel,
+        "time": config.time, "mem": config.mem, "cpus_per_task": config.cpus_per_task,
+        "gpus_per_node": request.gpus_per_node,
     }  # fmt: skip
-    return {option: value for option, value in optional.items() if value} | {
+    parameters = {option: value for option, value in optional.items() if value} | {
         # for squeue's narrow columns and sacct's database
         "job_name": re.sub(r"[^\w.+-]", "_", name, flags=re.ASCII)[:60] or "msc",
-        "nodes": nodes,
-        "ntasks_per_node": tasks_per_node,
+        "nodes": request.nodes or 1,
+        "ntasks_per_node": request.ranks_per_node,
+        "array_parallelism": parallel or len(arguments),  # submitit's own default is at most 256
         "wckey": None,  # submitit's own default is refused where such keys are checked
         "stderr_to_stdout": True,
         "use_srun": False,  # the submitted function starts the ranks
@@ -72,24 +79,12 @@ def executor_parameters(
         # To the ranks, not to the batch script; USR1 for they may get TERM as well, and two of a kind end at once.
         "additional_parameters": {**extra, "signal": f"USR1@{config.signal_seconds}", "requeue": True},
     }
-
-
-def submit_array(
-    function: Callable[..., Any], arguments: Sequence[Any], folder: Path, parameters: Mapping[str, Any],
-    environment: Mapping[str, str],
-) -> str:  # fmt: skip
-    """Submit `function(argument)` as a job, for several arguments as an array; returns Slurm's number of it.
-    environment: added to the job's, written nowhere. SubmissionError with sbatch's message if it refuses."""
-    import submitit
-    from submitit.core.utils import FailedJobError, FailedSubmissionError
-
     folder.mkdir(parents=True, exist_ok=True)
     try:
         executor = submitit.SlurmExecutor(folder)
-        # submitit's own default lets at most 256 parts of an array run at once
-        executor.update_parameters(**{"array_parallelism": len(arguments), **parameters})
+        executor.update_parameters(**parameters)
         # sbatch hands the environment on to the job. What it says on stderr is in the exception, too.
-        with added_environment(environment), redirect_stderr(io.StringIO()):
+        with added_environment(config.variables), redirect_stderr(io.StringIO()):
             if len(arguments) == 1:
                 jobs = [executor.submit(function, arguments[0])]
             else:

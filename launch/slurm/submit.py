@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shlex
@@ -10,8 +9,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -33,10 +33,9 @@ log = logging.getLogger(__name__)
 
 def submit_training(request: TrainRequest, job_request: JobRequest) -> int:
     """Submit `msc train`; returns the exit code of `msc submit`."""
-    config = checked_config(job_request, "train")
-    job = prepare_training(request, job_request, config)
+    job = prepare_training(request, job_request, checked_config(job_request, "train"))
     try:
-        return start_job(job, job_request, config, Path(job.folder).name)
+        return start_job(job, Path(job.folder).name)
     except sbatch.SubmissionError:
         if not request.resumes:
             RunFolder(Path(job.folder)).config.unlink()  # a new run does not exist yet
@@ -54,8 +53,7 @@ def submit_command(
     else:
         check_run(folder)
         jobs = folder / "jobs"
-    job = make_job(arguments, folder, jobs, job_request, config, part)
-    return start_job(job, job_request, config, f"{command}-{folder.name}")
+    return start_job(make_job(arguments, folder, jobs, job_request, config, part), f"{command}-{folder.name}")
 
 
 def submit_evaluations(runs: Sequence[Path], options: Sequence[str], job_request: JobRequest) -> int:
@@ -66,9 +64,8 @@ def submit_evaluations(runs: Sequence[Path], options: Sequence[str], job_request
     jobs = []
     for run in map(Path.absolute, runs):
         check_run(run)
-        arguments = ["evaluate", str(run), *options]
-        jobs.append(make_job(arguments, run, run / "jobs", job_request, config))
-    record = submit_array(jobs, Path(jobs[0].jobs), job_request, config, "evaluate")
+        jobs.append(make_job(["evaluate", str(run), *options], run, run / "jobs", job_request, config))
+    record = submit_array(jobs, Path(jobs[0].jobs), "evaluate")
     for job, part_record in zip(jobs, part_records(record, jobs), strict=True):
         job_records.write_record(Path(job.jobs), part_record)
         print(summary(job, [part_record]))
@@ -132,11 +129,8 @@ def make_job(
     arguments: Sequence[str], folder: Path, jobs: Path, job_request: JobRequest, config: ClusterConfig,
     part: tuple[int, int] | None = None,
 ) -> Job:  # fmt: skip
-    return Job(
-        tuple(arguments), str(folder), str(jobs), job_request.cluster, job_request.tasks, config.starts,
-        config.python or sys.executable, config.container, config.srun, tuple(code_version().items()),
-        submit_command_line(job_request, arguments), part,
-    )  # fmt: skip
+    code, resume_command = tuple(code_version().items()), submit_command_line(job_request, arguments)
+    return Job(tuple(arguments), str(folder), str(jobs), job_request, config, code, resume_command, part)
 
 
 def submit_command_line(job_request: JobRequest, arguments: Sequence[str]) -> str:
@@ -167,61 +161,60 @@ def process_of(record: JobRecord) -> psutil.Process | None:
 # Starting -------------------------------------------------------------------------------------------------
 
 
-def start_job(job: Job, job_request: JobRequest, config: ClusterConfig, name: str) -> int:
+def start_job(job: Job, name: str) -> int:
     """Run a job here, start it in the background, or submit it to Slurm; returns the exit code."""
-    jobs = Path(job.jobs)
-    if job.cluster == "debug":
-        os.environ.update(config.variables)
+    jobs, cluster = Path(job.jobs), job.request.cluster
+    if cluster == "debug":
+        os.environ.update(job.config.variables)
         with collect_signals() as received:  # Ctrl-C reaches the ranks, which save
             return supervisor.run_attempts(job, received)
-    if job.cluster == "local":
-        records = [start_in_background(job, config)]
-    else:
-        try:
-            if job_request.parts:
-                records = submit_conversion_in_parts(job, job_request, config, name)
-            else:
-                records = [submit_array([job], jobs, job_request, config, name)]
-        except sbatch.SubmissionError:
-            if not job_records.read_records(jobs):
-                shutil.rmtree(jobs, ignore_errors=True)  # what submitit wrote for it
-            raise
+    try:
+        if cluster == "local":
+            records = [start_in_background(job)]
+        elif job.request.parts:
+            records = submit_conversion_in_parts(job, job.request.parts, name)
+        else:
+            records = [submit_array([job], jobs, name)]
+    except sbatch.SubmissionError:
+        if not job_records.read_records(jobs):
+            shutil.rmtree(jobs, ignore_errors=True)  # what submitit wrote for it
+        raise
     for record in records:
         job_records.write_record(jobs, record)
     print(summary(job, records))
     return 0
 
 
-def start_in_background(job: Job, config: ClusterConfig) -> JobRecord:
+def start_in_background(job: Job) -> JobRecord:
     """Detached from this terminal. Not submitit's local executor: that one keeps the terminal's pipes, ignores
     CUDA_VISIBLE_DEVICES when it assigns GPUs, and gives its tasks one second to save."""
     jobs = Path(job.jobs)
     jobs.mkdir(parents=True, exist_ok=True)
     starting = jobs / f".starting-{os.getpid()}.log"
-    environment = {**launcher.process_environment(os.environ), **config.variables}
+    environment = {**launcher.process_environment(os.environ), **job.config.variables}
     with starting.open("ab") as out:
         process = subprocess.Popen(
-            [sys.executable, "-c", supervisor.LOCAL_PROGRAM, json.dumps(asdict(job))], stdin=subprocess.DEVNULL,
-            stdout=out, stderr=subprocess.STDOUT, start_new_session=True, env=environment,
+            [sys.executable, "-c", supervisor.LOCAL_PROGRAM, supervisor.JOB.dump_json(job.without_secrets())],
+            stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, env=environment,
         )  # fmt: skip
     path = starting.rename(jobs / f"{process.pid}_0_log.out")
     created = psutil.Process(process.pid).create_time()
-    code = dict(job.code)
-    return JobRecord(str(process.pid), "local", job.arguments, str(path), job.tasks, created=created, code=code)
+    return record_of(job, str(process.pid), path, created=created)
 
 
-def submit_array(
-    jobs: Sequence[Job], folder: Path, job_request: JobRequest, config: ClusterConfig, name: str, dependency: str = "",
-    parallel: int = 0,
-) -> JobRecord:  # fmt: skip
+def submit_array(jobs: Sequence[Job], folder: Path, name: str, dependency: str = "", parallel: int = 0) -> JobRecord:
     """Submit one job to Slurm, or an array of several, at most `parallel` at a time (0: all). folder: for its logs."""
-    sbatch.check_folder(folder)
-    nodes, gpus = job_request.nodes or 1, job_request.gpus_per_node or 0
-    parameters = sbatch.executor_parameters(config, name, nodes, job_request.ranks_per_node, gpus, dependency, parallel)
-    number = sbatch.submit_array(supervisor.supervise, jobs, folder, parameters, config.variables)
-    parts, first = len(jobs) if len(jobs) > 1 else 0, jobs[0]
-    path = str(folder / f"{number}{'_0' if parts else ''}_0_log.out")
-    return JobRecord(number, "slurm", first.arguments, path, first.tasks, parts, code=dict(first.code))
+    first, arguments = jobs[0], [job.without_secrets() for job in jobs]
+    number = sbatch.submit_array(
+        supervisor.supervise, arguments, folder, name, first.request, first.config, dependency, parallel
+    )
+    parts = len(jobs) if len(jobs) > 1 else 0
+    return record_of(first, number, folder / f"{number}{'_0' if parts else ''}_0_log.out", parts=parts)
+
+
+def record_of(job: Job, number: str, path: Path, **facts: Any) -> JobRecord:
+    tasks, code = job.request.tasks, dict(job.code)
+    return JobRecord(number, job.request.cluster, job.arguments, str(path), tasks, code=code, **facts)
 
 
 def part_records(record: JobRecord, jobs: Sequence[Job]) -> list[JobRecord]:
@@ -238,15 +231,15 @@ def part_log(record: JobRecord, part: int) -> str:
     return record.log.removesuffix("_0_0_log.out") + f"_{part}_0_log.out"
 
 
-def submit_conversion_in_parts(job: Job, job_request: JobRequest, config: ClusterConfig, name: str) -> list[JobRecord]:
+def submit_conversion_in_parts(job: Job, count: int, name: str) -> list[JobRecord]:
     """An array that converts, and the job that merges its parts: both or neither."""
-    folder, count = Path(job.jobs), job_request.parts or 1
+    folder = Path(job.jobs)
     parts = [replace(job, arguments=(*job.arguments, "--part", f"{i}/{count}"), part=(i, count)) for i in range(count)]
-    merge = replace(job, arguments=(*job.arguments, "--merge"))
-    record = submit_array(parts, folder, job_request, config, name)
+    record = submit_array(parts, folder, name)
     try:
         job_records.write_record(folder, record)  # at once: from here on `msc cancel` must know it
-        return [record, submit_array([merge], folder, job_request, config, name, f"afterok:{record.id}")]
+        merge = replace(job, arguments=(*job.arguments, "--merge"))
+        return [record, submit_array([merge], folder, name, f"afterok:{record.id}")]
     except (ValueError, OSError):
         withdraw(folder, record)
         raise
@@ -267,7 +260,8 @@ def summary(job: Job, records: Sequence[JobRecord]) -> str:
     lines = [
         f"job        {numbers}" + (f" ({records[0].parts} parts, then the index)" if records[0].parts else ""),
         f"folder     {job.folder}",
-        f"log        {records[0].log}" + (", other ranks: logs/rank_N.log in the folder" if job.tasks > 1 else ""),
+        f"log        {records[0].log}"
+        + (", other ranks: logs/rank_N.log in the folder" if job.request.tasks > 1 else ""),
         f"look       msc status {folder}; msc logs {folder} -f",
         f"end        msc cancel {folder}",
         f"go on      {job.resume_command}",

@@ -13,9 +13,8 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -27,17 +26,18 @@ from msc.datasets.prepare.progress import count_finished_groups
 from msc.parallel.console import configure_logging
 from msc.parallel.signals import collect_signals
 from msc.pretrain.checkpoints import directory as checkpoint_directory
+from msc.pretrain.run_folder import RunFolder
 from msc.pretrain.tracking import heartbeat
 
 from ..processes import launcher
 from . import job_records
-from .cluster_config import Cluster
+from .cluster_config import ClusterConfig, JobRequest
 
 log = logging.getLogger(__name__)
 
 # A detached job on this machine: a process of its own that is given the Job as JSON.
 LOCAL_PROGRAM = (
-    "import sys; from msc.launch.slurm import supervisor; supervisor.supervise(supervisor.from_json(sys.argv[1]))"
+    "import sys; from msc.launch.slurm.supervisor import JOB, supervise; supervise(JOB.validate_json(sys.argv[1]))"
 )
 SIGNALLED = 128 + signal.SIGUSR1  # before the time limit, to a command that does not handle it
 RETRY_SECONDS = (1, 4, 15, 40)  # between attempts to reach a busy Slurm
@@ -49,18 +49,14 @@ Verdict = Literal["done", "again", "over"]  # as written to the job's events
 @dataclass(frozen=True)
 class Job:
     """A command of msc as a job. arguments: of msc, the same in every task. folder: of the run, or of the shards. jobs:
-    where starts are recorded. starts: how many in a row may bring no new checkpoint. code: version and commit that it
-    was submitted with. resume_command: for the user, when it is over. part: of a conversion, (i, N)."""
+    where starts are recorded. code: version and commit that it was submitted with. resume_command: for the user, when
+    it is over. part: of a conversion, (i, N)."""
 
     arguments: tuple[str, ...]
     folder: str
     jobs: str
-    cluster: Cluster
-    tasks: int = 1
-    starts: int = 3
-    python: str = sys.executable
-    container: tuple[str, ...] = ()
-    srun: tuple[str, ...] = ()
+    request: JobRequest = field(default_factory=JobRequest)
+    config: ClusterConfig = field(default_factory=ClusterConfig)
     code: tuple[tuple[str, str], ...] = ()
     resume_command: str = ""
     part: tuple[int, int] | None = None
@@ -74,9 +70,12 @@ class Job:
         """Whether a new start continues the work of the last one; evaluations, samples and exports begin anew."""
         return self.arguments[0] in ("train", "convert")
 
+    def without_secrets(self) -> Job:
+        """As it may be written to a file: the variables of its environment are handed on by the process."""
+        return replace(self, config=replace(self.config, environment={}))
 
-def from_json(text: str) -> Job:
-    return TypeAdapter(Job).validate_json(text)
+
+JOB = TypeAdapter(Job)
 
 
 def supervise(job: Job) -> None:
@@ -91,7 +90,7 @@ def supervise(job: Job) -> None:
 
 def run_attempts(job: Job, received: list[int]) -> int:
     """Start the ranks until the job is over or in Slurm's queue again; returns the exit code. received: signals."""
-    jobs, number = Path(job.jobs), slurm_job_id(os.environ) if job.cluster == "slurm" else str(os.getpid())
+    jobs, number = Path(job.jobs), slurm_job_id(os.environ) if job.request.cluster == "slurm" else str(os.getpid())
     os.environ[heartbeat.JOB_VARIABLE] = number
     warn_of_changed_code(job)
     try:
@@ -101,17 +100,17 @@ def run_attempts(job: Job, received: list[int]) -> int:
         log.error(f"{error}. This job ends without a start")
         return USER_ERROR
     while True:
-        began, start = time.time(), progress_of(job)
+        start = progress_of(job)
         starts = [event["from"] for event in job_records.read_events(jobs, number) if "from" in event]
-        if job_records.starts_without_progress(starts, start) >= job.starts:  # Slurm itself requeued it
-            log.error(f"{job.starts} starts without a new checkpoint: given up. The log above says why")
+        if job_records.starts_without_progress(starts, start) >= job.config.starts:  # Slurm itself requeued it
+            log.error(f"{job.config.starts} starts without a new checkpoint: given up. The log above says why")
             return finish(job, FAILURE)
         job_records.append_event(jobs, number, **{"from": start}, host=os.uname().nodename)
         code = run_ranks(job, received)
         end = progress_of(job)
         stalled = job_records.starts_without_progress([*starts, start], end)
-        worked = start > 0 or (took_a_step(job, began, start) if job.trains else end > 0)
-        verdict, reason = decide(code, stalled, job.starts, worked, job.resumable)
+        worked = start > 0 or end > start or (job.trains and took_a_step(job, number))
+        verdict, reason = decide(code, stalled, job.config.starts, worked, job.resumable)
         if verdict == "again" and not may_restart(job, number, code, received):
             verdict, reason = "over", "stopped from outside: cancelled, or put back into the queue"
         job_records.append_event(jobs, number, code=code, to=end, verdict=verdict, why=reason)
@@ -119,7 +118,7 @@ def run_attempts(job: Job, received: list[int]) -> int:
         if verdict != "again":
             return finish(job, code)
         end_own_mlflow_run(job, code)
-        if job.cluster == "slurm":
+        if job.request.cluster == "slurm":
             requeue(number)
             return code
 
@@ -160,15 +159,21 @@ def decide(code: int, stalled: int, limit: int, worked: bool, resumable: bool = 
 
 def run_ranks(job: Job, received: list[int]) -> int:
     """Start all tasks of the job and wait for them; returns the highest exit code."""
-    command = [*job.container, *launcher.msc_command(job.arguments, job.python)]
-    if job.cluster != "slurm":
+    command = [*job.config.container, *launcher.msc_command(job.arguments, job.config.python or sys.executable)]
+    if job.request.cluster != "slurm":
         logs = Path(job.folder if job.trains else job.jobs) / "logs"
-        return launcher.run(command, job.tasks, logs, received=received)
+        return launcher.run(command, job.request.tasks, logs, received=received)
     # Since 22.05 srun does not inherit the number of CPUs from sbatch.
     cpus = [f"--cpus-per-task={count}"] if (count := os.environ.get("SLURM_CPUS_PER_TASK")) else []
     # A rank that ends must not end the others at once: they may still save, or name the stalled rank.
-    srun = ["srun", f"--wait={WAIT}", "--kill-on-bad-exit=0", *cpus, *job.srun]
+    srun = ["srun", f"--wait={WAIT}", "--kill-on-bad-exit=0", *cpus, *job.config.srun]
+    logs = RunFolder(Path(job.folder)).logs
+    sizes = {path: path.stat().st_size for path in logs.glob("rank_*.log")}
     code = subprocess.call([*srun, *command], env=launcher.process_environment(os.environ), stdin=subprocess.DEVNULL)
+    if code not in (0, REQUEUE):  # rank 0's output is in the job's own log; the reason may be in that of another rank
+        grown = [path for path in logs.glob("rank_*.log") if path.stat().st_size > sizes.get(path, 0)]
+        for path in sorted(grown, key=lambda path: path.stat().st_mtime)[: launcher.SHOWN_TAILS]:
+            log.error("\n".join([f"the end of {path}:", *launcher.log_tail(path, sizes.get(path, 0))]))
     return 128 - code if code < 0 else code
 
 
@@ -182,17 +187,15 @@ def progress_of(job: Job) -> int:
     )  # as convert does: the link may have another name
 
 
-def took_a_step(job: Job, began: float, start: int) -> bool:
-    """Whether training took a step since then, by a new checkpoint or the heartbeat that it leaves behind."""
-    last = heartbeat.read(Path(job.folder))
-    newest = checkpoint_directory.newest_meta(Path(job.folder))
-    step = newest.step if newest else 0
-    return progress_of(job) > start or (last.get("started", 0) >= began and last["step"] > step)
+def took_a_step(job: Job, number: str) -> bool:
+    """Whether the heartbeat that its ranks left behind has a later step than the newest checkpoint."""
+    last, newest = heartbeat.read(Path(job.folder)), checkpoint_directory.newest_meta(Path(job.folder))
+    return last.get("job") == number and last["step"] > (newest.step if newest else 0)
 
 
 def may_restart(job: Job, number: str, code: int, received: list[int]) -> bool:
     """False where somebody ended the job: it would start again after `scancel`, or twice when Slurm requeues it."""
-    if job.cluster != "slurm":
+    if job.request.cluster != "slurm":
         return code != REQUEUE and not received
     try:
         state = re.search(r"\bJobState=(\w+)", scontrol("show", "job", "-o", number))
@@ -222,13 +225,17 @@ def scontrol(*arguments: str) -> str:
 def end_own_mlflow_run(job: Job, code: int) -> None:
     """End the MLflow run where the ranks could not: they were killed, and it would be RUNNING for ever. Not if another
     job has taken the run folder while the ranks were starting."""
-    last = heartbeat.read(Path(job.folder))
-    taken = heartbeat.is_fresh(last, time.time()) and last["job"] != heartbeat.job_id(os.environ)
-    if job.trains and code not in (0, REQUEUE) and not taken:
-        from msc.pretrain.tracking.tracker import end_mlflow_run
+    if not job.trains or code in (0, REQUEUE):
+        return
+    try:
+        if heartbeat.read(Path(job.folder)).get("job") != heartbeat.job_id(os.environ):
+            heartbeat.check_not_training(Path(job.folder))
+    except ValueError:
+        return
+    from msc.pretrain.tracking.tracker import end_mlflow_run
 
-        if run_id := end_mlflow_run(Path(job.folder), "FAILED"):
-            log.warning(f"MLflow run {run_id} was still RUNNING and is now FAILED")
+    if run_id := end_mlflow_run(Path(job.folder), "FAILED"):
+        log.warning(f"MLflow run {run_id} was still RUNNING and is now FAILED")
 
 
 def warn_of_changed_code(job: Job) -> None:

@@ -33,6 +33,7 @@ from .directory import CheckpointMeta
 from .format import CheckpointConfig
 
 log = logging.getLogger(__name__)
+Layout = dict[str, tuple[int, int]]  # of a buffer: first element and end of every slice
 
 CHUNK = 1 << 23  # bytes written at a time; other threads run while a chunk is written and hashed
 SLOWEST = 3600.0  # seconds by which a rank's disk may be slower than another's; a rank that died ends training before
@@ -77,10 +78,12 @@ class CheckpointWriter:
         self.seconds = 0.0  # of the last write
         self.step: int | None = None  # of the checkpoint last begun, or loaded
 
-    def reserve(self, engine: Any) -> None:
-        """Allocate the host buffer at the start: pinning many GB takes seconds."""
-        numel = sum(value.numel() for _, value in self._slices(engine))
-        self._buffer = pinned_buffer(numel) if torch.cuda.is_available() and numel else torch.empty(numel)
+    def reserve(self, engine: Any) -> Tensor:
+        """The host buffer, allocated at the first call: pinning many GB takes seconds."""
+        if self._buffer is None:
+            numel = sum(value.numel() for _, value in self._slices(engine))
+            self._buffer = pinned_buffer(numel) if torch.cuda.is_available() and numel else torch.empty(numel)
+        return self._buffer
 
     def _slices(self, engine: Any) -> list[tuple[str, Tensor]]:
         parts = deepspeed_zero.local_slices(engine, (self.rank, self.world_size))
@@ -95,11 +98,19 @@ class CheckpointWriter:
         if meta.step == self.step and not failed:
             return {}
         metrics = {"saving/write_s": self.seconds} if self.seconds else {}
-        layout = self._copy(engine)
+
+        buffer, layout, end = self.reserve(engine), {}, 0
+        for name, value in self._slices(engine):
+            assert value.dtype == torch.float32
+            layout[name] = start, end = end, end + value.numel()
+            buffer[start:end].copy_(value, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
         steps, shapes = deepspeed_zero.adam_steps(engine), deepspeed_zero.parameter_shapes(engine)
         meta = replace(meta, adam_steps=steps, world=self.world_size, parameters=shapes)
+
         self.step, self._saves = meta.step, self._saves + 1
-        self._thread = threading.Thread(target=self._work, args=(layout, meta), name="checkpoint", daemon=True)
+        self._thread = threading.Thread(target=self._work, args=(buffer, layout, meta), name="checkpoint", daemon=True)
         self._thread.start()
         if failed and (failure := self._join()):  # not twice in a row without stopping
             raise OSError(failure)
@@ -126,27 +137,12 @@ class CheckpointWriter:
         if self._thread is not None:
             self._thread.join(self.timeout_s if others_live else LAST_CHANCE)
 
-    def _copy(self, engine: Any) -> dict[str, tuple[int, int]]:
-        """Copy this rank's slices into the host buffer; returns the first element and the end of each."""
-        if self._buffer is None:
-            self.reserve(engine)
-        assert self._buffer is not None
-        layout, at = {}, 0
-        for name, value in self._slices(engine):
-            assert value.dtype == torch.float32
-            layout[name] = (at, at + value.numel())
-            self._buffer[slice(*layout[name])].copy_(value, non_blocking=True)
-            at += value.numel()
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
-        return layout
-
     # In the thread ---------------------------------------------------------------------------------------
 
-    def _work(self, layout: dict[str, tuple[int, int]], meta: CheckpointMeta) -> None:
+    def _work(self, buffer: Tensor, layout: Layout, meta: CheckpointMeta) -> None:
         began = time.perf_counter()
         try:
-            failure = self._write(layout, meta)
+            failure = self._write(buffer, layout, meta)
         except Exception as error:  # any, also the store's when another rank has ended: training must know
             failure = f"rank {self.rank}: {error}"
         self.seconds = time.perf_counter() - began
@@ -156,15 +152,14 @@ class CheckpointWriter:
         if failure and self.rank == 0:
             log.warning(self._failure)
 
-    def _write(self, layout: dict[str, tuple[int, int]], meta: CheckpointMeta) -> str:
+    def _write(self, buffer: Tensor, layout: Layout, meta: CheckpointMeta) -> str:
         """Write this rank's file, and on rank 0 publish all of them; returns the failure, the same on every rank."""
-        assert self._buffer is not None
         name = f".{checkpoint_directory.checkpoint_name(meta.step)}.writing-{self.session}"
         folder = RunFolder(self.run).checkpoints / name
         report: dict[str, Any] = {"file": f"rank-{self.rank:05d}.safetensors"}
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            report["bytes"], report["sha256"] = write_slices(folder / report["file"], self._buffer, layout)
+            report["bytes"], report["sha256"] = write_slices(folder / report["file"], buffer, layout)
         except Exception as error:  # any: rank 0 waits for this report
             report["error"] = f"rank {self.rank}: {error}"
         key = f"msc/checkpoint/{self.session}/{self._saves}"
@@ -195,7 +190,7 @@ class CheckpointWriter:
         return failure
 
 
-def write_slices(path: Path, buffer: Tensor, layout: dict[str, tuple[int, int]]) -> tuple[int, str]:
+def write_slices(path: Path, buffer: Tensor, layout: Layout) -> tuple[int, str]:
     """Write slices of a contiguous float32 buffer as a safetensors file and sync it; its size in bytes and sha256.
 
     safetensors' own writer would hold Python's interpreter lock, and training with it.

@@ -10,18 +10,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import shutil
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from msc.datasets.files import sha256_of, sync_folder, write_atomically
+from msc.datasets.files import retry, sha256_of, sync_folder, try_lock, write_atomically
 from msc.datasets.text_table import text_table
 
 from ..run_folder import RunFolder
+
+log = logging.getLogger(__name__)
 
 FORMAT = 2  # 1: rotary embedding paired other channels of a head, so that its weights would compute something else
 NAME = re.compile(r"step-\d{8,}")
@@ -135,6 +139,36 @@ def find(run: Path, requested: str | None = None) -> Path:
     raise ValueError(f"{requested} is not a checkpoint of {run}; it has those of steps: {steps}")
 
 
+@contextmanager
+def held(run: Path, requested: str | None = None) -> Iterator[Path]:
+    """The checkpoint that `find` returns, which training does not prune during the block."""
+
+    def find_and_lock() -> tuple[Path, BinaryIO]:
+        path = find(run, requested)
+        return path, lock_for_reading(path)
+
+    pauses = (0.1, 0.5) if requested is None else ()  # the latest may have been pruned meanwhile: there is a newer one
+    path, lock = retry(find_and_lock, pauses, lambda error: isinstance(error, ValueError | FileNotFoundError))
+    with lock:
+        yield path
+
+
+def lock_for_reading(path: Path) -> BinaryIO:
+    """A file that keeps a checkpoint from being pruned, by a shared lock, until it is closed; ValueError if the
+    checkpoint is incomplete or being pruned. On file systems without locks it keeps nothing."""
+    try:
+        file = (path / "meta.json").open("rb")
+    except FileNotFoundError:
+        raise ValueError(f"{path / 'meta.json'} is missing") from None
+    locked = True
+    with suppress(OSError):
+        locked = try_lock(file, shared=True)
+    if not locked:
+        file.close()
+        raise ValueError(f"{path} is being pruned: take a newer checkpoint")
+    return file
+
+
 def newest_meta(run: Path) -> CheckpointMeta | None:
     """The facts of the newest readable checkpoint."""
     for path in resume_candidates(run):
@@ -188,8 +222,16 @@ def steps_to_prune(steps: list[int], step: int, keep: int, keep_every: int) -> l
 
 
 def prune(run: Path, step: int, keep: int, keep_every: int) -> None:
+    """Delete old checkpoints; one that another process is reading stays until the next time."""
     for old in steps_to_prune([step_of(path) for path in list_checkpoints(run)], step, keep, keep_every):
-        shutil.rmtree(RunFolder(run).checkpoints / checkpoint_name(old), ignore_errors=True)
+        path, free = RunFolder(run).checkpoints / checkpoint_name(old), True
+        with ExitStack() as stack:
+            with suppress(OSError):  # damaged, or a file system without locks
+                free = try_lock(stack.enter_context((path / "meta.json").open("r+b")))
+            if free:
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                log.info("%s is being read by another process: it is deleted after the next checkpoint", path)
 
 
 def rename_aside(path: Path, prefix: str) -> Path:
@@ -208,8 +250,8 @@ def remove_unfinished(run: Path) -> None:
 
 def checkpoint_table(run: Path, check_files: bool = False) -> tuple[str, bool]:
     """The checkpoints of a run as text, and whether none is damaged, as far as was checked."""
-    if not RunFolder(run).exists():
-        raise FileNotFoundError(f"{run} is not a run folder: it has no config.yaml")
+    if not RunFolder(run).exists() and not list_checkpoints(run):
+        raise FileNotFoundError(f"{run} is not a run folder: it has no config.yaml and no checkpoint")
     rows, intact, next_one = [], True, next(iter(resume_candidates(run)), None)
     for path in list_checkpoints(run):
         try:

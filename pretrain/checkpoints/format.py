@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from logging import getLogger
 from pathlib import Path
@@ -93,7 +94,7 @@ def load_newest(run: Path, engine: Any) -> CheckpointMeta | None:
         if defects := sorted({defect for defects in control_plane.gather_objects(own) for defect in defects}):
             damaged.append((path, defects))
             continue
-        control_plane.run_on_rank_0(lambda: _set_aside(run, damaged, path))  # noqa: B023 - called at once
+        control_plane.run_on_rank_0(partial(_set_aside, run, damaged, path))
         return load(path, engine)
     if damaged:
         defects = [defect for _, defects in damaged for defect in defects]
@@ -125,10 +126,12 @@ def load(path: Path, engine: Any) -> CheckpointMeta:
 
 
 class ParameterReader:
-    """Random access to a checkpoint's parameters without loading it whole."""
+    """Random access to a checkpoint's parameters without loading it whole; it is not pruned while this is open."""
 
     def __init__(self, path: Path):
-        self.meta, self._stack = CheckpointMeta.read(path), ExitStack()
+        self._stack = ExitStack()
+        self._stack.enter_context(checkpoint_directory.lock_for_reading(path))
+        self.meta = CheckpointMeta.read(path)
         self._slices: dict[tuple[str, str], list[tuple[int, Any, str]]] = defaultdict(list)
         for file in self.meta.files:
             opened = self._stack.enter_context(safe_open(path / file, framework="pt"))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msc.datasets.files import append_jsonl, read_jsonl, write_atomically
+from msc.datasets.files import append_jsonl, finite_or_none, read_jsonl, write_atomically
 from msc.datasets.loading.dataloader import Batch
 
 from ..run_folder import RunFolder
@@ -78,7 +78,7 @@ def truncate_jsonl(path: Path, step: int) -> None:
     """Drop the records after the checkpoint that the run resumes from: those steps are taken again."""
     if path.is_file():
         records = [record for record in read_jsonl(path) if record["step"] <= step]
-        write_atomically(path, "".join(json.dumps(record) + "\n" for record in records).encode())
+        write_atomically(path, "".join(json.dumps(finite_or_none(record)) + "\n" for record in records).encode())
 
 
 # Rollback -------------------------------------------------------------------------------------------------

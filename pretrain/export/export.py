@@ -17,7 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msc.datasets.files import check_replaceable, free_bytes, partial_folder, publish_folder, write_atomically
+from msc.datasets.files import (
+    check_replaceable,
+    format_bytes,
+    free_bytes,
+    partial_folder,
+    publish_folder,
+    write_atomically,
+)
 
 from ..checkpoints import directory as checkpoint_directory
 from ..checkpoints import format as checkpoint_format
@@ -69,14 +76,15 @@ def export(
     # the run's own folder may be replaced; any other must be new or empty
     check_replaceable(folder, overwrite=out is None, proof="config.json")
     config, space = read_run(run)
-    source = open_source(run, config, step)
     sets = ("ema", "raw") if weights == "both" else (weights,)
-    free, needed = free_bytes(folder), len(sets) * DTYPES[dtype].itemsize * source.elements
-    if free < needed:
-        raise OSError(f"the disk of {folder} has {free / 1e9:.1f} GB free; the weights take {needed / 1e9:.1f} GB")
-    facts = describe(config, space, source.meta, sets, dtype)
-    report = [f"{source.elements:,} parameters of step {source.meta.step:,} in {dtype} written to {folder}"]
-    with partial_folder(folder) as partial:
+    with checkpoint_directory.held(run, step) as path, partial_folder(folder) as partial:
+        source = open_source(path, config)
+        facts = describe(config, space, source.meta, sets, dtype)
+        report = [f"{source.elements:,} parameters of step {source.meta.step:,} in {dtype} written to {folder}"]
+        free, needed = free_bytes(folder), len(sets) * DTYPES[dtype].itemsize * source.elements
+        if free < needed:
+            sizes = f"{format_bytes(free)} free; the weights take {format_bytes(needed)}"
+            raise OSError(f"the disk of {folder} has {sizes}: free some, or name another --out")
         write_atomically(partial / "config.json", json.dumps(facts, indent=1).encode())
         for name in sets:
             stem = "model" if name == sets[0] else name
@@ -98,9 +106,8 @@ def export(
     return "\n".join(report)
 
 
-def open_source(run: Path, config: Config, step: str | None) -> Source:
+def open_source(path: Path, config: Config) -> Source:
     """The checkpoint to export, verified by its checksums; ValueError if it is damaged or not of the run's model."""
-    path = checkpoint_directory.find(run, step)
     if problems := checkpoint_directory.verify(path):
         raise ValueError(f"{'; '.join(problems)}: export another one with --checkpoint, `msc checkpoints` lists them")
     meta = CheckpointMeta.read(path)

@@ -41,12 +41,12 @@ def open_run(run: Path, weights: str = "ema", checkpoint: str | None = None) -> 
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights is {weights!r}; it must be 'ema' (averaged) or 'raw' (as trained)")
     config, space = read_run(run)
-    path = checkpoint_directory.find(run, checkpoint)
-    meta = checkpoint_directory.CheckpointMeta.read(path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.device("meta"):
         model = MSCTransformer(config.model)
-    model.load_state_dict(dict(checkpoint_format.weights(path, weights)), assign=True)
+    with checkpoint_directory.held(run, checkpoint) as path:
+        meta = checkpoint_directory.CheckpointMeta.read(path)
+        model.load_state_dict(dict(checkpoint_format.weights(path, weights)), assign=True)
     model.to(device).eval()
     autoencoder = open_autoencoder(space.autoencoder, device)
     return TrainedModel(model, config, space, autoencoder, meta.step, meta.clock, device)

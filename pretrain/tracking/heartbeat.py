@@ -1,9 +1,11 @@
 """Heartbeat file: the step and phase of a run, written every few seconds for people and programs outside of it.
 
-    run/heartbeat.json    {"time", "started", "step", "phase", "since", "host", "pid", "job", "ranks"}
+    run/heartbeat.json    {"time", "started", "step", "phase", "since", "host", "pid", "job", "ranks", "previous"}
 
-Times are Unix times; `since` is when the phase was entered. The file is also the lock of a run folder: who has written
-it and goes on writing owns the run. Unlike a file lock this needs only renames of a shared file system.
+Times are Unix times; `since` is when the phase was entered; `previous` is the process that owned the run before. The
+file is also the lock of a run folder: who has written it and goes on writing owns the run. Unlike a file lock this
+needs only renames of a shared file system. Whether it goes on is seen by reading twice, never from the times in it:
+the clocks of two nodes may differ by minutes.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -30,9 +32,10 @@ from ..run_folder import RunFolder
 log = logging.getLogger(__name__)
 
 INTERVAL_S = 3.0
-TAKEOVER_S = 60.0  # seconds without a heartbeat after which a run may be taken over
+TAKEOVER_S = 60.0  # seconds, of the reader's clock, without a new heartbeat after which a run may be taken over
 SETTLE_S = 0.5  # seconds in which another process that also saw the run as free has written its heartbeat
 JOB_VARIABLE = "MSC_JOB"  # in the environment of ranks that a job started: its id
+SILENT_VARIABLE = "MSC_SILENT_HEARTBEAT"  # the heartbeat that this process, or the one that started it, saw no more of
 ENDED = "ended"
 
 
@@ -42,7 +45,9 @@ def write_heartbeat(run: Path | None, ranks: int, progress: Progress, interval: 
     if run is None:
         yield
         return
-    own, over = identity(ranks), threading.Event()
+    acquired, own, over = read(run), identity(ranks), threading.Event()
+    if _same_process(acquired, own):
+        own |= {name: acquired[name] for name in ("started", "previous") if name in acquired}
 
     def write(phase: Phase) -> None:
         with suppress(OSError):  # a full disk is the checkpoint's to complain about
@@ -75,11 +80,11 @@ def write_heartbeat(run: Path | None, ranks: int, progress: Progress, interval: 
 
 
 def _has_taken_over(own: Mapping[str, Any], before: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether another process owns the run now: it goes on writing, or has trained and ended since `own` started. One
-    that no longer writes was killed, and owns nothing."""
+    """Whether another process owns the run now: it goes on writing, or has trained after `own` and ended. One that no
+    longer writes was killed, and owns nothing."""
     if other["phase"] == ENDED:
-        return other["started"] > own["started"] and other["step"] > 0
-    return is_fresh(other, time.time()) and other["pid"] == before.get("pid") and other["time"] != before["time"]
+        return other["step"] > 0 and not _same_process(other, own["previous"])
+    return _same_process(other, before) and other["time"] != before["time"]
 
 
 def _end_taken(run: Path, other: Mapping[str, Any]) -> None:
@@ -87,10 +92,10 @@ def _end_taken(run: Path, other: Mapping[str, Any]) -> None:
     os._exit(1)
 
 
-def identity(ranks: int) -> dict[str, Any]:
-    """What all heartbeats of this process have in common."""
-    own = {"started": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
-    return {**own, "job": job_id(os.environ), "ranks": ranks}
+def identity(ranks: int, previous: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What all heartbeats of this process have in common. previous: the last one of the run's former owner."""
+    own = {"started": time.time(), "host": socket.gethostname(), "pid": os.getpid(), "job": job_id(os.environ)}
+    return {**own, "ranks": ranks, "previous": {name: (previous or {}).get(name) for name in ("host", "pid")}}
 
 
 def job_id(environment: Mapping[str, str]) -> str:
@@ -116,30 +121,57 @@ def read(run: Path) -> dict[str, Any]:
     return heartbeat if isinstance(heartbeat, dict) else {}
 
 
-def is_fresh(heartbeat: Mapping[str, Any], now: float) -> bool:
-    """Whether it may be of a process that is still training."""
-    return bool(heartbeat) and heartbeat["phase"] != ENDED and now - heartbeat["time"] < TAKEOVER_S
+def is_recent(heartbeat: Mapping[str, Any], now: float) -> bool:
+    """Whether it looks like that of a process that is still training, by the clocks of both machines: for display."""
+    return bool(heartbeat) and heartbeat["phase"] != ENDED and abs(now - heartbeat["time"]) < TAKEOVER_S
+
+
+def read_with_own_clock(runs: Sequence[Path], interval: float = 2 * INTERVAL_S) -> list[dict[str, Any]]:
+    """The last heartbeat of each run. Where it looks old, but another machine wrote it, all are read again after
+    `interval` seconds: the times of one that has changed are then put on this machine's clock."""
+    first, now = [read(run) for run in runs], time.time()
+    doubtful = [
+        heartbeat.get("phase", ENDED) != ENDED and not is_recent(heartbeat, now) and not _is_local(heartbeat)
+        for heartbeat in first
+    ]
+    if not any(doubtful):
+        return first
+    time.sleep(interval)
+    heartbeats = []
+    for run, old, check in zip(runs, first, doubtful, strict=True):
+        new = read(run) if check else old
+        ahead = time.time() - new["time"] if new != old and new else 0.0
+        heartbeats.append({**new, "time": new["time"] + ahead, "since": new["since"] + ahead} if ahead else new)
+    return heartbeats
+
+
+def _is_local(heartbeat: Mapping[str, Any]) -> bool:
+    return bool(heartbeat["host"] == socket.gethostname())
 
 
 def check_not_training(run: Path, interval: float = 1.0) -> None:
     """ValueError if a process is training in `run`: two would overwrite each other's checkpoints.
 
-    A fresh heartbeat may be the last of a killed process. If that ran on this machine, it is looked up; otherwise wait
-    until it writes again or the heartbeat is too old, a minute at most. Not for ranks other than 0: rank 0 may already
-    write.
+    The last heartbeat may be that of a killed process. If it ran on this machine, it is looked up; otherwise wait until
+    it writes again, TAKEOVER_S at most; once for this process and those that it starts. Not for ranks other than 0:
+    rank 0 may already write.
     """
-    first = heartbeat = read(run)
-    if not is_fresh(first, time.time()):
+    first = read(run)
+    if not first or first["phase"] == ENDED or (_is_local(first) and not psutil.pid_exists(first["pid"])):
         return
-    if first["host"] == socket.gethostname() and not psutil.pid_exists(first["pid"]):
+    if (silent := json.dumps(first, sort_keys=True)) == os.environ.get(SILENT_VARIABLE):
         return
-    age = time.time() - first["time"]
-    log.info("%s has a heartbeat %.0f s old: waiting for the next one, to see whether it is being trained", run, age)
-    while is_fresh(heartbeat, time.time()):
-        if heartbeat["time"] != first["time"]:
-            raise ValueError(owned_message(run, heartbeat))
+    log.info("%s has a heartbeat of %s: waiting up to %.0f s for another one, to see whether it is being trained",
+             run, process_name(first), TAKEOVER_S)  # fmt: skip
+    deadline = time.monotonic() + TAKEOVER_S
+    while time.monotonic() < deadline:
         time.sleep(interval)
         heartbeat = read(run)
+        if heartbeat.get("phase", ENDED) == ENDED:
+            return
+        if heartbeat != first:
+            raise ValueError(owned_message(run, heartbeat))
+    os.environ[SILENT_VARIABLE] = silent
 
 
 def acquire_run(run: Path, ranks: int) -> None:
@@ -149,7 +181,7 @@ def acquire_run(run: Path, ranks: int) -> None:
     alone (Fischer's algorithm, in Lamport 1987, A fast mutual exclusion algorithm). On rank 0 only.
     """
     check_not_training(run)
-    own, checked = identity(ranks), time.monotonic()
+    own, checked = identity(ranks, previous=read(run)), time.monotonic()
     _write(run, Phase(), own)
     late = time.monotonic() - checked > SETTLE_S  # another process may be training already: wait for its next heartbeat
     time.sleep(2 * INTERVAL_S if late else SETTLE_S)
@@ -157,11 +189,13 @@ def acquire_run(run: Path, ranks: int) -> None:
         raise ValueError(owned_message(run, heartbeat))
 
 
+def process_name(heartbeat: Mapping[str, Any]) -> str:
+    job = f" of job {heartbeat['job']}" if heartbeat.get("job") else ""
+    return f"process {heartbeat['pid']} on {heartbeat['host']}{job}"
+
+
 def owned_message(run: Path, heartbeat: Mapping[str, Any]) -> str:
-    owner = "its heartbeat is gone"
-    if heartbeat:
-        job = f" of job {heartbeat['job']}" if heartbeat.get("job") else ""
-        owner = f"process {heartbeat['pid']} on {heartbeat['host']}{job} is in step {heartbeat['step']}"
+    owner = f"{process_name(heartbeat)} is in step {heartbeat['step']}" if heartbeat else "its heartbeat is gone"
     return (
         f"{run} is being trained: {owner}. Wait for it, or end it with `msc cancel {run}` (a job) or Ctrl-C; "
         f"`msc status {run}` shows its progress"

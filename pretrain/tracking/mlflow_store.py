@@ -81,17 +81,13 @@ class Store:
 
     def connect(self) -> None:
         """Import MLflow, open the store, find or create the run. May be called again after it raised."""
-        from mlflow import MlflowClient
-
-        for library in ("mlflow", "alembic"):
-            logging.getLogger(library).setLevel(logging.WARNING)
         file = self._sqlite_file()
         if file:
             file.parent.mkdir(parents=True, exist_ok=True)
         # One process at a time opens a sqlite store: the migrations of a new one must not run twice at once. Where
         # the file system has no locks, the caller's next attempt succeeds.
         with locked(file.with_name(file.name + ".lock"), required=False) if file else nullcontext():
-            self.client = MlflowClient(tracking_uri=self.uri)
+            self.client = open_client(self.uri)
             experiment_id = self._find_experiment()
         run = self._find_run(experiment_id)
         if run is None:
@@ -221,6 +217,16 @@ class Store:
             write_atomically(RunFolder(self.run).mlflow, (json.dumps(identity, indent=1) + "\n").encode(), sync=False)
         except OSError as error:  # a read-only run folder
             logger.warning("mlflow: the run's id is not kept: %s", error)
+
+
+def open_client(uri: str) -> Any:
+    """An MLflow client whose errors are raised and not logged as well: its module for databases logs a traceback at
+    every attempt to use a sqlite file that is locked."""
+    from mlflow import MlflowClient
+
+    for name, level in {"mlflow": "WARNING", "alembic": "WARNING", "mlflow.store.db.utils": "CRITICAL"}.items():
+        logging.getLogger(name).setLevel(level)
+    return MlflowClient(tracking_uri=uri)
 
 
 def read_identity(run: Path) -> dict[str, Any]:

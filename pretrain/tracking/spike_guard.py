@@ -11,12 +11,16 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
+# The largest gradient norm of a step that is taken, at every ZeRO stage. Stages 0 to 2 sum squares in fp32, where a
+# norm above 1.8e19 overflows; stage 3 would take it.
+MAX_NORM = 1e19
+
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """A step whose loss or gradient norm is not finite is always skipped. sigma: so is one whose loss or norm lies more
-    than that many standard deviations above the mean of the last `window` steps taken (0: no such rule).
-    stop_after: skipped steps in a row after which the run stops and names their clips."""
+    """A step whose loss or gradient norm is not finite, or whose norm is above MAX_NORM, is always skipped. sigma: so
+    is one whose loss or norm lies more than that many standard deviations above the mean of the last `window` steps
+    taken (0: no such rule). stop_after: skipped steps in a row after which the run stops and names their clips."""
 
     sigma: float = 0.0
     window: int = 128
@@ -53,6 +57,8 @@ def skip_reason(config: GuardConfig, history: History, loss: float, norm: float)
     for name, value, recent in (("loss", loss, history.losses), ("gradient norm", norm, history.norms)):
         if not math.isfinite(value):
             return f"{name} {value}"
+        if name == "gradient norm" and value > MAX_NORM:
+            return f"{name} {value:.4g}, above {MAX_NORM:g}"
         if config.sigma and len(recent) >= config.window // 2:
             mean, deviation = statistics.fmean(recent), statistics.pstdev(recent)
             if value > mean + config.sigma * deviation:

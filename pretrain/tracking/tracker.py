@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,7 @@ from .mlflow_store import (
     Entry,
     Store,
     is_rejected,
+    open_client,
     read_identity,
     without_credentials,
 )
@@ -95,12 +96,13 @@ def end_mlflow_run(run: Path, state: State) -> str | None:
     uri = ""
     try:
         uri = MetricsConfig(**yaml.safe_load(RunFolder(run).config.read_text())["metrics"]).resolve(run)
-        run_id = read_identity(run).get("run_id")
-        if run_id is None or uri == "none":
+        identity = read_identity(run)
+        if not identity or uri == "none":
             return None
-        from mlflow import MlflowClient
-
-        client = MlflowClient(tracking_uri=uri)
+        if (run_id := identity.get("run_id")) is None:  # the store has not answered so far
+            keep_unsent(run, state=state)
+            return None
+        client = open_client(uri)
         if client.get_run(run_id).info.status != "RUNNING":
             return None
         client.set_terminated(run_id, state)
@@ -108,7 +110,29 @@ def end_mlflow_run(run: Path, state: State) -> str | None:
     except Exception as error:  # the job is over either way
         reason = without_credentials(uri, str(error))
         logger.warning("mlflow: %s could not be ended as %s: %s: %.200s", run, state, type(error).__name__, reason)
+        if read_identity(run):
+            keep_unsent(run, state=state)
         return None
+
+
+def keep_unsent(
+    run: Path,
+    entries: Sequence[Entry] = (),
+    artifacts: Sequence[Artifact] = (),
+    state: str | None = None,
+    path: Path | None = None,
+) -> bool:
+    """Write to the run folder what the next process of this run has to send; False, with a warning, if that fails.
+
+    state: to end the MLflow run with, if nobody does before. path: to replace, by default a new file."""
+    path = path or run / f"mlflow-unsent-{time.time_ns()}.json"
+    unsent = {"points": list(map(astuple, entries)), "files": list(map(astuple, artifacts)), "state": state}
+    try:
+        write_atomically(path, json.dumps(unsent).encode(), sync=False)
+    except OSError as error:
+        logger.warning("mlflow: %d entries are not kept, and lost if the process dies: %s", len(entries), error)
+        return False
+    return True
 
 
 def set_client_defaults() -> None:
@@ -134,7 +158,7 @@ class Tracker:
         self._next_upload = self._next_system_metrics = 0.0  # not before these times
         self._loaded: list[Path] = []  # files of unsent entries of earlier processes, now in the queue
         self._state: State | None = None  # to end the run with
-        self._unsent_state: str | None = None  # with which an earlier process could not end it
+        self._unsent_state: str | None = None  # with which an earlier process could not end it; None once it is sent
         self._ended = self._closing = self._down = self._uploads_down = False
         self._dropped = 0
 
@@ -197,11 +221,16 @@ class Tracker:
         while the store is away, and goes on from there, loses nothing."""
         if self._store is None or self._closing:
             return
-        with self._changed:
-            if self._in_flight or self._queue or self._artifacts:
-                self._write_unsent(RunFolder(self._run).unsent_metrics, None)
-            else:
-                RunFolder(self._run).unsent_metrics.unlink(missing_ok=True)
+        with self._changed, contextlib.suppress(OSError):  # the folder may have become read-only
+            live = RunFolder(self._run).unsent_metrics
+            if not (self._in_flight or self._queue or self._artifacts):
+                live.unlink(missing_ok=True)
+            elif not keep_unsent(self._run, [*self._in_flight, *self._queue], self._artifacts, path=live):
+                return
+            # Also the state in which an earlier process could not end the run: it goes on.
+            for file in self._loaded:
+                if file != live:
+                    file.unlink(missing_ok=True)
 
     def finish(self, state: State, timeout: float | None = None) -> None:
         """Send what is left and end the run as `state`, within `timeout` seconds (30, for KILLED 5).
@@ -237,6 +266,8 @@ class Tracker:
     def _work(self, store: Store) -> None:
         delay = 1.0
         self._load_unsent()
+        if store.owns and self._loaded:
+            self.keep()
         while True:
             try:
                 self._send_all(store)
@@ -271,8 +302,10 @@ class Tracker:
             if store.owns and self._text:
                 name = "config.yaml" if store.starts == 1 else f"config-{store.starts}.yaml"
                 self._artifacts.append(Artifact(name, text=self._text))
-            elif store.was_running and self._unsent_state and not store.owns:
+        if self._unsent_state and not store.owns:
+            if store.was_running:
                 store.end(self._unsent_state)
+            self._unsent_state = None
         if self._records_system(store) and time.monotonic() >= self._next_system_metrics and not self._closing:
             self._next_system_metrics = time.monotonic() + SYSTEM_METRICS_S
             self._put(store.system_metrics())
@@ -292,7 +325,7 @@ class Tracker:
             with self._changed:
                 self._in_flight = []
         if self._closing and store.owns and not self._ended:  # before the artifacts: there may be only seconds
-            store.end(str((store.attach and self._unsent_state) or self._state))
+            store.end(str(self._end_state(store)))
             self._ended = True
         while self._upload_is_due():
             self._upload(store, self._artifacts[0])
@@ -328,27 +361,21 @@ class Tracker:
 
     # Entries that could not be sent in time ---------------------------------------------------------------
 
+    def _end_state(self, store: Store) -> str | None:
+        """In which the run still has to end; None where that is done, or the affair of the process that trains."""
+        if self._ended:
+            return None
+        return self._state if not store.attach else self._unsent_state or (self._state if store.owns else None)
+
     def _write_rest(self, store: Store) -> None:
-        state = self._state if store.owns and not self._ended else None
-        if self._in_flight or self._queue or self._artifacts or state:
-            path = self._run / f"mlflow-unsent-{time.time_ns()}.json"
-            if not self._write_unsent(path, state):
+        entries, state = [*self._in_flight, *self._queue], self._end_state(store)
+        if entries or self._artifacts or state:
+            if not keep_unsent(self._run, entries, self._artifacts, state):
                 return
-            count = len(self._in_flight) + len(self._queue)
-            logger.warning("mlflow: %d entries wait in %s for the next start of this run", count, path)
+            waiting = f"{len(entries)} entries" + (f" and the state {state}" if state else "")
+            logger.warning("mlflow: %s wait in %s for the next command on this run", waiting, self._run)
         for file in (*self._loaded, RunFolder(self._run).unsent_metrics):
             file.unlink(missing_ok=True)
-
-    def _write_unsent(self, path: Path, state: str | None) -> bool:
-        entries = [astuple(entry) for entry in (*self._in_flight, *self._queue)]
-        files = [astuple(artifact) for artifact in self._artifacts]
-        try:
-            write_atomically(path, json.dumps({"points": entries, "files": files, "state": state}).encode(), sync=False)
-        except OSError as error:
-            count = len(entries)
-            logger.warning("mlflow: %d entries are only in memory, and lost if the process dies: %s", count, error)
-            return False
-        return True
 
     def _load_unsent(self) -> None:
         for path in sorted(self._run.glob("mlflow-unsent-*.json")):
