@@ -205,19 +205,19 @@ def test_a_clip_that_is_not_what_the_index_says_is_not_decoded(tmp_path, monkeyp
         content = claiming(content, 200_000)
     about = json.dumps({"crc32": zlib.crc32(content)}).encode()
     index = latent_index(tmp_path, {"json": about, "mp4": content}, store="video", video_height=32, video_width=32)
-    monkeypatch.setattr(decode, "iterate_frames", None)
+    monkeypatch.setattr(decode.VideoReader, "frames", None)
     for part in (None, (1, 2)):  # whatever a rank reads of it
         with pytest.raises(ValueError, match=message):
             ShardReader(tmp_path, index, "train", part).read(0)
 
 
-def test_counting_frames_is_bounded(monkeypatch):
-    packet = SimpleNamespace(pts=0, size=1, is_discard=False)
-    container = SimpleNamespace(demux=lambda stream: itertools.repeat(packet))
-    stream = SimpleNamespace(frames=0, codec_context=SimpleNamespace(width=32, height=32))
-    monkeypatch.setattr(decode, "MAX_FRAMES", 1000)
+def test_counting_frames_is_bounded():
+    packet = SimpleNamespace(pts=0, dts=0, size=1, is_discard=False, is_keyframe=True)
+    reader = decode.VideoReader("endless", max_frames=1000)
+    reader._container = SimpleNamespace(demux=lambda stream: itertools.repeat(packet))
+    reader._stream = SimpleNamespace(frames=0, codec_context=SimpleNamespace(width=32, height=32))
     with pytest.raises(ValueError, match="endless: has more than the 1000 frames"):
-        decode._probe_stream(container, stream, "endless")
+        reader._packet_timeline()
 
 
 def test_special_files_are_skipped(tmp_path):
