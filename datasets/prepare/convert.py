@@ -86,7 +86,9 @@ def convert(
         raise ValueError("text and embed must be given together")
     if embed is not None and not any(source.caption for source in listing.sources):
         raise ValueError(f"text is {config.text}, but no source has a caption: give a manifest with captions")
-    shapes, channels = _latent_shapes(config, encode)  # before any work, so that wrong sizes are refused here
+    shapes, channels = _latent_shapes(
+        config, encode, temporal_factor
+    )  # before any work, so that wrong sizes are refused here
     no_text = torch.zeros_like(embed("a")[:1]) if embed is not None else None  # like a text that is dropped
     groups = group_sources(listing.sources, config.clips_per_shard)
     plan = _plan(config, listing)
@@ -144,13 +146,16 @@ def convert(
     return _report(config, out, index, results, sum(len(groups[n]) for n in todo), time.monotonic() - began)
 
 
-def _latent_shapes(config: ConvertConfig, encode: Encode) -> tuple[list[Shape], int]:
+def _latent_shapes(config: ConvertConfig, encode: Encode, temporal_factor: int) -> tuple[list[Shape], int]:
     """Shape of every bucket, and the channels of latents."""
     shapes, channels = [], 0
     for frames, height, width in config.shapes:
         latents = encode(torch.zeros(frames, 3, height, width, dtype=torch.uint8)).shape
-        shapes.append(Shape(latents[0], latents[2], latents[3], frames, height, width))
+        shape = Shape(latents[0], latents[2], latents[3], frames, height, width)
         channels = latents[1]
+        if problem := shape.problem(channels, temporal_factor):
+            raise ValueError(f"clips of {shape} cannot be read back ({problem}): choose another size")
+        shapes.append(shape)
     return shapes, channels
 
 
