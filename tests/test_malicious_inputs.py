@@ -31,6 +31,7 @@ from msc.datasets.loading.shard_reader import ShardReader
 from msc.datasets.prepare.convert import ConvertConfig, convert
 from msc.datasets.prepare.sources import find_sources
 from msc.datasets.prepare.summary import damaged_shards
+from msc.datasets.shards import index as index_module
 from msc.datasets.shards.index import Index, Shape, ShardInfo, check_shards, read_index, scan, write_index, write_shard
 from msc.datasets.statistics import Statistics
 from msc.datasets.synthetic import write_videos
@@ -133,6 +134,10 @@ def test_what_an_index_claims_is_compared_before_any_work(tmp_path, change, mess
     with bounded(10, 300), pytest.raises(ValueError, match=rf"{path} is damaged \(.*{message}") as error:
         read_index(tmp_path)
     assert "copy it or run `msc convert` again" in str(error.value) and len(str(error.value)) < 1000
+
+
+def test_an_index_has_the_limits_of_video():
+    assert (index_module.MAX_PIXELS, index_module.MAX_BYTES) == (decode.MAX_PIXELS, decode.MAX_BYTES)
 
 
 def test_an_index_of_millions_of_values_is_not_parsed(tmp_path):

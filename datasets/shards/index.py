@@ -17,7 +17,6 @@ from webdataset.writer import TarWriter
 
 from ..files import describe_validation_error, partial_file, sha256_of, write_atomically
 from ..statistics import Statistics
-from ..video import MAX_BYTES, MAX_PIXELS
 from .tar import normalise_name, tar_members
 
 FORMAT = 2  # written only where there are several buckets; otherwise format 1
@@ -26,6 +25,7 @@ MAX_INDEX_VALUES = 1 << 22  # numbers, texts, lists and objects of its JSON: `[]
 SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.tar")
 MAX_FRAMES = 1 << 16  # latent frames of a clip
 MAX_SIDE = 1 << 14  # pixels of a side of video
+MAX_PIXELS, MAX_BYTES = 1 << 26, 32 << 30  # of a frame and a clip of video: the limits of video.py
 MAX_FACTOR = 1 << 10  # video frames of a latent frame
 MAX_BUCKETS = 1 << 10
 MAX_SHARD_BYTES = 1 << 50
