@@ -32,7 +32,6 @@ log = logging.getLogger(__name__)
 
 GRACE = 5.0  # seconds in which a rank that learns of a failure may still report its own error
 SILENCE = 10.0  # seconds without a heartbeat; a loaded machine or a busy interpreter lock may well cost a few
-EXIT = 1
 LAGGING = "lags behind"
 STORE_LOST = "rank 0, which keeps the store, does not answer"
 # torchrun keeps one store over its restarts
@@ -119,9 +118,8 @@ class Watchdog:
         if self._over.is_set():  # the other thread is writing it
             time.sleep(GRACE)
         diagnosis = self._diagnose()
-        if not diagnosis:
-            none_late = "all ranks answer and none is late; they may have called different collectives"
-            diagnosis = STORE_LOST if diagnosis is None else none_late
+        if diagnosis == "":
+            diagnosis = "all ranks answer and none is late; they may have called different collectives"
         if LAGGING in diagnosis:  # a hang: where each rank is, is what matters
             traceback.print_tb(error.__traceback__)
         self._close()
@@ -150,11 +148,9 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def _status(self) -> RankStatus:
-        phase = self.progress.phase
+        phase, host, pid = self.progress.phase, socket.gethostname(), os.getpid()
         seconds = time.monotonic() - phase.entered
-        return RankStatus(
-            self.rank, socket.gethostname(), os.getpid(), phase.step, phase.name, phase.count, self._heartbeats, seconds
-        )
+        return RankStatus(self.rank, host, pid, phase.step, phase.name, phase.count, self._heartbeats, seconds)
 
     def _write(self) -> None:
         self._heartbeats += 1
@@ -175,31 +171,43 @@ class Watchdog:
     # Supervision, in a thread that never waits for the store without a limit ------------------------------
 
     def _supervise(self) -> None:
-        while not self._over.wait(self.interval):
-            now, phase = time.monotonic(), self.progress.phase
-            seconds = now - phase.entered
-            if self.stall and seconds > self.stall:
-                text = f"no progress for {self.stall:g} s (parallel.stall) in {phase}; the run ends"
-                return self._end_process(f"{text}, continue it with msc train --resume")
-            if self.world_size == 1:
-                continue
-            # In a long phase all ranks would read all heartbeats at once, so most leave it to a few.
-            next_lags = self._next_rank is not None and self._next_rank.phases < phase.count
-            late = seconds > self.timeout + GRACE and (self.rank == 0 or next_lags)
-            diagnosis: str | None = None
-            if self._diagnosis is not None and now - self._diagnosis[1] > GRACE:
-                diagnosis = self._diagnosis[0]
-            elif now - self._answered > self.timeout:
-                diagnosis = STORE_LOST
-            elif late or now - self._next_rank_changed > self.timeout:
-                diagnosis = self._diagnose()
-            if diagnosis:
-                return self._end_process(f"{diagnosis}; this rank waited in {self.progress.phase}")
-        return None
+        """Wait for a reason to end the process, and end it: no exception reaches the main thread where it is stuck."""
+        reason = ""
+        while not reason and not self._over.wait(self.interval):
+            reason = self._reason_to_end()
+        if reason:
+            self._end_process(reason)
 
-    def _diagnose(self) -> str | None:
-        """The diagnosis in the store, or this rank's own, which is put there; None if the store does not answer."""
+    def _end_process(self, reason: str) -> None:
+        if not self._over.is_set():
+            faulthandler.dump_traceback()
+            log.error(reason)  # last, as a launcher shows the end of a rank's log
+            self._close()
+            os._exit(1)
 
+    def _reason_to_end(self) -> str:
+        now, phase = time.monotonic(), self.progress.phase
+        seconds = now - phase.entered
+        if self.stall and seconds > self.stall:
+            limit = f"{self.stall:g} s (parallel.stall)"
+            return f"no progress for {limit} in {phase}; the run ends, continue it with msc train --resume"
+        if self.world_size == 1:
+            return ""
+        # In a long phase all ranks would read all heartbeats at once, so most leave it to a few.
+        next_lags = self._next_rank is not None and self._next_rank.phases < phase.count
+        late = seconds > self.timeout + GRACE and (self.rank == 0 or next_lags)
+        diagnosis = ""
+        if self._diagnosis is not None and now - self._diagnosis[1] > GRACE:
+            diagnosis = self._diagnosis[0]
+        elif now - self._answered > self.timeout:
+            diagnosis = STORE_LOST
+        elif late or now - self._next_rank_changed > self.timeout:
+            diagnosis = self._diagnose()
+            diagnosis = "" if diagnosis == STORE_LOST else diagnosis  # it may only be slow
+        return diagnosis and f"{diagnosis}; this rank waited in {self.progress.phase}"
+
+    def _diagnose(self) -> str:
+        """The diagnosis in the store, or this rank's own, which is put there."""
         before = self._bounded(lambda: self._read(range(self.world_size)))
         # After a failure all ranks get here together: rank 0 decides first, the others read its diagnosis.
         until = time.monotonic() + self.silence + (2 * self.interval if self.rank else 0)
@@ -210,9 +218,8 @@ class Watchdog:
             return self._diagnosis[0]
         now = self._bounded(lambda: self._read(range(self.world_size))) if before else None
         if not before or not now:
-            return None
-        diagnosis = diagnose(self.rank, before, now, self.world_size, self.timeout)
-        if diagnosis:
+            return STORE_LOST
+        if diagnosis := diagnose(self.rank, before, now, self.world_size, self.timeout):
             self._announce(diagnosis)
         return diagnosis
 
@@ -238,14 +245,6 @@ class Watchdog:
         self._over.set()
         if self.rank == 0 and self.world_size > 1:
             time.sleep(3 * self.interval)
-
-    def _end_process(self, message: str) -> None:
-        """From this thread, as no exception reaches the main thread where it is stuck."""
-        if not self._over.is_set():
-            faulthandler.dump_traceback()
-            log.error(message)  # last, as a launcher shows the end of a rank's log
-            self._close()
-            os._exit(EXIT)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ def attention_flops(config: ModelConfig, frames: int, height: int, width: int) -
     """Floating-point operations (2 per multiply-add) of all layers' attention proper for one clip, forward."""
     grid = (height // config.patch, width // config.patch)
     units = frames // config.frames_per_unit
-    blocks = [sum(map(scale.blocks_seen, range(units))) for scale in config.scales]
+    blocks = [sum(scale.blocks_seen(unit, grid) for unit in range(units)) for scale in config.scales]
     return _attention_flops(config, blocks, grid)
 
 
@@ -158,8 +158,11 @@ def _scale_activations(scale: Scale, config: ModelConfig, run: Run, rows: int, c
     raw = (3 * run.units if scale.space > 1 else 0) + 2 * past + 2 * finished
     values = raw + 2 * run.units + keys + rows_of_values  # 2: queries and output
     # inverse norms of queries and keys, and the log-sum-exp
-    statistics = 2 * run.units + past + finished + run.units
-    return values * size * config.head_width, statistics * size
+    statistics = (2 * run.units + past + finished + run.units) * size
+    if scale.top is not None:  # the chosen blocks, as integers of twice the bytes
+        tiles = scale.tiles((rows, columns))
+        statistics += 2 * run.units * tiles * scale.heads * min(scale.top, keys * tiles)
+    return values * size * config.head_width, statistics
 
 
 # Roll-out: one unit at a time against caches of the past ---------------------------------------------------
@@ -179,6 +182,6 @@ def cache_bytes(config: ModelConfig, units: int, rows: int, columns: int, batch:
 
 def unit_flops(config: ModelConfig, unit: int, rows: int, columns: int) -> int:
     """Floating-point operations of one forward pass of one unit against the cached past, for one clip."""
-    blocks = [scale.blocks_seen(unit) for scale in config.scales]
+    blocks = [scale.blocks_seen(unit, (rows, columns)) for scale in config.scales]
     frames, height, width = config.frames_per_unit, rows * config.patch, columns * config.patch
     return _attention_flops(config, blocks, (rows, columns)) + linear_flops(config, frames, height, width)

@@ -102,7 +102,7 @@ def estimates(scale: Scale, clip: ClipShape, ranks: int, rates: Rates) -> dict[P
         return ways * values * clip.value_bytes / rates.bytes_per_s
 
     def blocks_seen(units: Sequence[int]) -> int:
-        return sum(map(scale.blocks_seen, units))
+        return sum(scale.blocks_seen(unit, clip.grid) for unit in units)
 
     blocks = [blocks_seen(range(a, b)) for a, b in pairwise(edges)]
     sent, most = max(halo_values(scale, edges, size)), max(blocks)
@@ -125,7 +125,7 @@ def estimates(scale: Scale, clip: ClipShape, ranks: int, rates: Rates) -> dict[P
 
 
 def is_dense(scale: Scale) -> bool:
-    return scale.time == 1 and scale.window is None
+    return scale.time == 1 and scale.window is None and scale.top is None
 
 
 def choose_layouts(
@@ -134,7 +134,7 @@ def choose_layouts(
     """The layout of every scale: the cheapest where `choice` is "auto", else the one chosen.
 
     ValueError where that cannot be: Ulysses deals out whole heads; a ring serves dense scales (`time` 1, `window`
-    null), and the others stay with halos.
+    and `top` null), and the others stay with halos.
     """
     check_layout(scales, ranks, choice)
     if choice == "ring":
@@ -148,7 +148,7 @@ def choose_layouts(
 def check_layout(scales: Sequence[Scale], ranks: int, choice: LayoutChoice) -> None:
     if choice == "ring" and not any(map(is_dense, scales)):
         raise ValueError(
-            "parallel.layout ring serves scales with time 1 and window null, and the model has none; use auto"
+            "parallel.layout ring serves scales with time 1, window null and top null, and the model has none; use auto"
         )
     for index, scale in enumerate(scales):
         if choice == "ulysses" and scale.heads % ranks:

@@ -30,6 +30,8 @@ SCALES = {
     "dense in spatial windows": (Scale(4, 1, 1, None, 3),),
     "one windowed scale": (Scale(4, 2, 1, 1),),
     "for every layout": (Scale(1, 1, 1, 2), Scale(1), Scale(2, 2, 2, None)),
+    "routed": (Scale(2, 1, 1, 2, 3), Scale(2, 1, 1, None, 2, top=3)),
+    "routed by units": (Scale(2, 2, 1, 4, None, top=2), Scale(2, 1, 1, None, None, top=1)),
     "default": (Scale(2, 1, 1, 2, 3), Scale(1, 2, 1, 8), Scale(1, 2, 4, None)),
 }
 

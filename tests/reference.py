@@ -64,6 +64,13 @@ def one_scale(module, qkv, t_BT, scale, constants, delta):
                     centre = sum(frames) / m
                     keys.append(("group", group, (centre, y, x), cell[n], token[:, 1], token[:, 2], lam))
 
+    if scale.top is not None:
+        return (
+            routed_scale(module, pooled, keys, where, cell, scale, F, delta)
+            .repeat_interleave(s, 2)
+            .repeat_interleave(s, 3)
+        )
+
     k = torch.stack([rotate(norm(key[4], module.k_gain), key[2], theta) for key in keys], 1)  # B K h d
     v = torch.stack([key[5] for key in keys], 1)
     out = torch.zeros(B, T, rows, columns, h, d, dtype=qkv.dtype)
@@ -89,6 +96,53 @@ def one_scale(module, qkv, t_BT, scale, constants, delta):
             weights = (logits + torch.stack(log_gates, 1)).softmax(1)
             out[:, frame, cell[n][0], cell[n][1]] = torch.einsum("bkh,bkhd->bhd", weights, v[:, seen])
     return out.repeat_interleave(s, 2).repeat_interleave(s, 3)
+
+
+def routed_scale(module, pooled, keys, where, cell, scale, F, delta):
+    """Query blocks see their own place in their own and the previous unit, and the `top` earlier blocks by mean q·k."""
+    theta = module.config.rope_theta
+    B, T, rows, columns, _, h, d = pooled.shape
+    size = [
+        max(n for n in range(1, min(side, scale.patch_window or side) + 1) if side % n == 0) for side in (rows, columns)
+    ]
+    kept = torch.ones(d, dtype=pooled.dtype)
+    if delta is not None:
+        kept[d // 2 - 1] = kept[d - 1] = 0
+
+    def block_of(unit, at):
+        return unit, at[0] // size[0], at[1] // size[1]
+
+    q, k, v, bias, of_key = [], [], [], [], []
+    for _, unit, position, at, key, value, lam in keys:
+        q.append(rotate(norm(pooled[:, position[0], at[0], at[1], 0], module.q_gain), position, theta) * kept)
+        k.append(rotate(norm(key, module.k_gain), position, theta))
+        v.append(value)
+        gate = torch.zeros(B, h, dtype=pooled.dtype)
+        bias.append(gate if delta is None else torch.nn.functional.logsigmoid(lam[:, None] + delta))
+        of_key.append(block_of(unit, at))
+    q, k, v, bias = (torch.stack(x, 1) for x in (q, k, v, bias))
+    members = {block: [i for i, other in enumerate(of_key) if other == block] for block in of_key}
+
+    out = torch.zeros(B, T, rows, columns, h, d, dtype=pooled.dtype)
+    for block, own in members.items():
+        unit = block[0]
+        first = 0 if scale.window is None else unit - scale.window
+        earlier = [other for other in members if first <= other[0] < unit - 1]
+        near = [other for other in members if other[1:] == block[1:] and unit - 1 <= other[0] <= unit]
+        for b in range(B):
+            for head in range(h):
+                fits = []
+                for other in earlier:
+                    score = q[b, own, head].mean(0) @ k[b, members[other], head].mean(0)
+                    fits.append(float(score.detach() + d**0.5 * bias[b, members[other], head].mean()))
+                best = sorted(range(len(earlier)), key=lambda i: -fits[i])[: scale.top]
+                seen = [i for other in [*near, *(earlier[i] for i in best)] for i in members[other]]
+                past = torch.tensor([of_key[i][0] < unit for i in seen])
+                for i in own:
+                    logits = k[b, seen, head] @ q[b, i, head] / math.sqrt(d) + bias[b, seen, head] * past
+                    _, _, position, at, *_ = keys[i]
+                    out[b, position[0], at[0], at[1], head] = logits.softmax(0) @ v[b, seen, head]
+    return out
 
 
 def visible(kind: str, number: int, unit: int, scale) -> bool:

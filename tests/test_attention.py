@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from msc.pretrain.diffusion.sampler import generate
+from msc.pretrain.kernels import routed
 from msc.pretrain.model import attention_inputs
 from msc.pretrain.model.attention import MultiScaleAttention
 from msc.pretrain.model.attention_inputs import AttentionInputs
@@ -22,7 +23,7 @@ from msc.pretrain.model.config import ModelConfig
 from msc.pretrain.model.noise_gate import GateConstants
 from msc.pretrain.model.past_context import WholeVideo
 from msc.pretrain.model.rope import normalise_and_rotate
-from msc.pretrain.model.scales import Scale, spatial_windows
+from msc.pretrain.model.scales import Scale, check_scales, spatial_windows
 
 few = settings(max_examples=25, deadline=None)
 
@@ -134,8 +135,40 @@ def test_spatial_windows_tile_the_side(side, window, shifted):
 
 
 @pytest.mark.slow  # a minute of tracing
-def test_compiled_blocks_have_the_gradients_of_eager_ones():
-    assert compiled_gradients(SCALES["default"], "logits", "sdpa", "cpu", "aot_eager") < 1e-5
+@pytest.mark.parametrize("name", ["default", "routed"])
+def test_compiled_blocks_have_the_gradients_of_eager_ones(name):
+    assert compiled_gradients(SCALES[name], "logits", "sdpa", "cpu", "aot_eager") < 1e-5
+
+
+def test_of_equally_good_blocks_the_earlier_ones_are_chosen():
+    """Blocks of a still picture have the same mean; a better one among them still comes first."""
+    q = torch.randn(1, 6, 2, 3, 1, 8)
+    k = torch.ones(1, 6, 2, 3, 1, 8)
+    scale = Scale(1, top=3)
+    blocks, candidates = scale.key_blocks(0, 6, separate_own=False), scale.candidates(0, 6)
+    routes = routed.prepare(blocks, candidates, 2, 3, torch.device("cpu"))
+    chosen = routed.choose_blocks(q, k, routes)
+    assert chosen[0, 0, 4:].tolist() == [[0, 1, 2]] * 8  # of units 2 to 5, which have as many candidates
+    chosen = routed.choose_blocks(q.abs(), k.abs() + 2 * (torch.arange(12).view(1, 6, 2, 1, 1, 1) == 5), routes)
+    assert chosen[0, 0, 8:].tolist() == [[5, 0, 1]] * 4  # block 5 lies in unit 2, which units 4 and 5 may choose
+
+
+def test_a_routed_scale_that_may_choose_everything_is_dense():
+    everything = (Scale(2, top=99),)
+    module, x, t = build((everything, "logits", False, 1, 6, (2, 4), 8))
+    routed_out = run(module, x, t)
+    module.config = replace(module.config, scales=(Scale(2),))
+    torch.testing.assert_close(routed_out, run(module, x, t), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("scales, message", [
+    (lambda: Scale(1, top=0), "top is 0; it must be at least 1"),
+    (lambda: Scale(1, time=2, top=1), "does not pool in time"),
+    (lambda: check_scales([Scale(1, patch_window=5, top=1)], 1, (7, 8)), "the height of 7 tokens cannot be cut"),
+])  # fmt: skip
+def test_routed_scales_that_cannot_be_are_named(scales, message):
+    with pytest.raises(ValueError, match=message):
+        scales()
 
 
 def test_tables_are_made_once_and_serve_training_after_anything():

@@ -23,7 +23,7 @@ from test_stopping import Run
 from test_tracking import free_port, server
 from test_training import MSC, SMALL, curve, final_weights, shards, wait_for  # noqa: F401
 
-from msc.launch.scaling import sweep
+from msc.launch.scaling.sweep import Sweep
 from msc.launch.scaling.sweep_spec import read_sweep_spec
 from msc.launch.slurm import job_records, sbatch
 from msc.pretrain.tracking.mlflow_store import read_identity
@@ -259,14 +259,14 @@ def test_sweep_array(shards, tmp_path):
     plan, environment = read_sweep_spec(file), {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def states() -> list[str]:
-        queue = sweep.slurm_states(folder, plan)
-        return [sweep.state(folder, plan, run, queue) for run in plan.runs]
+        queue = Sweep(folder, plan).slurm_states()
+        return [Sweep(folder, plan).state(run, queue) for run in plan.runs]
 
     msc(*words, "--jobs", "2", environment=environment)
     first = job_records.read_records(folder / "jobs")[-1]
     try:
         assert first.parts == 3
-        left = {run.name for run in sweep.pending(folder, plan)}
+        left = {run.name for run in Sweep(folder, plan).pending()}
         assert left <= {"seed1"}, "a second sweep leaves alone what is queued or running"
         last = f"{first.id}_2"
         wait_for(lambda: job_records.read_events(folder / "seed2/jobs", last)[1:], seconds=120)

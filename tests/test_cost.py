@@ -53,8 +53,8 @@ def test_linear_flops_equal_the_counted_ones():
     assert products - per_frame == cost.linear_flops(c, 5, 8, 12)
 
 
-@pytest.mark.parametrize("scales", [SCALES["windowed"], (Scale(4, 2, 1, 3),)])
-def test_windowed_attention_grows_linearly_with_the_video(scales):
+@pytest.mark.parametrize("scales", [SCALES["windowed"], (Scale(4, 2, 1, 3),), (Scale(4, top=4),)])
+def test_windowed_and_routed_attention_grows_linearly_with_the_video(scales):
     c = config(scales)
     first, second, third = (cost.attention_flops(c, frames, 8, 12) for frames in (20, 40, 60))
     assert third - second == second - first
@@ -101,6 +101,9 @@ def kept_bytes(model, past_context, *inputs):
         ("pooled in time", 2, 3, torch.float32, 0),
         ("dense", 1, 0, torch.float32, 24),
         ("dense", 2, 4, torch.bfloat16, 0),
+        ("routed", 1, 0, torch.float32, 0),
+        ("routed", 2, 3, torch.float32, 0),
+        ("routed by units", 1, 7, torch.bfloat16, 0),
     ],
 )
 def test_kept_activations_are_those_counted(name, frames_per_unit, first, dtype, text_width, gate):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,7 @@ from msc.pretrain.diffusion.rectified_flow import (
     sampling_levels,
     shift_levels,
 )
-from msc.pretrain.model.transformer import precondition
+from msc.pretrain.model.output import Prediction, precondition, velocity
 
 CONFIG = DiffusionConfig()
 
@@ -43,6 +45,33 @@ def test_levels_are_one_draw_per_unit_with_the_right_share_of_clean_ones():
     assert torch.equal(noise_levels(CONFIG, 1.0, 0, 5, 0, 10, 2), t[5])
 
 
+def test_a_share_of_clips_begins_with_a_clean_prefix_of_any_length():
+    config = DiffusionConfig(clean=0.0, prefix=0.25)
+    clean = torch.stack([noise_levels(config, 1.0, 0, sample, 0, 8, 1) for sample in range(4000)]) == 0
+    lengths = clean.sum(1)
+    assert all(row[:length].all() for row, length in zip(clean, lengths, strict=True)), "nothing clean after the prefix"
+    # a quarter of the clips, an eighth of which each have a prefix of 0, 1, ... 7 units
+    shares = torch.bincount(lengths, minlength=9) / 4000
+    assert shares[8] == 0 and abs(float(shares[1:].sum()) - 0.25 * 7 / 8) < 0.02
+    assert all(abs(float(share) - 0.25 / 8) < 0.01 for share in shares[1:8])
+
+
+def test_other_levels_do_not_depend_on_the_share_of_prefixes():
+    plain = [noise_levels(DiffusionConfig(), 1.0, 3, sample, 1, 6, 1) for sample in range(50)]
+    mixed = [noise_levels(DiffusionConfig(prefix=0.5), 1.0, 3, sample, 1, 6, 1) for sample in range(50)]
+    equal = sum(map(torch.equal, plain, mixed))
+    assert 10 < equal < 45
+    assert all(torch.equal(a[(a > 0) & (b > 0)], b[(a > 0) & (b > 0)]) for a, b in zip(plain, mixed, strict=True))
+
+
+def test_every_supervised_frame_of_a_batch_weighs_the_same_however_long_the_prefixes():
+    t = torch.tensor([[0.0, 0.0, 0.0, 0.5], [0.3, 0.5, 0.7, 0.9]])  # a long prefix, and none
+    errors = torch.randn(2, 4).square().requires_grad_()
+    parts = [Loss().mean(errors[i : i + 1], t[i : i + 1], 5) for i in range(2)]  # micro-batches of one clip
+    (weights,) = torch.autograd.grad(sum(parts), errors)
+    assert torch.equal(weights, (t > 0) / 5)
+
+
 def test_no_clip_is_all_clean():
     config = DiffusionConfig(clean=0.99)
     assert all(noise_levels(config, 1.0, 0, sample, 0, 3, 1).max() > 0 for sample in range(200))
@@ -60,6 +89,18 @@ def test_the_loss_of_the_true_velocity_is_zero():
     assert Loss().per_frame(noise - x, x, noise).abs().max() == 0
     # following the true velocity from t to 0 gives the data back
     torch.testing.assert_close(add_noise(x, noise, t) - t[:, :, None, None, None] * (noise - x), x, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("prediction", get_args(Prediction))
+def test_every_prediction_can_give_the_true_velocity(prediction):
+    x, noise, t = torch.randn(2, 3, 1, 4, 4), torch.randn(2, 3, 1, 4, 4), torch.rand(2, 3) * 0.9 + 0.1
+    noisy, true = add_noise(x, noise, t), noise - x
+    zero = velocity(prediction, noisy, t, torch.zeros_like(x))
+    slope = velocity(prediction, noisy, t, torch.ones_like(x)) - zero  # it is linear in the output
+    output = (true - zero) / slope
+    torch.testing.assert_close(velocity(prediction, noisy, t, output), true, rtol=1e-4, atol=1e-4)
+    if prediction == "x":
+        torch.testing.assert_close(output, x, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("t", [0.05, 0.3, 0.5, 0.9, 1.0])
@@ -82,7 +123,7 @@ def test_conditions_are_dropped_by_a_pure_function_of_the_clip():
     assert keep_condition(0.0, 0, clips).all()
 
 
-@pytest.mark.parametrize("values", [{"clean": 1.0}, {"std": 0.0}, {"shift": -1.0}])
+@pytest.mark.parametrize("values", [{"clean": 1.0}, {"std": 0.0}, {"shift": -1.0}, {"prefix": 1.5}])
 def test_invalid_settings_are_errors(values):
     with pytest.raises(ValueError, match="diffusion"):
         DiffusionConfig(**values)

@@ -284,7 +284,9 @@ def test_gpu_shares(monkeypatch):
     assert local.gpu_shares({"CUDA_VISIBLE_DEVICES": "-1"}, 3, 2) == ["", "", ""]
     with pytest.raises(ValueError, match="3 runs at a time of 2 processes need 6 GPUs, but 4 are visible"):
         local.gpu_shares(seen, 3, 2)
-    monkeypatch.setattr(local, "visible_gpus", lambda environment: 4)
+    monkeypatch.setattr(
+        local.Path, "glob", lambda *_: [Path(f"/dev/nvidia{name}") for name in ("0", "1", "2", "3", "ctl")]
+    )
     assert local.gpu_shares({}, 2, 2) == ["0,1", "2,3"]
 
 

@@ -131,7 +131,7 @@ def test_auto_takes_halos_for_windows_and_balance_for_dense_scales():
     assert choose_layouts((Scale(16), Scale(8, window=1)), clip, 8, "ring", rates) == ("ring", "halo")
     with pytest.raises(ValueError, match="9 heads of scale 1 do not divide by parallel.sp = 8"):
         choose_layouts((Scale(16), Scale(9)), clip, 8, "ulysses", rates)
-    with pytest.raises(ValueError, match="time 1 and window null"):
+    with pytest.raises(ValueError, match="time 1, window null and top null"):
         choose_layouts((Scale(16, window=2),), clip, 8, "ring", rates)
     (line,) = layout_table((Scale(16),), clip, 8, "auto", rates)
     assert line[1].startswith("ulysses") and "halo" in line[1] and "ring" in line[1]

@@ -1,9 +1,11 @@
 """Sources: folders, lists and manifests; what is known about a video goes into its samples; copies count once."""
 
 import errno
+import hashlib
 import json
 import math
 import os
+import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -114,6 +116,22 @@ def test_a_list_of_files_is_a_column_of_paths(folder):
         ("jsonl", '{"path": 3}\n', "line 1: has no path"),
         ("jsonl", "[1]\n", "line 1: .* unknown"),
         ("jsonl", "{\n", "is not readable as jsonl"),
+        (
+            "jsonl",
+            '{"path": "a", "caption": "\\ud83d\\ude00"}\n{"path": "b", "caption": "cut \\ud83d"}\n',
+            r"line 2: caption holds U\+D83D at character 5, half of a surrogate pair",
+        ),
+        ("jsonl", '{"path": "a.mp4", "label": "\\ude00"}\n', r"line 1: label holds U\+DE00"),
+        ("jsonl", '{"path": "a.mp4", "group": "\\ude00"}\n', r"line 1: group holds U\+DE00"),
+        ("jsonl", '{"path": "\\ud83d.mp4"}\n', r"line 1.* is not a valid path"),
+        ("jsonl", '{"path": "a.mp4", "caption": ["a", "b"]}\n', r"line 1: caption is \['a', 'b'\], expected text"),
+        ("jsonl", f'{{"path": "a.mp4"}}\n{"[" * 100_000}\n', "line 2 is not readable as jsonl"),
+        ("jsonl", f'{{"path": "a.mp4", "label": {"9" * 5000}}}\n', "line 1 is not readable as jsonl"),
+        (
+            "csv",
+            "path,end,group\na.mp4,3,x\na.mp4,5,y\n",
+            r"a.mp4 is in several groups, \['x', 'y'\]: parts of one file must be in one",
+        ),
         ("txt", "http://127.0.0.1/a.mp4\n", "is an address or a command"),
         ("txt", "pipe:cat /etc/passwd\n", "is an address or a command"),
         ("txt", b"\xff\xfe", "is not UTF-8"),
@@ -161,6 +179,117 @@ def test_parts_of_a_video_share_one_border():
         assert list(found["train"]) == list(range(part[0], min(part[1], 70)))
         assert list(found["held_out"]) == list(range(max(part[0], 70), part[1]))
     assert split_ranges(shown, 0.25, 4, 0.0, (50, 90), (10, 90)) == {"train": (50, 70), "held_out": (70, 90)}
+
+
+def names_of(listing) -> list[str]:
+    return [source.name for source in listing.sources]
+
+
+def test_sources_of_one_name_stay_apart(tmp_path):
+    """By the folders before it, no more than needed; the split does not change by that."""
+    for folder in ("a/videos", "b/videos", "b/b/videos", "c"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "x.mp4").write_bytes(b"")
+    (tmp_path / "c" / "y.mp4").write_bytes(b"")
+    alone = find_sources((str(tmp_path / "a" / "videos"),)).sources
+    listing = find_sources(tuple(str(tmp_path / name) for name in ("a/videos", "b/videos", "b/b/videos", "c")))
+    assert names_of(listing) == [
+        "a/videos/x.mp4",
+        f"{tmp_path.name}/b/videos/x.mp4",
+        "b/b/videos/x.mp4",
+        "c/x.mp4",
+        "c/y.mp4",
+    ]
+    assert [source.draw for source in alone] == [listing.sources[0].draw] == [listing.sources[1].draw]
+    for name in "ab":
+        with tarfile.open(tmp_path / name / "x.tar", "w") as archive:
+            archive.add(tmp_path / "c", "c")
+        (tmp_path / name / "list.jsonl").write_text(
+            "".join(
+                json.dumps({"path": "videos/x.mp4", "start": start, "end": 40000}) + "\n"
+                for start in (36000.25, 36000.3)
+            )
+        )
+    listing = find_sources(tuple(str(tmp_path / name / "x.tar") for name in "ab"))
+    assert sorted(names_of(listing)) == [f"{name}/x.tar/c/{video}.mp4" for name in "ab" for video in "xy"]
+    listing = find_sources(tuple(str(tmp_path / name / "list.jsonl") for name in "ab"))
+    assert names_of(listing) == [
+        f"{name}/videos/x.mp4[{start}-40000.0]" for name in "ab" for start in (36000.25, 36000.3)
+    ]
+
+
+PIECES = {
+    "video1_0": "video1", "video1_12": "video1", "v_Bowling_g01_c02": "v_Bowling_g01",
+    "dQw4w9WgXcQ_00001": "dQw4w9WgXcQ",
+    "holiday-Scene-001": "holiday", "a film.part2": "a film", "a_1.mp4_part_03": "a_1.mp4",
+    "20260105_174500": "", "2026-01-05": "", "synthetic-000": "", "IMG_0012": "", "video1": "", "scene-001": "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_which_names_are_of_pieces(name):
+    assert module._recording(f"f1_2/{name}") == (f"f1_2/{PIECES[name]}" if PIECES[name] else "")
+
+
+def test_groups_have_two_files_at_least_and_come_from_rows_or_names(tmp_path):
+    rows = [
+        {"path": "u.mp4", "group": "g"}, {"path": "v.mp4", "group": "g"}, {"path": "w.mp4", "group": "alone"},
+        {"path": "a/x1_1.mp4"}, {"path": "a/x1_2.webm", "end": 2}, {"path": "b/x1_3.mp4"}, {"path": "x1.mp4"},
+        {"path": "a/x1_2.webm", "start": 1}, {"path": "u.mp4", "start": 9},
+    ]  # fmt: skip
+    sources = find_sources((str(write_manifest(tmp_path, "jsonl", rows)),)).sources
+    assert [source.group for source in sources] == ["g", "g", "", "a/x1", "a/x1", "", "", "a/x1", "g"]
+    draws = {group: {source.draw for source in sources if source.group == group} for group in ("g", "a/x1")}
+    assert [len(own) for own in draws.values()] == [1, 1]
+    assert draws["g"] != draws["a/x1"]
+    with tarfile.open(tmp_path / "1.tar", "w") as one, tarfile.open(tmp_path / "2.tar", "w") as two:
+        for archive, name in ((one, "x1_0.mp4"), (two, "x1_1.mp4"), (two, "y.mp4")):
+            archive.addfile(tarfile.TarInfo(name))
+    sources = find_sources((str(tmp_path / "1.tar"), str(tmp_path / "2.tar"))).sources
+    assert [source.group for source in sources] == ["x1", "x1", ""]  # a recording may go on in the next tar
+
+
+def test_without_groups_the_draw_is_the_hash_of_the_name(tmp_path):
+    """Which decides about short videos: the split of existing conversions."""
+    (tmp_path / "list.csv").write_text("path,start,end\na/x_1.mp4,,\nb.mp4,2,3\nb.mp4,5,6\n")
+    draws = [source.draw for source in find_sources((str(tmp_path / "list.csv"),)).sources]
+    assert draws == [
+        int(hashlib.sha256(name).hexdigest()[:16], 16) / 2**64 for name in (b"a/x_1.mp4", b"b.mp4", b"b.mp4")
+    ]
+
+
+def test_pieces_of_one_recording_are_of_one_split(tmp_path):
+    """Also where they are long enough to be divided; with few recordings, one at least is held out."""
+    for recording in range(3):
+        write_videos(tmp_path / f"{recording}", recording, 2, 40, 32, 32)
+        for piece, path in enumerate(sorted((tmp_path / f"{recording}").iterdir())):
+            (tmp_path / "in").mkdir(exist_ok=True)
+            path.rename(tmp_path / "in" / f"video{recording}_{piece}.mp4")
+    report = convert(settings(tmp_path, tmp_path / "in", held_out=0.25), lambda video: video.float(), 1)
+    index = read_index(tmp_path / "out")
+    names = {
+        split: {
+            json.loads(read_part(tmp_path / "out" / shard.name, sample, "json"))["source"]
+            for shard in shards
+            for sample in scan(tmp_path / "out" / shard.name)
+        }
+        for split, shards in index.splits.items()
+    }
+    held_out = {name[:9] for name in names["held_out"]}
+    assert 0 < len(held_out) < 3
+    assert not held_out & {name[:9] for name in names["train"]}
+    assert len(names["train"]) + len(names["held_out"]) == 6
+    assert sum(report.clips.values()) == 30  # 5 of every video, none lost at a border
+    assert (
+        "6 videos are pieces of 3 recordings, by the column group or their names (such as in/video0_0.mp4); "
+        f"{len(held_out)} recordings are held out, whole" in report.text
+    )
+
+
+def test_pieces_of_a_single_recording_are_divided_with_a_warning(tmp_path, caplog):
+    (tmp_path / "list.txt").write_text("video1_0.mp4\nvideo1_1.mp4\n")
+    assert [source.group for source in find_sources((str(tmp_path / "list.txt"),)).sources] == ["", ""]
+    assert "all 2 videos are pieces of one recording, video1: both splits are of it" in caplog.text
 
 
 def test_captions_are_asked_for_where_there_is_an_encoder(tmp_path, folder):

@@ -21,6 +21,7 @@ from msc.datasets.shards.index import read_index
 from msc.launch import cli
 from msc.launch.scaling import sweep
 from msc.launch.scaling.data import read_scaling_data
+from msc.launch.scaling.sweep import Sweep
 from msc.launch.scaling.sweep_spec import RunSpec, SweepSpec, nearest_power, read_sweep_spec
 from msc.launch.slurm import job_records, sbatch
 from msc.pretrain import cost
@@ -38,6 +39,13 @@ def write(path: Path, shards, **values) -> Path:  # noqa: F811
     values = {"preset": "demo", "set": {**SETTINGS, "data.shards": str(shards), **own}, **values}
     path.write_text(yaml.safe_dump(values))
     return path
+
+
+def register(folder: Path, plan: SweepSpec) -> SweepSpec:
+    """The sweep with the names that the folder has."""
+    registered = Sweep(folder, plan)
+    registered.register()
+    return registered.spec
 
 
 def sizes(plan: SweepSpec, index):
@@ -192,10 +200,10 @@ if words["train.seed"] == "1" and (run.parent / "broken").exists():
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    def command(folder, plan, run, parent=None, uri=None):
-        return [sys.executable, "-c", STAND_IN, str(folder / run.name), *run.overrides]
+    def command(sweep, run):
+        return [sys.executable, "-c", STAND_IN, str(sweep.folder / run.name), *run.overrides]
 
-    monkeypatch.setattr(sweep, "command", command)
+    monkeypatch.setattr(Sweep, "command", command)
 
 
 def test_finished_runs_are_not_repeated_and_failed_ones_are(shards, tmp_path, stand_in):  # noqa: F811
@@ -204,11 +212,11 @@ def test_finished_runs_are_not_repeated_and_failed_ones_are(shards, tmp_path, st
     folder.mkdir()
     (folder / "broken").touch()
     assert sweep.run_all(folder, plan, jobs=2) == 1
-    assert [sweep.state(folder, plan, run) for run in plan.runs] == ["finished", "failed", "finished"]
+    assert [Sweep(folder, plan).state(run) for run in plan.runs] == ["finished", "failed", "finished"]
     text = sweep.table(folder, plan)
     assert "2 finished, 1 failed" in text and "it broke" in (folder / "logs" / "seed1.log").read_text()
     (folder / "broken").unlink()
-    assert [run.name for run in sweep.pending(folder, plan)] == ["seed1"]
+    assert [run.name for run in Sweep(folder, plan).pending()] == ["seed1"]
     assert sweep.run_all(folder, plan) == 0
     assert [(folder / run.name / "started").read_text() for run in plan.runs] == ["x", "xx", "x"]
 
@@ -228,17 +236,17 @@ def test_what_was_trained_keeps_its_name_when_one_more_key_varies(shards, tmp_pa
     assert sorted(json.loads((tmp_path / "s/sweep.json").read_text())) == sorted(names)
     for known in (more, plan):
         assert f"{len(known.runs)} finished" in sweep.table(tmp_path / "s", known)
-    assert [run.name for run in sweep.register_runs(tmp_path / "s", plan).runs] == ["seed0", "seed2"]
+    assert [run.name for run in register(tmp_path / "s", plan).runs] == ["seed0", "seed2"]
 
 
 def test_a_run_of_another_base_is_another_run(shards, tmp_path):  # noqa: F811
     plan = read_sweep_spec(write(tmp_path / "s.yaml", shards, grid={"train.clips": [8, 16]}))
-    sweep.register_runs(tmp_path, plan)
+    register(tmp_path, plan)
     (tmp_path / "clips8").mkdir()
     record = load(plan.resolved(plan.runs[0]), overrides=["diffusion.shift=7"])
     (tmp_path / "clips8/config.yaml").write_text(dump(record))
     more = read_sweep_spec(write(tmp_path / "s.yaml", shards, grid={"train.clips": [8, 16], "train.seed": [0, 1]}))
-    names = [run.name for run in sweep.register_runs(tmp_path, more).runs]
+    names = [run.name for run in register(tmp_path, more).runs]
     assert names == ["clips8-seed0", "clips8-seed1", "clips16", "clips16-seed1"]
 
 
@@ -246,12 +254,12 @@ def test_a_name_stands_for_one_run(shards, tmp_path):  # noqa: F811
     """Tables are numbered in order of appearance: one more in front would take the name of the first."""
     dense, near = [{"heads": 4}], [{"heads": 4, "window": 2}]
     one, two = ({"grid": {"model.scales": scales}} for scales in ([near, SCALES], [dense, near, SCALES]))
-    sweep.register_runs(tmp_path, read_sweep_spec(write(tmp_path / "s.yaml", shards, **one)))
-    for look in (sweep.register_runs, sweep.table):
+    register(tmp_path, read_sweep_spec(write(tmp_path / "s.yaml", shards, **one)))
+    for look in (register, sweep.table):
         with pytest.raises(ValueError, match="scales0 has model.scales = "):
             look(tmp_path, read_sweep_spec(write(tmp_path / "s.yaml", shards, **two)))
     two["grid"]["model.scales"].append(two["grid"]["model.scales"].pop(0))
-    plan = sweep.register_runs(tmp_path, read_sweep_spec(write(tmp_path / "s.yaml", shards, **two)))
+    plan = register(tmp_path, read_sweep_spec(write(tmp_path / "s.yaml", shards, **two)))
     assert [run.name for run in plan.runs] == ["scales0", "scales1", "scales2"]
 
 
@@ -259,10 +267,10 @@ def test_runs_at_a_time_have_gpus_of_their_own(shards, tmp_path, monkeypatch):  
     """Two at a time, of two processes each: a run has the GPUs of the one that ended before it."""
     program = "import os, sys, time; time.sleep(0.3); open(sys.argv[1], 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])"
 
-    def command(folder, plan, run, parent=None, uri=None):
-        return [sys.executable, "-c", program, str(folder / f"{run.name}.gpus")]
+    def command(sweep, run):
+        return [sys.executable, "-c", program, str(sweep.folder / f"{run.name}.gpus")]
 
-    monkeypatch.setattr(sweep, "command", command)
+    monkeypatch.setattr(Sweep, "command", command)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1,0,2,5")
     plan = read_sweep_spec(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1, 2, 3]}, processes=2))
     sweep.run_all(tmp_path / "s", plan, jobs=2)
@@ -280,7 +288,7 @@ def test_the_command_shows_what_would_run_and_where_it_is(shards, tmp_path, caps
     assert [line.partition(":")[0] for line in lines] == ["seed0", "seed1"] and "train.seed=1" in lines[1]
     assert cli.main(["sweep", str(file), "--out", str(tmp_path / "none"), "--status"]) == 2
     assert "holds no sweep yet" in capsys.readouterr().err
-    sweep.register_runs(tmp_path / "some", read_sweep_spec(file))
+    register(tmp_path / "some", read_sweep_spec(file))
     assert cli.main(["sweep", str(file), "--out", str(tmp_path / "some"), "--status"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "2 waiting"
 
@@ -335,9 +343,9 @@ def test_where_runs_that_were_sent_are(shards, tmp_path, monkeypatch):  # noqa: 
         "7_2": [sbatch.JobState("FAILED")],
     }
     monkeypatch.setattr(sbatch, "job_states", lambda numbers: {number: states[number] for number in numbers})
-    queue = sweep.slurm_states(tmp_path, plan)
-    assert [sweep.state(tmp_path, plan, run, queue) for run in plan.runs] == ["queued", "running", "failed"]
-    assert [run.name for run in sweep.pending(tmp_path, plan)] == ["seed2"]
+    queue = Sweep(tmp_path, plan).slurm_states()
+    assert [Sweep(tmp_path, plan).state(run, queue) for run in plan.runs] == ["queued", "running", "failed"]
+    assert [run.name for run in Sweep(tmp_path, plan).pending()] == ["seed2"]
 
 
 def test_other_jobs_of_a_run_are_not_its_training(shards, tmp_path, monkeypatch):  # noqa: F811
@@ -352,29 +360,29 @@ def test_other_jobs_of_a_run_are_not_its_training(shards, tmp_path, monkeypatch)
     for running, said in {"0": "running", "1": "stopped"}.items():
         queue = {running: [sbatch.JobState("RUNNING")]}
         monkeypatch.setattr(sbatch, "job_states", lambda numbers, q=queue: {n: q[n] for n in numbers if n in q})
-        assert sweep.state(tmp_path, plan, run, sweep.slurm_states(tmp_path, plan)) == said
-    assert [attempt["code"] for attempt in sweep.attempts(tmp_path, run)] == [75]
+        assert Sweep(tmp_path, plan).state(run, Sweep(tmp_path, plan).slurm_states()) == said
+    assert [attempt["code"] for attempt in Sweep(tmp_path, plan).attempts(run)] == [75]
 
 
 def test_a_run_that_somebody_has_is_left_to_them(shards, tmp_path, stand_in):  # noqa: F811
     plan = read_sweep_spec(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 2]}))
-    sweep.register_runs(tmp_path, plan)
-    lock = sweep.lock_run(tmp_path, plan.runs[0])
-    assert lock is not None and sweep.lock_run(tmp_path, plan.runs[0]) is None
-    assert sweep.state(tmp_path, plan, plan.runs[0]) == "running"
+    register(tmp_path, plan)
+    lock = Sweep(tmp_path, plan).lock(plan.runs[0])
+    assert lock is not None and Sweep(tmp_path, plan).lock(plan.runs[0]) is None
+    assert Sweep(tmp_path, plan).state(plan.runs[0]) == "running"
     assert sweep.run_all(tmp_path, plan) == 0
     assert not (tmp_path / "seed0").exists() and (tmp_path / "seed2").exists()
 
 
 def test_other_settings_for_a_run_that_was_begun_are_refused(shards, tmp_path):  # noqa: F811
     plan = read_sweep_spec(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1]}))
-    sweep.register_runs(tmp_path, plan)
+    register(tmp_path, plan)
     (tmp_path / "seed0").mkdir()
     changed = read_sweep_spec(
         write(tmp_path / "t.yaml", shards, set={"optimizer.lr": 0.5}, grid={"train.seed": [0, 1]})
     )
     with pytest.raises(ValueError, match=r"optimizer\.lr = 1e-3, the sweep file now says 0\.5"):
-        sweep.register_runs(tmp_path, changed)
+        register(tmp_path, changed)
 
 
 def test_sweeps_that_start_at_once_are_all_written_down(shards, tmp_path, monkeypatch):  # noqa: F811
@@ -383,7 +391,7 @@ def test_sweeps_that_start_at_once_are_all_written_down(shards, tmp_path, monkey
     at_once = sweep.write_atomically
     monkeypatch.setattr(sweep, "write_atomically", lambda *given: time.sleep(0.05) or at_once(*given))
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(partial(sweep.register_runs, tmp_path / "sweep"), plans))
+        list(pool.map(partial(register, tmp_path / "sweep"), plans))
     assert len(json.loads((tmp_path / "sweep/sweep.json").read_text())) == 8
 
 
@@ -392,17 +400,19 @@ def test_a_torn_last_line_of_the_log_does_not_hide_what_was_reached(shards, tmp_
     own = tmp_path / plan.runs[0].name
     own.mkdir()
     (own / "log.jsonl").write_text('torn by a crash{"clock": 4}\n{"clock": 8, "loss": 0.5}\n{"clo')
-    assert sweep.state_on_disk(tmp_path, plan, plan.runs[0]) == "finished" and sweep.last_loss(own) == 0.5
+    assert Sweep(tmp_path, plan).state_on_disk(plan.runs[0]) == "finished"
+    (tmp_path / "sweep.json").write_text("{}")
+    assert "8/8  0.5000" in sweep.table(tmp_path, plan)
 
 
 def test_a_password_of_the_store_reaches_runs_and_nothing_that_is_read(shards, tmp_path, monkeypatch, capfd):  # noqa: F811
     """Neither their words, which `ps` shows, nor any file: they have it of the environment."""
     program = "import json, os, sys; json.dump([sys.argv, os.environ['MLFLOW_TRACKING_URI']], open(sys.argv[1], 'w'))"
 
-    def command(*given):
-        return [sys.executable, "-c", program, str(tmp_path / "told"), *sweep.train_request(*given).command_line()]
+    def command(sweep, run):
+        return [sys.executable, "-c", program, str(tmp_path / "told"), *sweep.train_request(run).command_line()]
 
-    monkeypatch.setattr(sweep, "command", command)
+    monkeypatch.setattr(Sweep, "command", command)
     monkeypatch.setattr(sweep.Tracker, "flush", lambda tracker: False)  # nobody answers: no need to wait
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:swordfish@127.0.0.1:9")
     plan = read_sweep_spec(write(tmp_path / "s.yaml", shards, set={"metrics.tracking_uri": ""}))
@@ -417,14 +427,14 @@ def test_a_password_of_the_store_reaches_runs_and_nothing_that_is_read(shards, t
 
 def test_a_run_that_has_begun_goes_on(tmp_path):
     plan, run = SweepSpec((), "demo", None, 2), RunSpec("a", {"train.seed": 3})
-    fresh = sweep.command(tmp_path, plan, run, "abc", "sqlite:///x.db")
+    fresh = Sweep(tmp_path, plan, "abc", "sqlite:///x.db").command(run)
     assert fresh[3:] == [
         "train", "--run", str(tmp_path / "a"), "--preset", "demo", "--processes", "2", "train.seed=3",
         "metrics.parent=abc", "metrics.tracking_uri=sqlite:///x.db",
     ]  # fmt: skip
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "config.yaml").touch()
-    assert "--resume" in sweep.command(tmp_path, plan, run)
+    assert "--resume" in Sweep(tmp_path, plan).command(run)
 
 
 @pytest.mark.slow
@@ -453,22 +463,22 @@ def test_a_signal_stops_the_sweep_and_what_was_not_run_waits(shards, tmp_path, m
     stops = "import signal, sys; signal.signal(15, lambda *_: sys.exit(75))"
     waits = "import time; open(run.parent / (run.name + '.began'), 'w'); time.sleep(60)"
 
-    def command(folder, plan, run, parent=None, uri=None):
-        at_work = run.name == "seed1" and not (folder / "seed1.began").exists()
+    def command(sweep, run):
+        at_work = run.name == "seed1" and not (sweep.folder / "seed1.began").exists()
         program = "\n".join([stops, STAND_IN.rpartition("(run /")[0], waits]) if at_work else STAND_IN
-        return [sys.executable, "-c", program, str(folder / run.name), *run.overrides]
+        return [sys.executable, "-c", program, str(sweep.folder / run.name), *run.overrides]
 
-    monkeypatch.setattr(sweep, "command", command)
+    monkeypatch.setattr(Sweep, "command", command)
     plan = read_sweep_spec(write(tmp_path / "s.yaml", shards, grid={"train.seed": [0, 1, 2]}))
     killer = subprocess.Popen([sys.executable, "-c", WHEN_BEGUN, str(tmp_path / "seed1.began"), str(os.getpid())])
     assert sweep.run_all(tmp_path, plan) == 75
     assert killer.wait() == 0
-    assert [sweep.state(tmp_path, plan, run) for run in plan.runs] == ["finished", "stopped", "waiting"]
+    assert [Sweep(tmp_path, plan).state(run) for run in plan.runs] == ["finished", "stopped", "waiting"]
     assert sweep.run_all(tmp_path, plan) == 0
-    assert [sweep.state(tmp_path, plan, run) for run in plan.runs] == ["finished"] * 3
+    assert [Sweep(tmp_path, plan).state(run) for run in plan.runs] == ["finished"] * 3
     assert [(tmp_path / run.name / "started").read_text() for run in plan.runs] == ["x", "xx", "x"]
-    assert [len(sweep.attempts(tmp_path, run)) for run in plan.runs] == [1, 2, 1]
-    assert sweep.run_all(tmp_path, plan) == 0 and len(sweep.attempts(tmp_path, plan.runs[0])) == 1
+    assert [len(Sweep(tmp_path, plan).attempts(run)) for run in plan.runs] == [1, 2, 1]
+    assert sweep.run_all(tmp_path, plan) == 0 and len(Sweep(tmp_path, plan).attempts(plan.runs[0])) == 1
 
 
 WHEN_BEGUN = """

@@ -122,6 +122,44 @@ def test_captions_and_labels_of_a_webdataset_are_kept(tmp_path, writer):
     assert convert(settings(tmp_path, "out", tmp_path / "x.tar"), raw, 1).clips == {"train": 9, "held_out": 3}
 
 
+def test_keys_end_at_the_first_dot(tmp_path):
+    """As in WebDataset; a key up to the last dot, as packed files may have, is preferred."""
+    about = {"caption": "a dog", "licence": "CC0"}
+    tar = packed(
+        tmp_path / "x.tar",
+        *[(name, name.encode()) for name in ("a/1.rgb.mp4", "a/1.depth.MP4", "a.b/2.final.mkv", "3.x.mp4", "4.y.mp4")],
+        ("a/1.JSON", json.dumps(about).encode()), ("a/1.cls", b"3\n"),
+        ("a/1.depth.txt", b"its depth"), ("a.b/2.Txt", b"zwei"), ("a.b/2.cls", b"0"), ("a.b/2.json", b'{"label": 1}'),
+        ("3.x.txt", b"drei"), ("3.x.cls", b"2"), ("4.cls", b"2"),
+    )  # fmt: skip
+    sources = find_sources((str(tar),)).sources
+    assert [(x.name, x.caption, x.label, x.licence) for x in sources] == [
+        ("x.tar/a/1.rgb.mp4", "a dog", 3, "CC0"),
+        ("x.tar/a/1.depth.MP4", "its depth", 3, "CC0"),
+        ("x.tar/a.b/2.final.mkv", "zwei", 1, None),
+        ("x.tar/3.x.mp4", "drei", 2, None),
+        ("x.tar/4.y.mp4", None, 2, None),
+    ]
+    assert [x.group for x in sources] == ["a/1", "a/1", "", "", ""]  # views of one sample
+
+
+def test_joined_tars_and_global_headers_are_read(tmp_path):
+    parts = [packed(tmp_path / f"{name}.tar", (f"{name}.mp4", name.encode())).read_bytes() for name in "abc"]
+    comment = b"52 comment=0123456789abcdef0123456789abcdef01234567\n"  # as git archive writes
+    head = special("pax_global_header", type=tarfile.XGLTYPE, size=len(comment)) + comment.ljust(512, b"\0")
+    tar = tmp_path / "x.tar"
+    tar.write_bytes(head + parts[0] + bytes(3 << 20) + parts[1] + parts[2])
+    os.truncate(tar, 1 << 40)  # a hole takes no time
+    content = []
+    for source in find_sources((str(tar),)).sources:
+        with open_bytes(source.path) as file:
+            content.append((source.name, file.read()))
+    assert content == [("x.tar/a.mp4", b"a"), ("x.tar/b.mp4", b"b"), ("x.tar/c.mp4", b"c")]
+    with pytest.raises(ValueError, match="has bytes behind its end mark, at byte 10240; refused"):
+        tar.write_bytes(parts[0] + parts[1])
+        tar_members(tar, plain=True)
+
+
 def test_parts_of_a_conversion_share_a_tar_and_copies_in_it_count_once(tmp_path):
     write_videos(tmp_path / "videos", 0, 4, 40, 32, 32)
     named = [(path.name, path.read_bytes()) for path in sorted((tmp_path / "videos").iterdir())]
@@ -176,7 +214,22 @@ GOOD = special("good.mp4", size=3) + b"abc".ljust(512, b"\0")
         (special("a.mp4", type=tarfile.FIFOTYPE), "is of type b'6'"),
         (special("a.mp4", type=tarfile.CHRTYPE), "is of type b'3'"),
         (special("a.mp4", type=tarfile.GNUTYPE_SPARSE), "is of type b'S'"),
-        (special("a", type=tarfile.XGLTYPE), "is of type b'g'"),
+        (
+            special("g", type=tarfile.XGLTYPE, size=14) + b"14 path=a.mp4\n".ljust(512, b"\0"),
+            "header names all members 'a.mp4'; refused",
+        ),
+        (
+            special("g", type=tarfile.XGLTYPE, size=10) + b"10 size=3\n".ljust(512, b"\0"),
+            "an extended header sets size",
+        ),
+        (bytes(1024) + b"<html>".ljust(512, b"\0"), "is damaged, behind its end mark, at byte 2048"),
+        (bytes(1024) + GOOD, "'good.mp4' is there twice"),
+        (bytes(5 << 20) + special("../a.mp4"), "leaves the archive's folder"),
+        (special("a.JSON") + special("a.json"), "'a.JSON' and 'a.json' differ in capitals only"),
+        (
+            special("good.json", size=20) + rb'{"caption":"\ud83d"}'.ljust(512, b"\0"),
+            r"good.json: caption holds U\+D83D at character 1, half of a surrogate pair",
+        ),
         (GOOD, "'good.mp4' is there twice"),
         (special("./good.mp4"), "'good.mp4' is there twice"),
         (special("a.mp4", size=1 << 40), "is truncated: 'a.mp4' claims 1099511627776 bytes, past its end"),

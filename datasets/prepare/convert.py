@@ -38,7 +38,7 @@ from .progress import (
     write_shared_json,
 )
 from .shard_writer import Embed, Encode, ShardWriter, check_unreadable
-from .sources import Listing, find_sources
+from .sources import Listing, Source, find_sources
 from .summary import clip_lines
 
 RECORDS = 2  # version of the records of unfinished conversions
@@ -143,7 +143,8 @@ def convert(
         write_index(partial_out, index)
         publish_folder(partial_out, out)
     shutil.rmtree(out / WORK)
-    return _report(config, out, index, results, sum(len(groups[n]) for n in todo), time.monotonic() - began)
+    converted, elapsed = sum(len(groups[n]) for n in todo), time.monotonic() - began
+    return _report(config, out, index, listing.sources, results, converted, elapsed)
 
 
 def _latent_shapes(config: ConvertConfig, encode: Encode, temporal_factor: int) -> tuple[list[Shape], int]:
@@ -168,7 +169,10 @@ def _settings(config: ConvertConfig) -> dict[str, Any]:
 def _plan(config: ConvertConfig, listing: Listing) -> dict[str, Any]:
     """What all processes of a conversion must agree on. The digest changes with the sources, not with their folder."""
     settings = {name: value for name, value in _settings(config).items() if name != "max_bad"}  # may be raised later
-    sources = [(x.name, x.size, x.caption, x.label, x.licence, x.start, x.end) for x in listing.sources]
+    sources = [
+        (x.name, x.size, x.caption, x.label, x.licence, x.start, x.end, *[x.group] * bool(x.group))
+        for x in listing.sources
+    ]
     digest = hashlib.sha256(repr(sources).encode("utf-8", "surrogateescape")).hexdigest()
     versions = {"held-out rule": HELD_OUT_RULE, "record format": RECORDS}
     return {"settings": settings, "videos": len(sources), "digest": digest, **versions}
@@ -250,8 +254,9 @@ def _sampled_segments(folder: Path, index: Index) -> Iterator[tuple[int, Path, S
 
 
 def _report(
-    config: ConvertConfig, out: Path, index: Index, results: list[SourceResult], converted: int, elapsed: float
-) -> Report:
+    config: ConvertConfig, out: Path, index: Index, sources: list[Source], results: list[SourceResult],
+    converted: int, elapsed: float,
+) -> Report:  # fmt: skip
     clips = {split: index.samples(split) for split in SPLITS}
     seconds = sum(one.samples(split) * one.video_frames for one in index.by_bucket() for split in SPLITS) / config.fps
     skipped = tuple((result.name, result.skipped) for result in results if result.skipped)
@@ -265,6 +270,12 @@ def _report(
         "variance left after pooling, by side: "
         + ", ".join(f"{s}: {statistics.ratio(s):.3f}" for s in statistics.spaces),
     ]
+    if pieces := {source.path: source for source in sources if source.group}:
+        recordings = {source.group: source.draw < config.held_out for source in pieces.values()}
+        lines.append(
+            f"{len(pieces)} videos are pieces of {len(recordings)} recordings, by the column group or their names "
+            f"(such as {next(iter(pieces.values())).name}); {sum(recordings.values())} recordings are held out, whole"
+        )
     if left_out := sum(len(result.left_out) for result in results):
         lines.append(f"{left_out} clips or stretches are left out: see {out / 'skipped.txt'}")
     lines += [f"skipped {name}: {reason}" for name, reason in skipped[:SHOWN]]

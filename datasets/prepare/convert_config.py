@@ -11,8 +11,8 @@ class ConvertConfig:
 
     sources: files, folders (searched through all levels), tars and manifests (see sources.py).
     stride: frames between the starts of clips, 0 for `frames` (no overlap).
-    held_out: share of each source's timeline, at its end, kept from training; of sources too short for that, the share
-        of them that is held out whole.
+    held_out: share of each source's timeline, at its end, kept from training; of sources too short for that and of
+        recordings that lie in pieces, the share that is held out whole.
     store: "video" (mp4), "latent" (safetensors) or "auto" (latents for diffusers autoencoders only, as haar and pixels
         are cheaper to compute than to read).
     max_bad: share of sources that may be unreadable; one unreadable source alone never stops a conversion.

@@ -122,15 +122,15 @@ class ShardWriter:
                 yield result, clips
 
     def _task(self, number: int) -> ExtractionTask:
-        config = self.config
+        config, source = self.config, self.sources[number]
         return ExtractionTask(
             number=number,
-            source=self.sources[number],
+            source=source,
             spool=self.own / "spool",
             shapes=config.shapes,
             fps=config.fps,
             stride=config.stride,
-            held_out=config.held_out,
+            held_out=float(source.draw < config.held_out) if source.group else config.held_out,
             scenes=config.scenes,
             min_brightness=config.min_brightness,
             min_motion=config.min_motion,

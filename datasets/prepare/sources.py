@@ -1,20 +1,24 @@
 """Sources of a conversion: files, folders, tars and manifests as one list of videos, the same on every machine.
 
 A manifest is a `.csv`, `.jsonl` or `.parquet` file with a column `path` and optional columns `caption`, `label`,
-`licence`, `start`, `end` (seconds); a `.txt` file holds one path a line. Paths in it are relative to its folder.
-A `.tar` has the WebDataset layout: `KEY.mp4` (or another video format), with optional `KEY.json` and `KEY.txt`.
+`licence`, `group`, `start`, `end` (seconds); a `.txt` file holds one path a line. Paths in it are relative to its
+folder. A `.tar` has the WebDataset layout: `KEY.mp4` (or another video format, or `KEY.VIEW.mp4`), with optional
+`KEY.json`, `KEY.txt` and `KEY.cls`.
 """
 
 import csv
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import os
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +28,27 @@ from ..shards.tar import FILE_ERRORS, Location, Member, open_bytes, retry_read, 
 from ..video import SUFFIXES
 
 END_BYTES = 1 << 16  # read from both ends of files of equal size, before all of them is read
-TEXT_BYTES = 1 << 20  # the most that is read of a KEY.json or KEY.txt
+TEXT_BYTES = 1 << 20  # the most that is read of a KEY.json, KEY.txt or KEY.cls
 MANIFESTS = (".csv", ".jsonl", ".parquet", ".txt")
-COLUMNS = ("path", "caption", "label", "licence", "start", "end")
+TEXTS = ("caption", "licence", "group")
+COLUMNS = ("path", "caption", "label", "licence", "group", "start", "end")
+# The name of a piece, without suffix: any recording, then a word and a number (holiday-Scene-001), or a recording with
+# a digit, then the number (video3_12, v_Bowling_g01_c02). Times (20260105_174500) and single numbers (img_12) are none.
+PIECE = re.compile(
+    r"(?P<named>.+)[-_. ](?:scene|part|piece|segment|chunk)[-_. ]?\d{1,5}|(?P<numbered>.*\d.*)_c?\d{1,5}", re.IGNORECASE
+)
+Entry = tuple["Source", Any, Path]  # a source, its label as written, the folder that its name is relative to
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Source:
     """One video, or the part [start, end) of it in seconds, with its metadata.
 
+    group: the recording of which this and other files are pieces, "" for none; it is held out whole or not at all.
     span: the part of the file that all sources taken from it lie in; its end is what is held out. draw: a number in
-    [0, 1), the same for all of them: decides whether it is held out whole where it is too short to be divided. size: of
-    the file in bytes when it was listed; -1 where there was no file.
+    [0, 1), the same for all of them and for a group: decides about what is not divided. size: of the file in bytes when
+    it was listed; -1 where there was no file.
     """
 
     name: str
@@ -43,6 +56,7 @@ class Source:
     caption: str | None = None
     label: int | None = None
     licence: str | None = None
+    group: str = ""
     start: float = 0.0
     end: float = math.inf
     span: tuple[float, float] = (0.0, math.inf)
@@ -66,45 +80,103 @@ def find_sources(arguments: tuple[str, ...]) -> Listing:
     which is numbered in alphabetical order; all sources have one or none has. Raises FileNotFoundError for
     missing files, ValueError for addresses, folders without videos and invalid rows.
     """
-    unique: dict[tuple[Location, float, float], tuple[Source, Any]] = {}
+    unique: dict[tuple[Location, float, float], Entry] = {}
     for argument in arguments:
-        for source, label in _sources_of(argument):
-            unique.setdefault((source.path, source.start, source.end), (source, label))
-    spans: dict[Location, tuple[float, float]] = {}
-    draws: dict[Location, float] = {}
-    for (path, start, end), (source, _) in unique.items():
-        first, last = spans.get(path, (start, end))
-        spans[path] = (min(first, start), max(last, end))
-        digest = hashlib.sha256(source.name.removesuffix(_part_suffix(start, end)).encode("utf-8", "surrogateescape"))
-        draws[path] = min(draws.get(path, 1.0), int.from_bytes(digest.digest()[:8]) / 2**64)
-    sizes = {path: size_of(path) for path in spans}
-    labels, names = _number_labels([(source.name, label) for source, label in unique.values()])
+        for source, label, folder in _sources_of(argument):
+            unique.setdefault((source.path, source.start, source.end), (source, label, folder))
+    entries = list(unique.values())
+    parts: dict[Location, list[Source]] = defaultdict(list)
+    for source, _, _ in entries:
+        parts[source.path].append(source)
+    spans = {path: (min(x.start for x in own), max(x.end for x in own)) for path, own in parts.items()}
+    draws = {path: min(_draw(_file_name(x)) for x in own) for path, own in parts.items()}
+    groups = _groups(parts)
+    draws |= {path: _draw(group) for path, group in groups.items()}
+    if len(groups) == len(parts):  # otherwise few recordings might leave a split without clips
+        least = min(draws.values())
+        draws = {path: draw if draw > least else 0.0 for path, draw in draws.items()}
+    sizes = {path: size_of(path) for path in parts}
+    names = _distinct_names(entries)
+    labels, classes = _number_labels([(name, label) for name, (_, label, _) in zip(names, entries, strict=True)])
     sources = [
         dataclasses.replace(
-            source, span=spans[source.path], draw=draws[source.path], size=sizes[source.path], label=label
+            source, name=name, label=label, group=groups.get(source.path, ""),
+            span=spans[source.path], draw=draws[source.path], size=sizes[source.path],
         )
-        for (source, _), label in zip(unique.values(), labels, strict=True)
-    ]
-    return Listing(sources, max((label for label in labels if label is not None), default=-1) + 1, names)
+        for name, label, (source, _, _) in zip(names, labels, entries, strict=True)
+    ]  # fmt: skip
+    return Listing(sources, max((label for label in labels if label is not None), default=-1) + 1, classes)
 
 
-def _sources_of(argument: str) -> Iterator[tuple[Source, Any]]:
-    """(source, label as written) of what one argument names."""
+def _sources_of(argument: str) -> Iterator[Entry]:
+    """What one argument names."""
     path = _local_path(argument, argument)
     if path.is_file() and path.suffix.lower() in MANIFESTS:
         yield from _manifest_sources(path)
     elif path.is_file() and path.suffix.lower() == ".tar":
         yield from _tar_sources(path)
     elif path.is_file():
-        yield Source(path.name, path), None
+        yield Source(path.name, path), None, path.parent
     elif path.is_dir():
         videos = list(_videos_in(path))
         if not videos:
             raise ValueError(f"no videos in {argument}: looked for {' '.join(sorted(SUFFIXES))}")
         for video in videos:
-            yield Source(f"{path.name}/{video.relative_to(path)}", video.resolve()), None
+            yield Source(f"{path.name}/{video.relative_to(path)}", video.resolve()), None, path.parent
     else:
         raise FileNotFoundError(f"no such file or folder: {argument}")
+
+
+def _draw(name: str) -> float:
+    """A number in [0, 1) that depends on a name alone."""
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8]) / 2**64
+
+
+def _file_name(source: Source) -> str:
+    """A source's name without the part that is taken."""
+    return source.name.removesuffix(_part_suffix(source.start, source.end))
+
+
+def _groups(parts: dict[Location, list[Source]]) -> dict[Location, str]:
+    """The group of every file that has one, by its rows or its name; a group has two files at least.
+
+    Pieces of one recording may lie in several tars, but not in several folders.
+    """
+    groups: dict[Location, str] = {}
+    for path, own in parts.items():
+        by_rows = sorted({source.group for source in own if source.group})
+        if len(by_rows) > 1:
+            raise ValueError(f"{_file_name(own[0])} is in several groups, {by_rows}: parts of one file must be in one")
+        name = _file_name(own[0]).rpartition(".")[0]
+        groups[path] = (
+            by_rows[0] if by_rows else _recording(name.partition("/")[2] if isinstance(path, Member) else name)
+        )
+    files = Counter(groups.values())
+    if len(parts) > 1 and len(files) == 1 and "" not in files:
+        log.warning("all %d videos are pieces of one recording, %s: both splits are of it", len(parts), *files)
+        return {}
+    return {path: group for path, group in groups.items() if group and files[group] > 1}
+
+
+def _recording(name: str) -> str:
+    """The folder and name of the recording of which a video of this name, without suffix, is a piece; "" for none."""
+    folder, slash, stem = name.rpartition("/")
+    piece = PIECE.fullmatch(stem)
+    return f"{folder}{slash}{piece['named'] or piece['numbered']}" if piece else ""
+
+
+def _distinct_names(entries: list[Entry]) -> list[str]:
+    """Names of the sources: of those with one name, with as many of the folders before it as tell them apart."""
+    names = [source.name for source, _, _ in entries]
+    for depth in range(max(len(folder.parts) for _, _, folder in entries) + 2):
+        repeated = {name for name, count in Counter(names).items() if count > 1}
+        if not repeated:
+            break
+        for i, (source, _, folder) in enumerate(entries):
+            if names[i] in repeated:  # first by all digits of its part, of which a name usually has six
+                part = f"[{source.start!r}-{source.end!r}]" * bool(_part_suffix(source.start, source.end))
+                names[i] = f"{Path(*folder.parts[-depth:])}/" * bool(depth) + _file_name(source) + part
+    return names
 
 
 def _part_suffix(start: float, end: float) -> str:
@@ -132,56 +204,78 @@ def _videos_in(folder: Path) -> Iterator[Path]:
 # --- tars ------------------------------------------------------------------------------------------------
 
 
-def _tar_sources(tar: Path) -> Iterator[tuple[Source, Any]]:
-    """The videos in a tar, in its order. ValueError for a tar without any."""
+def _tar_sources(tar: Path) -> Iterator[Entry]:
+    """The videos in a tar, in its order. ValueError for a tar without any.
+
+    The key of a video ends at the first dot of its file name, as in WebDataset, or at its last one, as where files are
+    packed that belong together by their names; what the longer key says is preferred.
+    """
     files = tar_members(tar)
+    texts: dict[str, str] = {}  # a name with its extension in small letters -> as it is
+    for name in files:
+        stem, _, extension = name.rpartition(".")
+        other = texts.setdefault(f"{stem}.{extension.lower()}", name)
+        if other != name and extension.lower() in ("json", "txt", "cls"):
+            raise ValueError(f"{tar}: {other!r} and {name!r} differ in capitals only; remove one of them")
     videos = 0
     for name, member in files.items():
         stem, dot, suffix = name.rpartition(".")
         if dot + suffix.lower() not in SUFFIXES or any(part.startswith(".") for part in name.split("/")):
             continue
-        metadata: dict[str, Any] = {"caption": _member_text(tar, f"{stem}.txt", files)}
-        if text := _member_text(tar, f"{stem}.json", files):
-            metadata |= _parse_metadata(f"{tar}: {stem}.json", text)
-        caption, licence = metadata["caption"] or None, metadata.get("licence")
-        yield Source(f"{tar.name}/{name}", member, caption, licence=licence), metadata.get("label")
+        folder, slash, base = name.rpartition("/")
+        key = f"{folder}{slash}{base.partition('.')[0]}"
+        metadata: dict[str, Any] = {}
+        for one, kind in product(dict.fromkeys((key, stem)), ("txt", "cls", "json")):
+            if place := texts.get(f"{one}.{kind}"):
+                metadata |= _read_metadata(tar, place, files[place])
+                if one != stem:  # there may be several views of this sample
+                    metadata["group"] = _recording(key) or key
+        yield Source(f"{tar.name}/{name}", member, **{**metadata, "label": None}), metadata.get("label"), tar.parent
         videos += 1
     if not videos:
         raise ValueError(f"no videos in {tar}: looked for {' '.join(sorted(SUFFIXES))}")
 
 
-def _member_text(tar: Path, name: str, files: dict[str, Member]) -> str:
-    """The text of a member; "" where there is none."""
-    if name not in files:
-        return ""
-    if files[name].size > TEXT_BYTES:
-        raise ValueError(f"{tar}: {name} claims {files[name].size} bytes, at most {TEXT_BYTES} are read")
+def _read_metadata(tar: Path, name: str, member: Member) -> dict[str, Any]:
+    """What KEY.txt, KEY.cls or KEY.json says of its video; other fields than caption, label and licence are ignored."""
+    if member.size > TEXT_BYTES:
+        raise ValueError(f"{tar}: {name} claims {member.size} bytes, at most {TEXT_BYTES} are read")
     try:
-        with open_bytes(files[name]) as file:
-            return file.read().decode("utf-8-sig").strip()
+        with open_bytes(member) as file:
+            text = file.read().decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise ValueError(f"{tar}: {name} is not UTF-8 text ({error})") from None
-
-
-def _parse_metadata(place: str, text: str) -> dict[str, Any]:
-    """Caption, label and licence of a KEY.json; its other fields are ignored."""
+    extension = name[-4:].lower()
+    if not text or extension in (".txt", ".cls"):
+        return {"caption" if extension == ".txt" else "label": text} if text else {}
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place} is not readable as JSON: {error}") from None
+        raise ValueError(f"{tar}: {name} is not readable as JSON: {error}") from None
     if not isinstance(fields, dict):
-        raise ValueError(f"{place} is not a JSON object of names and values")
-    metadata = {name: fields[name] for name in ("caption", "label", "licence") if fields.get(name) not in (None, "")}
-    for name, value in metadata.items():
-        if not isinstance(value, str) and (name != "label" or not isinstance(value, int)):
-            raise ValueError(f"{place}: {name} is {value!r}, expected text" + " or a number" * (name == "label"))
-    return metadata
+        raise ValueError(f"{tar}: {name} is not a JSON object of names and values")
+    fields = {field: fields[field] for field in ("caption", "label", "licence") if fields.get(field) not in (None, "")}
+    _check_texts(f"{tar}: {name}", fields)
+    return fields
+
+
+def _check_texts(place: str, fields: dict[str, Any]) -> None:
+    """ValueError where a field is no text, or is one that cannot be written as UTF-8; a label may be a number."""
+    for name, value in fields.items():
+        if not isinstance(value, str):
+            if name != "label" or not isinstance(value, int):
+                raise ValueError(f"{place}: {name} is {value!r}, expected text" + " or a number" * (name == "label"))
+        elif half := re.search("[\ud800-\udfff]", value):
+            raise ValueError(
+                f"{place}: {name} holds U+{ord(half[0]):04X} at character {half.start() + 1}, half of a surrogate "
+                "pair, as of text cut by its UTF-16 length: cut it before that character, or write both halves"
+            )
 
 
 # --- manifests ---------------------------------------------------------------------------------------------
 
 
-def _manifest_sources(file: Path) -> Iterator[tuple[Source, Any]]:
+def _manifest_sources(file: Path) -> Iterator[Entry]:
     rows = 0
     for place, row in _rows(file):
         if not isinstance(row, dict) or None in row or set(row) - set(COLUMNS):
@@ -204,9 +298,11 @@ def _manifest_sources(file: Path) -> Iterator[tuple[Source, Any]]:
                 raise ValueError(f"{place}: {row['path']} holds many videos; put the metadata of each into the tar")
             yield from _tar_sources(path)
             continue
-        caption, licence = (str(row[name]) if name in row else None for name in ("caption", "licence"))
-        name = row["path"] + _part_suffix(start, end)
-        yield Source(name, path, caption, licence=licence, start=start, end=end), row.get("label")
+        fields = {name: row[name] for name in (*TEXTS, "label") if name in row}
+        _check_texts(place, {name: value for name, value in fields.items() if not isinstance(value, int | float)})
+        label, texts = fields.pop("label", None), {name: str(value) for name, value in fields.items()}
+        source = Source(row["path"] + _part_suffix(start, end), path, start=start, end=end)
+        yield dataclasses.replace(source, **texts), label, file.parent  # type: ignore[arg-type]
     if not rows:
         raise ValueError(f"{file} lists no videos")
 
@@ -221,10 +317,11 @@ def _rows(file: Path) -> Iterator[tuple[str, Any]]:
             raise ValueError(f"{file}: reading Parquet needs pyarrow: pip install pyarrow, or write CSV") from None
         try:
             rows = parquet.read_table(file).to_pylist()
-        except ArrowInvalid as error:
+        except (ArrowInvalid, UnicodeDecodeError) as error:
             raise ValueError(f"{file} is not readable as Parquet: {error}") from None
         yield from ((f"{file} row {i}", row) for i, row in enumerate(rows, 1))
         return
+    place = str(file)
     try:
         with open(file, encoding="utf-8-sig", newline="") as lines:
             if kind == ".csv":
@@ -232,12 +329,13 @@ def _rows(file: Path) -> Iterator[tuple[str, Any]]:
                 yield from ((f"{file} line {table.line_num}", row) for row in table)
                 return
             for number, line in enumerate(lines, 1):
+                place = f"{file} line {number}"
                 if line := line.strip():
-                    yield f"{file} line {number}", json.loads(line) if kind == ".jsonl" else {"path": line}
+                    yield place, json.loads(line) if kind == ".jsonl" else {"path": line}
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text ({error})") from None
-    except (csv.Error, json.JSONDecodeError) as error:
-        raise ValueError(f"{file} is not readable as {kind[1:]}: {error}") from None
+    except (csv.Error, ValueError, RecursionError) as error:
+        raise ValueError(f"{place} is not readable as {kind[1:]}: {error}") from None
 
 
 def _number_labels(labels: list[tuple[str, Any]]) -> tuple[list[int | None], tuple[str, ...]]:

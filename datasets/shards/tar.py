@@ -6,6 +6,7 @@ that set more than a name, times and owners are refused by name before anything 
 
 import errno
 import io
+import os
 import re
 import tarfile
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import TypeVar
 from ..files import retry
 
 EXTENDED_BYTES = 1 << 16  # the most that a header with a long name, or with times, may have
+READ_BYTES = 1 << 20  # at a time, of what lies behind an end mark
 PAX_RECORD = re.compile(rb"(\d{1,5}) ([^=\n]+)=")  # length, keyword, "=", value
 FILE_ERRORS = {errno.EIO, errno.EACCES, errno.EPERM}  # of one file: a bad sector, no permission; not of disk or server
 READ_PAUSES = (2, 20)  # seconds before such a file is read again
@@ -82,8 +84,8 @@ class _MemberFile(io.RawIOBase):
 
 
 def tar_members(tar: Path, plain: bool = False) -> dict[str, Member]:
-    """The regular files in a tar by name, in its order. plain: refuse folders and extended headers too, as our own
-    shards have none.
+    """The regular files in a tar by name, in its order; of tars joined by `cat`, those of all. plain: refuse folders,
+    extended headers and anything behind the end mark too, as our own shards have none.
 
     ValueError, naming the tar and the member, for everything else, and for a tar that is damaged, truncated or
     compressed.
@@ -93,18 +95,25 @@ def tar_members(tar: Path, plain: bool = False) -> dict[str, Member]:
     end = tar.stat().st_size
     members: dict[str, Member] = {}
     offset, long_name = 0, ""  # a long name stands in a header of its own before the member's
+    behind = ""  # for a message: how far the tar was read
     with open(tar, "rb") as file:
         while True:
             file.seek(offset)
             block = file.read(tarfile.BLOCKSIZE)
             if len(block) == tarfile.BLOCKSIZE and not any(block):
-                return members  # the end mark
+                offset = _next_data(tar, offset)  # behind the end mark
+                if offset < 0:
+                    return members
+                if plain:
+                    raise ValueError(f"{tar} has bytes behind its end mark, at byte {offset}; refused")
+                behind = ", behind its end mark,"
+                continue
             if len(block) < tarfile.BLOCKSIZE:
                 raise ValueError(f"{tar} is truncated at byte {end}: copy it again, or leave it out")
             try:
                 header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
             except tarfile.HeaderError as error:
-                problem = "is damaged" if offset or plain else "is no plain tar (compressed ones are not read)"
+                problem = f"is damaged{behind}" if offset or plain else "is no plain tar (compressed ones are not read)"
                 raise ValueError(f"{tar} {problem} at byte {offset} ({error})") from None
             name, size, begin = long_name or header.name, header.size, offset + tarfile.BLOCKSIZE
             if not 0 <= size <= end - begin:
@@ -115,14 +124,37 @@ def tar_members(tar: Path, plain: bool = False) -> dict[str, Member]:
                 if name in members:
                     raise ValueError(f"{tar}: {name!r} is there twice")
                 members[name] = Member(tar, begin, size)
-            elif header.type in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME) and not plain:
+            elif header.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME) and not plain:
                 if size > EXTENDED_BYTES:
                     raise ValueError(f"{tar}: an extended header at byte {begin} claims {size} bytes; refused")
                 content = file.read(size)
-                long_name = _pax_name(tar, content) if header.type == tarfile.XHDTYPE else _text(content.rstrip(b"\0"))
+                if header.type == tarfile.GNUTYPE_LONGNAME:
+                    long_name = _text(content.rstrip(b"\0"))
+                else:
+                    long_name = _pax_name(tar, content)
+                if long_name and header.type == tarfile.XGLTYPE:
+                    raise ValueError(f"{tar}: a global extended header names all members {long_name!r}; refused")
             elif header.type != tarfile.DIRTYPE or plain:
                 kind = "a link" if header.issym() or header.islnk() else f"of type {header.type!r}"
                 raise ValueError(f"{tar}: {name!r} is {kind}; only plain files are read")
+
+
+def _next_data(tar: Path, offset: int) -> int:
+    """Where the first block that is not zero begins, at `offset` in bytes or behind it; -1 for none. Holes in the file
+    are not read."""
+    with open(tar, "rb", buffering=0) as file:
+        while True:
+            try:
+                offset = file.seek(offset, os.SEEK_DATA) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+            except OSError as error:
+                if error.errno != errno.ENXIO:  # which means that no data follow
+                    raise
+                return -1
+            file.seek(offset)
+            content = file.read(READ_BYTES)
+            if data := content.lstrip(b"\0"):
+                return offset + (len(content) - len(data)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+            offset += len(content)
 
 
 def normalise_name(tar: Path, name: str) -> str:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from msc.parallel.signals import STOP_SIGNALS, collect_signals
@@ -53,29 +54,28 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def visible_gpus(environment: Mapping[str, str], devices: Path = Path("/dev")) -> int:
-    """How many NVIDIA GPUs a process would see, without importing torch (seconds)."""
+def gpu_names(environment: Mapping[str, str], devices: Path = Path("/dev")) -> list[str]:
+    """The NVIDIA GPUs that a process sees, as CUDA_VISIBLE_DEVICES names them, without importing torch (seconds)."""
     visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        names = [name.strip() for name in visible.split(",")]
-        # CUDA itself stops reading at the first invalid entry, which is how "-1" hides all GPUs.
-        return next((i for i, name in enumerate(names) if name in ("", "-1")), len(names))
-    return sum(path.name.removeprefix("nvidia").isdigit() for path in devices.glob("nvidia*"))
+    if visible is None:
+        return list(map(str, range(sum(path.name[6:].isdigit() for path in devices.glob("nvidia*")))))
+    # CUDA itself stops reading at the first invalid entry, which is how "-1" hides all GPUs.
+    return list(takewhile(lambda name: name not in ("", "-1"), map(str.strip, visible.split(","))))
+
+
+def visible_gpus(environment: Mapping[str, str], devices: Path = Path("/dev")) -> int:
+    return len(gpu_names(environment, devices))
 
 
 def gpu_shares(environment: Mapping[str, str], jobs: int, processes: int) -> list[str]:
     """CUDA_VISIBLE_DEVICES of each of `jobs` commands at a time, with `processes` GPUs of its own; "" for all of them
     where no GPU is visible. ValueError if there are GPUs, but too few."""
-    count = visible_gpus(environment)
-    if not count:
-        return [""] * jobs
-    if count < jobs * processes:
+    names = gpu_names(environment)
+    if names and len(names) < jobs * processes:
         raise ValueError(
-            f"{jobs} runs at a time of {processes} processes need {jobs * processes} GPUs, but {count} are visible: "
-            "fewer --jobs, or hide the GPUs with CUDA_VISIBLE_DEVICES=-1"
+            f"{jobs} runs at a time of {processes} processes need {jobs * processes} GPUs, but {len(names)} are "
+            "visible: fewer --jobs, or hide the GPUs with CUDA_VISIBLE_DEVICES=-1"
         )
-    listed = environment.get("CUDA_VISIBLE_DEVICES")
-    names = [str(i) for i in range(count)] if listed is None else [name.strip() for name in listed.split(",")]
     return [",".join(names[i * processes : (i + 1) * processes]) for i in range(jobs)]
 
 
@@ -159,17 +159,17 @@ def start_ranks(command: Sequence[str], ranks: int, logs: Path, environment: Map
     return started
 
 
-def send_signal(ranks: Sequence[Rank], number: int, groups: bool = False) -> None:
-    """Send a signal to ranks not yet waited for; with `groups` also to all processes that they have started."""
+def send_signal(ranks: Sequence[Rank], number: int) -> None:
+    """Send a signal to ranks not yet waited for; SIGKILL also to all processes that they have started."""
     for rank in ranks:
         # The rank leads its session, so its pid names its group. Until it has been waited for, also when it
         # has ended, the kernel gives that number to no other process.
         with suppress(ProcessLookupError, PermissionError):
-            (os.killpg if groups else os.kill)(rank.process.pid, number)
+            (os.killpg if number == signal.SIGKILL else os.kill)(rank.process.pid, number)
 
 
 def kill_and_wait(ranks: Sequence[Rank]) -> None:
-    send_signal(ranks, signal.SIGKILL, groups=True)
+    send_signal(ranks, signal.SIGKILL)
     for rank in ranks:
         rank.process.wait()
 
@@ -233,19 +233,17 @@ def _wait(running: list[Rank], received: Sequence[int], grace: float) -> tuple[l
     sent: set[int] = set()  # by us, to end ranks
     failed_at = time.monotonic()
     while running:
-        for number in STOP_SIGNALS:
-            if number in received and number not in forwarded:
-                forwarded.add(number)
-                send_signal(running, number)
+        for number in set(STOP_SIGNALS).intersection(received) - forwarded:
+            forwarded.add(number)
+            send_signal(running, number)
 
         for rank in list(running):
             # Whether it has ended, without waiting for it and without freeing its process id.
             if os.waitid(os.P_PID, rank.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
                 continue
-            send_signal([rank], signal.SIGKILL, groups=True)  # what it left running, such as loader workers
-            code = rank.process.wait()
+            send_signal([rank], signal.SIGKILL)  # to what it left running, such as loader workers
             running.remove(rank)
-            if code == 0 or (sent and failed):
+            if rank.process.wait() == 0 or (sent and failed):
                 continue
             if not failed:
                 failed_at = time.monotonic()
@@ -254,13 +252,13 @@ def _wait(running: list[Rank], received: Sequence[int], grace: float) -> tuple[l
             failed.append(rank)
 
         waited = time.monotonic() - failed_at if failed else 0.0
-        if waited > grace and not forwarded and not sent:
-            sent.add(signal.SIGTERM)
-            send_signal(running, signal.SIGTERM)
         out_of_time = waited > grace * (10 if forwarded else 2) or received.count(signal.SIGINT) > 1
         if out_of_time and signal.SIGKILL not in sent:
             sent.add(signal.SIGKILL)
-            send_signal(running, signal.SIGKILL, groups=True)
+            send_signal(running, signal.SIGKILL)
+        elif waited > grace and not forwarded and not sent:
+            sent.add(signal.SIGTERM)
+            send_signal(running, signal.SIGTERM)
         if running:
             time.sleep(POLL_SECONDS)
     return failed, bool(forwarded)

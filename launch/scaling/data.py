@@ -14,8 +14,9 @@ from typing import Any
 import yaml
 
 from msc.datasets.files import last_jsonl_record, read_jsonl
-from msc.pretrain import cost, run_folder
+from msc.pretrain import cost
 from msc.pretrain.config import Config, flat, load
+from msc.pretrain.run_folder import RunFolder
 
 MIN_REPORTS = 20  # of a run whose curve is judged: fewer are too noisy
 REBOUND = 1.2  # a run whose last tenth lies that much above its best tenth did not recover
@@ -105,12 +106,8 @@ def parse_row(row: Mapping[str, Any], name: str) -> RunResult:
     """ValueError where a number is missing, or none that a law is made of. C is 6 N D, or D is C / (6 N), where only
     one is given."""
     columns = {key.strip().lower(): value for key, value in row.items() if key and value not in ("", None)}
-    values = {}
-    for key, aliases in ALIASES.items():
-        for alias in (key.lower(), *aliases):
-            if alias in columns:
-                values[key] = columns[alias]
-                break
+    names = {key: next((name for name in (key.lower(), *ALIASES[key]) if name in columns), None) for key in ALIASES}
+    values = {key: columns[name] for key, name in names.items() if name is not None}
     name = str(values.pop("name", name))
     numbers = {key: float(value) for key, value in values.items()}
     for key, value in numbers.items():
@@ -133,11 +130,10 @@ def read_sweep_folder(folder: Path, loss: str, only: Sequence[str] = ()) -> Scal
     for word in only:
         if "=" in word and word.partition("=")[0] not in flat(Config()):
             raise ValueError(f"--only {word}: there is no setting {word.partition('=')[0]}")
-    results, left_out, settings = [], [], []
-    seen: dict[str, str] = {}
+    results, left_out, settings, seen = [], [], [], dict[str, str]()
     for name, overrides in json.loads(path.read_text()).items():
-        run = folder / name
-        config = load(file=run / "config.yaml") if (run / "config.yaml").is_file() else None
+        run = RunFolder(folder / name)
+        config = load(file=run.config) if run.exists() else None
         if not all(matches(word, name, flat(config) if config else overrides) for word in only):
             continue
         result, reason = result_of_run(run, config, loss) if config else (None, "not started")
@@ -196,16 +192,16 @@ def without(settings: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any
     return {key: value for key, value in settings.items() if not key.startswith(keys) or key == "parallel.precision"}
 
 
-def result_of_run(run: Path, config: Config, loss: str) -> tuple[RunResult | None, str]:
+def result_of_run(run: RunFolder, config: Config, loss: str) -> tuple[RunResult | None, str]:
     """The result of a finished run, or None and why there is none."""
-    reports = read_jsonl(run / "log.jsonl")
+    reports = read_jsonl(run.log)
     curve = [(line["clock"], math.nan if line["loss"] is None else line["loss"]) for line in reports]
-    if reason := divergence(run, [value for _, value in curve], config.guard.stop_after):
+    if reason := divergence(run.path, [value for _, value in curve], config.guard.stop_after):
         return None, reason
     if not curve or curve[-1][0] < config.train.clips:
         return None, f"not finished: {curve[-1][0] if curve else 0} of {config.train.clips} clips"
     tenth = [value for clock, value in curve if clock > 0.9 * config.train.clips]
-    held_out = last_jsonl_record(run / "held_out.jsonl")
+    held_out = last_jsonl_record(run.held_out)
     if loss == "train":
         final_loss = sum(tenth) / len(tenth)
     elif held_out.get("clock", 0) < config.train.clips:
@@ -214,23 +210,18 @@ def result_of_run(run: Path, config: Config, loss: str) -> tuple[RunResult | Non
         final_loss = math.nan if held_out["mean"] is None else held_out["mean"]
     if reason := invalid_loss(final_loss):
         return None, reason
-    space = run_folder.RunFolder(run).read_latent_space()
+    space, clips = run.read_latent_space(), config.train.steps * config.train.batch
     size = space.frames, space.height, space.width
-    tokens = space.frames * cost.tokens_per_frame(config.model, space.height, space.width)
-    clips = config.train.steps * config.train.batch
-    result = RunResult(
-        run.name, cost.parameters(config.model), clips * tokens, clips * cost.step_flops(config.model, *size),
-        final_loss, config.optimizer.lr, config.train.batch,
-    )  # fmt: skip
-    return result, ""
+    tokens = clips * space.frames * cost.tokens_per_frame(config.model, space.height, space.width)
+    flops, parameters = clips * cost.step_flops(config.model, *size), cost.parameters(config.model)
+    return RunResult(run.path.name, parameters, tokens, flops, final_loss, config.optimizer.lr, config.train.batch), ""
 
 
 def divergence(run: Path, losses: Sequence[float], stop_after: int) -> str:
     """Why a run counts as diverged, or nothing."""
-    skipped = read_jsonl(run / "skipped.jsonl")
     if any(not math.isfinite(value) for value in losses):
         return "diverged: its loss was not finite"
-    steps = [line["step"] for line in skipped][-stop_after:]
+    steps = [line["step"] for line in read_jsonl(RunFolder(run).skipped_steps)][-stop_after:]
     if len(steps) == stop_after and steps[-1] - steps[0] == stop_after - 1:
         return f"diverged: {stop_after} steps in a row could not be taken"
     if len(losses) < MIN_REPORTS:
@@ -251,9 +242,8 @@ def invalid_loss(loss: float) -> str:
 
 def keep_best(results: Sequence[RunResult], left_out: Sequence[tuple[str, str]]) -> ScalingData:
     """Of runs of one size and budget that differ in learning rate or batch, the law takes the best."""
-    groups = group_similar(results, lambda result: (result.N, result.D))
     used, others = [], []
-    for group in groups:
+    for group in group_similar(results, lambda result: (result.N, result.D)):
         rest = sorted(group, key=lambda result: result.L)
         if len({(result.lr, result.batch) for result in rest}) > 1:
             used.append(rest[0])
@@ -265,7 +255,7 @@ def keep_best(results: Sequence[RunResult], left_out: Sequence[tuple[str, str]])
 
 
 def group_similar(points: Sequence[RunResult], key: Any, same: float = TOLERANCE) -> list[list[RunResult]]:
-    """ScalingData whose `key` (a number, or several) agrees within `same`, relative to the group's first."""
+    """Runs whose `key` (a number, or several) agrees within `same`, relative to the group's first."""
     groups: list[tuple[tuple[float, ...], list[RunResult]]] = []
     for result in points:
         values = key(result)

@@ -59,22 +59,21 @@ def fit_isoflop(data: ScalingData) -> Minima:
         if len({run.N for run in group}) < 3:
             continue
         near = near_minimum(group)
-        minimum = _parabola_minimum([(run.N, run.L) for run in near])
-        if isinstance(minimum, str):
-            refused.append(f"IsoFLOP at {C:.2e}: {minimum}")
+        try:
+            N, loss, curve = _parabola_minimum([(run.N, run.L) for run in near])
+        except ValueError as error:
+            refused.append(f"IsoFLOP at {C:.2e}: {error}")
             continue
-        N, loss, curve = minimum
         per_token = sum(run.C / run.N / run.D for run in group) / len(group)
         minima.append(Minimum((N, C / per_token / N, C), {"N": N}, loss, len(near), curve))
     if not minima and not refused:
         return Minima(refused=("IsoFLOP: no three sizes were trained with equal compute",))
     powers = {}
-    for index, name in enumerate(("N", "D")):
-        power_law = _fit_power_law([((m.at[2],), m.at[index]) for m in minima], ("C",))
-        if isinstance(power_law, str):
-            refused.append(f"IsoFLOP {name}(C): {power_law}")
-        else:
-            powers[name] = power_law
+    for index, name in enumerate("ND"):
+        try:
+            powers[name] = _fit_power_law([((m.at[2],), m.at[index]) for m in minima], ("C",))
+        except ValueError as error:
+            refused.append(f"IsoFLOP {name}(C): {error}")
     return Minima(tuple(minima), powers, tuple(refused))
 
 
@@ -94,93 +93,85 @@ def fit_learning_rate_and_batch(data: ScalingData) -> Minima:
     minima, refused = [], []
     tuned_runs = [run for run in (*data.used, *data.others) if run.lr and run.batch]
     for group in group_similar(tuned_runs, lambda run: (run.N, run.D)):
-        rates, batches = ({getattr(run, name) for run in group} for name in ("lr", "batch"))
-        if len(rates) < 3 and len(batches) < 3:
-            continue
-        where = f"N = {group[0].N:.3g}, D = {group[0].D:.3g}"
+        varied = [name for name in ("lr", "batch") if len({getattr(run, name) for run in group}) >= 3]
         at = group[0].N, group[0].D, group[0].C
-        if len(rates) >= 3 and len(batches) >= 3:
-            both = _quadratic_minimum(group)
-            if isinstance(both, str):
-                refused.append(f"learning rate and batch at {where}: {both}")
-            else:
-                minima.append(Minimum(at, both[0], both[1], len(group)))
-            continue
-        name, other = ("lr", "batch") if len(rates) >= 3 else ("batch", "lr")
-        best = min(group, key=lambda run: run.L)
-        line = [run for run in group if getattr(run, other) == getattr(best, other)]
-        minimum = _parabola_minimum([(getattr(run, name), run.L) for run in line])
-        if isinstance(minimum, str):
-            refused.append(f"{name} at {where}: {minimum}")
-        else:
-            minima.append(Minimum(at, {name: minimum[0]}, minimum[1], len(line), minimum[2]))
+        try:
+            if len(varied) == 2:
+                minima.append(Minimum(at, *_quadratic_minimum(group), len(group)))
+            elif varied:
+                name, other = varied[0], "batch" if varied == ["lr"] else "lr"
+                best = min(group, key=lambda run: run.L)
+                line = [run for run in group if getattr(run, other) == getattr(best, other)]
+                place, loss, curve = _parabola_minimum([(getattr(run, name), run.L) for run in line])
+                minima.append(Minimum(at, {name: place}, loss, len(line), curve))
+        except ValueError as error:
+            what = "learning rate and batch" if len(varied) == 2 else varied[0]
+            refused.append(f"{what} at N = {at[0]:.3g}, D = {at[1]:.3g}: {error}")
     if not minima and not refused:
         refused.append("lr_opt and B_opt: no size and budget was trained at three learning rates or batches")
     powers = {}
     for name in ("lr", "batch"):
-        own = [((m.at[0], m.at[1]), m.place[name]) for m in minima if name in m.place]
-        if not own:
-            continue
-        power_law = _fit_power_law(own, ("N", "D"))
-        if isinstance(power_law, str):
-            refused.append(f"{name}_opt(N, D): {power_law}")
-        else:
-            powers[name] = power_law
+        if own := [((m.at[0], m.at[1]), m.place[name]) for m in minima if name in m.place]:
+            try:
+                powers[name] = _fit_power_law(own, ("N", "D"))
+            except ValueError as error:
+                refused.append(f"{name}_opt(N, D): {error}")
     return Minima(tuple(minima), powers, tuple(refused))
 
 
-def _parabola_minimum(pairs: Sequence[tuple[float, float]]) -> tuple[float, float, tuple[float, ...]] | str:
-    """(x of the least loss, that loss, coefficients) of log L over log x; or why there is none."""
+def _parabola_minimum(pairs: Sequence[tuple[float, float]]) -> tuple[float, float, tuple[float, ...]]:
+    """(x of the least loss, that loss, coefficients) of log L over log x. ValueError if there is none."""
     x, z = np.log(np.array(pairs)).T
     if len(np.unique(x)) < 3:
-        return f"{len(np.unique(x))} different values; three are needed"
+        raise ValueError(f"{len(np.unique(x))} different values; three are needed")
     a, b, c = np.polyfit(x, z, 2)
     if a <= 0:
-        return "the losses have no minimum among the values tried"
+        raise ValueError("the losses have no minimum among the values tried")
     lowest = -b / (2 * a)
     if not x.min() < lowest < x.max():
         side = "smaller" if lowest <= x.min() else "larger"
         tried = f"{np.exp(x.min()):.3g} to {np.exp(x.max()):.3g}"
-        return f"the minimum lies beyond the values tried ({tried}); try {side} ones"
+        raise ValueError(f"the minimum lies beyond the values tried ({tried}); try {side} ones")
     return float(np.exp(lowest)), float(np.exp(c - b**2 / (4 * a))), (float(a), float(b), float(c))
 
 
-def _quadratic_minimum(group: Sequence[RunResult]) -> tuple[dict[str, float], float] | str:
-    """The least run of a quadratic of log L in log lr and log batch."""
+def _quadratic_minimum(group: Sequence[RunResult]) -> tuple[dict[str, float], float]:
+    """(place, loss) of least log L, a quadratic in log lr and log batch; ValueError, with the reason, if none."""
     if len(group) < 7:
-        return f"{len(group)} runs; a bowl in two directions needs 7"
+        raise ValueError(f"{len(group)} runs; a bowl in two directions needs 7")
     x, y = (np.log([float(getattr(run, name)) for run in group]) for name in ("lr", "batch"))
     x0, y0 = x.mean(), y.mean()
     u, v = x - x0, y - y0
     terms = np.stack((np.ones_like(u), u, v, u * u, u * v, v * v), 1)
     (c, cx, cy, xx, xy, yy), _, rank, _ = np.linalg.lstsq(terms, np.log([run.L for run in group]), rcond=None)
     if rank < 6:
-        return "learning rates and batches were not varied independently"
+        raise ValueError("learning rates and batches were not varied independently")
     curvature = np.array([[2 * xx, xy], [xy, 2 * yy]])
     if np.linalg.eigvalsh(curvature)[0] <= 0:
-        return "the losses have no minimum among the values tried"
+        raise ValueError("the losses have no minimum among the values tried")
     place = -np.linalg.solve(curvature, [cx, cy])
     for name, value, tried in (("lr", place[0], u), ("batch", place[1], v)):
         if not tried.min() < value < tried.max():
-            return (
-                f"the best {name} lies beyond those tried; try {'smaller' if value <= tried.min() else 'larger'} ones"
-            )
+            side = "smaller" if value <= tried.min() else "larger"
+            raise ValueError(f"the best {name} lies beyond those tried; try {side} ones")
     loss = c + (cx * place[0] + cy * place[1]) / 2
     return {"lr": float(np.exp(x0 + place[0])), "batch": float(np.exp(y0 + place[1]))}, float(np.exp(loss))
 
 
-def _fit_power_law(pairs: Sequence[tuple[tuple[float, ...], float]], names: tuple[str, ...]) -> PowerLaw | str:
-    """Least squares in logarithms, over the variables that were varied."""
+def _fit_power_law(pairs: Sequence[tuple[tuple[float, ...], float]], names: tuple[str, ...]) -> PowerLaw:
+    """Least squares in logarithms, over the variables that were varied. ValueError if the minima are too few."""
     if not pairs:
-        return "no minimum was minimum"
+        raise ValueError("there is no minimum to fit it to")
     x, y = np.log([at for at, _ in pairs]), np.log([value for _, value in pairs])
     varied = [i for i in range(len(names)) if np.ptp(x[:, i]) > math.log(1.2)]
     if not varied or len(pairs) < len(varied) + 2:
-        return f"{len(pairs)} minima; {max(1, len(varied)) + 2} are needed for a power law and a look at its error"
+        least = max(1, len(varied)) + 2
+        raise ValueError(f"{len(pairs)} minima; {least} are needed for a power law and a look at its error")
     terms = np.column_stack([np.ones(len(x)), x[:, varied]])
     spreads = np.linalg.svd(x[:, varied] - x[:, varied].mean(0), compute_uv=False)
     if spreads[-1] < 0.05 * spreads[0]:
-        return f"{' and '.join(names[i] for i in varied)} vary together; their exponents cannot be told apart"
+        alike = " and ".join(names[i] for i in varied)
+        raise ValueError(f"{alike} vary together; their exponents cannot be told apart")
     solution = np.linalg.lstsq(terms, y, rcond=None)[0]
     spread = float(np.exp(np.abs(terms @ solution - y).max()))
     exponents = {names[i]: float(power) for i, power in zip(varied, solution[1:], strict=True)}

@@ -16,8 +16,6 @@ STYLE: Any = {
     "font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
     "legend.fontsize": 6.5, "lines.linewidth": 1.0, "lines.markersize": 4, "pdf.fonttype": 42, "savefig.dpi": 200,
 }  # fmt: skip
-
-
 MOST_NAMES = 10  # in a legend
 
 
@@ -65,20 +63,10 @@ def _loss_curves(axes: Any, study: Study) -> None:
             axes.plot(per_token * N * D, study.usable_fit.law.loss(N, D), color=colour, lw=0.8)
     if study.usable_fit is not None:
         C = np.geomspace(min(p.C for p in points), max(p.C for p in points) * 3, 50)
-        axes.plot(
-            C,
-            study.usable_fit.law.loss(*study.usable_fit.law.optimal(C, study.flops_per_token[0])),
-            "k--",
-            lw=0.8,
-            label="best size",
-        )
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="training compute C (FLOPs)",
-        ylabel="loss L",
-        title="losses and the law" if study.usable_fit else "losses",
-    )
+        law = study.usable_fit.law
+        axes.plot(C, law.loss(*law.optimal(C, study.flops_per_token[0])), "k--", lw=0.8, label="best size")
+    title = "losses and the law" if study.usable_fit else "losses"
+    axes.set(xscale="log", yscale="log", xlabel="training compute C (FLOPs)", ylabel="loss L", title=title)
     axes.set_ylim(top=2 * max(point.L for point in points))
     axes.legend(loc="upper right", ncols=2)
 
@@ -90,10 +78,8 @@ def _parity(axes: Any, study: Study) -> None:
         return
     held_out = set(study.held_out)
     law = study.usable_fit.law
-    for chosen, mark, name in ((False, "o", "fitted"), (True, "*", "held out")):
-        own = [point for point in study.data.used if (point in held_out) is chosen]
-        size = 8 if chosen else 4
-        if own:
+    for unseen, mark, size, name in ((False, "o", 4, "fitted"), (True, "*", 8, "held out")):
+        if own := [point for point in study.data.used if (point in held_out) is unseen]:
             axes.plot([p.L for p in own], [law.loss(p.N, p.D) for p in own], mark, ms=size, label=name, alpha=0.8)
     ends = [min(p.L for p in study.data.used), max(p.L for p in study.data.used)]
     axes.plot(ends, ends, "k-", lw=0.6)
@@ -102,11 +88,8 @@ def _parity(axes: Any, study: Study) -> None:
 
 
 def _optima(axes: Any, study: Study) -> None:
-    axes.set(
-        xlabel="training compute C (FLOPs)",
-        ylabel="N (parameters), D (tokens)",
-        title="compute-optimal size and tokens",
-    )
+    axes.set(xlabel="training compute C (FLOPs)", ylabel="N (parameters), D (tokens)")
+    axes.set_title("compute-optimal size and tokens")
     if study.usable_fit is not None:
         C = np.geomspace(min(p.C for p in study.data.used), max(p.C for p in study.data.used) * 10, 40)
         best = study.usable_fit.law.optimal(C, study.flops_per_token[0])
@@ -130,11 +113,8 @@ def _optima(axes: Any, study: Study) -> None:
 def _minima(axes: Any, study: Study) -> None:
     """Parabolas: over size at equal compute, or over learning rate or batch."""
     if study.isoflop.minima:
-        groups = [
-            g
-            for g in group_similar(sorted(study.data.used, key=lambda p: p.C), lambda p: p.C, EQUAL_COMPUTE)
-            if len(g) > 2
-        ]
+        by_compute = group_similar(sorted(study.data.used, key=lambda p: p.C), lambda p: p.C, EQUAL_COMPUTE)
+        groups = [group for group in by_compute if len(group) > 2]
         lines = [("N", f"C = {g[0].C:.1e}", [(p.N, p.L) for p in g]) for g in groups]
         minima, title = study.isoflop.minima, "equal compute"
     else:
@@ -152,14 +132,12 @@ def _minima(axes: Any, study: Study) -> None:
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(lines)))
     for colour, (_, label, pairs) in zip(colours, lines, strict=True):
         axes.plot(*zip(*sorted(pairs), strict=True), "o", color=colour, label=None if many else label)
+    name = lines[0][0]
     for minimum in minima:
-        name = lines[0][0]
-        if name not in minimum.place or not minimum.curve:
-            continue
-        x = minimum.place[name] * np.geomspace(0.25, 4, 50)
-        y = np.exp(np.polyval(minimum.curve, np.log(x)))
-        axes.plot(x, y, "k-", lw=0.5)
-        axes.plot(minimum.place[name], minimum.loss, "kx")
+        if name in minimum.place and minimum.curve:
+            x = minimum.place[name] * np.geomspace(0.25, 4, 50)
+            axes.plot(x, np.exp(np.polyval(minimum.curve, np.log(x))), "k-", lw=0.5)
+            axes.plot(minimum.place[name], minimum.loss, "kx")
     if not many:
         axes.legend()
 

@@ -1,31 +1,32 @@
-"""Sweep folder: register the runs of a sweep file, run them on this machine, and tabulate their states.
+"""Sweep: a folder with the runs of a sweep file, which are trained on this machine and tabulated by state.
 
 A sweep folder holds the runs' folders, `sweep.json` (which runs, with which settings), `attempts.jsonl` (the end of
-each attempt) and `logs/`. The state of a run is read from its own folder, whoever trained it: `pending` lists the runs
-that need a process, `train_request` is what that trains; an array of Slurm jobs (sweep_array.py) is made of these.
+each attempt) and `logs/`. The state of a run is read from its own folder, whoever trained it: `Sweep.pending` lists the
+runs that need a process, `train_request` is what that trains; an array of Slurm jobs (sweep_array.py) is made of these.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
-import math
 import os
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from msc.datasets.errors import INTERRUPTED, REQUEUE
-from msc.datasets.files import append_jsonl, last_jsonl_record, locked, read_jsonl, write_atomically
+from msc.datasets.files import append_jsonl, last_jsonl_record, locked, read_jsonl, try_lock, write_atomically
 from msc.datasets.text_table import text_table
 from msc.parallel.signals import collect_signals
 from msc.pretrain.config import Config, dump, flat, load
+from msc.pretrain.run_folder import RunFolder
 from msc.pretrain.tracking.mlflow_store import without_credentials
 from msc.pretrain.tracking.tracker import Tracker
 
@@ -39,122 +40,180 @@ log = logging.getLogger(__name__)
 State = Literal["finished", "running", "queued", "failed", "stopped", "waiting"]
 
 
-def register_runs(folder: Path, sweep: SweepSpec) -> SweepSpec:
-    """Record the runs in sweep.json; the sweep with the names under which the folder has them. ValueError if a recorded
-    name is of another run."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / "sweep.lock"):
-        recorded = recorded_runs(folder)
-        sweep = with_recorded_names(folder, sweep, recorded)
-        recorded |= {run.name: run.settings for run in sweep.runs}
-        write_atomically(folder / "sweep.json", json.dumps(recorded, indent=1).encode())
-    return sweep
+@dataclass
+class Sweep:
+    """parent, uri: the MLflow run that the runs are shown under, and its store; of `start_parent_run`."""
 
+    folder: Path
+    spec: SweepSpec
+    parent: str | None = None
+    uri: str | None = None
 
-def recorded_runs(folder: Path) -> dict[str, dict[str, Any]]:
-    """The runs in sweep.json, with their settings over the base."""
-    path = folder / "sweep.json"
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
+    def of(self, run: RunSpec) -> RunFolder:
+        return RunFolder(self.folder / run.name)
 
+    # Names --------------------------------------------------------------------------------------------------
 
-def recorded_names(folder: Path, sweep: SweepSpec, recorded: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """Names in the folder by names in the sweep file, of runs that are recorded already. A name holds only what varies,
-    so one more key in a grid changes every name, also of runs whose settings are unchanged."""
-    names = {run.name: run.name for run in sweep.runs if recorded.get(run.name) == run.settings}
-    if not recorded or len(names) == len(sweep.runs):
-        return names
-    others = {}
-    for name in (name for name in reversed(recorded) if name not in names):
-        record = folder / name / "config.yaml"  # once it has begun that counts, whatever the base says today
-        try:
-            config = load(file=record) if record.is_file() else sweep.resolved(RunSpec(name, recorded[name]))
-        except ValueError:  # it goes with another base, or another version
-            continue
-        others[identity(config)] = name
-    for run in sweep.runs:
-        if run.name not in names and (name := others.pop(identity(sweep.resolved(run)), "")):
-            names[run.name] = name
-    return names
+    def register(self) -> None:
+        """Record the runs in sweep.json, under the names that they have there already. ValueError if a recorded name is
+        of another run."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with locked(self.folder / "sweep.lock"):
+            self.adopt_recorded_names()
+            recorded = self.recorded() | {run.name: run.settings for run in self.spec.runs}
+            write_atomically(self.folder / "sweep.json", json.dumps(recorded, indent=1).encode())
 
+    def recorded(self) -> dict[str, dict[str, Any]]:
+        """The runs in sweep.json, with their settings over the base."""
+        path = self.folder / "sweep.json"
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
 
-def identity(config: Config) -> str:
-    """Equal for runs with equal settings, whatever MLflow store they log to."""
-    return json.dumps({key: value for key, value in flat(config).items() if not key.startswith("metrics.")})
+    def adopt_recorded_names(self) -> None:
+        """Rename the runs that the folder has under other names: a name holds only what varies, so one more key in a
+        grid changes every name, also of runs whose settings are unchanged. ValueError if a recorded name is of another
+        run."""
+        recorded, runs = self.recorded(), self.spec.runs
+        names = {run.name: run.name for run in runs if recorded.get(run.name) == run.settings}
+        others = {}
+        for name in reversed(recorded) if len(names) < len(runs) else ():
+            if name not in names:
+                own = RunFolder(self.folder / name)  # once it has begun that counts, whatever the base says today
+                with suppress(ValueError):  # it goes with another base, or another version
+                    config = (
+                        load(file=own.config) if own.exists() else self.spec.resolved(RunSpec(name, recorded[name]))
+                    )
+                    others[identity(config)] = name
+        for run in runs:
+            if others and run.name not in names and (name := others.pop(identity(self.spec.resolved(run)), "")):
+                names[run.name] = name
+        for run in runs:
+            taken = self.of(run).path.exists() or run.name in names.values()
+            if run.name in recorded and run.name not in names and taken:
+                old, new = recorded[run.name], run.settings
+                key = min(key for key in old | new if old.get(key, ...) != new.get(key, ...))
+                raise ValueError(
+                    f"{self.of(run).path} has {key} = {old.get(key)}, the sweep file now says {new.get(key)}; put what "
+                    "is new behind what was there, use another --out, or remove that folder"
+                )
+        self.spec = replace(self.spec, runs=tuple(replace(run, name=names.get(run.name, run.name)) for run in runs))
 
+    # States -------------------------------------------------------------------------------------------------
 
-def with_recorded_names(folder: Path, sweep: SweepSpec, recorded: dict[str, dict[str, Any]]) -> SweepSpec:
-    """With the names that the folder has; ValueError if a recorded name is of another run."""
-    names = recorded_names(folder, sweep, recorded)
-    for run in sweep.runs:
-        taken = (folder / run.name).exists() or run.name in names.values()
-        if run.name in recorded and run.name not in names and taken:
-            old, new = recorded[run.name], run.settings
-            key = min(key for key in old | new if old.get(key, ...) != new.get(key, ...))
-            raise ValueError(
-                f"{folder / run.name} has {key} = {old.get(key)}, the sweep file now says {new.get(key)}; put what "
-                "is new behind what was there, use another --out, or remove that folder"
-            )
-    return replace(sweep, runs=tuple(replace(run, name=names.get(run.name, run.name)) for run in sweep.runs))
+    def state(self, run: RunSpec, queue: Mapping[str, sbatch.JobState] = MappingProxyType({})) -> State:
+        """Where a run stands: finished means trained to its last clip, and evaluated if it is to be. queue: of
+        `slurm_states`."""
+        if (job := queue.get(run.name)) is not None and job.active:
+            return "queued" if job.name == "PENDING" else "running"
+        return "running" if self.is_locked(run) else self.state_on_disk(run)
 
+    def slurm_states(self) -> dict[str, sbatch.JobState]:
+        """Slurm's states of the submitted runs, from one query. ConnectionError if Slurm does not answer."""
+        sent = {}
+        for run in self.spec.runs:
+            if records := [r for r in job_records.training_records(self.of(run).jobs) if r.cluster == "slurm"]:
+                sent[run.name] = records[-1].id
+        states = sbatch.job_states(list(sent.values()))
+        return {name: states[number][0] for name, number in sent.items() if number in states}
 
-def state(
-    folder: Path, sweep: SweepSpec, run: RunSpec, queue: Mapping[str, sbatch.JobState] = MappingProxyType({})
-) -> State:
-    """Where a run stands: finished means trained to its last clip, and evaluated if it is to be. queue: of
-    `slurm_states`."""
-    if (job := queue.get(run.name)) is not None and job.active:
-        return "queued" if job.name == "PENDING" else "running"
-    return "running" if is_locked(folder, run) else state_on_disk(folder, sweep, run)
+    def state_on_disk(self, run: RunSpec) -> State:
+        """`state` of a run that no process is training."""
+        train, own = self.spec.configured(run).train, self.of(run)
+        clock, held_out = (last_jsonl_record(path).get("clock", 0) for path in (own.log, own.held_out))
+        if clock >= train.clips and (held_out >= train.clips or not train.evaluate):
+            return "finished"
+        code = attempts[-1]["code"] if (attempts := self.attempts(run)) else None
+        if code not in (None, 0, REQUEUE):
+            return "failed"
+        return "stopped" if own.path.exists() or code is not None else "waiting"
 
+    def attempts(self, run: RunSpec) -> list[dict[str, Any]]:
+        """Every start of a run that has come to an end, here or as a job, oldest first."""
+        here = [attempt for attempt in read_jsonl(self.folder / "attempts.jsonl") if attempt["run"] == run.name]
+        return sorted([*here, *job_records.training_attempts(self.of(run).jobs)], key=lambda one: one["began"])
 
-def slurm_states(folder: Path, sweep: SweepSpec) -> dict[str, sbatch.JobState]:
-    """Slurm's states of the submitted runs, from one query. ConnectionError if Slurm does not answer."""
-    sent = {}
-    for run in sweep.runs:
-        if records := [r for r in job_records.training_records(folder / run.name / "jobs") if r.cluster == "slurm"]:
-            sent[run.name] = records[-1].id
-    states = sbatch.job_states(list(sent.values()))
-    return {name: states[number][0] for name, number in sent.items() if number in states}
+    def pending(self) -> list[RunSpec]:
+        """The runs that need a process: neither finished, running nor queued."""
+        queue = self.slurm_states()
+        return [run for run in self.spec.runs if self.state(run, queue) not in ("finished", "running", "queued")]
 
+    # One process per run, also of several sweeps on one folder
 
-def state_on_disk(folder: Path, sweep: SweepSpec, run: RunSpec) -> State:
-    """`state` of a run that no process is training."""
-    config = sweep.configured(run)
-    own = folder / run.name
-    clock = last_jsonl_record(own / "log.jsonl").get("clock", 0)
-    held_out = last_jsonl_record(own / "held_out.jsonl").get("clock", 0)
-    evaluated = not config.train.evaluate or held_out >= config.train.clips
-    if clock >= config.train.clips and evaluated:
-        return "finished"
-    code = last_code(folder, run)
-    if code not in (None, 0, REQUEUE):
-        return "failed"
-    return "stopped" if own.exists() or code is not None else "waiting"
+    def lock(self, run: RunSpec) -> TextIO | None:
+        """Lock a run until the file is closed or this process ends; None if another process holds it."""
+        (self.folder / "logs").mkdir(parents=True, exist_ok=True)
+        lock = (self.folder / "logs" / f"{run.name}.lock").open("a+")
+        for _ in range(3):  # `is_locked` of another process holds it for a moment
+            if try_lock(lock):
+                return lock
+            time.sleep(0.02)
+        lock.close()
+        return None
 
+    def is_locked(self, run: RunSpec) -> bool:
+        if not (self.folder / "logs" / f"{run.name}.lock").exists():
+            return False
+        if (lock := self.lock(run)) is None:
+            return True
+        lock.close()
+        return False
 
-def pending(folder: Path, sweep: SweepSpec) -> list[RunSpec]:
-    """The runs that need a process: neither finished, running nor queued."""
-    queue = slurm_states(folder, sweep)
-    return [run for run in sweep.runs if state(folder, sweep, run, queue) not in ("finished", "running", "queued")]
+    # Training -----------------------------------------------------------------------------------------------
 
+    def start_parent_run(self) -> Tracker:
+        """Start the MLflow run that all runs of the sweep are shown under. A user's name and password are not in `uri`:
+        anybody may read words of a command, and runs inherit the environment."""
+        tracker = Tracker(self.spec.configured(self.spec.runs[0]).metrics)
+        tracker.start(self.folder, {"runs": len(self.spec.runs)}, dump(self.spec.base()), self.folder.name)
+        tracker.tags({"msc.sweep": self.folder.name})
+        tracker.flush()
+        if tracker.config.tracking_uri != "none":
+            self.parent, self.uri = tracker.run_id, without_credentials(tracker.config.resolve(self.folder))
+            if self.parent is None:
+                log.info("MLflow does not answer; the runs will not be shown under one parent")
+        return tracker
 
-def train_request(
-    folder: Path, sweep: SweepSpec, run: RunSpec, parent: str | None = None, uri: str | None = None
-) -> TrainRequest:
-    """The `msc train` that starts or resumes a run. parent, uri: the MLflow run to be shown under, and its store."""
-    own = folder / run.name
-    if (own / "config.yaml").is_file():
-        return TrainRequest(own, resume=True)
-    tracking = [f"metrics.parent={parent}"] if parent else []
-    tracking += [f"metrics.tracking_uri={uri}"] if uri else []
-    return TrainRequest(own, sweep.config, (*run.overrides, *tracking), sweep.preset)
+    def train_request(self, run: RunSpec) -> TrainRequest:
+        """The `msc train` that starts or resumes a run."""
+        if self.of(run).exists():
+            return TrainRequest(self.of(run).path, resume=True)
+        tracking = {"metrics.parent": self.parent, "metrics.tracking_uri": self.uri}
+        overrides = [*run.overrides, *(f"{key}={value}" for key, value in tracking.items() if value)]
+        return TrainRequest(self.of(run).path, self.spec.config, tuple(overrides), self.spec.preset)
 
+    def command(self, run: RunSpec) -> list[str]:
+        request = replace(self.train_request(run), processes=self.spec.processes)
+        return launcher.msc_command(request.command_line())
 
-def command(
-    folder: Path, sweep: SweepSpec, run: RunSpec, parent: str | None = None, uri: str | None = None
-) -> list[str]:
-    request = replace(train_request(folder, sweep, run, parent, uri), processes=sweep.processes)
-    return launcher.msc_command(request.command_line())
+    def start(self, run: RunSpec, lock: TextIO, gpus: str, jobs: int) -> RunProcess:
+        """Start the process of a run, one of `jobs` at a time on this machine."""
+        threads = {"OMP_NUM_THREADS": launcher.cores_each(jobs * self.spec.processes)}
+        environment = {**threads, **launcher.process_environment(os.environ)}
+        environment |= {"CUDA_VISIBLE_DEVICES": gpus} if gpus else {}
+        with self.log_of(run).open("ab") as out:
+            process = subprocess.Popen(
+                self.command(run), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
+                env=environment, start_new_session=True, preexec_fn=launcher.die_with_parent(),
+            )  # fmt: skip
+        return RunProcess(run, process, time.time(), lock, gpus)
+
+    def record_end(self, process: RunProcess) -> int:
+        """Append the attempt to attempts.jsonl, unlock the run and report how it ended; its exit code."""
+        run, code, seconds = process.run, process.popen.wait(), time.time() - process.began
+        entry = {"run": run.name, "code": code, "began": process.began, "seconds": round(seconds, 1)}
+        append_jsonl(self.folder / "attempts.jsonl", entry, required=True)
+        process.lock.close()
+        if (state := self.state(run)) == "finished":
+            loss = last_jsonl_record(self.of(run).log).get("loss")
+            loss = last_jsonl_record(self.of(run).held_out).get("mean", loss)
+            shown = "not finite" if loss is None else f"{loss:.4f}"  # JSON has no NaN
+            log.info(f"{run.name}: finished in {seconds:.0f} s, loss {shown}")
+        else:
+            output = self.log_of(run).read_text(errors="replace").strip().splitlines() or ["no output"]
+            log.info(f"{run.name}: {state} (exit code {code}): {output[-1]}; see {self.log_of(run)}")
+        return code
+
+    def log_of(self, run: RunSpec) -> Path:
+        return self.folder / "logs" / f"{run.name}.log"
 
 
 @dataclass
@@ -162,32 +221,38 @@ class RunProcess:
     run: RunSpec
     popen: subprocess.Popen[bytes]
     began: float
-    lock: int
+    lock: TextIO
     gpus: str  # CUDA_VISIBLE_DEVICES; "": inherited
 
 
-def run_all(folder: Path, sweep: SweepSpec, jobs: int = 1) -> int:
+def identity(config: Config) -> str:
+    """Equal for runs with equal settings, whatever MLflow store they log to."""
+    return json.dumps({key: value for key, value in flat(config).items() if not key.startswith("metrics.")})
+
+
+def run_all(folder: Path, spec: SweepSpec, jobs: int = 1) -> int:
     """Run what is pending, `jobs` at a time on GPUs of their own, until each had one attempt. Returns an exit code.
 
     Several of these may work on one folder: a run belongs to the process that locks it first. Signals are forwarded
     to the runs, which save and stop; the same command resumes the sweep.
     """
-    free = launcher.gpu_shares(os.environ, jobs, sweep.processes)
-    sweep = register_runs(folder, sweep)
-    tracker, uri = start_parent_run(folder, sweep)
-    waiting, running, failed = pending(folder, sweep), list[RunProcess](), 0
-    log.info(f"{len(sweep.runs)} runs, {len(sweep.runs) - len(waiting)} of them done or under way; {folder}")
+    free = launcher.gpu_shares(os.environ, jobs, spec.processes)
+    sweep = Sweep(folder, spec)
+    sweep.register()
+    tracker = sweep.start_parent_run()
+    waiting, running, failed = sweep.pending(), list[RunProcess](), 0
+    log.info(f"{len(spec.runs)} runs, {len(spec.runs) - len(waiting)} of them done or under way; {folder}")
     with collect_signals() as received:
         forwarded: set[int] = set()
-        while waiting or running:
+        while running or (waiting and not received):
             while waiting and free and not received:
                 run = waiting.pop(0)
-                if (lock := lock_run(folder, run)) is None:
+                if (lock := sweep.lock(run)) is None:
                     continue  # another sweep on this folder was quicker
-                if state_on_disk(folder, sweep, run) == "finished":
-                    os.close(lock)
+                if sweep.state_on_disk(run) == "finished":
+                    lock.close()
                     continue
-                running.append(start(folder, sweep, run, jobs, lock, tracker.run_id, uri, free.pop(0)))
+                running.append(sweep.start(run, lock, free.pop(0), jobs))
             for number in set(received) - forwarded:
                 forwarded.add(number)
                 for process in running:
@@ -198,10 +263,7 @@ def run_all(folder: Path, sweep: SweepSpec, jobs: int = 1) -> int:
             for process in [process for process in running if process.popen.poll() is not None]:
                 running.remove(process)
                 free.append(process.gpus)
-                failed += record_end(folder, process) not in (0, REQUEUE)
-                log.info(f"{process.run.name}: {describe_outcome(folder, sweep, process)}")
-            if received and not running:
-                break
+                failed += sweep.record_end(process) not in (0, REQUEUE)
             time.sleep(0.1)
     tracker.finish("KILLED" if received else "FAILED" if failed else "FINISHED")
     if received:
@@ -209,125 +271,25 @@ def run_all(folder: Path, sweep: SweepSpec, jobs: int = 1) -> int:
     return 1 if failed else 0
 
 
-def start_parent_run(folder: Path, sweep: SweepSpec) -> tuple[Tracker, str | None]:
-    """The MLflow run that all runs of the sweep are shown under, and the store that it is in, if there is one. A user's
-    name and password are not in its address: anybody may read words of a command, and runs inherit the environment."""
-    tracker = Tracker(sweep.configured(sweep.runs[0]).metrics)
-    tracker.start(folder, {"runs": len(sweep.runs)}, dump(sweep.base()), folder.name)
-    tracker.tags({"msc.sweep": folder.name})
-    tracker.flush()
-    if tracker.config.tracking_uri == "none":
-        return tracker, None
-    if tracker.run_id is None:
-        log.info("MLflow does not answer; the runs will not be shown under one parent")
-    return tracker, without_credentials(tracker.config.resolve(folder))
-
-
-def start(
-    folder: Path, sweep: SweepSpec, run: RunSpec, jobs: int, lock: int, parent: str | None, uri: str | None, gpus: str
-) -> RunProcess:
-    log = folder / "logs" / f"{run.name}.log"
-    cores = len(os.sched_getaffinity(0)) // jobs
-    threads = {"OMP_NUM_THREADS": str(max(1, cores // sweep.processes))}
-    environment = {**threads, **os.environ, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
-    environment |= {"CUDA_VISIBLE_DEVICES": gpus} if gpus else {}
-    with log.open("ab") as out:
-        process = subprocess.Popen(
-            command(folder, sweep, run, parent, uri), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
-            env=environment, start_new_session=True, preexec_fn=launcher.die_with_parent(),
-        )  # fmt: skip
-    return RunProcess(run, process, time.time(), lock, gpus)
-
-
-def record_end(folder: Path, process: RunProcess) -> int:
-    """Append the attempt to attempts.jsonl and unlock the run."""
-    code = process.popen.wait()
-    entry = {
-        "run": process.run.name,
-        "code": code,
-        "began": process.began,
-        "seconds": round(time.time() - process.began, 1),
-    }
-    append_jsonl(folder / "attempts.jsonl", entry, required=True)
-    os.close(process.lock)
-    return code
-
-
-def describe_outcome(folder: Path, sweep: SweepSpec, process: RunProcess) -> str:
-    now = state(folder, sweep, process.run)
-    if now == "finished":
-        loss = last_jsonl_record(folder / process.run.name / "held_out.jsonl").get("mean")
-        loss = last_loss(folder / process.run.name) if loss is None else loss
-        return f"finished in {time.time() - process.began:.0f} s, loss {loss:.4f}"
-    log = folder / "logs" / f"{process.run.name}.log"
-    words = log.read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
-    return f"{now} (exit code {process.popen.returncode}): {words[0]}; see {log}"
-
-
-# One process per run, also of several sweeps on one folder ------------------------------------------------
-
-
-def lock_run(folder: Path, run: RunSpec) -> int | None:
-    """Lock a run until the descriptor is closed or this process ends; None if another process holds it."""
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder / "logs" / f"{run.name}.lock", os.O_CREAT | os.O_RDWR, 0o666)
-    for _ in range(3):  # `is_locked` of another process holds it for a moment
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
-        except OSError:
-            time.sleep(0.02)
-    os.close(lock)
-    return None
-
-
-def is_locked(folder: Path, run: RunSpec) -> bool:
-    if not (folder / "logs" / f"{run.name}.lock").exists():
-        return False
-    lock = lock_run(folder, run)
-    if lock is not None:
-        os.close(lock)
-    return lock is None
-
-
-# What to show ---------------------------------------------------------------------------------------------
-
-
-def table(folder: Path, sweep: SweepSpec) -> str:
+def table(folder: Path, spec: SweepSpec) -> str:
     """State, progress and losses of every run."""
     if not (folder / "sweep.json").is_file():
         raise FileNotFoundError(f"{folder} holds no sweep yet; start it with msc sweep FILE")
-    sweep = with_recorded_names(folder, sweep, recorded_runs(folder))
-    rows = [["run", "state", "clips", "loss", "held out", "seconds"]]
-    counts: dict[str, int] = {}
+    sweep = Sweep(folder, spec)
+    sweep.adopt_recorded_names()
     try:
-        queue = slurm_states(folder, sweep)
+        queue = sweep.slurm_states()
     except ConnectionError as error:
         queue = {}
         log.info(f"{error}; states are those of the run folders")
-    for run in sweep.runs:
-        own, now = folder / run.name, state(folder, sweep, run, queue)
-        counts[now] = counts.get(now, 0) + 1
-        line, clips = last_jsonl_record(own / "log.jsonl"), sweep.configured(run).train.clips
-        spent = sum(attempt["seconds"] for attempt in attempts(folder, run))
-        held_out = last_jsonl_record(own / "held_out.jsonl").get("mean")
-        numbers = (f"{value:.4f}" if value is not None else "" for value in (line.get("loss"), held_out))
-        rows.append([run.name, now, f"{line.get('clock', 0)}/{clips}", *numbers, f"{spent:.0f}"])
+    rows, counts = [], Counter[str]()
+    for run in sweep.spec.runs:
+        state, line = sweep.state(run, queue), last_jsonl_record(sweep.of(run).log)
+        counts[state] += 1
+        losses = line.get("loss"), last_jsonl_record(sweep.of(run).held_out).get("mean")
+        numbers = (f"{value:.4f}" if value is not None else "" for value in losses)
+        spent = sum(attempt["seconds"] for attempt in sweep.attempts(run))
+        clips = f"{line.get('clock', 0)}/{spec.configured(run).train.clips}"
+        rows.append([run.name, state, clips, *numbers, f"{spent:.0f}"])
     summary = ", ".join(f"{number} {name}" for name, number in counts.items())
-    return f"{text_table(rows[1:], rows[0], align='<<>')}\n{summary}"
-
-
-def last_loss(run: Path) -> float:
-    loss = last_jsonl_record(run / "log.jsonl").get("loss")
-    return math.nan if loss is None else float(loss)
-
-
-def attempts(folder: Path, run: RunSpec) -> list[dict[str, Any]]:
-    """Every start of a run that has come to an end, here or as a job, oldest first."""
-    here = [attempt for attempt in read_jsonl(folder / "attempts.jsonl") if attempt["run"] == run.name]
-    jobs = job_records.training_attempts(folder / run.name / "jobs")
-    return sorted([*here, *jobs], key=lambda attempt: attempt["began"])
-
-
-def last_code(folder: Path, run: RunSpec) -> int | None:
-    return found[-1]["code"] if (found := attempts(folder, run)) else None
+    return f"{text_table(rows, ['run', 'state', 'clips', 'loss', 'held out', 'seconds'], align='<<>')}\n{summary}"

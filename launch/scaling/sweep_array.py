@@ -7,8 +7,7 @@ Each of them is what `msc submit` sends for a single run: it saves, requeues and
 from __future__ import annotations
 
 import logging
-import os
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from msc.pretrain.tracking.tracker import State
 
 from ..slurm import job_records, sbatch, submit
 from ..slurm.cluster_config import JobRequest
-from . import sweep
+from .sweep import Sweep
 from .sweep_spec import SweepSpec
 
 log = logging.getLogger(__name__)
@@ -32,38 +31,33 @@ def submit_sweep(folder: Path, spec: SweepSpec, file: Path, job_request: JobRequ
         raise ValueError(f"the sweep file says processes: {spec.processes}, but {tasks} tasks are asked for")
     folder = folder.absolute()
     sbatch.check_folder(folder)
-    spec = sweep.register_runs(folder, spec)
-    pending = sweep.pending(folder, spec)
-    locks = {run.name: lock for run in pending if (lock := sweep.lock_run(folder, run)) is not None}
-    pending = [run for run in pending if run.name in locks]
-    if not pending:
-        log.info("every run is finished or under way: nothing is sent")
-        return 0
-    new_folders = [folder / run.name for run in pending if not (folder / run.name / "config.yaml").is_file()]
-    tracker, uri = sweep.start_parent_run(folder, spec)
-    state: State = "FAILED"
-    try:
-        parts = []
-        for run in pending:
-            request = sweep.train_request(folder, spec, run, tracker.run_id, uri)
-            parts.append(submit.prepare_training(request, job_request, config, check_active=False))
-        record = submit.submit_array(parts, folder / "jobs", folder.name, parallel=parallel)
-    except (ValueError, OSError):
-        for own in new_folders:  # their runs have not begun
-            with suppress(OSError):
-                (own / "config.yaml").unlink()
-                own.rmdir()
-        raise
-    else:  # Slurm has it: whatever fails now, its number is known and the runs keep their folders
-        log.info(
-            f"job {record.id}: {len(pending)} of {len(spec.runs)} runs, others are finished or under way; {folder}"
-        )
-        job_records.write_record(folder / "jobs", replace(record, arguments=("sweep", str(file))))
-        for part, own_record in zip(parts, submit.part_records(record, parts), strict=True):
-            job_records.write_record(Path(part.jobs), own_record)
-        state = "FINISHED"
-    finally:
-        tracker.finish(state)
-        for lock in locks.values():
-            os.close(lock)
+    sweep = Sweep(folder, spec)
+    sweep.register()
+    with ExitStack() as locks:
+        pending = [run for run in sweep.pending() if (lock := sweep.lock(run)) and locks.enter_context(lock)]
+        if not pending:
+            log.info("every run is finished or under way: nothing is sent")
+            return 0
+        new_folders = [sweep.of(run) for run in pending if not sweep.of(run).exists()]
+        tracker = sweep.start_parent_run()
+        state: State = "FAILED"
+        try:
+            requests = [sweep.train_request(run) for run in pending]
+            parts = [submit.prepare_training(one, job_request, config, check_active=False) for one in requests]
+            record = submit.submit_array(parts, folder / "jobs", folder.name, parallel=parallel)
+        except (ValueError, OSError):
+            for own in new_folders:  # their runs have not begun
+                with suppress(OSError):
+                    own.config.unlink()
+                    own.path.rmdir()
+            raise
+        else:  # Slurm has it: whatever fails now, its number is known and the runs keep their folders
+            sent = f"{len(pending)} of {len(spec.runs)} runs"
+            log.info(f"job {record.id}: {sent}, others are finished or under way; {folder}")
+            job_records.write_record(folder / "jobs", replace(record, arguments=("sweep", str(file))))
+            for part, own_record in zip(parts, submit.part_records(record, parts), strict=True):
+                job_records.write_record(Path(part.jobs), own_record)
+            state = "FINISHED"
+        finally:
+            tracker.finish(state)
     return 0

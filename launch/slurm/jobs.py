@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,11 +64,9 @@ def read_status(run: Path, last: Mapping[str, Any]) -> RunStatus:
     train = yaml.safe_load(folder.config.read_text())["train"]
     saved = None
     for path in checkpoint_directory.resume_candidates(run)[:1]:
-        try:
+        with suppress(ValueError, OSError):  # being pruned, or damaged
             meta = checkpoint_directory.CheckpointMeta.read(path)
             saved = meta.step, meta.clock, (path / "meta.json").stat().st_mtime
-        except (ValueError, OSError):  # being pruned, or damaged
-            pass
     return RunStatus(run, train["clips"], train["batch"], last_jsonl_record(folder.log), last or None, saved, record)
 
 
@@ -177,25 +176,20 @@ def show_log(run: Path, rank: int | None, follow: bool, lines: int) -> None:
                 time.sleep(0.5)
 
 
-def runs_elsewhere(jobs: Path, record: JobRecord) -> bool:
-    """Whether a job went into the background of another machine, and its end was not recorded."""
-    if record.cluster == "slurm" or record.host == os.uname().nodename:
-        return False
-    last = (job_records.read_events(jobs, record.id) or [{}])[-1]
-    return last.get("verdict", "again") == "again"
-
-
 def cancel(run: Path) -> str:
     """End the jobs of a run that are in the queue or alive, and wait until they are gone; returns a report."""
     jobs = job_records.jobs_folder(run)
     records = job_records.read_records(jobs)
     active = active_records(records)
-    if not active:
-        if elsewhere := [record for record in records if runs_elsewhere(jobs, record)]:
+    for record in reversed(records if not active else ()):
+        last = (job_records.read_events(jobs, record.id) or [{}])[-1]
+        local, ended = record.host == os.uname().nodename, last.get("verdict", "again") != "again"
+        if record.cluster != "slurm" and not local and not ended:
             raise ValueError(
-                f"job {elsewhere[-1].id} of {run} was started on {elsewhere[-1].host}, and no sign of its end is here: "
-                "use `msc cancel` there"
+                f"job {record.id} of {run} was started on {record.host}, and no sign of its end is here: use "
+                "`msc cancel` there"
             )
+    if not active:
         raise ValueError(f"no job of {run} is in the queue or running")
     for record in active:
         if record.cluster == "slurm":

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from logging import getLogger
 from pathlib import Path
@@ -93,7 +94,7 @@ def load_newest(run: Path, engine: Any) -> CheckpointMeta | None:
         if defects := sorted({defect for defects in control_plane.gather_objects(own) for defect in defects}):
             damaged.append((path, defects))
             continue
-        control_plane.run_on_rank_0(lambda: _set_aside(run, damaged, path))  # noqa: B023 - called at once
+        control_plane.run_on_rank_0(partial(_set_aside, run, damaged, path))
         return load(path, engine)
     if damaged:
         defects = [defect for _, defects in damaged for defect in defects]

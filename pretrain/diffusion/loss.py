@@ -11,7 +11,7 @@ from torch import Tensor
 class Loss:
     """The objective of training, held-out evaluation and benchmarks.
 
-    The model predicts the velocity: preconditioning (`model.transformer.precondition`) is part of the network, as the
+    The model predicts the velocity: preconditioning (`model.output`) is part of the network, as the
     sampler and exported weights need it too. Weighting: all supervised frames weigh the same whatever their noise;
     how often a level is trained is up to its distribution (`DiffusionConfig`), as in Esser et al. 2024.
     """

@@ -24,16 +24,21 @@ class DiffusionConfig:
     shift: t -> shift·t / (1 + (shift-1)·t); null: sqrt(latents of a frame / 4096), as larger frames need
         more noise for the same loss of information (Esser et al. 2024; 4,096 latents are their 512² pixels).
     clean: share of units that stay clean context (t = 0, out of the loss).
+    prefix: share of clips that instead begin with a clean prefix, uniform in length, and are noisy from there on, as
+        in generation: it makes a model learn to look far back.
     """
 
     mean: float = 0.0
     std: float = 1.0
     shift: float | None = None
     clean: float = 0.25
+    prefix: float = 0.0
 
     def __post_init__(self):
         if not 0 <= self.clean < 1:
             raise ValueError(f"diffusion.clean is {self.clean}; it must lie in [0, 1), or nothing is left to learn")
+        if not 0 <= self.prefix <= 1:
+            raise ValueError(f"diffusion.prefix is {self.prefix}; it is a share of the clips, from 0 to 1")
         if self.std <= 0 or (self.shift is not None and self.shift <= 0):
             raise ValueError(f"diffusion.std ({self.std}) and diffusion.shift ({self.shift}) must be positive")
 
@@ -61,11 +66,16 @@ def noise_levels(
     units: int,
     frames_per_unit: int,
 ) -> Tensor:
-    """Noise level of every frame of a clip, `[T]` float32: one draw per unit; 0 for clean context."""
+    """Noise level of every frame of a clip, `[T]` float32: one draw per unit; 0 for clean context.
+
+    Drawn for a clip as a whole, so that any share of its frames gets the same.
+    """
     random = _generator(seed, sample, epoch, 0, _LEVELS)
     logits = config.mean + config.std * random.standard_normal(units)
     t = shift_levels(1 / (1 + np.exp(-logits)), shift)
     clean = random.random(units) < config.clean
+    if config.prefix and random.random() < config.prefix:
+        clean = np.arange(units) < random.integers(units)
     if clean.all():
         clean[-1] = False  # a clip without a single noisy unit would teach nothing
     t = np.where(clean, 0.0, t)

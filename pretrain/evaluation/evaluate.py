@@ -21,7 +21,7 @@ from ..inference.load import TrainedModel, open_run
 from ..inference.preview import half_of_clip
 from ..inference.progress import progress
 from ..model.config import check_clip
-from ..model.transformer import precondition
+from ..model.output import precondition
 from ..requests import EvaluateConfig
 from ..run_folder import RunFolder
 from ..tracking.tracker import Tracker

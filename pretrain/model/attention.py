@@ -17,13 +17,15 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..kernels import routed
 from ..kernels.dispatch import Attend, KeyBlocks, attend
+from ..kernels.routed import Routes
 from .attention_inputs import ScaleInputs
 from .config import ModelConfig
 from .noise_gate import log_gate
 from .past_context import Layer
 from .rope import UNROTATED, Rope, normalise_and_rotate, unrotated_channels
-from .scales import spatial_windows
+from .scales import Scale, spatial_windows
 
 FIRST = Layer(0)
 
@@ -134,9 +136,11 @@ class MultiScaleAttention(nn.Module):
         k, v = [*k, own.k_past], [*v, own.v_past]
         if own.delta_h is not None:
             k, v = [*k, own.k_own], [*v, own.v_own]
+        k_row, v_row = (x[0] if len(x) == 1 else torch.cat(x, 1) for x in (k, v))
+        if inputs.routes is not None:
+            return attend_routed(own.q, k_row, v_row, inputs.scale, inputs.routes)
         elsewhere = None if inputs.placement is None else inputs.placement.attend
         kernel = elsewhere or partial(attend, kernel=inputs.kernel, masks=inputs.masks)
-        k_row, v_row = (x[0] if len(x) == 1 else torch.cat(x, 1) for x in (k, v))
         return attend_windows(own.q, k_row, v_row, inputs.key_blocks, inputs.scale.patch_window, self.shifted, kernel)
 
     def _pool_time(self, fresh: Tensor, inputs: ScaleInputs, delta_h: Tensor | None) -> Tensor:
@@ -215,3 +219,19 @@ def attend_windows(
             band.append(out.reshape(B, U, frames, ny * sy, nx * sx, h, d))
         bands.append(band[0] if len(band) == 1 else torch.cat(band, 4))
     return bands[0] if len(bands) == 1 else torch.cat(bands, 3)
+
+
+def attend_routed(q_BUFHWhd: Tensor, k_BRFHWhd: Tensor, v_BRFHWhd: Tensor, scale: Scale, routes: Routes) -> Tensor:
+    """Attention of a routed scale; returns `[B, U, F, H, W, h, d]`."""
+    B, U, F, H, W, h, d = q_BUFHWhd.shape
+    rows, columns = (side // scale.tile_side(side * scale.space) for side in (H, W))
+
+    def cut(x: Tensor) -> Tensor:
+        """`[B, R, F, H, W, h, d] -> [B, R, tiles, n, h, d]`."""
+        x = x.unflatten(4, (columns, -1)).unflatten(3, (rows, -1))  # B R F rows y columns x h d
+        return x.permute(0, 1, 3, 5, 2, 4, 6, 7, 8).flatten(4, 6).flatten(2, 3)
+
+    q, k, v = (cut(x) for x in (q_BUFHWhd, k_BRFHWhd, v_BRFHWhd))
+    out = routed.attend(q, k, v, routes)
+    out = out.reshape(B, U, rows, columns, F, H // rows, W // columns, h, d)
+    return out.permute(0, 1, 4, 2, 5, 3, 6, 7, 8).reshape(q_BUFHWhd.shape)

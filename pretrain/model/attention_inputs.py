@@ -12,7 +12,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..kernels import routed
 from ..kernels.dispatch import Kernel, KeyBlocks, Masks, prepare, resolve_kernel
+from ..kernels.routed import Routes
 from .config import ModelConfig
 from .noise_gate import UNMEASURED, GateConstants, log_snr, pooled_log_snr
 from .past_context import PastContext, Placement, WholeVideo
@@ -33,6 +35,7 @@ class ScaleInputs:
     kernel: Kernel
     key_blocks: KeyBlocks
     masks: Masks
+    routes: Routes | None  # of a routed scale
     rope_past: Rope  # unpooled past units
     rope_own: Rope
     rope_groups: Rope | None  # groups pooled in time that own units complete
@@ -115,7 +118,7 @@ class AttentionInputs:
             if finished:
                 log_snr_groups = pooled_log_snr(noise.select(noise.t_BUF, (groups,)), scale.time) + constants.b_pooled
         resolved = resolve_kernel(self.kernel, len(units), device.type, config.head_width)
-        blocks, masks = blocks_and_masks(
+        blocks, masks, routes = blocks_and_masks(
             scale,
             first,
             len(units),
@@ -134,6 +137,7 @@ class AttentionInputs:
             kernel=self.kernel,
             key_blocks=blocks,
             masks=masks,
+            routes=routes,
             rope_past=tables((past,), 1, *axes),
             rope_own=tables(own, 1, *axes),
             rope_groups=tables((groups,), scale.time, *axes) if finished else None,
@@ -160,10 +164,15 @@ def _lasting(device: torch.device) -> bool:
     """Whether tensors made here may be kept: not a tracer's, nor in the memory of a CUDA graph."""
     if torch.compiler.is_dynamo_compiling():
         return True  # it looks behind the cache
-    probe = torch.empty(0, device=device)
-    if type(probe) is not Tensor or torch._is_functional_tensor(probe):
+    if _is_traced(device):
         return False
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+def _is_traced(device: torch.device) -> bool:
+    """Whether tensors made here are a tracer's."""
+    probe = torch.empty(0, device=device)
+    return type(probe) is not Tensor or torch._is_functional_tensor(probe)
 
 
 @lru_cache(maxsize=64)
@@ -171,14 +180,18 @@ def _lasting(device: torch.device) -> bool:
 def _blocks_and_masks(
     scale: Scale, first: int, units: int, gated: bool, grid: tuple[int, int], frames_per_unit: int,
     device: torch.device, head_width: int, kernel: Kernel,
-) -> tuple[KeyBlocks, Masks]:  # fmt: skip
-    """Key blocks that the units see, and the kernel's masks for them, for every size of spatial window."""
+) -> tuple[KeyBlocks, Masks, Routes | None]:  # fmt: skip
+    """Key blocks that the units see, and the kernel's masks for them, for every size of spatial window, or the routes
+    of a routed scale."""
     blocks = scale.key_blocks(first, units, separate_own=gated)
+    if scale.top is not None and units:
+        make = routed.prepare.__wrapped__ if _is_traced(device) else routed.prepare
+        return blocks, {}, make(blocks, scale.candidates(first, units), scale.tiles(grid), scale.top, device)
     heights, widths = (
         {size for shifted in (False, True) for *_, size in scale.spatial_windows(side, shifted)} for side in grid
     )
     tokens = {frames_per_unit * height * width for height in heights for width in widths}
-    return blocks, prepare(blocks, tokens, device, head_width, kernel)
+    return blocks, prepare(blocks, tokens, device, head_width, kernel), None
 
 
 @lru_cache(maxsize=64)  # of `base` some 350 bytes a token and shape of clips

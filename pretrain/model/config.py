@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from .noise_gate import Gate, GateConstants, without_correlations
+from .output import Prediction
 from .scales import Scale, check_scales
 
 
@@ -14,6 +15,7 @@ from .scales import Scale, check_scales
 class ModelConfig:
     """width: D, divisible by the number of heads; the heads are those of `scales`, in order.
     patch: side in latents of one token. frames_per_unit: frames of one autoregressive step.
+    prediction: what the output layer gives (output.py).
     gate: "logits" adds the noise gate to the logits of past keys, "none" leaves it out (noise_gate.py).
     classes: number of class labels (0: none). text_width: width of text embeddings (0: none).
     The last four are taken from the shards when training starts and travel with the weights: latent
@@ -27,6 +29,7 @@ class ModelConfig:
     frames_per_unit: int = 1
     mlp_ratio: float = 4.0
     gate: Gate = "logits"
+    prediction: Prediction = "preconditioned"
     rope_theta: float = 10_000.0
     classes: int = 0
     text_width: int = 0
@@ -42,6 +45,10 @@ class ModelConfig:
             raise ValueError(
                 f"model.gate is {self.gate!r}; it must be one of {', '.join(get_args(Gate))} "
                 "(values, mix and pair, of earlier versions, were no better and are gone)"
+            )
+        if self.prediction not in get_args(Prediction):
+            raise ValueError(
+                f"model.prediction is {self.prediction!r}; it must be one of {', '.join(get_args(Prediction))}"
             )
         if self.width % self.heads:
             raise ValueError(f"model.width {self.width} does not divide by the scales' {self.heads} heads")

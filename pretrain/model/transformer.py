@@ -21,6 +21,7 @@ from ..kernels.dispatch import Kernel
 from .attention_inputs import AttentionInputs
 from .config import ModelConfig
 from .layers import Block, NoiseEmbedding
+from .output import velocity
 from .past_context import Layer, PastContext, WholeVideo
 
 M = TypeVar("M", bound=nn.Module)
@@ -114,8 +115,8 @@ class MSCTransformer(nn.Module):
             else:
                 tokens = block(*arguments)
         shift, scale = self.final_modulate(embedding)[:, :, None, None].chunk(2, -1)
-        residual = self.final(self.final_norm(tokens) * (1 + scale) + shift)
-        return precondition(x_BTCHW, t_BT, unpatchify(residual, config.patch, config.channels))
+        output = self.final(self.final_norm(tokens) * (1 + scale) + shift)
+        return velocity(config.prediction, x_BTCHW, t_BT, unpatchify(output, config.patch, config.channels))
 
     @property
     def attention_inputs(self) -> AttentionInputs:
@@ -208,15 +209,3 @@ def unpatchify(x_BTHWD: Tensor, patch: int, channels: int) -> Tensor:
     """Inverse of `patchify`."""
     x = x_BTHWD.unflatten(4, (channels, patch, patch)).permute(0, 1, 4, 2, 5, 3, 6)
     return x.flatten(5, 6).flatten(3, 4)
-
-
-def precondition(x_BTCHW: Tensor, t_BT: Tensor, residual_BTCHW: Tensor) -> Tensor:
-    """Velocity from the network's output: the best linear guess from x_t alone, plus a unit-variance rest.
-
-    The idea of Karras et al. 2022 (EDM) worked out for rectified flow on unit-variance data: with
-    `n² = t² + (1-t)²`, `E[v x_t] / E[x_t²] = (2t-1) / n²`, and what remains of v has variance `1 / n²`.
-    """
-    t = t_BT[:, :, None, None, None]
-    variance = t.square() + (1 - t).square()
-    velocity = (2 * t - 1) / variance * x_BTCHW + residual_BTCHW.to(t.dtype) * variance.rsqrt()
-    return velocity.to(x_BTCHW.dtype)

@@ -221,7 +221,7 @@ class Tracker:
         while the store is away, and goes on from there, loses nothing."""
         if self._store is None or self._closing:
             return
-        with self._changed:
+        with self._changed, contextlib.suppress(OSError):  # the folder may have become read-only
             live = RunFolder(self._run).unsent_metrics
             if not (self._in_flight or self._queue or self._artifacts):
                 live.unlink(missing_ok=True)

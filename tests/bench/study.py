@@ -32,7 +32,7 @@ from msc.pretrain.diffusion.rectified_flow import add_noise, shift_levels
 from msc.pretrain.diffusion.sampler import generate
 from msc.pretrain.model.config import ModelConfig
 from msc.pretrain.model.layers import Block
-from msc.pretrain.model.noise_gate import gate_constants
+from msc.pretrain.model.noise_gate import Gate, gate_constants
 from msc.pretrain.model.scales import Scale, default_scales
 from msc.pretrain.model.transformer import MSCTransformer
 
@@ -47,16 +47,45 @@ CONTEXT = (0.0, 0.3, 0.6, 0.9)  # noise of all frames before it
 LEVELS = (0.0, 0.2)  # noise at which a roll-out looks at its past
 BINS = 5
 
-# name: (scales, gate, is δ learned, FLOPs as of multi-scale instead of its steps)
 MULTI = default_scales(HEADS, patch_window=8)
-VARIANTS: dict[str, tuple[tuple[Scale, ...], str, bool, bool]] = {
-    "dense": ((Scale(HEADS),), "none", False, False),
-    "dense=": ((Scale(HEADS),), "none", False, True),
-    "local": ((Scale(HEADS, window=2),), "none", False, False),
-    "none": (MULTI, "none", False, False),
-    "fixed": (MULTI, "logits", False, False),
-    "logits": (MULTI, "logits", True, False),
-    "unpooled": ((*MULTI[:2], Scale(1, 4, 1)), "logits", True, False),  # the coarse scale keeps every frame
+NEAR = MULTI[:2]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """learned: is the gate's δ. same_flops: as many steps as multi-scale's FLOPs. prefix: share of clips that begin
+    with a clean prefix."""
+
+    scales: tuple[Scale, ...]
+    gate: Gate = "none"
+    learned: bool = False
+    same_flops: bool = False
+    prefix: float = 0.0
+
+
+VARIANTS = {
+    "dense": Variant((Scale(HEADS),)),
+    "dense=": Variant((Scale(HEADS),), same_flops=True),
+    "local": Variant((Scale(HEADS, window=2),)),
+    "none": Variant(MULTI),
+    "fixed": Variant(MULTI, "logits"),
+    "logits": Variant(MULTI, "logits", learned=True),
+    "unpooled": Variant((*NEAR, Scale(1, 4, 1)), "logits", learned=True),  # the coarse scale keeps every frame
+    # long-range memory: what the far-seeing quarter of the heads is
+    "dense prefix": Variant((Scale(HEADS),), prefix=0.5),
+    "pooled prefix": Variant(MULTI, prefix=0.5),
+    "far prefix": Variant((*NEAR, Scale(1)), prefix=0.5),
+    "routed": Variant((*NEAR, Scale(1, top=4))),
+    "routed prefix": Variant((*NEAR, Scale(1, top=4)), prefix=0.5),
+    "routed prefix 0.9": Variant((*NEAR, Scale(1, top=4)), prefix=0.9),
+    "routed 8 prefix": Variant((*NEAR, Scale(1, top=8)), prefix=0.5),
+    "routed tiles prefix": Variant((*NEAR, Scale(1, patch_window=6, top=8)), prefix=0.5),
+    "routed tiles prefix 0.9": Variant((*NEAR, Scale(1, patch_window=6, top=8)), prefix=0.9),
+    "routed small tiles prefix": Variant((*NEAR, Scale(1, patch_window=3, top=32)), prefix=0.5),
+    "routed small tiles prefix 0.9": Variant((*NEAR, Scale(1, patch_window=3, top=32)), prefix=0.9),
+    "routed gate prefix": Variant((*NEAR, Scale(1, top=4)), "logits", True, prefix=0.5),
+    "two routed prefix": Variant((Scale(1, window=2, patch_window=8), NEAR[1], Scale(2, top=4)), prefix=0.5),
+    "local prefix": Variant((Scale(HEADS, window=2),), prefix=0.5),
 }
 
 
@@ -137,11 +166,15 @@ def load(name: str, clips: int, held_out: int, shards: Path | None, device: torc
     return real(shards, held_out, device)
 
 
-def levels(shape: tuple[int, int], source: torch.Generator) -> Tensor:
-    """Noise of training: independent per frame, a quarter of the frames clean, `[B, T]`."""
+def levels(shape: tuple[int, int], source: torch.Generator, prefix: float = 0.0) -> Tensor:
+    """Noise of training: independent per frame, a quarter of the frames clean, or a clean prefix, `[B, T]`."""
     t = torch.sigmoid(1.5 * torch.randn(shape, generator=source))
     t = torch.from_numpy(shift_levels(t.numpy(), 1.5))
     clean = torch.rand(shape, generator=source) < 0.25
+    if prefix:
+        length = torch.randint(shape[1], (shape[0], 1), generator=source)
+        begins_clean = torch.rand((shape[0], 1), generator=source) < prefix
+        clean = torch.where(begins_clean, torch.arange(shape[1]) < length, clean)
     clean[:, -1] = False
     return t.masked_fill(clean, 0.0)
 
@@ -149,9 +182,9 @@ def levels(shape: tuple[int, int], source: torch.Generator) -> Tensor:
 # Training -------------------------------------------------------------------------------------------------
 
 
-def train(models: dict[int, MSCTransformer], task: Task, steps: int, batch: int, lr: float) -> float:
+def train(models: dict[int, MSCTransformer], task: Task, steps: int, args: argparse.Namespace, prefix: float) -> float:
     """Train the models, by seed, in place and side by side; the wall time of the steps in seconds."""
-    trainers = [trainer(model, task, steps, batch, seed, lr) for seed, model in models.items()]
+    trainers = [trainer(model, task, steps, seed, args, prefix) for seed, model in models.items()]
     start = time.perf_counter()
     for number in range(steps):
         for step in trainers:
@@ -161,9 +194,11 @@ def train(models: dict[int, MSCTransformer], task: Task, steps: int, batch: int,
     return time.perf_counter() - start
 
 
-def trainer(model: MSCTransformer, task: Task, steps: int, batch: int, seed: int, lr: float) -> Callable[[int], None]:
+def trainer(
+    model: MSCTransformer, task: Task, steps: int, seed: int, args: argparse.Namespace, prefix: float
+) -> Callable[[int], None]:
     """What makes step `number`; on a GPU it only starts it, on a stream of its own."""
-    device = task.held_out.device
+    device, batch = task.held_out.device, args.batch
     on_gpu = device.type == "cuda"
     chosen, drawn = torch.Generator().manual_seed(seed), torch.Generator(device).manual_seed(seed)
     shape = (batch, *task.held_out.shape[1:])
@@ -176,7 +211,9 @@ def trainer(model: MSCTransformer, task: Task, steps: int, batch: int, seed: int
     )
 
     def step() -> None:
-        Loss().mean(Loss().per_frame(model(add_noise(x, noise, t), t), x, noise), t).backward()
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            velocity = model(add_noise(x, noise, t), t)
+        Loss().mean(Loss().per_frame(velocity, x, noise), t).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -184,15 +221,15 @@ def trainer(model: MSCTransformer, task: Task, steps: int, batch: int, seed: int
     def feed(number: int) -> None:
         x.copy_(task.train(torch.randint(task.clips, (batch,), generator=chosen)))
         noise.normal_(generator=drawn)
-        t.copy_(levels(shape[:2], chosen))
+        t.copy_(levels(shape[:2], chosen, prefix))
         # By way of the optimizer, so that its state, which the graph writes to, lives as long as this function.
-        optimizer.param_groups[0]["lr"].fill_(lr * min((number + 1) / 50, max(0.02, 1 - number / steps)))
+        optimizer.param_groups[0]["lr"].fill_(args.lr * min((number + 1) / 50, max(0.02, 1 - number / steps)))
 
     def at_once(number: int) -> None:
         feed(number)
         step()
 
-    if not on_gpu:
+    if not on_gpu or args.eager:
         return at_once
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -261,9 +298,9 @@ def roll_out(model: MSCTransformer, x: Tensor, units: int, level: float) -> dict
 
 
 def build(task: Task, variant: str, seed: int, args: argparse.Namespace) -> MSCTransformer:
-    scales, gate, learned, _ = VARIANTS[variant]
+    learned = VARIANTS[variant].learned
     torch.manual_seed(seed)
-    model = MSCTransformer(configure(task, scales, gate, args), args.backend).to(task.held_out.device)
+    model = MSCTransformer(configure(task, VARIANTS[variant], args), args.backend).to(task.held_out.device)
     for block in model.blocks:
         assert isinstance(block, Block)
         if block.attention.delta is not None:
@@ -274,23 +311,22 @@ def build(task: Task, variant: str, seed: int, args: argparse.Namespace) -> MSCT
     return model
 
 
-def configure(task: Task, scales: tuple[Scale, ...], gate: str, args: argparse.Namespace) -> ModelConfig:
+def configure(task: Task, variant: Variant, args: argparse.Namespace) -> ModelConfig:
+    scales = variant.scales
     return ModelConfig(
-        width=args.width, depth=args.depth, scales=scales, patch=PATCH, gate=gate,  # type: ignore[arg-type]
+        width=args.width, depth=args.depth, scales=scales, patch=PATCH, gate=variant.gate,
         channels=task.held_out.shape[2], gate_constants=gate_constants(scales, PATCH, task.statistics),
     )  # fmt: skip
 
 
 def run(name: str, task: Task, variant: str, seeds: list[int], args: argparse.Namespace) -> list[dict]:
     """Train and examine one variant; a result for each seed."""
-    scales, gate, _, same_flops = VARIANTS[variant]
     flops, reference = (
-        cost.step_flops(configure(task, *which, args), task.frames, SIDE, SIDE)
-        for which in ((scales, gate), (MULTI, "logits"))
+        cost.step_flops(configure(task, VARIANTS[name], args), task.frames, SIDE, SIDE) for name in (variant, "logits")
     )
-    steps = round(args.steps * reference / flops) if same_flops else args.steps
+    steps = round(args.steps * reference / flops) if VARIANTS[variant].same_flops else args.steps
     models = {seed: build(task, variant, seed, args) for seed in seeds}
-    seconds = train(models, task, steps, args.batch, args.lr)
+    seconds = train(models, task, steps, args, VARIANTS[variant].prefix)
     results = []
     for seed, model in models.items():
         weights = model.state_dict()
@@ -343,6 +379,8 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=128)
     parser.add_argument("--backend", default="sdpa", help="kernel of training")
     parser.add_argument("--compile", action="store_true", help="torch.compile while training")
+    parser.add_argument("--bf16", action="store_true", help="products of training in bf16")
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no run after this time")
     args = parser.parse_args()
     began = time.monotonic()
@@ -364,8 +402,9 @@ def main() -> None:
             with args.results.open("a") as file:
                 file.writelines(json.dumps(result) + "\n" for result in results)
             losses = ", ".join(f"{result['loss']:.4f}" for result in results)
+            far = [[round(x, 3) for x in result.get("far", {}).get("second", {}).values()] for result in results]
             print(
-                f"{name} {variant}, seeds {seeds}: loss {losses}, {results[0]['steps']} steps in "
+                f"{name} {variant}, far {far}, seeds {seeds}: loss {losses}, {results[0]['steps']} steps in "
                 f"{results[0]['seconds']:.0f} s, {time.monotonic() - start:.0f} s in all",
                 flush=True,
             )

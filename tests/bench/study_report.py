@@ -126,7 +126,7 @@ def plot(runs: Runs, path: Path) -> None:
     figure, axes = plt.subplots(2, len(tasks), figsize=(4.2 * len(tasks), 7), squeeze=False, layout="constrained")
     colours = dict(zip(VARIANTS, matplotlib.color_sequences["tab10"], strict=False))
     for column, task in enumerate(tasks):
-        names = [variant for variant in VARIANTS if (task, variant) in runs]
+        names = [name for name, variant in VARIANTS.items() if (task, name) in runs and not variant.prefix]
         above, below = axes[0, column], axes[1, column]
         for place, variant in enumerate(names):
             losses = [run["loss"] for run in runs[task, variant]]

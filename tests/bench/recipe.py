@@ -1,0 +1,310 @@
+"""Which recipe makes the best video: noise levels, prediction and scales compared on small pixel models, on one GPU.
+
+    python tests/bench/recipe.py RESULTS.jsonl --videos FOLDER --variants preconditioned velocity --seconds 500
+
+FOLDER holds videos already of the size to train on (multiples of 16 pixels). Every run trains one model, continues
+held-out clips, and appends a line to RESULTS.jsonl; runs found there are not repeated, and none is started that would
+not end within --seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from msc.pretrain import cost
+from msc.pretrain.diffusion.loss import Loss
+from msc.pretrain.diffusion.rectified_flow import DiffusionConfig, add_noise, noise_levels
+from msc.pretrain.diffusion.sampler import generate
+from msc.pretrain.model.config import ModelConfig
+from msc.pretrain.model.scales import Scale
+from msc.pretrain.model.transformer import MSCTransformer
+
+HORIZONS = (1, 2, 4, 8, 16, 32, 64)
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9, 0.99)  # of the frame after a clean past
+FINE, MIDDLE = Scale(2, 1, 1, 2, 8), Scale(1, 2, 1, 8)
+SCALES: dict[str, tuple[Scale, ...]] = {
+    "pooled": (FINE, MIDDLE, Scale(1, 4, 4)),
+    "routed": (FINE, MIDDLE, Scale(1, top=4)),
+    "routed tiles": (FINE, MIDDLE, Scale(1, patch_window=8, top=8)),
+    "dense": (Scale(4),),
+    "local": (Scale(4, window=2),),
+}
+
+
+DIFFUSION = DiffusionConfig(std=2.0, shift=4.0, clean=0.5)
+PREFIX = replace(DIFFUSION, prefix=0.5)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One change each from these defaults, those of the preset `demo`."""
+
+    scales: str = "pooled"
+    diffusion: DiffusionConfig = DIFFUSION
+    model: dict[str, Any] = field(default_factory=dict)
+    lr: float = 2e-3
+
+
+VARIANTS: dict[str, Recipe] = {
+    "demo": Recipe(),
+    "velocity": Recipe(model={"prediction": "velocity"}),
+    "x": Recipe(model={"prediction": "x"}),
+    "std 1, shift 2, clean 0.25": Recipe(diffusion=DiffusionConfig(std=1.0, shift=2.0, clean=0.25)),
+    "std 1": Recipe(diffusion=replace(DIFFUSION, std=1.0)),
+    "shift 2": Recipe(diffusion=replace(DIFFUSION, shift=2.0)),
+    "shift 8": Recipe(diffusion=replace(DIFFUSION, shift=8.0)),
+    "prefix": Recipe(diffusion=PREFIX),
+    "no gate": Recipe(model={"gate": "none"}),
+    "routed": Recipe("routed", PREFIX),
+    "routed tiles": Recipe("routed tiles", PREFIX),
+    "dense": Recipe("dense", PREFIX, {"gate": "none"}),
+    "local": Recipe("local", PREFIX),
+}
+
+
+def read_video(path: Path) -> Tensor:
+    """All frames, uint8 `[T, 3, H, W]`."""
+    try:
+        import av
+
+        frames = [frame.to_ndarray(format="rgb24") for frame in av.open(str(path)).decode(video=0)]
+    except ImportError:
+        import cv2
+
+        capture, frames = cv2.VideoCapture(str(path)), []
+        while (read := capture.read())[0]:
+            frames.append(read[1][:, :, ::-1])
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()
+
+
+class Clips:
+    """Windows of `frames` consecutive frames of videos on the device."""
+
+    def __init__(self, videos: list[Tensor], frames: int, device: torch.device):
+        self.pixels = torch.cat(videos).to(device)
+        offsets = np.cumsum([0, *map(len, videos)])
+        self.starts = torch.cat([
+            torch.arange(a, b - frames + 1) for a, b in zip(offsets, offsets[1:], strict=False) if b - a >= frames
+        ])  # fmt: skip
+        self.window = torch.arange(frames, device=device)
+
+    def __call__(self, starts: Tensor) -> Tensor:
+        """Clips `[B, T, 3, H, W]` in [-1, 1]."""
+        return self.pixels[starts.to(self.window.device)[:, None] + self.window].float() / 127.5 - 1
+
+
+@dataclass
+class Data:
+    train: Clips
+    held_out: Tensor  # clips [B, T, C, H, W] in [-1, 1]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def load(folder: Path, frames: int, held_frames: int, held_out: int, device: torch.device) -> Data:
+    """Many videos: the last fifth is held out; few: the last third of every one."""
+    videos = [read_video(path) for path in sorted(folder.glob("*.mp4"))]
+    if len(videos) >= 8:
+        count = len(videos) // 5
+        train, rest = videos[:-count], videos[-count:]
+    else:
+        train = [video[: len(video) * 2 // 3] for video in videos]
+        rest = [video[len(video) * 2 // 3 :] for video in videos]
+    clips = Clips(train, frames, device)
+    held = Clips(rest, min(held_frames, min(map(len, rest))), device)
+    chosen = held.starts[torch.linspace(0, len(held.starts) - 1, held_out).long()]
+    values = clips.pixels[:: max(1, len(clips.pixels) // 2000)].float() / 127.5 - 1
+    mean, std = (tuple(x.tolist()) for x in (values.mean((0, 2, 3)), values.std((0, 2, 3))))
+    return Data(clips, held(chosen), mean, std)
+
+
+def train(model: MSCTransformer, recipe: Recipe, data: Data, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Trains in place; returns the average of the weights, and how it went."""
+    device = data.held_out.device
+    for block in model.blocks if args.compile else ():
+        block.compile()
+    average = copy.deepcopy(dict(model.named_parameters()))
+    parameters: list[Tensor] = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.95), weight_decay=0.01, fused=device.type == "cuda")
+    chosen = torch.Generator().manual_seed(seed)
+    steps, began = args.steps, 0.0
+    losses: list[tuple[int, float, float]] = []
+    for step in range(steps):
+        if step == 20:
+            synchronize(device)
+            began = time.perf_counter()
+        starts = data.train.starts[torch.randint(len(data.train.starts), (args.batch,), generator=chosen)]
+        x = model.normalise(data.train(starts))
+        t = torch.stack([
+            noise_levels(recipe.diffusion, recipe.diffusion.shift or 1.0, seed, step * args.batch + i, 0, x.shape[1], 1)
+            for i in range(args.batch)
+        ]).to(device, non_blocking=True)  # fmt: skip
+        noise = torch.randn_like(x)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            velocity = model(add_noise(x, noise, t), t)
+        loss = Loss().mean(Loss().per_frame(velocity, x, noise), t)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        rate = min((step + 1) / 100, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        optimizer.param_groups[0]["lr"] = recipe.lr * rate
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.values()), parameters, 1 - min(0.999, (step + 1) / (step + 10)))
+        if step % 100 == 0 or step == steps - 1:
+            losses.append((step, round(float(loss.detach()), 4), round(float(norm), 3)))
+    synchronize(device)
+    seconds = time.perf_counter() - began
+    model.load_state_dict(average, strict=False)
+    return {"losses": losses, "ms_per_step": round(1000 * seconds / max(1, steps - 20), 2)}
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+@torch.no_grad()
+def examine(model: MSCTransformer, data: Data, args: argparse.Namespace) -> dict[str, Any]:
+    """Velocity error of one frame after a clean past, and continuations against the truth and the last frame."""
+    x, context = model.normalise(data.held_out), args.context
+    source = torch.Generator(x.device).manual_seed(1)
+    errors = {}
+    part = x[:, : context + 1]
+    for level in LEVELS:
+        t = torch.zeros(part.shape[:2], device=x.device)
+        t[:, -1] = level
+        noise = torch.randn(part.shape, generator=source, device=x.device)
+        errors[str(level)] = round(
+            float(Loss().per_frame(model(add_noise(part, noise, t), t), part, noise)[:, -1].mean()), 4
+        )
+    units = x.shape[1] - context
+    results: dict[str, Any] = {"velocity_error": errors}
+    truth = to_pixels(model, x[:, context:])
+    horizons = [h for h in HORIZONS if h <= units]
+    began = time.perf_counter()
+    for name, steps, shift in (("mean", 1, 1.0), ("sample", args.sample_steps, 1.0), ("late", args.sample_steps, 3.0)):
+        made = to_pixels(model, torch.cat(list(generate(model, x[:, :context], units, steps, seed=1, shift=shift)), 1))
+        psnr = -10 * (made - truth).square().mean((2, 3, 4)).clamp(min=1e-7).log10()
+        results[name] = {
+            "psnr": [round(float(psnr[:, h - 1].mean()), 2) for h in horizons],
+            "contrast": [round(ratio(made, truth, h, lambda z: z), 2) for h in horizons],
+            "sharpness": [round(ratio(made, truth, h, detail), 2) for h in horizons],
+        }
+        if name == "sample":
+            results["pictures"] = sheet(truth, made, horizons)
+    last = to_pixels(model, x[:, context - 1 : context])
+    psnr = -10 * (last - truth).square().mean((2, 3, 4)).clamp(min=1e-7).log10()
+    results["copy last"] = [round(float(psnr[:, h - 1].mean()), 2) for h in horizons]
+    results["examined_s"] = round(time.perf_counter() - began, 1)
+    return results
+
+
+def to_pixels(model: MSCTransformer, x: Tensor) -> Tensor:
+    return (model.denormalise(x) / 2 + 0.5).clamp(0, 1)
+
+
+def detail(x: Tensor) -> Tensor:
+    """What a mean over 2 × 2 pixels loses."""
+    pooled = torch.nn.functional.avg_pool2d(x, 2)
+    return x - pooled.repeat_interleave(2, -1).repeat_interleave(2, -2)
+
+
+def ratio(made: Tensor, truth: Tensor, horizon: int, of: Any) -> float:
+    """Standard deviation of something in generated frames, as a share of the true ones'."""
+    a, b = (of(x[:, horizon - 1]).std((1, 2, 3)).mean() for x in (made, truth))
+    return float(a / b)
+
+
+def sheet(truth: Tensor, made: Tensor, horizons: list[int]) -> Tensor:
+    """Truth above what was made, of four clips: uint8 `[H, W, 3]`."""
+    picked = [h - 1 for h in horizons]
+    rows = [
+        torch.cat(list(x[i, picked]), -1) for i in range(0, len(truth), max(1, len(truth) // 4)) for x in (truth, made)
+    ]
+    return (torch.cat(rows, -2).permute(1, 2, 0) * 255).byte().cpu()
+
+
+def run(name: str, data: Data, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    recipe, device = VARIANTS[name], data.held_out.device
+    heads = max(4, args.width // 64)
+    scales = tuple(replace(scale, heads=scale.heads * heads // 4) for scale in SCALES[recipe.scales])
+    config = ModelConfig(
+        width=args.width, depth=args.depth, scales=scales, patch=4, channels=3,
+        latent_mean=data.mean, latent_std=data.std, **recipe.model,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = MSCTransformer(config, "auto" if device.type == "cuda" else "sdpa").to(device)
+    began = time.perf_counter()
+    trained = train(model, recipe, data, seed, args)
+    fresh = MSCTransformer(config, "sdpa").to(device).eval()
+    fresh.load_state_dict(model.state_dict())
+    size = data.held_out.shape[-2:]
+    return {
+        "videos": args.videos.name, "variant": name, "seed": seed, "steps": args.steps, "batch": args.batch,
+        "frames": args.frames, "width": args.width, "depth": args.depth,
+        "tflop_per_step": args.batch * cost.step_flops(config, args.frames, *size) / 1e12, **trained,
+        **examine(fresh, data, args), "seconds": round(time.perf_counter() - began, 1),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--videos", type=Path, required=True)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--frames", type=int, default=24)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--depth", type=int, default=8)
+    parser.add_argument("--held-out", type=int, default=48)
+    parser.add_argument("--context", type=int, default=8)
+    parser.add_argument("--units", type=int, default=16)
+    parser.add_argument("--sample-steps", type=int, default=16)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--seconds", type=float, default=1e9)
+    args = parser.parse_args()
+    began = time.monotonic()
+    torch.set_float32_matmul_precision("high")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    done = set()
+    if args.results.is_file():
+        lines = [json.loads(line) for line in args.results.read_text().splitlines()]
+        done = {(line["videos"], line["variant"], line["seed"]) for line in lines}
+    data = load(args.videos, args.frames, args.context + args.units, args.held_out, device)
+    last = 0.0
+    for seed in args.seeds:
+        for name in args.variants:
+            if (args.videos.name, name, seed) in done or time.monotonic() - began + last > args.seconds:
+                continue
+            result = run(name, data, seed, args)
+            last = result["seconds"]
+            picture = result.pop("pictures")
+            from PIL import Image
+
+            Image.fromarray(picture.numpy()).save(
+                args.results.parent / f"{args.videos.name}-{name}-{seed}.png".replace(" ", "_")
+            )
+            with args.results.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+            short = {key: result[key]["psnr"] for key in ("mean", "sample", "late")}
+            print(name, seed, result["losses"][-1], result["ms_per_step"], "ms", result["velocity_error"], short,
+                  result["copy last"], "contrast", result["sample"]["contrast"], "sharpness",
+                  result["sample"]["sharpness"], f"{result['seconds']} s", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
