@@ -282,7 +282,7 @@ def test_pieces_of_one_recording_are_of_one_split(tmp_path):
     assert sum(report.clips.values()) == 30  # 5 of every video, none lost at a border
     assert (
         "6 videos are pieces of 3 recordings, by the column group or their names (such as in/video0_0.mp4); "
-        f"{len(held_out)} recordings are held out, whole" in report.text
+        f"held out whole: {len(held_out)} recordings, {2 * len(held_out)} videos" in report.text
     )
 
 
