@@ -136,6 +136,11 @@ def test_a_list_of_files_is_a_column_of_paths(folder):
         ("txt", "pipe:cat /etc/passwd\n", "is an address or a command"),
         ("txt", b"\xff\xfe", "is not UTF-8"),
         ("parquet", b"PAR", "not readable as Parquet|needs pyarrow"),
+        (
+            "parquet",
+            b"PAR1" + b"\xff" * 20 + b"\x0c\0\0\0PAR1",
+            "list.parquet is not readable as Parquet|needs pyarrow",
+        ),
     ],
 )
 def test_rows_that_make_no_sense_are_refused(tmp_path, kind, content, message):
