@@ -135,10 +135,11 @@ def train(model: MSCTransformer, recipe: Recipe, data: Data, seed: int, args: ar
     for block in model.blocks if args.compile else ():
         block.compile()
     average = copy.deepcopy(dict(model.named_parameters()))
-    parameters = list(model.parameters())
+    parameters: list[Tensor] = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.95), weight_decay=0.01, fused=device.type == "cuda")
     chosen = torch.Generator().manual_seed(seed)
-    steps, losses, began = args.steps, [], 0.0
+    steps, began = args.steps, 0.0
+    losses: list[tuple[int, float, float]] = []
     for step in range(steps):
         if step == 20:
             synchronize(device)
