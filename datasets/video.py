@@ -9,10 +9,10 @@ import errno
 import io
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import islice
+from itertools import dropwhile, islice, pairwise
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,7 +20,9 @@ import av
 import numpy as np
 import torch
 from av.container import InputContainer
-from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
+from av.sidedata.sidedata import Type as SideData
+from av.stream import Disposition
+from av.video.reformatter import ColorPrimaries, Colorspace, ColorTrc, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 from torch import Tensor
 
@@ -28,25 +30,31 @@ from .shards.tar import Location, Member, open_bytes
 
 Source = str | Location | bytes
 SUFFIXES = frozenset(
-    (".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv")
+    (".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogv")
     + (".webm", ".wmv")
 )
 # Containers that hold their own frames. Playlists (HLS, concat, DASH) are excluded: a malicious one would make FFmpeg
 # open other files or addresses.
-FORMATS = "mov,matroska,webm,avi,mpeg,mpegvideo,mpegts,asf,flv,ogg"
+FORMATS = "mov,matroska,webm,avi,mpeg,mpegvideo,mpegts,asf,flv,ogg,mxf"
 MAX_PIXELS = 1 << 26  # of one frame; 8192 x 8192
 MAX_FRAMES = 1 << 24  # of one file; four days at 50 per second
 MAX_BYTES = 32 << 30  # of one result of `decode_frames`
-COLORSPACES = frozenset(Colorspace)
+UNSPECIFIED_MATRIX = 2  # of AVColorSpace
+HDR_TRANSFERS = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)  # PQ, HLG
+MAX_DELAY = 32  # frames that a decoder holds back, for reordering and in its threads
+CHECKED_FRAMES = 3  # of the start of a file, with which the stamps of its packets must agree
 KEYFRAME_INTERVAL = 16  # in what we write: the most frames that a slice decodes and does not use
 
 
 @dataclass(frozen=True)
 class Video:
-    """Metadata of a video file, from its packets: upright size in pixels and the time stamps of all frames.
+    """Metadata of a video file: upright size in pixels and the time line, the time stamps of all frames.
 
     `pts` ascend, in units of `time_base` seconds; `fps` is the average rate; `aspect` is the displayed width over
-    height of the upright frame, as pixels need not be square.
+    height of the upright frame, as pixels need not be square. `origin` is the time of the first frame in seconds since
+    the file's start, where players begin to count: that of its earliest stream, if it is at least a frame earlier.
+    seams: numbers of frames at which the file's stamps begin anew, as where files are joined. counted: the decoder's
+    frames are matched to `pts` by their number, not by their stamps, from the file's start.
     """
 
     name: str
@@ -56,6 +64,9 @@ class Video:
     time_base: Fraction
     pts: tuple[int, ...]
     aspect: float
+    origin: float = 0.0
+    seams: tuple[int, ...] = ()
+    counted: bool = False
 
     @property
     def seconds(self) -> float:
@@ -64,55 +75,13 @@ class Video:
 
 
 def probe(source: Source, name: str = "") -> Video:
-    """Read the packets of a file; only the first frame is decoded.
+    """Metadata of a file; only its first frames are decoded, or all where its packets do not give the time line.
 
     Raises ValueError, starting with the name, where it is unreadable, truncated, has no video stream or no
     frame, or exceeds the size limits.
     """
-    name = name or _name(source)
-    with _open(source, name, threads=1) as (container, stream):
-        return _probe_stream(container, stream, name)
-
-
-def _probe_stream(
-    container: InputContainer, stream: VideoStream, name: str, ours: bool = False, max_frames: int = 0
-) -> Video:
-    """ours: written by `encode_mp4`, so that the header is reliable and no frame need be decoded. max_frames: 0 for
-    MAX_FRAMES.
-    """
-    max_frames = max_frames or MAX_FRAMES
-    if stream.frames > max_frames + 1:  # as below, before any is read
-        raise ValueError(f"{name}: has {stream.frames} frames, at most {max_frames} are read")
-    stamps_of_packets = (p.pts for p in container.demux(stream) if p.size and not p.is_discard)
-    packets = list(islice(stamps_of_packets, max_frames + 1))
-    width, height = stream.codec_context.width, stream.codec_context.height
-    if not packets or width <= 0:
-        raise ValueError(f"{name}: has no frames")
-    if len(packets) > max_frames:
-        raise ValueError(f"{name}: has more than the {max_frames} frames that are read")
-    if stream.frames > len(packets) + 1:  # one may be hidden by an edit list
-        raise ValueError(f"{name}: is truncated: its header promises {stream.frames} frames, it has {len(packets)}")
-    fps, time_base = stream.average_rate or stream.guessed_rate, stream.time_base
-    turns = 0
-    if not ours:
-        container.seek(0)
-        first = next(container.decode(stream), None)
-        if first is None:
-            raise ValueError(f"{name}: has no frames")
-        width, height, turns = first.width, first.height, _quarter_turns(first)
-    if None in packets:  # some AVI and MPEG files carry decoding times only
-        container.seek(0)
-        packets = [frame.pts for frame in container.decode(stream)]
-    stamps = sorted({pts for pts in packets if pts is not None})
-    if None in packets or not stamps or time_base is None:
-        raise ValueError(f"{name}: has no time stamps; remux it, e.g. with ffmpeg -i IN -c copy OUT.mkv")
-    aspect = float(width * (stream.sample_aspect_ratio or 1) / height)
-    if not fps or fps <= 0:
-        span = (stamps[-1] - stamps[0]) * time_base
-        fps = Fraction(len(stamps) - 1) / span if span else Fraction(1)
-    if turns % 2:
-        width, height, aspect = height, width, 1 / aspect
-    return Video(name, width, height, Fraction(fps), Fraction(time_base), tuple(stamps), aspect)
+    with VideoReader(source, name, threads=1) as reader:
+        return reader.video
 
 
 def frame_indices(video: Video, fps: float | Fraction | None = None) -> list[int]:
@@ -150,69 +119,243 @@ def decode_frames(
     must have; others are refused before anything is decoded. Raises ValueError as `probe` does, and where the slice is
     not inside the timeline or a frame in it cannot be decoded.
     """
-    name, ours = name or _name(source), isinstance(source, bytes)
-    with _open(source, name, threads if ours else 1) as opened:
-        video = _probe_stream(*opened, name, ours, expected[0] if expected else 0)
-        shape = (len(video.pts), video.height, video.width)
-        if expected and shape != expected:
-            raise ValueError(f"{name}: video is {shape}, the index says {expected}")
-        shown = frame_indices(video, fps)
-        stop = len(shown) if stop is None else stop
-        if not 0 <= start < stop <= len(shown):
-            raise ValueError(f"{video.name}: frames {start} to {stop} requested, it has {len(shown)}")
-        height, width = size or (video.height, video.width)
-        needed = (stop - start) * 3 * height * width
-        if needed > MAX_BYTES:
-            raise ValueError(f"{video.name}: frames {start} to {stop} take {needed} bytes, at most {MAX_BYTES}")
-        out = torch.empty(stop - start, height, width, 3, dtype=torch.uint8)
-        decoded = iterate_frames(source, video, shown[start:stop], size, threads, opened=opened if ours else None)
-        for i, frame in enumerate(decoded):
-            if frame.shape != (height, width, 3):
-                raise ValueError(f"{video.name}: changes its size to {frame.shape[1]}x{frame.shape[0]}")
-            out[i] = torch.from_numpy(frame)
-    return out.permute(0, 3, 1, 2).contiguous()
+    with VideoReader(source, name, threads, expected[0] if expected else 0) as reader:
+        while True:
+            video = reader.video
+            shape = (len(video.pts), video.height, video.width)
+            if expected and shape != expected:
+                raise ValueError(f"{video.name}: video is {shape}, the index says {expected}")
+            shown = frame_indices(video, fps)
+            end = len(shown) if stop is None else stop
+            if not 0 <= start < end <= len(shown):
+                raise ValueError(f"{video.name}: frames {start} to {end} requested, it has {len(shown)}")
+            height, width = size or (video.height, video.width)
+            needed = (end - start) * 3 * height * width
+            if needed > MAX_BYTES:
+                raise ValueError(f"{video.name}: frames {start} to {end} take {needed} bytes, at most {MAX_BYTES}")
+            out = torch.empty(end - start, height, width, 3, dtype=torch.uint8)
+            try:
+                for i, frame in enumerate(reader.frames(shown[start:end], size)):
+                    if frame.shape != (height, width, 3):
+                        raise ValueError(f"{video.name}: changes its size to {frame.shape[1]}x{frame.shape[0]}")
+                    out[i] = torch.from_numpy(frame)
+            except TimelineChanged:
+                continue
+            return out.permute(0, 3, 1, 2).contiguous()
 
 
-def iterate_frames(
-    source: Source,
-    video: Video,
-    shown: Sequence[int],
-    size: tuple[int, int] | None,
-    threads: int = 0,
-    crop: bool = True,
-    opened: tuple[InputContainer, VideoStream] | None = None,
-) -> Iterator[np.ndarray]:
-    """The frames with the (ascending) numbers `shown`, one after another, as uint8 [H, W, 3].
+class TimelineChanged(Exception):
+    """The decoder gave other frames than the packets promised; the reader has a new time line: begin again."""
 
-    Scaled to cover `size` and, with `crop`, cropped to it around the centre. opened: the file, where it is open already
-    and seeks reliably. One pass with one frame in memory, from the keyframe before the first. Repeated numbers give the
-    same array again: do not write into it. Raises ValueError where one of them cannot be decoded.
+
+class VideoReader:
+    """An open video file, a context manager: `video`, its metadata and time line, and `frames` of it.
+
+    The time line is what the decoder gives. It is taken from the packets, without decoding, where their stamps are
+    distinct and in order and agree with the first frames; the decoder's frames are compared with it later on. Where
+    they differ (fields, hidden frames, recordings that begin inside a group of pictures, files without stamps), all
+    frames are decoded once for their stamps. Stamps that begin anew are laid behind the earlier ones.
+
+    threads: of the decoder, 0 for one per core. max_frames: 0 for MAX_FRAMES. Files that are given as bytes are taken
+    to be written by `encode_mp4`: their packets are relied on.
     """
-    wanted = [video.pts[i] for i in shown]
-    if not wanted:
-        return
-    for seek in (True, False) if wanted[0] > video.pts[0] else (False,):
-        with nullcontext(opened) if opened else _open(source, video.name, threads) as (container, stream):
-            if seek or opened:
-                container.seek(wanted[0] if seek else video.pts[0], stream=stream)
-            aspect = stream.sample_aspect_ratio or Fraction(1)
-            scaler = VideoReformatter()  # one for all frames: setting it up costs more than using it
-            position = 0
-            for frame in container.decode(stream):
-                if frame.pts is None or frame.pts < wanted[position]:
+
+    video: Video
+
+    def __init__(self, source: Source, name: str = "", threads: int = 0, max_frames: int = 0) -> None:
+        self.name = name or ("video" if isinstance(source, bytes) else str(source))
+        self._source, self._threads, self._max_frames = source, threads, max_frames or MAX_FRAMES
+        self._ours = isinstance(source, bytes)
+        self._file = ExitStack()
+        self._begins_inside = False  # inside a group of pictures
+        self._from_frames = False  # whether the time line is the decoder's
+        self._counted: tuple[Iterator[av.VideoFrame], int] | None = None  # frames from the start, and how many are read
+
+    def __enter__(self) -> "VideoReader":
+        try:
+            with _errors_named(self.name):
+                self._open(self._threads if self._ours else 1)
+                self.video = self._packet_timeline() or self._frame_timeline()
+        except BaseException:
+            self._file.close()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def frames(self, shown: Sequence[int], size: tuple[int, int] | None, crop: bool = True) -> Iterator[np.ndarray]:
+        """The frames with the (ascending) numbers `shown`, one after another, as uint8 [H, W, 3].
+
+        Scaled to cover `size` and, with `crop`, cropped to it around the centre. One pass with one frame in memory,
+        from the keyframe before the first. Repeated numbers give the same array again: do not write into it. Raises
+        ValueError where one of them cannot be decoded, TimelineChanged where the decoder gives others.
+        """
+        if not shown:
+            return
+        aspect = self._stream.sample_aspect_ratio or Fraction(1)
+        scaler = VideoReformatter()  # one for all frames: setting it up costs more than using it
+        position = 0
+        with _errors_named(self.name):
+            for number, frame in enumerate(self._decode(shown[0], shown[-1]), shown[0]):
+                if number != shown[position]:
                     continue
-                if frame.pts > wanted[position]:
-                    break  # the frame is missing, or the seek went too far
                 if frame.is_corrupt:
-                    raise ValueError(f"{video.name}: is damaged at {_time(video, wanted[position])}")
-                array = _to_array(scaler, frame, size, aspect, crop, video.name)
-                while position < len(wanted) and wanted[position] == frame.pts:
+                    raise ValueError(f"{self.name}: is damaged at {self._seconds(number)}")
+                array = _to_array(scaler, frame, size, aspect, crop, self.name)
+                while position < len(shown) and number == shown[position]:
                     yield array
                     position += 1
-                if position == len(wanted):
+
+    def _decode(self, first: int, last: int) -> Iterator[av.VideoFrame]:
+        """All frames from number `first` to `last`."""
+        video, number = self.video, first
+        if video.counted:
+            if self._counted is None or self._counted[1] > first:
+                self._counted = self._decode_from_start(), 0
+            decoded, number = self._counted
+            for frame in decoded:
+                number += 1
+                self._counted = decoded, number
+                if number > first:
+                    yield frame
+                if number > last:
                     return
-        if position or not seek:
-            raise ValueError(f"{video.name}: has no readable frame at {_time(video, wanted[position])}")
+            raise ValueError(f"{self.name}: has no readable frame at {self._seconds(number)}")
+        for earlier in (0, 10, None) if first else (None,):  # seconds: not all containers seek to keyframes
+            if earlier is not None:
+                target = max(video.pts[0], video.pts[first] - round(earlier / video.time_base))
+                try:
+                    self._container.seek(target, stream=self._stream)
+                except av.FFmpegError:  # no keyframe is listed before it
+                    continue
+            for frame in self._decode_from_start() if earlier is None else self._container.decode(self._stream):
+                if frame.pts is not None and frame.pts < video.pts[first]:
+                    continue
+                if frame.pts != video.pts[number]:
+                    break
+                yield frame
+                number += 1
+                if number > last:
+                    return
+            if number > first:
+                break
+        if self._ours:
+            raise ValueError(f"{self.name}: has no readable frame at {self._seconds(number)}")
+        self.video = replace(video, counted=True) if self._from_frames else self._frame_timeline()
+        raise TimelineChanged
+
+    def _decode_from_start(self) -> Iterator[av.VideoFrame]:
+        if self._ours:
+            self._container.seek(self.video.pts[0], stream=self._stream)
+        else:
+            self._open(self._threads)
+        frames = self._container.decode(self._stream)
+        # Before the first keyframe not all decoders skip what they cannot reconstruct.
+        return dropwhile(lambda frame: not frame.key_frame, frames) if self._begins_inside else frames
+
+    def _open(self, threads: int) -> None:
+        self._file.close()
+        self._container, self._stream = self._file.enter_context(_open_container(self._source, self.name, threads))
+
+    def _packet_timeline(self) -> Video | None:
+        """The time line by the packets; None where they do not give what the decoder does."""
+        container, stream, most = self._container, self._stream, self._max_frames
+        if stream.frames > most + 1:  # as below, before any is read
+            raise ValueError(f"{self.name}: has {stream.frames} frames, at most {most} are read")
+        packets = [
+            (p.pts, p.dts, p.is_discard, p.is_keyframe) for p in islice(container.demux(stream), most + 2) if p.size
+        ]
+        stamps = [pts for pts, _, discarded, _ in packets if not discarded]
+        if not stamps or stream.codec_context.width <= 0:
+            raise ValueError(f"{self.name}: has no frames")
+        if len(packets) > most:
+            raise ValueError(f"{self.name}: has more than the {most} frames that are read")
+        promised, count = stream.frames, len(packets) + 1
+        if "mov" in container.format.name:  # its edit lists leave packets out
+            promised, count = sum(entry.size > 0 for entry in stream.index_entries), len(packets)
+        elif container.format.name == "avi":  # counts the places of frames that were dropped
+            count = max((dts for _, dts, _, _ in packets if dts is not None), default=0) + 2
+        if promised > count:
+            raise ValueError(f"{self.name}: is truncated: its header promises {promised} frames, it has {len(packets)}")
+        ordered = [dts for _, dts, _, _ in packets if dts is not None]
+        self._begins_inside = not packets[0][3]
+        if (
+            self._begins_inside
+            or None in stamps
+            or len(set(stamps)) < len(stamps)
+            or any(a > b for a, b in pairwise(ordered))
+        ):
+            return None
+        stamps.sort()
+        if self._ours:
+            return self._video(None, stamps)
+        self._open(1)  # not all containers seek to their start
+        first = list(islice(self._container.decode(self._stream), CHECKED_FRAMES))
+        agrees = bool(first) and [frame.pts for frame in first] == stamps[: len(first)]
+        return self._video(first[0], stamps) if agrees else None
+
+    def _frame_timeline(self) -> Video:
+        """The time line by the decoder, which gives the frames in the order in which they are shown."""
+        first, pts, dts = None, [], []
+        for frame in self._decode_from_start():
+            first = first or frame
+            pts.append(frame.pts)
+            dts.append(frame.dts)  # of the packet with which it came out
+            if len(pts) > self._max_frames:
+                raise ValueError(f"{self.name}: has more than the {self._max_frames} frames that are read")
+        if first is None:
+            raise ValueError(f"{self.name}: has no frames")
+        # AVI has no presentation times, and what FFmpeg makes of its decoding times is wrong for B-frames.
+        known = [stamp for stamp in dts if stamp is not None]
+        counted = None in pts or _disorder(pts) > _disorder(known)
+        stamps = known if counted else pts
+        if not stamps or len(pts) - len(stamps) > MAX_DELAY:
+            raise ValueError(f"{self.name}: has no time stamps; remux it, e.g. with ffmpeg -i IN -c copy OUT.mkv")
+        self._from_frames = True
+        steps = sorted(b - a for a, b in pairwise(stamps) if b > a)
+        step = steps[len(steps) // 2] if steps else 1
+        shift, laid, seams = 0, stamps[:1], []
+        counted = counted or _disorder(stamps) > 0
+        for stamp in stamps[1:]:
+            if stamp + shift < laid[-1]:  # begins anew, as where files are joined
+                shift = laid[-1] + step - stamp
+                seams.append(len(laid))
+            laid.append(stamp + shift)
+        while len(laid) < len(pts):  # frames that the decoder held back to the end have no packet
+            laid.append(laid[-1] + step)
+        video = self._video(first, laid)
+        rate = 1 / (step * video.time_base)
+        if steps and not 0.9 < rate / video.fps < 1.1:  # such as fields a second; time stamps may be rounded
+            video = replace(video, fps=rate)
+        origin = 0.0 if stamps is known else video.origin
+        return replace(video, seams=tuple(seams), counted=counted, origin=origin)
+
+    def _video(self, first: av.VideoFrame | None, pts: list[int]) -> Video:
+        """first: the first frame, None to take the header's word."""
+        stream, time_base = self._stream, self._stream.time_base
+        assert time_base is not None
+        fps = stream.average_rate or stream.guessed_rate
+        if not fps or fps <= 0:
+            span = (pts[-1] - pts[0]) * time_base
+            fps = Fraction(len(pts) - 1) / span if span else Fraction(1)
+        image = first or stream.codec_context
+        width, height = image.width, image.height
+        aspect = float(width * (stream.sample_aspect_ratio or 1) / height)
+        if first and _orientation(first)[0]:
+            width, height, aspect = height, width, 1 / aspect
+        starts = [
+            one.start_time * one.time_base
+            for one in (*self._container.streams.video, *self._container.streams.audio)
+            if one.start_time is not None and one.time_base and not one.disposition & Disposition.attached_pic
+        ]
+        origin = pts[0] * time_base - min(starts, default=pts[0] * time_base)
+        origin = float(origin) if origin >= 1 / fps else 0.0  # less is the lead of an audio codec
+        return Video(self.name, width, height, Fraction(fps), Fraction(time_base), tuple(pts), aspect, origin)
+
+    def _seconds(self, number: int) -> str:
+        video = self.video
+        return f"{float((video.pts[min(number, len(video.pts) - 1)] - video.pts[0]) * video.time_base):.2f} s"
 
 
 def encode_mp4(video: Tensor, fps: float | Fraction, crf: int = 10) -> bytes:
@@ -245,10 +388,22 @@ def encode_mp4(video: Tensor, fps: float | Fraction, crf: int = 10) -> bytes:
 
 
 @contextmanager
-def _open(source: Source, name: str, threads: int) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """(container, first video stream), closed afterwards; FFmpeg's errors become ValueError with the name.
+def _errors_named(name: str) -> Iterator[None]:
+    """FFmpeg's errors become ValueError with the name; a failing read stays an OSError, also with the name."""
+    try:
+        yield
+    except av.FFmpegError as error:
+        raise ValueError(f"{name}: is not readable as video ({error.strerror})") from None
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # its content made FFmpeg seek to an impossible offset
+            raise ValueError(f"{name}: is not readable as video ({error.strerror})") from None
+        raise OSError(error.errno, error.strerror, name) from None
 
-    Files are read by Python, so that FFmpeg's errors concern only their content; a failing read is an OSError.
+
+@contextmanager
+def _open_container(source: Source, name: str, threads: int) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """(container, its best video stream), closed afterwards. Files are read by Python, so that FFmpeg's errors concern
+    only their content.
     """
     formats = FORMATS
     if isinstance(source, bytes):
@@ -256,26 +411,19 @@ def _open(source: Source, name: str, threads: int) -> Iterator[tuple[InputContai
     elif not isinstance(source, Member) and not Path(source).is_file():
         raise ValueError(f"{name}: is not a file")
     options = {"format_whitelist": formats, "protocol_whitelist": "file"}
-    try:
-        with _open_bytes(source, name) as file, av.open(file, "r", options=options) as container:
-            if not container.streams.video:
-                raise ValueError(f"{name}: has no video stream")
-            stream = container.streams.video[0]
-            if stream.codec_context is None:
-                raise ValueError(f"{name}: is in a codec that FFmpeg cannot decode")
-            width, height = stream.codec_context.width, stream.codec_context.height
-            if width * height > MAX_PIXELS:
-                raise ValueError(f"{name}: {width}x{height} pixels are more than {MAX_PIXELS}")
-            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # a frame header may differ
-            stream.thread_type = "NONE" if threads == 1 else "AUTO"
-            stream.codec_context.thread_count = threads
-            yield container, stream
-    except av.FFmpegError as error:
-        raise ValueError(f"{name}: is not readable as video ({error.strerror})") from None
-    except OSError as error:
-        if error.errno == errno.EINVAL:  # its content made FFmpeg seek to an impossible offset
-            raise ValueError(f"{name}: is not readable as video ({error.strerror})") from None
-        raise OSError(error.errno, error.strerror, name) from None
+    with _open_bytes(source, name) as file, av.open(file, "r", options=options) as container:
+        stream = container.streams.best("video")  # as players choose: not a cover picture
+        if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:
+            raise ValueError(f"{name}: has no video stream")
+        if stream.codec_context is None:
+            raise ValueError(f"{name}: is in a codec that FFmpeg cannot decode")
+        width, height = stream.codec_context.width, stream.codec_context.height
+        if width * height > MAX_PIXELS:
+            raise ValueError(f"{name}: {width}x{height} pixels are more than {MAX_PIXELS}")
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # a frame header may differ
+        stream.thread_type = "NONE" if threads == 1 else "AUTO"
+        stream.codec_context.thread_count = threads
+        yield container, stream
 
 
 @contextmanager
@@ -296,43 +444,68 @@ def _to_array(
     crop: bool,
     name: str,
 ) -> np.ndarray:
-    """One frame as uint8 [H, W, 3], upright, scaled to cover `size` and, with `crop`, cropped around the centre."""
-    turns = _quarter_turns(frame)
+    """One frame as uint8 [H, W, 3], upright, scaled to cover `size` and, with `crop`, cropped around the centre.
+
+    Colours are converted by FFmpeg as the frame is tagged; HDR is mapped to BT.709, its reference white to white.
+    """
+    transposed, up_down, left_right = _orientation(frame)
     if size is None:
         height, width = rows, columns = frame.height, frame.width
         scale = 1.0
     else:
-        height, width = size if turns % 2 == 0 else size[::-1]
+        height, width = size[::-1] if transposed else size
         # Pixels need not be square: `aspect` is their width over their height.
         scale = max(width / float(frame.width * aspect), height / frame.height)
         columns = max(width, round(frame.width * aspect * scale))
         rows = max(height, round(frame.height * scale))
     if columns * rows > MAX_PIXELS:
         raise ValueError(f"{name}: too narrow, covering {size} takes {columns}x{rows} pixels")
-    # High-definition files without a colour space follow BT.709; FFmpeg would assume BT.601 for all.
-    unspecified = frame.height >= 720 and frame.colorspace not in COLORSPACES
-    rgb = scaler.reformat(
-        frame,
-        columns,
-        rows,
-        "rgb24",
-        src_colorspace=Colorspace.ITU709 if unspecified else None,
-        interpolation=Interpolation.AREA if scale < 1 else Interpolation.BICUBIC,
-    ).to_ndarray()
+    is_hdr = frame.color_trc in HDR_TRANSFERS
+    if is_hdr and frame.color_primaries == ColorPrimaries.UNSPECIFIED:
+        frame.color_primaries = ColorPrimaries.BT2020
+    matrix = None  # as tagged
+    if frame.colorspace == UNSPECIFIED_MATRIX and (is_hdr or frame.height >= 720):
+        # High-definition files without a tag follow BT.709; FFmpeg would assume BT.601 for all.
+        matrix = Colorspace.BT2020 if is_hdr else Colorspace.ITU709
+    try:
+        rgb = scaler.reformat(
+            frame,
+            columns,
+            rows,
+            "rgb24",
+            src_colorspace=matrix,
+            interpolation=Interpolation.AREA if scale < 1 else Interpolation.BICUBIC,
+            dst_color_trc=ColorTrc.BT709 if is_hdr else None,
+            dst_color_primaries=ColorPrimaries.BT709 if is_hdr else None,
+        ).to_ndarray()
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        raise ValueError(
+            f"{name}: is in a colour space that FFmpeg cannot convert to RGB (matrix {frame.colorspace}, transfer "
+            f"{frame.color_trc}); convert it to BT.709 before"
+        ) from None
     if crop:
         top, left = (rows - height) // 2, (columns - width) // 2
         rgb = rgb[top : top + height, left : left + width]
-    return np.ascontiguousarray(np.rot90(rgb, turns) if turns else rgb)
+    if transposed:
+        rgb = rgb.transpose(1, 0, 2)
+    return np.ascontiguousarray(rgb[:: -1 if up_down else 1, :: -1 if left_right else 1])
 
 
-def _quarter_turns(frame: av.VideoFrame) -> int:
-    """Quarter turns counterclockwise that bring the frame upright."""
-    return round(frame.rotation / 90) % 4
+def _disorder(stamps: list[int]) -> int:
+    """How often a stamp is not later than the one before it."""
+    return sum(a >= b for a, b in pairwise(stamps))
 
 
-def _time(video: Video, pts: int) -> str:
-    return f"{float((pts - video.pts[0]) * video.time_base):.2f} s"
-
-
-def _name(source: Source) -> str:
-    return "video" if isinstance(source, bytes) else str(source)
+def _orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
+    """(transpose, then flip up-down, then flip left-right): what brings the frame upright. Its display matrix, in units
+    of 1/65536, maps a pixel (x, y) to (a x + c y, b x + d y).
+    """
+    matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
+    if matrix is None:
+        return False, False, False
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+    if abs(a) >= abs(b):
+        return False, d < 0, a < 0
+    return True, b < 0, c < 0

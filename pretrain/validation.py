@@ -169,6 +169,8 @@ def check_same_model(config: Config, before: dict[str, Any]) -> None:
 def describe(config: Config, processes: int = 1) -> str:
     """The resolved configuration and what it costs, for `--dry-run`."""
     shards = open_shards(config.data) if config.data.shards else single_set("", ASSUMED_INDEX)
+    if config.data.shards:
+        check_shard_sizes(shards)
     config = resolve(config, shards.index)
     dp = check_clips(config, shards, processes)
     model, parallel, train, zero_stage = config.model, config.parallel, config.train, config.parallel.zero.stage

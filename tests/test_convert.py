@@ -394,7 +394,7 @@ def test_a_video_that_kills_workers_is_broken_and_one_that_kills_once_is_not(tmp
     for seed, name in enumerate(("deadly", "hungry"), 1):
         write_videos(tmp_path / name, seed, 1, 60, 48, 64)
         (tmp_path / name / "synthetic-000.mp4").rename(videos / "deep" / f"{name}.mp4")
-    monkeypatch.setattr(clip_extraction, "extract_clips", crashing_workers.extract_or_crash)
+    monkeypatch.setattr(clip_extraction, "extract_file", crashing_workers.extract_or_crash)
     results = []
     for workers in (2, 3):
         config = settings(tmp_path / str(workers), videos, workers=workers, clips_per_shard=2)

@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from msc.datasets import files
-from msc.pretrain import exported_weights
 from msc.pretrain.checkpoints import directory as checkpoint_directory
 from msc.pretrain.checkpoints import format as checkpoint_format
 from msc.pretrain.evaluation.confidence import with_total
@@ -23,6 +22,7 @@ from msc.pretrain.evaluation.evaluate import table_of, with_differences
 from msc.pretrain.export import export as exports
 from msc.pretrain.export import model_card
 from msc.pretrain.export.export import export, split
+from msc.pretrain.model import exported_weights
 from msc.pretrain.model.transformer import MSCTransformer
 
 SMALL = 40_000  # bytes of a file, so that the small model takes several

@@ -6,9 +6,13 @@ import itertools
 import json
 import os
 import resource
+import signal
 import struct
 import tarfile
+import time
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,18 +24,39 @@ import torch
 from safetensors.torch import save
 
 from msc.datasets import video as decode
+from msc.datasets.errors import DeterministicFailure
+from msc.datasets.loading.dataloader import loader
+from msc.datasets.loading.mixture import single_set
 from msc.datasets.loading.shard_reader import ShardReader
 from msc.datasets.prepare.convert import ConvertConfig, convert
 from msc.datasets.prepare.sources import find_sources
-from msc.datasets.shards.index import Index, read_index, scan, write_shard
+from msc.datasets.prepare.summary import damaged_shards
+from msc.datasets.shards import index as index_module
+from msc.datasets.shards.index import Index, Shape, ShardInfo, check_shards, read_index, scan, write_index, write_shard
 from msc.datasets.statistics import Statistics
 from msc.datasets.synthetic import write_videos
 from msc.datasets.video import decode_frames, encode_mp4, probe
+from msc.pretrain import validation
+from msc.pretrain.config import load
 
 
 def peak() -> int:
     """Most memory that this process ever had, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+@contextmanager
+def bounded(seconds: int, megabytes: int) -> Iterator[None]:
+    """The block ends within this time, or the process is ended by a signal, and takes no more memory."""
+    before = peak()
+    signal.alarm(2 * seconds)
+    begin = time.monotonic()
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+    assert time.monotonic() - begin < seconds
+    assert peak() - before < megabytes
 
 
 def latent_index(folder: Path, *parts: dict[str, bytes], **changes) -> Index:
@@ -43,6 +68,156 @@ def latent_index(folder: Path, *parts: dict[str, bytes], **changes) -> Index:
         "statistics": Statistics.default(3), "settings": {}, "splits": {"train": [shard]},
     }  # fmt: skip
     return Index(**{**fields, **changes})
+
+
+# --- what an index claims ----------------------------------------------------------------------------------
+
+HUGE = 10**9
+LIES = [
+    ({"frames": HUGE}, "frames is 1000000000, at most 65536"),
+    ({"frames": HUGE, "video_frames": HUGE}, "frames is 1000000000, at most 65536"),
+    ({"frames": 60_000, "video_frames": 60_000}, r"samples is 12, of at least 1441024 bytes each .* bytes is \d+"),
+    ({"frames": 3}, "video_frames is 4, frames is 3, which is not one for each 1 of video"),
+    ({"temporal_factor": HUGE}, "temporal_factor is 1000000000, at most 1024"),
+    ({"temporal_factor": 4}, "video_frames is 4, frames is 4, which is not one for each 4"),
+    ({"height": HUGE, "video_height": HUGE}, "1000000000 x 2, at most 16384 pixels a side"),
+    ({"height": HUGE}, "height x width is 1000000000 x 2, no reduction of video_height x video_width, 2 x 2"),
+    ({"video_height": 16}, "height x width is 2 x 2, no reduction of video_height x video_width, 16 x 2"),
+    ({"video_height": 16_000, "video_width": 16_000}, "16000 x 16000, at most 67108864 pixels"),
+    ({"height": 2**13, "width": 2**13, "video_height": 2**13, "video_width": 2**13}, r"samples is 12, of at least "),
+    ({"frames": 200, "video_frames": 200, "video_height": 2**13, "video_width": 2**13},
+     "a clip of 200x8192x8192 takes 40265318400 bytes as video, at most 34359738368"),
+    ({"channels": HUGE}, "latents of 1000000000 channels take 32000000000 bytes"),
+    ({"channels": 0}, "channels is 0, it must be at least 1"),
+    ({"has_text": HUGE}, "has_text is 1000000000, a width of text is from 1 to 268435456"),
+    ({"has_text": 10**8}, "samples is 12, of at least 100001120 bytes each"),
+    ({"skipped": -1}, "skipped is -1"),
+    ({"autoencoder": 3}, "autoencoder: Input should be a valid string"),
+    ({"store": "x" * 10**7}, "store is 'x{80}', expected one of"),
+    ({"settings": {"labels": 3}}, "settings.labels is 3, expected a list of names"),
+    ({"settings": {"labels": ["a"]}, "classes": 2}, "settings.labels has 1 names, classes is 2"),
+    ({"shard": {"samples": 2**31 - 1}}, r"train-000000.tar: samples is 2147483647, of .* bytes is \d+"),
+    ({"shard": {"samples": 10**7}}, r"train-000000.tar: samples is 10000000, of .* bytes is \d+"),
+    ({"shard": {"samples": -1}}, "samples is -1"),
+    ({"shard": {"bytes": 2**60}}, "train-000000.tar: bytes is 1152921504606846976"),
+    ({"shard": {"sha256": "0" * 10**7}}, "train-000000.tar: sha256 is '0{80}', expected 64"),
+    ({"shard": {"name": "x" * 10**7}}, "shard name 'x{80}' leaves the folder"),
+    ({"shard": {"bucket": 7}}, "train-000000.tar: bucket is 7, there are 1"),
+    ({"splits": 2}, "train-000000.tar is listed twice"),
+    ({"buckets": 10**5}, "there are 100000 buckets, at most 1024"),
+]  # fmt: skip
+
+
+def latent_shard(folder: Path) -> Index:
+    """12 samples, with their index."""
+    part = {"json": b"{}", "latent.safetensors": save({"latent": torch.zeros(4, 3, 2, 2, dtype=torch.float16)})}
+    index = latent_index(folder, *[part] * 12)
+    write_index(folder, index)
+    return index
+
+
+@pytest.mark.parametrize(("change", "message"), LIES)
+def test_what_an_index_claims_is_compared_before_any_work(tmp_path, change, message):
+    latent_shard(tmp_path)
+    assert read_index(tmp_path).samples("train") == 12
+    path = tmp_path / "index.json"
+    fields = json.loads(path.read_text())
+    if "shard" in change:
+        fields["splits"]["train"][0] |= change["shard"]
+    elif "splits" in change:
+        fields["splits"]["held_out"] = fields["splits"]["train"]
+    elif "buckets" in change:
+        fields["buckets"] = [{name: fields[name] for name in Shape.__dataclass_fields__}] * change["buckets"]
+    else:
+        fields |= change
+    path.write_text(json.dumps(fields))
+    with bounded(10, 300), pytest.raises(ValueError, match=rf"{path} is damaged \(.*{message}") as error:
+        read_index(tmp_path)
+    assert "copy it or run `msc convert` again" in str(error.value) and len(str(error.value)) < 1000
+
+
+def test_an_index_has_the_limits_of_video():
+    assert (index_module.MAX_PIXELS, index_module.MAX_BYTES) == (decode.MAX_PIXELS, decode.MAX_BYTES)
+
+
+def test_an_index_of_millions_of_values_is_not_parsed(tmp_path):
+    latent_shard(tmp_path)
+    path = tmp_path / "index.json"
+    path.write_text(
+        path.read_text().replace('"settings": {}', f'"settings": {{"x": [{",".join(["[]"] * 20_000_000)}]}}')
+    )
+    assert path.stat().st_size > 60_000_000
+    with (
+        bounded(5, 300),
+        pytest.raises(ValueError, match=r"index.json holds 40000\d+ values, at most 4194304 are read: "),
+    ):
+        read_index(tmp_path)
+
+
+@pytest.mark.parametrize(("frames", "factor", "video_frames"), [(8, 4, 32), (20, 4, 77), (1, 8, 1), (1, 1, 1)])
+@pytest.mark.parametrize(("sides", "video_sides"), [((8, 16), (64, 128)), ((12, 20), (90, 160)), ((11, 20), (90, 160)),
+                                                    ((1, 1), (8, 8)), ((64, 64), (64, 64))])  # fmt: skip
+def test_sizes_of_real_autoencoders_are_read(frames, factor, video_frames, sides, video_sides):
+    assert Shape(frames, *sides, video_frames, *video_sides).problem(16, factor) == ""
+
+
+@pytest.mark.parametrize("on_disk", ["other samples", "another size", "truncated"])
+def test_a_false_number_of_samples_ends_the_loader_at_once(tmp_path, caplog, on_disk):
+    """Where the sizes of shards were not compared before: in the loader alone."""
+    index = latent_shard(tmp_path)
+    changes = {"samples": 13} if on_disk == "other samples" else {"samples": 2**31 - 1, "bytes": 2**49}
+    shard = ShardInfo(**{**vars(index.splits["train"][0]), **changes})
+    write_index(tmp_path, Index(**{**vars(index), "splits": {"train": [shard]}}))
+    if on_disk == "truncated":
+        os.truncate(tmp_path / shard.name, 5000)
+    shards = single_set(tmp_path, read_index(tmp_path))
+    batches = loader(shards, "train", seed=0, clock=0, clips=1, workers=0)
+    reason = "262144 clips in a row of .*is truncated" if on_disk == "truncated" else (
+        rf"train-000000.tar has 12 samples, its index says {shard.samples}: copy both again")  # fmt: skip
+    with bounded(60, 500), pytest.raises(DeterministicFailure, match=reason):
+        next(batches)
+    assert caplog.text.count("\n") <= 1
+    if on_disk != "other samples":
+        config = load(None, None, [f"data.shards={tmp_path}"])
+        with bounded(5, 100), pytest.raises(ValueError, match=r"tar has \d+ bytes, its index says 562949953421312"):
+            validation.describe(config)
+
+
+@pytest.mark.parametrize("name", ["train-000000.toc", "train-000000.tar"])
+def test_a_named_pipe_is_not_opened(tmp_path, name):
+    index = latent_shard(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with bounded(10, 100):
+        if name.endswith("toc"):
+            assert ShardReader(tmp_path, index, "train").read(11)[0] == "clip-11"
+            assert damaged_shards(tmp_path, index) == []
+        else:
+            with pytest.raises(ValueError, match="train-000000.tar is not a file"):
+                ShardReader(tmp_path, index, "train").read(0)
+            with pytest.raises(FileNotFoundError, match="train-000000.tar is not a file"):
+                check_shards(tmp_path, index)
+
+
+@pytest.mark.parametrize("store", ["video", "latent"])
+def test_a_sparse_member_of_two_gigabytes_is_not_read(tmp_path, store):
+    good = save({"latent": torch.zeros(4, 3, 2, 2, dtype=torch.float16)})
+    extension = {"video": "mp4", "latent": "latent.safetensors"}[store]
+    index = latent_index(tmp_path, {"json": b'{"crc32": 0}', extension: good}, store=store)
+    path = tmp_path / "train-000000.tar"
+    media = tarfile.TarInfo(f"clip-0.{extension}")
+    media.size = 2 << 30
+    offset = scan(path)[0].parts[extension][0]
+    with open(path, "r+b") as file:
+        file.seek(offset - 512)
+        file.write(media.tobuf(tarfile.USTAR_FORMAT) + good)
+        file.truncate(offset + media.size + 1024)  # a hole: it takes no space
+    assert scan(path)[0].parts[extension] == (offset, 2 << 30)
+    with bounded(5, 100), pytest.raises(ValueError, match=r"(video has|latents have) 2147483648 bytes, more than"):
+        ShardReader(tmp_path, index, "train").read(0)
+
+
+# --- members -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.mp4", "a.latent.safetensors", "a.text.safetensors"])
@@ -205,19 +380,19 @@ def test_a_clip_that_is_not_what_the_index_says_is_not_decoded(tmp_path, monkeyp
         content = claiming(content, 200_000)
     about = json.dumps({"crc32": zlib.crc32(content)}).encode()
     index = latent_index(tmp_path, {"json": about, "mp4": content}, store="video", video_height=32, video_width=32)
-    monkeypatch.setattr(decode, "iterate_frames", None)
+    monkeypatch.setattr(decode.VideoReader, "frames", None)
     for part in (None, (1, 2)):  # whatever a rank reads of it
         with pytest.raises(ValueError, match=message):
             ShardReader(tmp_path, index, "train", part).read(0)
 
 
-def test_counting_frames_is_bounded(monkeypatch):
-    packet = SimpleNamespace(pts=0, size=1, is_discard=False)
-    container = SimpleNamespace(demux=lambda stream: itertools.repeat(packet))
-    stream = SimpleNamespace(frames=0, codec_context=SimpleNamespace(width=32, height=32))
-    monkeypatch.setattr(decode, "MAX_FRAMES", 1000)
+def test_counting_frames_is_bounded():
+    packet = SimpleNamespace(pts=0, dts=0, size=1, is_discard=False, is_keyframe=True)
+    reader = decode.VideoReader("endless", max_frames=1000)
+    reader._container = SimpleNamespace(demux=lambda stream: itertools.repeat(packet))
+    reader._stream = SimpleNamespace(frames=0, codec_context=SimpleNamespace(width=32, height=32))
     with pytest.raises(ValueError, match="endless: has more than the 1000 frames"):
-        decode._probe_stream(container, stream, "endless")
+        reader._packet_timeline()
 
 
 def test_special_files_are_skipped(tmp_path):

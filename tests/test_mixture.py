@@ -296,7 +296,12 @@ def test_empty_and_small_buckets_are_refused(tmp_path, data):
 
 def test_sets_that_do_not_fit_each_other_are_refused(tmp_path, data, plain):
     index = read_index(plain)
-    for change in ({"autoencoder": "haar"}, {"classes": 3}, {"store": "latent"}, {"settings": {"labels": ["a"]}}):
+    for change in (
+        {"autoencoder": "haar"},
+        {"classes": 3},
+        {"store": "latent", "splits": {}},
+        {"settings": {"labels": ["a"]}},
+    ):
         folder = tmp_path / next(iter(change))
         folder.mkdir()
         for path in plain.glob("*.tar"):

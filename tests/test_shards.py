@@ -212,11 +212,13 @@ def test_an_oversized_index_is_not_read(tmp_path, monkeypatch):
         read_index(tmp_path)
 
 
-def test_an_index_too_large_to_read_is_not_written(tmp_path, monkeypatch):
+@pytest.mark.parametrize("limit", ["MAX_INDEX_BYTES", "MAX_INDEX_VALUES"])
+def test_an_index_too_large_to_read_is_not_written(tmp_path, monkeypatch, limit):
     index = make_folder(tmp_path)
     written = (tmp_path / "index.json").read_bytes()
-    monkeypatch.setattr(shards, "MAX_INDEX_BYTES", len(written) - 1)
-    with pytest.raises(ValueError, match=rf"index.json would have {len(written)} bytes, at most .*--clips-per-shard"):
+    size = len(written) if limit == "MAX_INDEX_BYTES" else shards.count_values(written)
+    monkeypatch.setattr(shards, limit, size - 1)
+    with pytest.raises(ValueError, match=rf"index.json would have {size} .*, at most .*--clips-per-shard"):
         shards.write_index(tmp_path, dataclasses.replace(index, skipped=1))
     assert (tmp_path / "index.json").read_bytes() == written
 

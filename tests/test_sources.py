@@ -136,6 +136,11 @@ def test_a_list_of_files_is_a_column_of_paths(folder):
         ("txt", "pipe:cat /etc/passwd\n", "is an address or a command"),
         ("txt", b"\xff\xfe", "is not UTF-8"),
         ("parquet", b"PAR", "not readable as Parquet|needs pyarrow"),
+        (
+            "parquet",
+            b"PAR1" + b"\xff" * 20 + b"\x0c\0\0\0PAR1",
+            "list.parquet is not readable as Parquet|needs pyarrow",
+        ),
     ],
 )
 def test_rows_that_make_no_sense_are_refused(tmp_path, kind, content, message):
@@ -282,7 +287,7 @@ def test_pieces_of_one_recording_are_of_one_split(tmp_path):
     assert sum(report.clips.values()) == 30  # 5 of every video, none lost at a border
     assert (
         "6 videos are pieces of 3 recordings, by the column group or their names (such as in/video0_0.mp4); "
-        f"{len(held_out)} recordings are held out, whole" in report.text
+        f"held out whole: {len(held_out)} recordings, {2 * len(held_out)} videos" in report.text
     )
 
 

@@ -15,7 +15,7 @@ import torch
 
 from msc.datasets import video as decode
 from msc.datasets.synthetic import moving_textures
-from msc.datasets.video import decode_frames, encode_mp4, frame_indices, probe
+from msc.datasets.video import VideoReader, decode_frames, encode_mp4, frame_indices, probe
 
 
 def real_video(name: str) -> Path:
@@ -318,7 +318,8 @@ def test_nothing_stays_open_and_memory_does_not_grow(tmp_path):
     def use(times: int) -> None:
         for _ in range(times):
             decode_frames(content, start=3, stop=9, threads=1)
-            next(decode.iterate_frames(content, probe(content), range(16), None))  # left before its end
+            with VideoReader(content) as reader:
+                next(reader.frames(range(16), None))  # left before its end
             with pytest.raises(ValueError, match="bad"):
                 decode_frames(bad)
 
@@ -327,3 +328,87 @@ def test_nothing_stays_open_and_memory_does_not_grow(tmp_path):
     use(200)
     assert len(os.listdir("/proc/self/fd")) == files
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # kilobytes
+
+
+FLIPS = [(a, b, c, d) for s in (1, -1) for t in (1, -1) for a, b, c, d in ((s, 0, 0, t), (0, s, t, 0))]
+
+
+@pytest.mark.parametrize("matrix", FLIPS)
+def test_all_orientations_are_undone(tmp_path, matrix):
+    """The display matrix maps a pixel (x, y) to (a x + c y, b x + d y)."""
+    a, b, c, d = matrix
+    picture = np.zeros((48, 64, 3), np.uint8)
+    picture[:24, :32], picture[:24, 32:], picture[24:, :32] = 220, 130, 70
+    path = write_video(tmp_path / "turned.mp4", [picture] * 2)
+    content = bytearray(path.read_bytes())
+    at = content.find(b"tkhd") + 44
+    values = [a << 16, b << 16, 0, c << 16, d << 16, 0, 64 << 16 if a + c < 0 else 0, 48 << 16 if b + d < 0 else 0]
+    content[at : at + 36] = np.array([*values, 1 << 30], ">i4").tobytes()
+    path.write_bytes(content)
+    height, width = (48, 64) if a else (64, 48)
+    want = np.empty((height, width), int)
+    for y in range(48):
+        for x in range(64):
+            right, down = a * x + c * y, b * x + d * y
+            want[down % height, right % width] = picture[y, x, 0]  # -1 is the last row or column, as a flip maps 0
+    upright = decode_frames(path, stop=1)[0, 0].numpy().astype(int)
+    assert upright.shape == want.shape
+    for rows in (slice(4, height // 2 - 4), slice(height // 2 + 4, height - 4)):
+        for columns in (slice(4, width // 2 - 4), slice(width // 2 + 4, width - 4)):
+            assert abs(upright[rows, columns].mean() - want[rows, columns].mean()) < 4
+
+
+def ffmpeg_rgb(frame: av.VideoFrame) -> np.ndarray:
+    """The conversion of FFmpeg's own scale filter."""
+    graph = av.filter.Graph()
+    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 25))
+    scale = graph.add("scale", "flags=bicubic")
+    graph.link_nodes(source, scale, graph.add("format", "rgb24"), graph.add("buffersink")).configure()
+    graph.push(frame)
+    return graph.pull().to_ndarray()
+
+
+@pytest.mark.parametrize("pixels", ["yuv420p", "yuv422p", "yuv420p10le", "yuv422p10le", "yuv444p12le"])
+@pytest.mark.parametrize("height", [96, 720])
+@pytest.mark.parametrize("interlaced", ["", "+ildct+ilme"])
+def test_colours_are_those_of_ffmpeg(tmp_path, pixels, height, interlaced):
+    """Tags BT.709, 470BG, 170M, 240M and 2020; limited and full range. FFV1 gives back what was written."""
+    y, x = np.mgrid[:height, :128]
+    picture = np.stack([x * 2, y * 255 // height, (x + y) % 256], -1).astype(np.uint8)
+    for matrix in (1, 5, 6, 7, 9):
+        for color_range in (1, 2):
+            path = tmp_path / f"{matrix}-{color_range}.mkv"
+            with av.open(str(path), "w") as container:
+                stream = container.add_stream("ffv1", rate=25, options={"flags": interlaced} if interlaced else {})
+                stream.height, stream.width, stream.pix_fmt = height, 128, pixels
+                stream.codec_context.colorspace, stream.codec_context.color_range = matrix, color_range
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pixels)
+                frame.pts, frame.colorspace, frame.color_range = 0, matrix, color_range
+                container.mux(stream.encode(frame))
+                container.mux(stream.encode())
+            with av.open(str(path)) as container:
+                decoded = next(container.decode(video=0))
+                assert (decoded.colorspace, decoded.color_range) == (matrix, color_range)
+                want = ffmpeg_rgb(decoded).astype(int)
+            got = decode_frames(path)[0].permute(1, 2, 0).numpy()
+            assert np.abs(got - want).max() <= 1
+
+
+def test_seconds_count_from_the_start_of_the_file(tmp_path):
+    path = write_video(
+        tmp_path / "late.mkv", grey([50] * 25), [1000 + 40 * i for i in range(25)], base=Fraction(1, 1000)
+    )
+    assert probe(path).origin == 0.0
+    path = tmp_path / "sound.mkv"
+    with av.open(str(path), "w") as container:
+        sound, stream = container.add_stream("pcm_s16le", rate=8000), container.add_stream("libx264", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), "s16", "mono")
+        silence.sample_rate, silence.pts, silence.time_base = 8000, 0, Fraction(1, 8000)
+        container.mux(sound.encode(silence))
+        for i, picture in enumerate(grey([50] * 25)):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = i + 15, Fraction(1, 25)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert probe(path).origin == pytest.approx(0.6)

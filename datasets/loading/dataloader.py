@@ -29,6 +29,7 @@ Frames = tuple[int, int]  # latent frames [start, stop)
 Position = tuple[int, int]  # bucket, position among the clips of that bucket that a run sees
 Draw = Callable[[int, int, int], tuple[Tensor, Tensor]]  # (sample, epoch, bucket) to a clip's (t, noise)
 MAX_FAILURES_IN_A_ROW = 64
+MAX_CLIPS_IN_A_ROW = 1 << 18  # that are tried in place of one: a shard that cannot be read is one failure, many clips
 JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # to all of a job
 log = logging.getLogger(__name__)
 
@@ -135,12 +136,14 @@ class _Batches(Dataset):
         epoch, first = own.sample_at(position)
         before = len(unreadable)
         reasons: dict[str, None] = {}  # fewer than the clips: all of a shard that cannot be read share one
-        for attempt in range(min(stream.clips, self.max_unreadable + 1)):
+        for attempt in range(min(stream.clips, self.max_unreadable + 1, MAX_CLIPS_IN_A_ROW)):
             if len(reasons) == MAX_FAILURES_IN_A_ROW:
                 break
             sample = (first + attempt) % stream.clips
             try:
                 key, media, text, label = own.reader.read(sample)
+            except DeterministicFailure:
+                raise
             except ValueError as error:
                 unreadable.append((stream.first + sample, str(error)))
                 reasons[str(error)] = None
@@ -230,6 +233,7 @@ def _positions(
 def _checked(data_loader: DataLoader, dataset: _Batches) -> Generator[Batch, None, None]:
     """The batches, until too many clips are unreadable. Its end, or `close`, ends the workers."""
     unreadable: set[int] = set()
+    logged: set[str] = set()  # all clips of a shard that cannot be read share a reason: one line
     # Blocked while workers start, so that a signal to the whole job finds them ignoring it already.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
     try:
@@ -247,7 +251,9 @@ def _checked(data_loader: DataLoader, dataset: _Batches) -> Generator[Batch, Non
                         f"more than {dataset.max_unreadable} of the {dataset.clips} samples in {dataset.name} are "
                         f"unreadable, among them {reason}: check the disk, or run `msc convert` again"
                     )
-                log.warning("unreadable clip skipped: %s", reason)
+                if reason not in logged:
+                    logged.add(reason)
+                    log.warning("unreadable clip skipped: %s", reason)
             if batch.error is not None:
                 raise batch.error
             yield batch

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from ..errors import DeterministicFailure
 from ..shards.index import STORES, Index, Sample, find_part, read_part, scan
 from ..shards.remote import RemoteShards
 from ..shards.table_of_contents import read_toc
@@ -95,8 +96,13 @@ class ShardReader:
         if contents is None:
             try:
                 contents = read_toc(path, shard) or scan(path)
-                if len(contents) != shard.samples:
-                    raise ValueError(f"shard {path} has {len(contents)} samples, its index says {shard.samples}")
+                if len(contents) != shard.samples:  # no damage, which would show in the scan
+                    raise DeterministicFailure(
+                        f"shard {path} has {len(contents)} samples, its index says {shard.samples}: copy both again or "
+                        "run `msc convert` again"
+                    )
+            except DeterministicFailure:
+                raise
             except ValueError as error:
                 contents = str(error)
             if len(self._contents) >= CACHED_SHARDS:
@@ -116,12 +122,15 @@ class ShardReader:
         return text
 
     def _video(self, path: Path, sample: Sample, about: dict[str, Any]) -> Tensor:
+        index, (start, stop) = self.index, self.video_frames
+        expected = (index.video_frames, index.video_height, index.video_width)
+        _, size = find_part(path, sample, "mp4")
+        if size > (most := 2 * 3 * math.prod(expected) + CHUNK):  # twice what it has uncompressed
+            raise ValueError(f"video has {size} bytes, more than {most} for {index.shape} are not read")
         content = read_part(path, sample, "mp4")
         if zlib.crc32(content) != about["crc32"]:
             raise ValueError("checksum of the video differs from the one written")
-        index, (start, stop) = self.index, self.video_frames
-        size = (index.video_frames, index.video_height, index.video_width)
-        return decode_frames(content, start=start, stop=stop, name=f"{sample.key}.mp4", threads=1, expected=size)
+        return decode_frames(content, start=start, stop=stop, name=f"{sample.key}.mp4", threads=1, expected=expected)
 
     def _latents(self, path: Path, sample: Sample, about: dict[str, Any]) -> Tensor:
         """All bytes are read for the checksum, but only the frames requested are held in memory."""
@@ -140,6 +149,8 @@ class ShardReader:
             inside = 0 <= begin <= end <= size - 8 - length
             if header["shape"] != shape or end - begin != shape[0] * frame_bytes or not inside:
                 raise ValueError(f"latents are {header['shape']}, the index says {shape}")
+            if size > (most := 2 * (end - begin) + 2 * CHUNK):
+                raise ValueError(f"latents have {size} bytes, more than {most} for {shape} are not read")
             if "crc32" in about and _crc32(file, offset, size) != about["crc32"]:
                 raise ValueError("checksum of the latents differs from the one written")
             file.seek(offset + 8 + length + begin + start * frame_bytes)

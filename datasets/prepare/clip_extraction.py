@@ -7,20 +7,21 @@ import os
 import shutil
 import signal
 import threading
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from itertools import groupby, pairwise
 from pathlib import Path
-from queue import SimpleQueue
 
 import numpy as np
 import torch
 
 from ..shards.tar import FILE_ERRORS, retry_read, size_of
-from ..video import Video, encode_mp4, frame_indices, iterate_frames, probe
+from ..video import TimelineChanged, VideoReader, encode_mp4, frame_indices
 from .clip_ranges import SPLITS, best_buckets, frozen_ranges, split_into_clips, split_ranges
 from .progress import SourceResult
 from .scenes import brightness, content_change, frame_content, motion
@@ -65,51 +66,81 @@ class ExtractionTask:
 Extraction = tuple[SourceResult, list[Clip]]
 
 
-def extract_clips(task: ExtractionTask) -> Extraction:
-    """Decode a source once and spool its clips; a source that cannot be decoded to its end gives none of them.
+def extract_file(tasks: list[ExtractionTask]) -> list[Extraction]:
+    """Decode the sources that are taken from one file, which is opened once, and spool their clips; a source that
+    cannot be decoded to its end gives none of them.
 
-    All clips of a source have one size (see `best_buckets`); each range without a scene cut or a long freeze is divided
-    into clips of the longest length that fits, and the rest into shorter ones where there are such buckets.
-    OSError where a disk or server cannot be read or the source has disappeared: this may pass, and the conversion can
+    OSError where a disk or server cannot be read or the file has disappeared: this may pass, and the conversion can
     be continued. A single file that repeatedly cannot be read is unreadable instead: it would hold up all others.
     """
-    source = task.source
+    source, results = tasks[0].source, list[Extraction]()
+
+    def extract() -> None:
+        with VideoReader(source.path, source.name, tasks[0].threads) as reader:
+            while len(results) < len(tasks):
+                try:
+                    shown = frame_indices(reader.video, tasks[0].fps)
+                    for task in tasks[len(results) :]:
+                        results.append(_extract_clips(task, reader, shown))
+                except TimelineChanged:
+                    results.clear()  # all by one time line, as held-out parts lie on it
+
+    reason = ""
     try:
-        return retry_read(partial(_decode_clips, task))
+        retry_read(extract)
+        if (size := size_of(source.path)) != source.size:
+            results.clear()
+            reason = f"has changed since it was listed: {source.size} bytes then, {size} now"
+    except ValueError as error:
+        if isinstance(source.path, Path) and source.size >= 0 and not any(source.path.parent.glob("*")):
+            raise OSError(f"{source.path} and all files beside it have disappeared: is the disk mounted?") from None
+        reason = str(error).removeprefix(f"{source.name}: ")
     except OSError as error:
         own = error.filename == source.name and error.errno in FILE_ERRORS
         if not own or size_of(source.path) != source.size:
             raise
-        return _unreadable(task, 0, f"cannot be read: {error.strerror}")
+        reason = f"cannot be read: {error.strerror}"
+    return results + [_unreadable(task, 0, reason) for task in tasks[len(results) :]]
 
 
-def _decode_clips(task: ExtractionTask) -> Extraction:
-    source, ticks = task.source, 0
-    clips: list[Clip] = []
-    freezes, unwanted = [], []
-    try:
-        video = probe(source.path, source.name)
-        shown = frame_indices(video, task.fps)
-        part, span = (
-            (math.ceil(min(first * task.fps, len(shown)) - 1e-6), math.floor(min(last * task.fps, len(shown)) + 1e-6))
-            for first, last in ((source.start, source.end), source.span)
+def _extract_clips(task: ExtractionTask, reader: VideoReader, shown: list[int]) -> Extraction:
+    """Clips of one source. shown: the frame at each tick of the file.
+
+    All clips of a source have one size (see `best_buckets`); each range without a scene cut, a seam or a long freeze is
+    divided into clips of the longest length that fits, and the rest into shorter ones where there are such buckets.
+    """
+    source, video = task.source, reader.video
+    part, span = (
+        (
+            math.ceil(min(max(first - video.origin, 0) * task.fps, len(shown)) - 1e-6),
+            math.floor(min(max(last - video.origin, 0) * task.fps, len(shown)) + 1e-6),
         )
-        ticks = part[1] - part[0]
-        least = min(shape[0] for shape in task.shapes)
-        splits = split_ranges(shown, task.held_out, least, source.draw, part, span)
-        longest = max(last - first for first, last in splits.values())
-        buckets = best_buckets(task.shapes, video.height, video.height * video.aspect, longest)
-        if not buckets:
-            reason = f"is too short: {ticks} frames at {task.fps:g} fps, a clip needs {least}"
-            return SourceResult(source.name, ticks, dict.fromkeys(SPLITS, 0), reason), []
-        ranges = []
-        for split, (first, last) in splits.items():
-            for begin, end in frozen_ranges(shown, first, last, max(1, LONGEST_FREEZE * task.fps)):
-                freezes.append(f"shows one frame from {begin / task.fps:.2f} to {end / task.fps:.2f} s")
-                ranges.append((split, first, begin))
-                first = end
-            ranges.append((split, first, last))
-        for split, start, frames in _clips_of_ranges(task, video, shown, ranges, buckets):
+        for first, last in ((source.start, source.end), source.span)
+    )
+    ticks = max(0, part[1] - part[0])
+    least = min(shape[0] for shape in task.shapes)
+    splits = split_ranges(shown, task.held_out, least, source.draw, part, span)
+    longest = max(last - first for first, last in splits.values())
+    buckets = best_buckets(task.shapes, video.height, video.height * video.aspect, longest)
+    if not buckets:
+        reason = f"is too short: {ticks} frames at {task.fps:g} fps, a clip needs {least}"
+        return SourceResult(source.name, ticks, dict.fromkeys(SPLITS, 0), reason), []
+    clips: list[Clip] = []
+    ranges, freezes, unwanted = [], [], []
+    seams = [bisect_left(shown, frame) for frame in video.seams]
+    for split, (first, last) in splits.items():
+        for begin, end in frozen_ranges(shown, first, last, max(1, LONGEST_FREEZE * task.fps)):
+            freezes.append(f"shows one frame from {begin / task.fps:.2f} to {end / task.fps:.2f} s")
+            ranges.append((split, first, begin))
+            first = end
+        ranges.append((split, first, last))
+    ranges = [
+        (split, begin, end)
+        for split, first, last in ranges
+        for begin, end in pairwise((first, *(tick for tick in seams if first < tick < last), last))
+    ]
+    try:
+        for split, start, frames in _clips_of_ranges(task, reader, shown, ranges, buckets):
             if reason := _reason_to_leave_out(task, frames):
                 unwanted.append(f"clip at {start / task.fps:.2f} s {reason}")
                 continue
@@ -117,9 +148,7 @@ def _decode_clips(task: ExtractionTask) -> Extraction:
             clip.file.write_bytes(encode_mp4(torch.from_numpy(frames).permute(0, 3, 1, 2), task.fps, task.crf))
             clips.append(clip)
     except ValueError as error:
-        if isinstance(source.path, Path) and source.size >= 0 and not any(source.path.parent.glob("*")):
-            raise OSError(f"{source.path} and all files beside it have disappeared: is the disk mounted?") from None
-        return _unreadable(task, ticks, str(error).removeprefix(f"{source.name}: "))
+        return _unreadable(task, ticks, str(error).removeprefix(f"{reader.name}: "))
     reason = ""
     if not clips:
         reason = "gives no clip that passes the filters" if unwanted else f"has no scene of {min(buckets)} frames"
@@ -146,7 +175,7 @@ def _reason_to_leave_out(task: ExtractionTask, clip: np.ndarray) -> str:
 
 def _clips_of_ranges(
     task: ExtractionTask,
-    video: Video,
+    reader: VideoReader,
     shown: list[int],
     ranges: list[tuple[str, int, int]],
     buckets: dict[int, int],
@@ -162,7 +191,7 @@ def _clips_of_ranges(
             for _, first, last in ranges
         ]
     ticks = [shown[tick] for own in needed for tick in own]
-    decoded = iterate_frames(task.source.path, video, ticks, size, task.threads, crop=not task.random_crop)
+    decoded = reader.frames(ticks, size, crop=not task.random_crop)
     held: dict[int, np.ndarray] = {}
 
     def clip(start: int, length: int) -> np.ndarray:
@@ -202,66 +231,55 @@ def _crop(task: ExtractionTask, start: int, size: tuple[int, int], clip: np.ndar
 
 
 def extract_in_order(tasks: list[ExtractionTask], workers: int) -> Generator[Extraction, None, None]:
-    """Results in the order of the tasks, however many workers; only a few sources ahead, to bound the spool.
+    """Results in the order of the tasks, however many workers; only a few files ahead, to bound the spool. Sources that
+    follow each other and are taken from one file are extracted together.
 
-    A source on which a worker dies is tried once more, with nothing beside it, and is unreadable if that worker dies
-    too. With one worker everything is done in this process, which dies with it.
+    Files that are waiting when a worker dies are tried again, with nothing beside them, and one that kills its worker
+    twice more is unreadable. With one worker everything is done in this process, which dies with it.
     """
+    files = deque(list(own) for _, own in groupby(tasks, lambda task: task.source.path))
     if workers == 1 or not tasks:
-        yield from map(extract_clips, tasks)
+        for file in files:
+            yield from extract_file(file)
         return
-    # One thread per worker hands it its sources, even while our caller is busy with a result.
-    workers = min(workers, len(tasks))
-    threads, idle = ThreadPoolExecutor(workers), SimpleQueue[ProcessPoolExecutor]()
-    for _ in range(workers):
-        idle.put(_new_worker())
-    ahead = deque(tasks)
-    waiting: deque[tuple[ExtractionTask, Future[Extraction | None]]] = deque()
+    workers = min(workers, len(files))
+    pool = _new_pool(workers)
+    waiting: deque[tuple[list[ExtractionTask], Future[list[Extraction]]]] = deque()
     try:
-        while ahead or waiting:
-            while ahead and len(waiting) < 2 * workers:
-                waiting.append((ahead[0], threads.submit(_extract_in_idle_worker, ahead.popleft(), idle)))
-            task, future = waiting[0]
-            result = future.result()
-            if result is None:  # it may have lacked the memory that others used
+        while files or waiting:
+            while files and len(waiting) < 2 * workers:
+                try:
+                    future = pool.submit(extract_file, files[0])
+                except BrokenProcessPool:
+                    pool.shutdown()
+                    pool = _new_pool(workers)
+                    continue
+                waiting.append((files.popleft(), future))
+            file, future = waiting[0]
+            try:
+                results = future.result()
+            except BrokenProcessPool:  # on one of several files; or it lacked the memory that the others used
                 wait(other for _, other in waiting)
-                result = _extract_alone(task)
-            yield result
+                results = _extract_alone(file)
+            yield from results
             waiting.popleft()
     finally:
         if waiting:  # left early: workers stop at their next clip, as they have nowhere to write it
             shutil.rmtree(tasks[0].spool, ignore_errors=True)
-        threads.shutdown(cancel_futures=True)
-        for _ in range(workers):
-            idle.get().shutdown()
+        pool.shutdown(cancel_futures=True)
 
 
-def _new_worker() -> ProcessPoolExecutor:
-    """A pool of one process: a larger pool does not tell on which source its process died."""
+def _new_pool(workers: int) -> ProcessPoolExecutor:
     # spawn: forked children of a process that has run OpenMP or CUDA may hang
-    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_start_worker)
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
 
 
-def _extract_in_idle_worker(task: ExtractionTask, idle: "SimpleQueue[ProcessPoolExecutor]") -> Extraction | None:
-    """The result of a source in the next idle worker; None where that dies."""
-    worker = idle.get()
-    try:
-        return worker.submit(extract_clips, task).result()
-    except BrokenProcessPool:
-        worker.shutdown()
-        worker = _new_worker()
-        return None
-    finally:
-        idle.put(worker)
-
-
-def _extract_alone(task: ExtractionTask) -> Extraction:
-    """The result in a new process of its own, for a source on which a worker died."""
-    with _new_worker() as worker:
-        try:
-            return worker.submit(extract_clips, task).result()
-        except BrokenProcessPool:
-            return _unreadable(task, 0, "crashes the decoder, or takes more memory than there is")
+def _extract_alone(file: list[ExtractionTask]) -> list[Extraction]:
+    """The results in a new process of their own, tried twice, for a file that was waiting when a worker died."""
+    for _ in range(2):
+        with _new_pool(1) as pool, suppress(BrokenProcessPool):
+            return pool.submit(extract_file, file).result()
+    return [_unreadable(task, 0, "crashes the decoder, or takes more memory than there is") for task in file]
 
 
 def _start_worker() -> None:

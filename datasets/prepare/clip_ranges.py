@@ -7,7 +7,7 @@ from itertools import pairwise
 SPLITS = ("train", "held_out")
 # Version of the rule by which clips are chosen and held out. Raise it with every change to that: an unfinished
 # conversion under another rule is not continued, as the same frames could end up on both sides.
-HELD_OUT_RULE = 3
+HELD_OUT_RULE = 4
 
 
 def frozen_ranges(shown: Sequence[int], first: int, last: int, most: float) -> list[tuple[int, int]]:
@@ -51,15 +51,16 @@ def best_buckets(shapes: Sequence[tuple[int, int, int]], height: int, width: flo
     return {shape[0]: number for number, shape in enumerate(shapes) if shape[1:] == size}
 
 
-def held_out_border(shown: Sequence[int], held_out: float) -> tuple[int, int]:
-    """(end of train, start of held-out) on a timeline; the last `held_out` share is held out.
+def held_out_border(shown: Sequence[int], held_out: float, first: int = 0, last: int | None = None) -> tuple[int, int]:
+    """(end of train, start of held-out) in the ticks [first, last) of a timeline; the last `held_out` share of them is
+    held out.
 
     `shown` is the source frame at each tick. Where the clock is faster than the source, a frame shows for several
     ticks; those next to the border are left out, so that no frame is on both sides.
     """
-    end = len(shown) - round(len(shown) * held_out)
-    start = end
-    while end > 0 and start < len(shown) and shown[start] == shown[end - 1]:
+    last = len(shown) if last is None else last
+    end = start = last - round((last - first) * held_out)
+    while first < end and start < last and shown[start] == shown[end - 1]:
         start += 1
     return end, start
 
@@ -76,7 +77,7 @@ def split_ranges(
     """
     lowest, highest = span or (0, len(shown))
     first, last = part or (lowest, highest)
-    end, start = (lowest + tick for tick in held_out_border(shown[lowest:highest], held_out))
+    end, start = held_out_border(shown, held_out, lowest, highest)
     if highest - start < least:
         end = start = lowest if draw < held_out else highest
     return {"train": (first, max(first, min(last, end))), "held_out": (min(last, max(first, start)), last)}

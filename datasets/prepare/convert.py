@@ -7,6 +7,7 @@ the order of the sources, so that the bytes of the result do not depend on the n
 
 import dataclasses
 import hashlib
+import logging
 import shutil
 import threading
 import time
@@ -48,6 +49,7 @@ WHOLE_VALUES = 12 << 20
 SEGMENT_FRAMES = max(TIMES)  # latent frames, or all of a shorter clip
 MIN_SEGMENTS, SEGMENT_SHARE, MAX_SEGMENTS = 16, 1 / 32, 1024
 SHOWN = 10  # skipped videos that the report names
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,15 @@ def convert(
     out = Path(config.out).expanduser().resolve()
     check_replaceable(out, config.overwrite, proof="index.json")
     listing = find_sources(config.sources)
+    if pieces := _describe_pieces(config, listing.sources):
+        log.info(pieces)  # now, as names may mislead
     if bool(config.text) != (embed is not None):
         raise ValueError("text and embed must be given together")
     if embed is not None and not any(source.caption for source in listing.sources):
         raise ValueError(f"text is {config.text}, but no source has a caption: give a manifest with captions")
-    shapes, channels = _latent_shapes(config, encode)  # before any work, so that wrong sizes are refused here
+    shapes, channels = _latent_shapes(
+        config, encode, temporal_factor
+    )  # before any work, so that wrong sizes are refused here
     no_text = torch.zeros_like(embed("a")[:1]) if embed is not None else None  # like a text that is dropped
     groups = group_sources(listing.sources, config.clips_per_shard)
     plan = _plan(config, listing)
@@ -142,16 +148,19 @@ def convert(
         publish_folder(partial_out, out)
     shutil.rmtree(out / WORK)
     converted, elapsed = sum(len(groups[n]) for n in todo), time.monotonic() - began
-    return _report(config, out, index, listing.sources, results, converted, elapsed)
+    return _report(config, out, index, pieces, results, converted, elapsed)
 
 
-def _latent_shapes(config: ConvertConfig, encode: Encode) -> tuple[list[Shape], int]:
+def _latent_shapes(config: ConvertConfig, encode: Encode, temporal_factor: int) -> tuple[list[Shape], int]:
     """Shape of every bucket, and the channels of latents."""
     shapes, channels = [], 0
     for frames, height, width in config.shapes:
         latents = encode(torch.zeros(frames, 3, height, width, dtype=torch.uint8)).shape
-        shapes.append(Shape(latents[0], latents[2], latents[3], frames, height, width))
+        shape = Shape(latents[0], latents[2], latents[3], frames, height, width)
         channels = latents[1]
+        if problem := shape.problem(channels, temporal_factor):
+            raise ValueError(f"clips of {shape} cannot be read back ({problem}): choose another size")
+        shapes.append(shape)
     return shapes, channels
 
 
@@ -248,9 +257,22 @@ def _sampled_segments(folder: Path, index: Index) -> Iterator[tuple[int, Path, S
 # --- reports -----------------------------------------------------------------------------------------------
 
 
+def _describe_pieces(config: ConvertConfig, sources: list[Source]) -> str:
+    """How many videos are pieces of one recording with others, and what of them is held out; "" for none."""
+    files = {source.path: source for source in sources if source.group}
+    if not files:
+        return ""
+    held_out = [source.group for source in files.values() if source.draw < config.held_out]
+    return (
+        f"{len(files)} videos are pieces of {len({source.group for source in files.values()})} recordings, by the "
+        f"column group or their names (such as {next(iter(files.values())).name}); held out whole: "
+        f"{len(set(held_out))} recordings, {len(held_out)} videos"
+    )
+
+
 def _report(
-    config: ConvertConfig, out: Path, index: Index, sources: list[Source], results: list[SourceResult],
-    converted: int, elapsed: float,
+    config: ConvertConfig, out: Path, index: Index, pieces: str, results: list[SourceResult], converted: int,
+    elapsed: float,
 ) -> Report:  # fmt: skip
     clips = {split: index.samples(split) for split in SPLITS}
     seconds = sum(one.samples(split) * one.video_frames for one in index.by_bucket() for split in SPLITS) / config.fps
@@ -265,12 +287,8 @@ def _report(
         "variance left after pooling, by side: "
         + ", ".join(f"{s}: {statistics.ratio(s):.3f}" for s in statistics.spaces),
     ]
-    if pieces := {source.path: source for source in sources if source.group}:
-        recordings = {source.group: source.draw < config.held_out for source in pieces.values()}
-        lines.append(
-            f"{len(pieces)} videos are pieces of {len(recordings)} recordings, by the column group or their names "
-            f"(such as {next(iter(pieces.values())).name}); {sum(recordings.values())} recordings are held out, whole"
-        )
+    if pieces:
+        lines.append(pieces)
     if left_out := sum(len(result.left_out) for result in results):
         lines.append(f"{left_out} clips or stretches are left out: see {out / 'skipped.txt'}")
     lines += [f"skipped {name}: {reason}" for name, reason in skipped[:SHOWN]]

@@ -309,20 +309,14 @@ def _manifest_sources(file: Path) -> Iterator[Entry]:
 
 def _rows(file: Path) -> Iterator[tuple[str, Any]]:
     """(file and line, row) of a manifest; the lines of a text file are paths."""
-    kind = file.suffix.lower()
-    if kind == ".parquet":
-        try:
-            from pyarrow import ArrowInvalid, parquet
-        except ImportError:
-            raise ValueError(f"{file}: reading Parquet needs pyarrow: pip install pyarrow, or write CSV") from None
-        try:
-            rows = parquet.read_table(file).to_pylist()
-        except (ArrowInvalid, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} is not readable as Parquet: {error}") from None
-        yield from ((f"{file} row {i}", row) for i, row in enumerate(rows, 1))
-        return
-    place = str(file)
+    kind, place = file.suffix.lower(), str(file)
     try:
+        if kind == ".parquet":
+            from pyarrow import parquet
+
+            rows = parquet.read_table(file).to_pylist()
+            yield from ((f"{file} row {number}", row) for number, row in enumerate(rows, 1))
+            return
         with open(file, encoding="utf-8-sig", newline="") as lines:
             if kind == ".csv":
                 table = csv.DictReader(lines, restkey=None)
@@ -332,10 +326,16 @@ def _rows(file: Path) -> Iterator[tuple[str, Any]]:
                 place = f"{file} line {number}"
                 if line := line.strip():
                     yield place, json.loads(line) if kind == ".jsonl" else {"path": line}
+    except ImportError:
+        raise ValueError(f"{file}: reading Parquet needs pyarrow: pip install pyarrow, or write CSV") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text ({error})") from None
-    except (csv.Error, ValueError, RecursionError) as error:
-        raise ValueError(f"{place} is not readable as {kind[1:]}: {error}") from None
+    except (csv.Error, ValueError, RecursionError, NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # of the disk; pyarrow's own, of a damaged file, have no number
+            raise
+        raise ValueError(
+            f"{place} is not readable as {'Parquet' if kind == '.parquet' else kind[1:]}: {error}"
+        ) from None
 
 
 def _number_labels(labels: list[tuple[str, Any]]) -> tuple[list[int | None], tuple[str, ...]]:

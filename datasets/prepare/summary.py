@@ -7,6 +7,8 @@ from ..shards.table_of_contents import read_toc, toc_path
 from ..text_table import text_table
 
 SHOWN = 10  # lines of skipped.txt, and names of classes
+SHOWN_LENGTH = 500  # characters of a line
+SKIPPED_BYTES = 16 << 20  # of skipped.txt that are counted
 
 
 def describe(folder: str | Path, index: Index) -> str:
@@ -34,10 +36,13 @@ def describe(folder: str | Path, index: Index) -> str:
     lines.append(f"skipped: {index.skipped} videos")
     skipped = Path(folder, "skipped.txt")
     if skipped.is_file():
-        reasons = skipped.read_text("utf-8", "surrogateescape").splitlines()
-        lines += [f"  {reason}" for reason in reasons[:SHOWN]]
-        if len(reasons) > SHOWN:
-            lines.append(f"  and {len(reasons) - SHOWN} more lines in {skipped}")
+        with open(skipped, "rb") as file:
+            content = file.read(SKIPPED_BYTES)
+            whole = not file.read(1)
+        reasons = content.decode("utf-8", "surrogateescape").splitlines()
+        lines += [f"  {reason[:SHOWN_LENGTH]}" for reason in reasons[:SHOWN]]
+        if len(reasons) > SHOWN or not whole:
+            lines.append(f"  and {f'{len(reasons) - SHOWN} ' if whole else ''}more lines in {skipped}")
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ ever unpickled; names and sizes are checked before anything is allocated.
 import dataclasses
 import json
 import re
+import tarfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,15 @@ from .tar import normalise_name, tar_members
 
 FORMAT = 2  # written only where there are several buckets; otherwise format 1
 MAX_INDEX_BYTES = 256 << 20
+MAX_INDEX_VALUES = 1 << 22  # numbers, texts, lists and objects of its JSON: `[]` takes 3 bytes there, 80 in memory
 SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.tar")
-MAX_COUNT = 1 << 31  # of clips in a shard, pixels of a side
+MAX_FRAMES = 1 << 16  # latent frames of a clip
+MAX_SIDE = 1 << 14  # pixels of a side of video
+MAX_PIXELS, MAX_BYTES = 1 << 26, 32 << 30  # of a frame and a clip of video: the limits of video.py
+MAX_FACTOR = 1 << 10  # video frames of a latent frame
+MAX_BUCKETS = 1 << 10
+MAX_SHARD_BYTES = 1 << 50
+SHOWN = 80  # characters of a value in a message
 MAX_CLASSES = 1 << 20  # each is a row of weights in the model
 SHA256 = re.compile("[0-9a-f]{64}")
 STORES = {"video": "mp4", "latent": "latent.safetensors"}
@@ -58,6 +66,38 @@ class Shape:
 
     def __str__(self) -> str:
         return f"{self.video_frames}x{self.video_height}x{self.video_width}"
+
+    def problem(self, channels: int, temporal_factor: int) -> str:
+        """What is wrong with the sizes, each by itself or beside the others; "" if nothing is."""
+        for name, size in (*vars(self).items(), ("channels", channels), ("temporal_factor", temporal_factor)):
+            if size < 1:
+                return f"{name} is {size}, it must be at least 1"
+        f, h, w, video_f, video_h, video_w = dataclasses.astuple(self)
+        if temporal_factor > MAX_FACTOR:
+            return f"temporal_factor is {temporal_factor}, at most {MAX_FACTOR} are read"
+        if f > MAX_FRAMES:
+            return f"frames is {f}, at most {MAX_FRAMES} are read"
+        if not (f - 1) * temporal_factor < video_f <= f * temporal_factor:
+            return f"video_frames is {video_f}, frames is {f}, which is not one for each {temporal_factor} of video"
+        # Both sides are reduced by one factor, and the last latent pixel may cover a part of that, or more.
+        similar = video_h * (w - 1) < video_w * (h + 1) and video_w * (h - 1) < video_h * (w + 1)
+        if h > video_h or w > video_w or not similar:
+            return f"height x width is {h} x {w}, no reduction of video_height x video_width, {video_h} x {video_w}"
+        if max(video_h, video_w) > MAX_SIDE:
+            return f"video_height x video_width is {video_h} x {video_w}, at most {MAX_SIDE} pixels a side are read"
+        if video_h * video_w > MAX_PIXELS:
+            return f"video_height x video_width is {video_h} x {video_w}, at most {MAX_PIXELS} pixels are read"
+        if (size := video_f * video_h * video_w * 3) > MAX_BYTES:
+            return f"a clip of {self} takes {size} bytes as video, at most {MAX_BYTES} are read"
+        if (size := self.latent_bytes(channels)) > MEMBER_BYTES[STORES["latent"]]:
+            return (
+                f"latents of {channels} channels take {size} bytes, at most {MEMBER_BYTES[STORES['latent']]} are read"
+            )
+        return ""
+
+    def latent_bytes(self, channels: int) -> int:
+        """Least size of a clip's latents, which are stored in two bytes each or four."""
+        return 2 * self.frames * channels * self.height * self.width
 
 
 @dataclass(frozen=True)
@@ -103,14 +143,13 @@ class Index:
         """One index of a single shape for every bucket, in order."""
         if not self.buckets:
             return [self]
+        own = [{name: list[ShardInfo]() for name in self.splits} for _ in self.buckets]
+        for name, shards in self.splits.items():
+            for shard in shards:
+                own[shard.bucket][name].append(shard)
         return [
-            dataclasses.replace(
-                self,
-                **dataclasses.asdict(shape),
-                buckets=(),
-                splits={name: [x for x in shards if x.bucket == number] for name, shards in self.splits.items()},
-            )
-            for number, shape in enumerate(self.buckets)
+            dataclasses.replace(self, **dataclasses.asdict(shape), buckets=(), splits=splits)
+            for shape, splits in zip(self.buckets, own, strict=True)
         ]
 
     def samples(self, split: str) -> int:
@@ -135,11 +174,14 @@ def write_index(folder: Path, index: Index) -> None:
         for shard in (shard for shards in fields["splits"].values() for shard in shards):
             del shard["bucket"]
     content = json.dumps(fields, indent=1, sort_keys=True).encode()
-    if len(content) > MAX_INDEX_BYTES:
-        raise ValueError(
-            f"{folder / 'index.json'} would have {len(content)} bytes, at most {MAX_INDEX_BYTES} are read: convert to "
-            f"fewer than {len(index.shards)} shards, with more clips in each (--clips-per-shard), or to several folders"
-        )
+    for size, limit, unit in (
+        (len(content), MAX_INDEX_BYTES, "bytes"), (count_values(content), MAX_INDEX_VALUES, "values")
+    ):  # fmt: skip
+        if size > limit:
+            raise ValueError(
+                f"{folder / 'index.json'} would have {size} {unit}, at most {limit} are read: convert to fewer than "
+                f"{len(index.shards)} shards, with more clips in each (--clips-per-shard), or to several folders"
+            )
     write_atomically(folder / "index.json", content)
 
 
@@ -164,13 +206,22 @@ def index_content(folder: str | Path) -> bytes:
     return content
 
 
+def count_values(content: bytes) -> int:
+    """At least the number of values that JSON holds, found without the memory that they take."""
+    return 1 + sum(map(content.count, (b",", b"[", b"{")))
+
+
 def parse_index(content: bytes, name: str) -> Index:
     """An index from the bytes of its file `name`, checked as far as that is possible without its shards."""
+    if (values := count_values(content)) > MAX_INDEX_VALUES:
+        raise ValueError(
+            f"{name} holds {values} values, at most {MAX_INDEX_VALUES} are read: copy it or run `msc convert` again"
+        )
     try:
         fields = json.loads(content)
         version = int(fields["format"])
     except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
-        raise ValueError(f"{name} is not an index of shards ({error!r}): run `msc convert` again") from None
+        raise ValueError(f"{name} is not an index of shards ({_short(error)}): run `msc convert` again") from None
     if version > FORMAT:
         raise ValueError(f"{name} has format {version}, this msc reads up to {FORMAT}: install a newer msc")
     try:
@@ -179,40 +230,83 @@ def parse_index(content: bytes, name: str) -> Index:
         fields["buckets"] = tuple(Shape(**shape) for shape in fields.get("buckets", ()))
         index = Index(**fields)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{name} is damaged ({error}): run `msc convert` again") from None
-    if problem := _problem(index, content):
-        raise ValueError(f"{name} is damaged ({problem}): run `msc convert` again")
+        raise ValueError(f"{name} is damaged ({str(error)[:200]}): run `msc convert` again") from None
+    if problem := _type_problem(content) or _value_problem(index) or _shards_problem(index):
+        raise ValueError(f"{name} is damaged ({problem}): copy it or run `msc convert` again")
     return index
 
 
-def _problem(index: Index, content: bytes) -> str:
-    """What is wrong with the values of an index, or "". Its file may come from anybody."""
+def _type_problem(content: bytes) -> str:
+    """What is wrong with the types of an index's fields, or ""."""
     import pydantic
 
     try:
         pydantic.TypeAdapter(Index).validate_json(content, strict=True)
     except pydantic.ValidationError as error:
-        return describe_validation_error(error, values=False)
+        return describe_validation_error(error, values=False)[:1000]
+    return ""
+
+
+def _value_problem(index: Index) -> str:
+    """What is wrong with the values of an index, whose types are right, or "". It may come from anybody."""
     if index.store not in STORES:
-        return f"store is {index.store!r}, expected one of {', '.join(STORES)}"
-    sizes = [size for shape in (index.shape, *index.buckets) for size in dataclasses.astuple(shape)]
-    if not all(1 <= size < MAX_COUNT for size in (*sizes, index.temporal_factor, index.channels)):
-        return "a size is not positive, or beyond any clip"
+        return f"store is {_short(index.store)}, expected one of {', '.join(STORES)}"
+    if len(index.buckets) > MAX_BUCKETS:
+        return f"there are {len(index.buckets)} buckets, at most {MAX_BUCKETS} are read"
+    for number, shape in enumerate(index.buckets or (index.shape,)):
+        if problem := shape.problem(index.channels, index.temporal_factor):
+            return f"buckets.{number}: {problem}" if index.buckets else problem
     if index.buckets and index.shape != index.buckets[0]:
         return f"its sizes are {index.shape}, its first bucket's {index.buckets[0]}"
     if not 0 < index.fps <= 1000:
-        return f"fps is {index.fps}"
-    if not (0 <= index.classes <= MAX_CLASSES and (index.has_text is None or 1 <= index.has_text < MAX_COUNT)):
-        return f"there are {index.classes} classes, text of width {index.has_text}"
+        return f"fps is {index.fps}, it must be above 0 and at most 1000"
+    if not 0 <= index.classes <= MAX_CLASSES:
+        return f"there are {index.classes} classes, at most {MAX_CLASSES} are read"
+    labels = index.settings.get("labels", [])
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        return f"settings.labels is {_short(labels)}, expected a list of names"
+    if index.classes and len(labels) not in (0, index.classes):
+        return f"settings.labels has {len(labels)} names, classes is {index.classes}"
+    most = MEMBER_BYTES["text.safetensors"]
+    if index.has_text is not None and not 1 <= index.has_text <= most:
+        return f"has_text is {index.has_text}, a width of text is from 1 to {most}"
+    if index.skipped < 0:
+        return f"skipped is {index.skipped}, it must not be negative"
+    return index.statistics.problem(index.channels)
+
+
+def _shards_problem(index: Index) -> str:
+    """What is wrong with the shards of an index, or ""; their sizes on disk are left to `check_shards`."""
+    shapes, names = index.buckets or (index.shape,), set[str]()
     for shard in index.shards:
         # Names become parts of paths, and of addresses where shards are streamed.
         if not SHARD_NAME.fullmatch(shard.name):
-            return f"the shard name {shard.name!r} leaves the folder or is not one of msc"
-        if not (0 <= shard.samples < MAX_COUNT and 0 <= shard.bytes < 1 << 50 and SHA256.fullmatch(shard.sha256)):
-            return f"{shard.name} has {shard.samples} samples, {shard.bytes} bytes, checksum {shard.sha256[:80]!r}"
-        if not 0 <= shard.bucket < max(1, len(index.buckets)):
-            return f"{shard.name} is of bucket {shard.bucket}, there are {max(1, len(index.buckets))}"
-    return index.statistics.problem(index.channels)
+            return f"the shard name {_short(shard.name)} leaves the folder or is not one of msc"
+        if shard.name in names:
+            return f"{shard.name} is listed twice"
+        names.add(shard.name)
+        if not 0 <= shard.bytes < MAX_SHARD_BYTES:
+            return f"{shard.name}: bytes is {shard.bytes}, it must be from 0 to {MAX_SHARD_BYTES}"
+        if not SHA256.fullmatch(shard.sha256):
+            return f"{shard.name}: sha256 is {_short(shard.sha256)}, expected 64 hexadecimal digits"
+        if not 0 <= shard.bucket < len(shapes):
+            return f"{shard.name}: bucket is {shard.bucket}, there are {len(shapes)}"
+        # Two members, each with a header; video of at least a byte a frame; text of at least a byte a value.
+        shape = shapes[shard.bucket]
+        media = shape.latent_bytes(index.channels) if index.store == "latent" else shape.video_frames
+        least = 2 * tarfile.BLOCKSIZE + media + (index.has_text or 0)
+        if not 0 <= shard.samples * least <= shard.bytes:
+            return (
+                f"{shard.name}: samples is {shard.samples}, of at least {least} bytes each with the frames, sizes and "
+                f"text that the index names; bytes is {shard.bytes}"
+            )
+    return ""
+
+
+def _short(value: Any) -> str:
+    """A value from a file for a message, however long it is."""
+    text = repr(value[:SHOWN] if isinstance(value, str | list) else value)
+    return text if len(text) <= 2 * SHOWN else text[: 2 * SHOWN] + "…"
 
 
 def check_shards(folder: str | Path, index: Index) -> None:
@@ -222,7 +316,8 @@ def check_shards(folder: str | Path, index: Index) -> None:
     for shard in index.shards:
         path = Path(folder, shard.name)
         if not path.is_file():
-            raise FileNotFoundError(f"shard {path} is missing: copy it again or run `msc convert` again")
+            problem = "is not a file" if path.exists() else "is missing"
+            raise FileNotFoundError(f"shard {path} {problem}: copy it again or run `msc convert` again")
         size = path.stat().st_size
         if size != shard.bytes:
             raise ValueError(f"shard {path} has {size} bytes, its index says {shard.bytes}: copy it again")

@@ -9,9 +9,10 @@ import tarfile
 from pathlib import Path
 
 from ..files import write_atomically
-from .index import Sample, ShardInfo, check_member, scan
+from .index import Sample, ShardInfo, check_member, count_values, scan
 
 MAX_TOC_BYTES = 64 << 20  # about 100 bytes a clip
+MAX_VALUES = 32  # of a clip in JSON: with three parts it has 14
 
 
 def toc_path(shard: Path) -> Path:
@@ -26,9 +27,15 @@ def write_toc(shard: Path, info: ShardInfo) -> None:
 
 def read_toc(shard: Path, info: ShardInfo) -> list[Sample] | None:
     """All samples of a shard, in order; None where the table is missing, of another shard, or invalid."""
+    path = toc_path(shard)
     try:
-        with open(toc_path(shard), "rb") as file:
-            fields = json.loads(file.read(MAX_TOC_BYTES))
+        if not path.is_file():  # whoever opened a named pipe would wait for ever
+            return None
+        with open(path, "rb") as file:
+            content = file.read(MAX_TOC_BYTES)
+        if count_values(content) > MAX_VALUES * (info.samples + 1):
+            return None
+        fields = json.loads(content)
         if fields["sha256"] != info.sha256 or shard.stat().st_size != info.bytes:
             return None
         samples = [

@@ -90,6 +90,8 @@ def tar_members(tar: Path, plain: bool = False) -> dict[str, Member]:
     ValueError, naming the tar and the member, for everything else, and for a tar that is damaged, truncated or
     compressed.
     """
+    if not tar.is_file() and tar.exists():  # whoever opened a named pipe would wait for ever
+        raise ValueError(f"{tar} is not a file: copy it again, or leave it out")
     end = tar.stat().st_size
     members: dict[str, Member] = {}
     offset, long_name = 0, ""  # a long name stands in a header of its own before the member's

@@ -74,7 +74,7 @@ class TrainRequest:
                 self.run, self.rollback
             ):  # it may have been pruned since
                 directory.find(self.run, self.rollback)
-        from msc.pretrain.config import from_flat, load
+        from msc.pretrain.config import load
         from msc.pretrain.presets import preset
 
         base, config = preset(self.preset) if self.preset else None, self.config
@@ -82,6 +82,7 @@ class TrainRequest:
             config = RunFolder(self.run).config
             if not config.is_file():
                 from msc.pretrain.checkpoints.directory import newest_meta
+                from msc.pretrain.config import from_flat
 
                 if (meta := newest_meta(self.run)) is None:
                     raise FileNotFoundError(f"cannot resume: there is no {config}; name the run folder with --run")

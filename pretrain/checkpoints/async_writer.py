@@ -26,7 +26,7 @@ from torch import Tensor
 
 from msc.parallel import control_plane, deepspeed_zero
 
-from ..exported_weights import safetensors_header
+from ..model.exported_weights import safetensors_header
 from ..run_folder import RunFolder
 from . import directory as checkpoint_directory
 from .directory import CheckpointMeta

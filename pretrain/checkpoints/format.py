@@ -25,7 +25,7 @@ from torch import Tensor
 
 from msc.parallel import control_plane, deepspeed_zero
 
-from ..exported_weights import shape_differences
+from ..model.exported_weights import shape_differences
 from . import directory as checkpoint_directory
 from .directory import CheckpointMeta
 

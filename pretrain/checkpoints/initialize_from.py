@@ -17,8 +17,8 @@ import torch
 import yaml
 from torch import nn
 
-from ..exported_weights import ExportedWeights, Shapes, abbreviated, open_exported
 from ..model.config import ModelConfig
+from ..model.exported_weights import ExportedWeights, Shapes, abbreviated, open_exported
 from ..model.transformer import MSCTransformer, OnPartBuilt
 from ..run_folder import RunFolder
 from ..typed_values import read

@@ -21,8 +21,8 @@ from torch import Tensor
 from ..diffusion.autoencoder import open_autoencoder, to_float
 from ..diffusion.rectified_flow import DiffusionConfig, frame_shift
 from ..diffusion.sampler import generate
-from ..exported_weights import read_export_config
 from ..model.config import check_clip
+from ..model.exported_weights import read_export_config
 from ..model.transformer import MSCTransformer
 
 

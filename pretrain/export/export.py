@@ -30,8 +30,8 @@ from ..checkpoints import directory as checkpoint_directory
 from ..checkpoints import format as checkpoint_format
 from ..checkpoints.directory import CheckpointMeta
 from ..config import Config
-from ..exported_weights import FORMAT, Shapes, abbreviated, check_sizes, open_safetensors, safetensors_header
 from ..inference.load import read_run
+from ..model.exported_weights import FORMAT, Shapes, abbreviated, check_sizes, open_safetensors, safetensors_header
 from ..model.transformer import MSCTransformer
 from ..run_folder import LatentSpace, RunFolder
 from . import model_card

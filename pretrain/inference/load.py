@@ -11,7 +11,7 @@ from ..checkpoints import directory as checkpoint_directory
 from ..checkpoints import format as checkpoint_format
 from ..config import Config, load
 from ..diffusion.autoencoder import Autoencoder, open_autoencoder
-from ..exported_weights import check_model, check_sizes
+from ..model.exported_weights import check_model, check_sizes
 from ..model.transformer import MSCTransformer
 from ..run_folder import LatentSpace, RunFolder
 

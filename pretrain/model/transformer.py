@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..exported_weights import ExportedWeights, open_exported
 from ..kernels.dispatch import Kernel
 from .attention_inputs import AttentionInputs
-from .config import ModelConfig, check_complete
+from .config import ModelConfig
+from .exported_weights import ExportedWeights, open_exported
 from .layers import Block, NoiseEmbedding
 from .output import velocity
 from .past_context import Layer, PastContext, WholeVideo
@@ -43,7 +43,8 @@ class MSCTransformer(nn.Module):
         it has its first weights: what takes them from elsewhere, or keeps only a rank's share of them, does it there.
         """
         super().__init__()
-        check_complete(config)
+        if config.channels < 1:
+            raise ValueError("model.channels is 0; it is taken from the shards' index when training starts")
         self.config, self.kernel, self.recompute = config, kernel, recompute
         width, tokens = config.width, config.channels * config.patch**2
 

@@ -18,10 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .diffusion.rectified_flow import DiffusionConfig
-from .model.config import ModelConfig, check_clip, check_complete
-from .run_folder import LatentSpace
-from .typed_values import read, read_json
+from ..noise_config import DiffusionConfig
+from ..run_folder import LatentSpace
+from ..typed_values import read, read_json
+from .config import ModelConfig, check_clip, check_complete
 
 TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 Shapes = Mapping[str, tuple[int, ...]]
