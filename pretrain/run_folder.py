@@ -1,4 +1,4 @@
-"""Run folder: the name of every file that a training run writes, and what its latents are."""
+"""Run folder: the name of every file that a training run writes."""
 
 from __future__ import annotations
 
@@ -7,44 +7,13 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from msc.datasets.files import write_atomically
 
+from .model.latent_space import LatentSpace
 from .typed_values import read, read_json
 
-if TYPE_CHECKING:
-    from msc.datasets.shards.index import Index
-
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class LatentSpace:
-    """What must be known of the latents to turn the model's output into video."""
-
-    autoencoder: str
-    frames: int
-    height: int
-    width: int
-    video_height: int
-    video_width: int
-    fps: float
-
-    def __post_init__(self):
-        largest = {"frames": 1 << 20, "height": 1 << 16, "width": 1 << 16, "video_height": 1 << 16,
-                   "video_width": 1 << 16}  # fmt: skip
-        for name, most in largest.items():
-            if not 1 <= getattr(self, name) <= most:
-                raise ValueError(f"data.{name} is {getattr(self, name)}; it must be at least 1 and at most {most:,}")
-        if not 0 < self.fps <= 1000:
-            raise ValueError(f"data.fps is {self.fps}; it must be above 0 and at most 1000")
-
-    @staticmethod
-    def of(index: Index) -> LatentSpace:
-        return LatentSpace(
-            index.autoencoder, index.frames, index.height, index.width, index.video_height, index.video_width, index.fps
-        )
 
 
 class _File:

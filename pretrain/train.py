@@ -41,10 +41,11 @@ from .diffusion.loss import Loss
 from .evaluation.held_out_loss import LossByNoise, held_out_losses
 from .inference.preview import write_preview
 from .kernels.compile_helpers import graph_breaks
+from .model.latent_space import LatentSpace
 from .model.transformer import MSCTransformer
 from .optimizer import set_schedule
 from .parallelize import build_model, clip_shape, own_past_context, parallelize
-from .run_folder import LatentSpace, RunFolder
+from .run_folder import RunFolder
 from .tracking import heartbeat, spike_guard
 from .tracking.mlflow_store import code_version, read_identity
 from .tracking.plan_deviation import describe_deviation, plan_ratios

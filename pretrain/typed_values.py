@@ -6,6 +6,7 @@ The one reader of config.yaml, of settings in checkpoints and on the command lin
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import math
 import re
@@ -16,11 +17,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast
 
-from msc.datasets.files import MAX_PROBLEMS, nearest
-
 # 1e-4: a number to its author, but text to YAML 1.1, which wants 1.0e-4
 EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 KINDS: dict[Any, str] = {int: "an integer", float: "a number", bool: "true or false", str: "text", dict: "a table"}
+MAX_PROBLEMS = 10  # shown in one message
 MAX_JSON_BYTES = 64 << 20  # an index of the files of a very large model included
 shown = reprlib.Repr()  # of a bounded length, whatever the value
 shown.maxstring = shown.maxother = shown.maxlong = 80
@@ -143,7 +143,11 @@ def _refuse(name: str, value: Any, expected: str) -> None:
 def _hint(key: str, prefix: str, own: Collection[str], known: Collection[str]) -> str:
     """The nearest key of the section, else of all by the whole path or the last part."""
     by_last_part = {other.rsplit(".", 1)[-1]: other for other in known}
-    best = nearest(key[:80], own)
-    best = prefix + best if best else nearest(prefix + key[:80], known)
-    best = best or by_last_part.get(nearest(key[:80], by_last_part), "")
+    best = _nearest(key[:80], own)
+    best = prefix + best if best else _nearest(prefix + key[:80], known)
+    best = best or by_last_part.get(_nearest(key[:80], by_last_part), "")
     return f"; did you mean {best}?" if best else ""
+
+
+def _nearest(name: str, names: Collection[str]) -> str:
+    return next(iter(difflib.get_close_matches(name, names, n=1)), "")

@@ -13,10 +13,11 @@ from msc.pretrain.checkpoints import format as checkpoint_format
 from msc.pretrain.checkpoints.async_writer import write_slices
 from msc.pretrain.config import Config, dump, flat
 from msc.pretrain.model.config import ModelConfig
+from msc.pretrain.model.latent_space import LatentSpace
 from msc.pretrain.model.scales import Scale
 from msc.pretrain.model.transformer import MSCTransformer
 from msc.pretrain.presets import PRESETS
-from msc.pretrain.run_folder import LatentSpace, RunFolder
+from msc.pretrain.run_folder import RunFolder
 from msc.pretrain.validation import ASSUMED_INDEX, resolve
 
 SCALES = (Scale(2, 1, 1, 2, 3), Scale(1, 2, 1, 3), Scale(1, 2, 2, None))

@@ -22,10 +22,11 @@ from msc.pretrain.inference import sample
 from msc.pretrain.inference.load import TrainedModel
 from msc.pretrain.inference.progress import progress
 from msc.pretrain.model.config import ModelConfig
+from msc.pretrain.model.latent_space import LatentSpace
 from msc.pretrain.model.scales import Scale
 from msc.pretrain.model.transformer import MSCTransformer
 from msc.pretrain.presets import preset
-from msc.pretrain.run_folder import LatentSpace, RunFolder
+from msc.pretrain.run_folder import RunFolder
 
 PROMPTS = {"red disc": 3, "two blue bars": 5}
 

@@ -21,7 +21,7 @@ from msc.launch.scaling.isoflop import fit_isoflop, fit_learning_rate_and_batch
 from msc.launch.scaling.law import PARAMETERS, Law, best_of_restarts, fit_law, huber
 from msc.launch.scaling.report import report_fit
 from msc.pretrain.config import dump, load
-from msc.pretrain.run_folder import LatentSpace
+from msc.pretrain.model.latent_space import LatentSpace
 
 TRUTH = Law(0.35, 8.0, 30.0, 0.35, 0.4)
 SIZES, BUDGETS = np.geomspace(1e5, 3e6, 6), np.geomspace(1e6, 3e7, 5)

@@ -82,10 +82,11 @@ class TrainRequest:
             config = RunFolder(self.run).config
             if not config.is_file():
                 from msc.pretrain.checkpoints.directory import newest_meta
-                from msc.pretrain.config import from_flat
 
                 if (meta := newest_meta(self.run)) is None:
                     raise FileNotFoundError(f"cannot resume: there is no {config}; name the run folder with --run")
+                from msc.pretrain.config import from_flat
+
                 log.warning("there is no %s: resuming with the configuration of the checkpoint of step %d", config,
                             meta.step)  # fmt: skip
                 base, config = from_flat(meta.config, f"the checkpoint of step {meta.step}"), None

@@ -32,8 +32,9 @@ from ..checkpoints.directory import CheckpointMeta
 from ..config import Config
 from ..inference.load import read_run
 from ..model.exported_weights import FORMAT, Shapes, abbreviated, check_sizes, open_safetensors, safetensors_header
+from ..model.latent_space import LatentSpace
 from ..model.transformer import MSCTransformer
-from ..run_folder import LatentSpace, RunFolder
+from ..run_folder import RunFolder
 from . import model_card
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

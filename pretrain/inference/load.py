@@ -12,8 +12,9 @@ from ..checkpoints import format as checkpoint_format
 from ..config import Config, load
 from ..diffusion.autoencoder import Autoencoder, open_autoencoder
 from ..model.exported_weights import check_model, check_sizes
+from ..model.latent_space import LatentSpace
 from ..model.transformer import MSCTransformer
-from ..run_folder import LatentSpace, RunFolder
+from ..run_folder import RunFolder
 
 
 @dataclass(frozen=True)

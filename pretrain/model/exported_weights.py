@@ -19,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..noise_config import DiffusionConfig
-from ..run_folder import LatentSpace
 from ..typed_values import read, read_json
 from .config import ModelConfig, check_clip, check_complete
+from .latent_space import LatentSpace
 
 TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 Shapes = Mapping[str, tuple[int, ...]]
