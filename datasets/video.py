@@ -8,13 +8,13 @@ Sizes and counts are checked before anything is allocated.
 import errno
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import dropwhile, islice, pairwise
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 import av
 import numpy as np
@@ -266,8 +266,8 @@ class VideoReader:
         packets = [
             (p.pts, p.dts, p.is_discard, p.is_keyframe) for p in islice(container.demux(stream), most + 2) if p.size
         ]
-        stamps = [pts for pts, _, discarded, _ in packets if not discarded]
-        if not stamps or stream.codec_context.width <= 0:
+        shown = [pts for pts, _, discarded, _ in packets if not discarded]
+        if not shown or stream.codec_context.width <= 0:
             raise ValueError(f"{self.name}: has no frames")
         if len(packets) > most:
             raise ValueError(f"{self.name}: has more than the {most} frames that are read")
@@ -280,14 +280,9 @@ class VideoReader:
             raise ValueError(f"{self.name}: is truncated: its header promises {promised} frames, it has {len(packets)}")
         ordered = [dts for _, dts, _, _ in packets if dts is not None]
         self._begins_inside = not packets[0][3]
-        if (
-            self._begins_inside
-            or None in stamps
-            or len(set(stamps)) < len(stamps)
-            or any(a > b for a, b in pairwise(ordered))
-        ):
+        stamps = sorted({pts for pts in shown if pts is not None})
+        if self._begins_inside or len(stamps) < len(shown) or any(a > b for a, b in pairwise(ordered)):
             return None
-        stamps.sort()
         if self._ours:
             return self._video(None, stamps)
         self._open(1)  # not all containers seek to their start
@@ -308,8 +303,9 @@ class VideoReader:
             raise ValueError(f"{self.name}: has no frames")
         # AVI has no presentation times, and what FFmpeg makes of its decoding times is wrong for B-frames.
         known = [stamp for stamp in dts if stamp is not None]
-        counted = None in pts or _disorder(pts) > _disorder(known)
-        stamps = known if counted else pts
+        stamps = [stamp for stamp in pts if stamp is not None]
+        counted = len(stamps) < len(pts) or _disorder(stamps) > _disorder(known)
+        stamps = known if counted else stamps
         if not stamps or len(pts) - len(stamps) > MAX_DELAY:
             raise ValueError(f"{self.name}: has no time stamps; remux it, e.g. with ffmpeg -i IN -c copy OUT.mkv")
         self._from_frames = True
@@ -349,8 +345,8 @@ class VideoReader:
             for one in (*self._container.streams.video, *self._container.streams.audio)
             if one.start_time is not None and one.time_base and not one.disposition & Disposition.attached_pic
         ]
-        origin = pts[0] * time_base - min(starts, default=pts[0] * time_base)
-        origin = float(origin) if origin >= 1 / fps else 0.0  # less is the lead of an audio codec
+        lead = pts[0] * time_base - min(starts, default=pts[0] * time_base)
+        origin = float(lead) if lead >= 1 / fps else 0.0  # less is the lead of an audio codec
         return Video(self.name, width, height, Fraction(fps), Fraction(time_base), tuple(pts), aspect, origin)
 
     def _seconds(self, number: int) -> str:
@@ -502,7 +498,8 @@ def _orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
     """(transpose, then flip up-down, then flip left-right): what brings the frame upright. Its display matrix, in units
     of 1/65536, maps a pixel (x, y) to (a x + c y, b x + d y).
     """
-    matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
+    side_data = cast(Mapping[SideData, Any], frame.side_data)  # PyAV's types know only of keys that are text
+    matrix = side_data.get(SideData.DISPLAYMATRIX)
     if matrix is None:
         return False, False, False
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
