@@ -352,7 +352,7 @@ BAD = {
         2,
         "ring serves.*none",
     ),
-    "unknown key of a scale": (["model.scales=[{heads: 4, windw: 2}]"], 1, "unknown key model.scales.windw"),
+    "unknown key of a scale": (["model.scales=[{heads: 4, windw: 2}]"], 1, r"unknown key model.scales\[0\].windw"),
     "another number of classes": (["model.classes=10"], 1, "model.classes is 10, but the shards.*have 0"),
     "malformed YAML": (["model.scales=[{heads: 2"], 1, "not valid YAML"),
 }
