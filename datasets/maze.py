@@ -1,4 +1,4 @@
-"""Ray-cast mazes: made-up worlds seen by a walker, with the actions that steer him and the place that he is at.
+"""Ray-cast mazes: made-up worlds seen by a walker, with the actions that steer the camera and its pose.
 
 Unlimited data with a known answer: what an action does to the picture, and what a place seen long ago looks like when
 the walker comes back. A pure function of a seed.
@@ -83,8 +83,8 @@ def _maze(size: int, source: torch.Generator) -> Tensor:
 
 
 def _walk(walls: Tensor, frames: int, source: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Random walks of all clips side by side: positions, headings, actions. A walker mostly repeats what he did, goes
-    on where the way is free, and turns where it is not."""
+    """Random walks of all clips side by side: positions, headings, actions. A walker goes forward where the way is
+    free, turns where it is blocked, and then mostly keeps turning the same way."""
     clips, size = len(walls), walls.shape[-1]
     everyone = torch.arange(clips)
     free = (~walls).flatten(1).double()
@@ -144,7 +144,7 @@ def render(walls: Tensor, textures: Tensor, positions: Tensor, headings: Tensor,
     rays = forward[:, None] + plane.double()[:, None] * right[:, None]  # T W 2; a step of 1 is 1 cell deep
     depth, cell, along, side = _cast(walls, positions, rays)
     rows = (torch.arange(height) + 0.5) / height * 2 - 1  # -1 above, 1 below
-    # walls are as high as cells are wide; a quarter turn to the left and right fits the width, so as many rows do
+    # walls are as high as cells are wide; pixels are square, so the vertical field of view follows from the horizontal
     place = rows[:, None] * depth[:, None].float() * (math.tan(FIELD_OF_VIEW / 2) * height / width)  # T H W, -.5 to .5
     on_wall = place.abs() < 0.5
     u = (along * TEXELS).long().clamp(0, TEXELS - 1)

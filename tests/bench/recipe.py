@@ -1,6 +1,6 @@
 """Which recipe makes the best video: noise levels, prediction and scales compared on small pixel models, on one GPU.
 
-    python tests/bench/recipe.py RESULTS.jsonl --videos FOLDER --variants preconditioned velocity --seconds 500
+    python tests/bench/recipe.py RESULTS.jsonl --videos FOLDER --variants demo velocity prefix --seconds 500
 
 FOLDER holds videos already of the size to train on (multiples of 16 pixels). Every run trains one model, continues
 held-out clips, and appends a line to RESULTS.jsonl; runs found there are not repeated, and none is started that would
