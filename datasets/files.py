@@ -1,6 +1,5 @@
 """Files and folders: atomic writes, JSONL logs, locks, free space, checksums, retries; hints for unknown names."""
 
-import difflib
 import errno
 import fcntl
 import hashlib
@@ -13,7 +12,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO, TypeVar
@@ -236,11 +235,6 @@ def retry(function: Callable[[], T], pauses: Sequence[float], retriable: Callabl
                 raise
         time.sleep(pause)
     return function()
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """The most similar of `names`, for the hint of an error message; "" where none is similar."""
-    return next(iter(difflib.get_close_matches(name, names, n=1)), "")
 
 
 def describe_validation_error(error: "pydantic.ValidationError", values: bool = True) -> str:

@@ -206,7 +206,6 @@ def plan(args: Namespace) -> None:
 
 def sweep(args: Namespace) -> int:
     from .scaling import sweep as sweeping
-    from .scaling import sweep_array
     from .scaling.sweep_spec import read_sweep_spec
     from .slurm.cluster_config import JobRequest
 
@@ -221,7 +220,7 @@ def sweep(args: Namespace) -> int:
     if args.status:
         code = 0
     elif args.cluster == "slurm":
-        code = sweep_array.submit_sweep(folder, plan, args.file, job_request, args.jobs or 0)
+        code = sweeping.submit_sweep(folder, plan, args.file, job_request, args.jobs or 0)
     else:
         code = sweeping.run_all(folder, plan, args.jobs or 1)
     print(sweeping.table(folder, plan))

@@ -53,14 +53,13 @@ class Check:
 
 def run_checks(folder: Path | None = None) -> list[Check]:
     """Every check. folder: where the runs are (default: this one)."""
-    return [
-        *python_checks(),
-        *package_checks(),
-        *torch_checks(),
-        *codec_checks(),
-        *kernel_checks(),
-        *space_checks(folder or Path.cwd()),
-    ]
+    space = space_checks(folder or Path.cwd())
+    return [*python_checks(), *package_checks(), *torch_checks(), *codec_checks(), *kernel_checks(), *space]
+
+
+def check(name: str, good: object, detail: str, fix: str, otherwise: State = "problem") -> Check:
+    """ "ok", or the state `otherwise` with its fix."""
+    return Check(name, "ok", detail) if good else Check(name, otherwise, detail, fix)
 
 
 def is_healthy(checks: list[Check]) -> bool:
@@ -69,8 +68,14 @@ def is_healthy(checks: list[Check]) -> bool:
 
 def as_json(checks: list[Check]) -> str:
     """The checks, and what torch.utils.collect_env says of the machine, for a bug report."""
-    report = {"healthy": is_healthy(checks), "checks": [asdict(check) for check in checks]}
-    return json.dumps({**report, "environment": torch_environment()}, indent=2, default=str)
+    environment: dict[str, Any] = {}
+    if not import_error("torch"):
+        from torch.utils.collect_env import get_env_info
+
+        with quiet():
+            environment = get_env_info()._asdict()
+    report = {"healthy": is_healthy(checks), "checks": [asdict(check) for check in checks], "environment": environment}
+    return json.dumps(report, indent=2, default=str)
 
 
 def as_text(checks: list[Check]) -> str:
@@ -82,16 +87,6 @@ def as_text(checks: list[Check]) -> str:
     broken, problems = (sum(check.state == state for check in checks) for state in ("broken", "problem"))
     summary = f"{broken} broken, {problems} to look at: see the lines with ->"
     return f"{text_table(rows)}\n{summary if broken or problems else 'everything needed is there'}"
-
-
-def torch_environment() -> dict[str, Any]:
-    """Versions, GPUs, driver and CPU, by the tool that PyTorch asks for in bug reports; {} without torch."""
-    if import_error("torch"):
-        return {}
-    from torch.utils.collect_env import get_env_info
-
-    with quiet():
-        return get_env_info()._asdict()
 
 
 @contextlib.contextmanager
@@ -107,16 +102,14 @@ def import_error(module: str) -> str:
         with quiet():
             importlib.import_module(module)
     except Exception as error:  # a broken binary raises anything from ImportError to OSError or RuntimeError
-        reason = (str(error).strip().splitlines() or [""])[0]
-        return f"{type(error).__name__}: {reason}"
+        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
     return ""
 
 
 def python_checks() -> list[Check]:
     machine, linux = f"{platform.system()} {platform.machine()}", sys.platform.startswith("linux")
-    fix = "" if linux else "train on Linux: signals and process control are Linux's here"
     python = Check("python", "ok", f"{platform.python_version()} at {sys.executable}")
-    return [python, Check("system", "ok" if linux else "problem", machine, fix)]
+    return [python, check("system", linux, machine, "train on Linux: signals and process control are Linux's here")]
 
 
 def package_checks() -> list[Check]:
@@ -139,6 +132,9 @@ def required_versions(requirements: list[str]) -> dict[str, str]:
 
 def package_check(name: str, module: str, specifier: str = "") -> Check:
     """Whether a needed package is installed, loads, and has a version that satisfies `specifier`."""
+    from packaging.specifiers import SpecifierSet  # comes with deepspeed and mlflow
+    from packaging.version import Version
+
     install = f"pip install -c constraints.txt '{name}{specifier}'"
     try:
         version = metadata.version(name)
@@ -146,15 +142,11 @@ def package_check(name: str, module: str, specifier: str = "") -> Check:
         return Check(name, "broken", "is not installed", install)
     if reason := import_error(module):
         return Check(name, "broken", f"{version} does not load: {reason}", f"{install} --force-reinstall --no-deps")
-    from packaging.specifiers import SpecifierSet  # comes with deepspeed and mlflow
-    from packaging.version import Version
-
-    if name in FIXED_IN and Version(version) < Version(FIXED_IN[name][0]):
-        fixed, symptom = FIXED_IN[name]
+    fixed, symptom = FIXED_IN.get(name, ("0", ""))
+    if Version(version) < Version(fixed):
         return Check(name, "broken", f"{version}: {symptom}", f"pip install -c constraints.txt '{name}>={fixed}'")
-    if not SpecifierSet(specifier).contains(version, prereleases=True):
-        return Check(name, "problem", f"{version}, but {specifier} is needed", install)
-    return Check(name, "ok", version)
+    good = SpecifierSet(specifier).contains(version, prereleases=True)
+    return check(name, good, version if good else f"{version}, but {specifier} is needed", install)
 
 
 def torch_checks() -> list[Check]:
@@ -162,48 +154,40 @@ def torch_checks() -> list[Check]:
         return []
     import torch
 
-    checks, cuda = [], torch.version.cuda
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    checks, present = [], len(list(Path("/dev").glob("nvidia[0-9]*")))
+    for gpu, i in ((torch.cuda.get_device_properties(i), i) for i in gpus):
+        detail = f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB, sm_{gpu.major}{gpu.minor}"
+        checks.append(Check(f"gpu {i}", "ok", detail))
     if torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
-            gpu = torch.cuda.get_device_properties(i)
-            detail = f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB, sm_{gpu.major}{gpu.minor}"
-            checks.append(Check(f"gpu {i}", "ok", detail))
-        checks.append(Check("cuda", "ok", f"{cuda}"))
+        checks.append(Check("cuda", "ok", f"{torch.version.cuda}"))
         if not torch.distributed.is_nccl_available():
             checks.append(Check("nccl", "problem", "not in this torch", "for several GPUs install another torch"))
+    elif present and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+        fix = "install a CUDA torch, or see whether `nvidia-smi` works and the driver is new enough for that CUDA"
+        detail = f"{present} present, but torch (CUDA {torch.version.cuda}) cannot use them"
+        checks.append(Check("gpu", "problem", detail, fix))
     else:
-        checks.append(no_gpu_check(cuda, len(list(Path("/dev").glob("nvidia[0-9]*")))))
+        checks.append(Check("gpu", "note", f"none: the CPU is used, {os.cpu_count()} cores (good for trying out)"))
     # DeepSpeed compiles its communication for CPU ranks at the first start; GPU ranks compile nothing.
     missing: State = "note" if torch.cuda.is_available() else "broken"
-    return [*checks, *compiler_checks(missing), *attention_checks(), *open_files()]
-
-
-def no_gpu_check(cuda: str | None, present: int) -> Check:
-    """cuda: the version that torch was built for; present: GPUs by their device files."""
-    if present and cuda is None:
-        return Check("gpu", "problem", f"{present} present, but this torch has no CUDA", "install a CUDA torch")
-    if present and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
-        fix = "see whether `nvidia-smi` works, and whether the driver is new enough for that CUDA"
-        return Check("gpu", "problem", f"{present} present, but torch (CUDA {cuda}) cannot use them", fix)
-    return Check("gpu", "note", f"none: the CPU is used, {os.cpu_count()} cores (good for trying out)")
+    return [*checks, *compiler_checks(missing), attention_check(), open_files()]
 
 
 def compiler_checks(missing: State) -> list[Check]:
     """missing: the state where one is missing."""
     compiler = os.environ.get("CXX", "g++")
-    programs = Path(sys.executable).parent  # `msc train` puts it on PATH
-    ninja = shutil.which("ninja", path=f"{programs}{os.pathsep}{os.environ.get('PATH', '')}")
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # as `msc train` sets it
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     rows = [
-        ("compiler", shutil.which(compiler), f"no {compiler}", "install a C++ compiler (Debian: apt-get install g++)"),
-        ("ninja", ninja, "not on PATH", "pip install -c constraints.txt ninja"),
-        ("python headers", header.exists() and str(header), f"no {header}",
-         "install them (Debian: apt-get install python3-dev)"),
-    ]  # fmt: skip
-    return [Check(name, "ok", path) if path else Check(name, missing, detail, fix) for name, path, detail, fix in rows]
+        ("compiler", shutil.which(compiler), compiler, "install a C++ compiler (Debian: apt-get install g++)"),
+        ("ninja", shutil.which("ninja", path=programs), "ninja", "pip install -c constraints.txt ninja"),
+        ("python headers", header.exists() and header, header, "install them (Debian: apt-get install python3-dev)"),
+    ]
+    return [check(name, path, str(path or f"no {what}"), fix, missing) for name, path, what, fix in rows]
 
 
-def attention_checks() -> list[Check]:
+def attention_check() -> Check:
     """Which kernel "auto" picks, and which can be selected by name."""
     try:
         with quiet():
@@ -215,25 +199,23 @@ def attention_checks() -> list[Check]:
             device = "cuda" if torch.cuda.is_available() else "cpu"
             names = ["sdpa", "flex"] if device == "cuda" else ["sdpa"]
             with contextlib.suppress(ValueError):
-                if device == "cuda":
-                    names.append(f"flash ({flash.load(flash.capability())[0]})")
+                names += [f"flash ({flash.load(flash.capability())[0]})"] if device == "cuda" else []
             detail = f"{choose_kernel(device)} on {device}; parallel.attention may be {', '.join(names)}"
-            return [Check("attention", "ok", detail)]
+            return Check("attention", "ok", detail)
     except Exception as error:  # whatever it is, training would meet it too
-        return [Check("attention", "broken", f"{type(error).__name__}: {error}", "report this with the text above")]
+        return Check("attention", "broken", f"{type(error).__name__}: {error}", "report this with the text above")
 
 
-def open_files() -> list[Check]:
+def open_files() -> Check:
     """For how many ranks the first of them could keep connections."""
     from msc.parallel.process_group import OPEN_FILES_BASE, OPEN_FILES_PER_RANK
 
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if hard == resource.RLIM_INFINITY:
-        return [Check("open files", "ok", "no limit")]
+        return Check("open files", "ok", "no limit")
     ranks = max(0, hard - OPEN_FILES_BASE) // OPEN_FILES_PER_RANK
     detail = f"{hard:,} for a process at most (ulimit -Hn), enough for {ranks:,} ranks"
-    fix = "" if ranks >= 64 else "raise it for jobs: limits.conf, or LimitNOFILE of slurmd"
-    return [Check("open files", "problem" if fix else "ok", detail, fix)]
+    return check("open files", ranks >= 64, detail, "raise it for jobs: limits.conf, or LimitNOFILE of slurmd")
 
 
 def codec_checks() -> list[Check]:
@@ -253,37 +235,29 @@ def kernel_checks() -> list[Check]:
     """Optional kernels, by import."""
     checks = []
     for name, module in KERNELS.items():
-        reason = import_error(module)
-        parts = module.split(".")
-        names = [".".join(parts[: i + 1]) for i in range(len(parts))]
-        if not reason:
-            checks.append(Check(name, "ok", "loads"))
-        elif any(reason == f"ModuleNotFoundError: No module named {missing!r}" for missing in names):
+        reason, parts = import_error(module), module.split(".")
+        absent = [f"ModuleNotFoundError: No module named {'.'.join(parts[: i + 1])!r}" for i in range(len(parts))]
+        if reason in absent:
             checks.append(Check(name, "note", "not installed (optional)"))
-        else:  # the kernel is there, and something that it needs is not
+        else:  # if not ok, the kernel is there, and something that it needs is not
             fix = f"rebuild {name} for this torch: pip install with --no-build-isolation --force-reinstall"
-            checks.append(Check(name, "problem", f"does not load: {reason}", fix))
+            checks.append(check(name, not reason, f"does not load: {reason}" if reason else "loads", fix))
     return checks
 
 
 def space_checks(folder: Path) -> list[Check]:
     import psutil
 
-    fix = "checkpoints need about 16 bytes a parameter: free some, or --run elsewhere"
-    checks = [space_check("disk", folder, 20, fix)]
-    if (shared := Path("/dev/shm")).is_dir():
-        # Loader workers hand their batches over in it; containers often have 64 MiB.
-        fix = "start the container with --shm-size=8g, or data.workers=0"
-        checks.append(space_check("shared memory", shared, 1, fix))
+    rows = [("disk", folder, 20, "checkpoints need about 16 bytes a parameter: free some, or --run elsewhere")]
+    if (shared := Path("/dev/shm")).is_dir():  # loader workers hand batches over in it; containers often have 64 MiB
+        rows.append(("shared memory", shared, 1, "start the container with --shm-size=8g, or data.workers=0"))
+    checks = []
+    for name, place, enough_gib, fix in rows:
+        if not os.access(place, os.W_OK):
+            checks.append(Check(name, "broken", f"{place} cannot be written to", "work in a folder that is yours"))
+            continue
+        free = free_bytes(place) / GIB
+        checks.append(check(name, free >= enough_gib, f"{free:.1f} GiB free at {place}", fix))
     memory = psutil.virtual_memory()
-    fix = "end other programs, or train with fewer processes" if memory.available < 4 * GIB else ""
-    detail = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free"
-    return [*checks, Check("memory", "problem" if fix else "ok", detail, fix)]
-
-
-def space_check(name: str, folder: Path, enough_gib: float, fix: str) -> Check:
-    if not os.access(folder, os.W_OK):
-        return Check(name, "broken", f"{folder} cannot be written to", "work in a folder that is yours")
-    free = free_bytes(folder)
-    little = free < enough_gib * GIB
-    return Check(name, "problem" if little else "ok", f"{free / GIB:.1f} GiB free at {folder}", fix if little else "")
+    detail, fix = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free", "end other programs"
+    return [*checks, check("memory", memory.available >= 4 * GIB, detail, f"{fix}, or train with fewer processes")]

@@ -129,6 +129,6 @@ def test_little_free_space(monkeypatch, tmp_path: Path) -> None:
                                                       (512, "enough for 2 ranks", "problem")])  # fmt: skip
 def test_open_file_limit(hard, detail, state, monkeypatch) -> None:
     monkeypatch.setattr(doctor.resource, "getrlimit", lambda _: (256, hard))
-    [check] = doctor.open_files()
+    check = doctor.open_files()
     assert (check.state, bool(check.fix)) == (state, state == "problem")
     assert detail in check.detail

@@ -125,7 +125,7 @@ def test_read_cluster_config(tmp_path):
         ("[a]", "must be a table of keys"),
         ("time: tomorrow", "time is 'tomorrow'"),
         ("starts: 0", "starts is 0"),
-        ("time: 24:00:00", "time: Input should be a valid string"),  # to YAML that is 86400
+        ("time: 24:00:00", "time is 86400; it must be text"),  # to YAML that is 86400
         ("cpus_per_task: many", "cpus_per_task"),
         ("partition: \"a\\n#SBATCH --uid=0\"", "partition is 'a\\n#SBATCH --uid=0'"),
         ("sbatch: {--exclusive: true}", "write it without the leading --"),

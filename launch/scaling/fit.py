@@ -82,18 +82,16 @@ def as_json(study: Study, compute: Sequence[float] = ()) -> dict[str, Any]:
         values["held_out"] = []
         for run in study.held_out:
             try:
-                values["held_out"].append(prediction(fit, run))
+                loss, low, high = fit.predict(run.N, run.D)
             except ValueError as error:  # too far from what was fitted
                 values["refused"].append(f"held out {run.name}: {error}")
+                continue
+            values["held_out"].append(
+                {"run": run.name, "N": run.N, "D": run.D, "measured": run.L, "predicted": loss, "low": low,
+                 "high": high, "relative_error": loss / run.L - 1, "inside": bool(low <= run.L <= high)}
+            )  # fmt: skip
         values["optimal"] = [optimum(fit, C, study.flops_per_token[0]) for C in compute]
     return values
-
-
-def prediction(fit: LawFit, run: RunResult) -> dict[str, Any]:
-    """What the law says of a run that it has not seen."""
-    loss, low, high = fit.predict(run.N, run.D)
-    return {"run": run.name, "N": run.N, "D": run.D, "measured": run.L, "predicted": loss, "low": low, "high": high,
-            "relative_error": loss / run.L - 1, "inside": bool(low <= run.L <= high)}  # fmt: skip
 
 
 def optimum(fit: LawFit, C: float, flops_per_token: float) -> dict[str, Any]:

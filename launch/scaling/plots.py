@@ -40,32 +40,29 @@ def plot_study(study: Study, folder: Path) -> list[Path]:
     return written
 
 
-def _colours(sizes: list[float]) -> dict[float, Any]:
-    return dict(zip(sizes, matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(sizes))), strict=True))
+def _colours(count: int) -> Any:
+    return matplotlib.colormaps["viridis"](np.linspace(0, 0.9, count))
 
 
 def _loss_curves(axes: Any, study: Study) -> None:
-    points = study.data.used
-    held_out = set(study.held_out)
-    colours = _colours(sorted({point.N for point in points}))
-    many = len(colours) > MOST_NAMES
-    for N, colour in colours.items():
+    points, fit = study.data.used, study.usable_fit
+    sizes = sorted({point.N for point in points})
+    few = len(sizes) <= MOST_NAMES
+    for N, colour in zip(sizes, _colours(len(sizes)), strict=True):
         own = [point for point in points if point.N == N]
-        name = None if many else f"N = {_short(N)}"
-        seen = [point for point in own if point not in held_out]
-        axes.plot([p.C for p in seen], [p.L for p in seen], "o", color=colour, label=name if seen else None)
-        new = [point for point in own if point in held_out]
-        axes.plot([p.C for p in new], [p.L for p in new], "*", ms=8, color=colour,
-                  label=f"{name}, held out" if new and name else None)  # fmt: skip
-        if study.usable_fit is not None and not many:
+        for held_out, style, note in ((False, {"marker": "o"}, ""), (True, {"marker": "*", "ms": 8}, ", held out")):
+            if group := [point for point in own if (point in study.held_out) is held_out]:
+                label = f"N = {_short(N)}{note}" if few else None
+                axes.plot([p.C for p in group], [p.L for p in group], ls="", color=colour, label=label, **style)
+        if fit is not None and few:
             D = np.geomspace(min(p.D for p in own) / 2, max(p.D for p in own) * 2, 50)
             per_token = np.mean([p.C / p.N / p.D for p in own])
-            axes.plot(per_token * N * D, study.usable_fit.law.loss(N, D), color=colour, lw=0.8)
-    if study.usable_fit is not None:
+            axes.plot(per_token * N * D, fit.law.loss(N, D), color=colour, lw=0.8)
+    if fit is not None:
         C = np.geomspace(min(p.C for p in points), max(p.C for p in points) * 3, 50)
-        law = study.usable_fit.law
-        axes.plot(C, law.loss(*law.optimal(C, study.flops_per_token[0])), "k--", lw=0.8, label="best size")
-    title = "losses and the law" if study.usable_fit else "losses"
+        best = fit.law.loss(*fit.law.optimal(C, study.flops_per_token[0]))
+        axes.plot(C, best, "k--", lw=0.8, label="best size")
+    title = "losses and the law" if fit is not None else "losses"
     axes.set(xscale="log", yscale="log", xlabel="training compute C (FLOPs)", ylabel="loss L", title=title)
     axes.set_ylim(top=2 * max(point.L for point in points))
     axes.legend(loc="upper right", ncols=2)
@@ -76,69 +73,62 @@ def _parity(axes: Any, study: Study) -> None:
     if study.usable_fit is None:
         _no_data(axes, "no law: see fit.json")
         return
-    held_out = set(study.held_out)
-    law = study.usable_fit.law
-    for unseen, mark, size, name in ((False, "o", 4, "fitted"), (True, "*", 8, "held out")):
-        if own := [point for point in study.data.used if (point in held_out) is unseen]:
-            axes.plot([p.L for p in own], [law.loss(p.N, p.D) for p in own], mark, ms=size, label=name, alpha=0.8)
-    ends = [min(p.L for p in study.data.used), max(p.L for p in study.data.used)]
-    axes.plot(ends, ends, "k-", lw=0.6)
+    for held_out, mark, size, name in ((False, "o", 4, "fitted"), (True, "*", 8, "held out")):
+        if own := [point for point in study.data.used if (point in study.held_out) is held_out]:
+            predicted = [study.usable_fit.law.loss(p.N, p.D) for p in own]
+            axes.plot([p.L for p in own], predicted, mark, ms=size, label=name, alpha=0.8)
+    losses = [p.L for p in study.data.used]
+    axes.plot([min(losses), max(losses)], [min(losses), max(losses)], "k-", lw=0.6)
     axes.set(xscale="log", yscale="log")
     axes.legend()
 
 
 def _optima(axes: Any, study: Study) -> None:
     axes.set(xlabel="training compute C (FLOPs)", ylabel="N (parameters), D (tokens)")
-    axes.set_title("compute-optimal size and tokens")
-    if study.usable_fit is not None:
-        C = np.geomspace(min(p.C for p in study.data.used), max(p.C for p in study.data.used) * 10, 40)
-        best = study.usable_fit.law.optimal(C, study.flops_per_token[0])
-        each = study.usable_fit.draws.optimal(C[:, None], study.flops_per_token[0])
-        for name, line, draws, colour in zip("ND", best, each, ("C0", "C1"), strict=True):
-            axes.plot(C, line, color=colour, label=f"{name}, from the law")
-            low, high = np.array([study.usable_fit.interval(row) for row in draws]).T
-            axes.fill_between(C, low, high, color=colour, alpha=0.2, lw=0)
+    axes.set(xscale="log", yscale="log", title="compute-optimal size and tokens")
+    minima, fit = study.isoflop.minima, study.usable_fit
     for index, (name, colour) in enumerate(zip("ND", ("C0", "C1"), strict=True)):
-        if minima := study.isoflop.minima:
-            at, values = [m.at[2] for m in minima], [m.at[index] for m in minima]
-            axes.plot(at, values, "s", color=colour, label=f"{name}, IsoFLOP")
+        if fit is not None:
+            C = np.geomspace(min(p.C for p in study.data.used), max(p.C for p in study.data.used) * 10, 40)
+            axes.plot(
+                C, fit.law.optimal(C, study.flops_per_token[0])[index], color=colour, label=f"{name}, from the law"
+            )
+            draws = fit.draws.optimal(C[:, None], study.flops_per_token[0])[index]
+            axes.fill_between(C, *np.array([fit.interval(row) for row in draws]).T, color=colour, alpha=0.2, lw=0)
+        if minima:
+            at = [m.at[2] for m in minima]
+            axes.plot(at, [m.at[index] for m in minima], "s", color=colour, label=f"{name}, IsoFLOP")
             if power := study.isoflop.powers.get(name):
                 label = f"{name} ∝ C^{power.exponents['C']:.2f}"
                 axes.plot(at, [power(C=C) for C in at], ":", color=colour, label=label)
-    axes.set(xscale="log", yscale="log")
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
 
 
 def _minima(axes: Any, study: Study) -> None:
-    """Parabolas: over size at equal compute, or over learning rate or batch."""
+    """Parabolas: over size at equal compute, or over learning rate at equal size and batch."""
     if study.isoflop.minima:
-        by_compute = group_similar(sorted(study.data.used, key=lambda p: p.C), lambda p: p.C, EQUAL_COMPUTE)
-        groups = [group for group in by_compute if len(group) > 2]
-        lines = [("N", f"C = {g[0].C:.1e}", [(p.N, p.L) for p in g]) for g in groups]
-        minima, title = study.isoflop.minima, "equal compute"
+        title, variable, axis, minima = "equal compute", "N", "N (parameters)", study.isoflop.minima
+        groups = group_similar(sorted(study.data.used, key=lambda p: p.C), lambda p: p.C, EQUAL_COMPUTE)
+        lines = {f"C = {g[0].C:.1e}": [(p.N, p.L) for p in g] for g in groups if len(g) > 2}
     else:
-        everything = [p for p in (*study.data.used, *study.data.others) if p.lr and p.batch]
-        groups = [g for g in group_similar(everything, lambda p: (p.N, p.D)) if len({p.lr for p in g}) > 2]
-        lines = [("lr", f"N = {_short(g[0].N)}, batch {batch:g}", [(p.lr, p.L) for p in g if p.lr and p.batch == batch])
-                 for g in groups for batch in sorted({p.batch for p in g if p.batch})]  # fmt: skip
-        minima, title = study.tuning.minima, "learning rates"
+        title, variable, axis, minima = "learning rates", "lr", "learning rate", study.tuning.minima
+        tried = [p for p in (*study.data.used, *study.data.others) if p.lr and p.batch]
+        lines = {f"N = {_short(g[0].N)}, batch {batch:g}": [(p.lr, p.L) for p in g if p.lr and p.batch == batch]
+                 for g in group_similar(tried, lambda p: (p.N, p.D)) if len({p.lr for p in g}) > 2
+                 for batch in sorted({p.batch for p in g if p.batch})}  # fmt: skip
     if not lines:
         _no_data(axes, "neither equal compute nor learning rates were tried")
         return
-    axes.set(title=title, ylabel="loss L", xscale="log", yscale="log")
-    axes.set_xlabel({"N": "N (parameters)", "lr": "learning rate"}[lines[0][0]])
-    many = len(lines) > MOST_NAMES
-    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(lines)))
-    for colour, (_, label, pairs) in zip(colours, lines, strict=True):
-        axes.plot(*zip(*sorted(pairs), strict=True), "o", color=colour, label=None if many else label)
-    name = lines[0][0]
+    axes.set(title=title, xlabel=axis, ylabel="loss L", xscale="log", yscale="log")
+    for colour, (label, pairs) in zip(_colours(len(lines)), lines.items(), strict=True):
+        axes.plot(*zip(*sorted(pairs), strict=True), "o", color=colour, label=label)
     for minimum in minima:
-        if name in minimum.place and minimum.curve:
-            x = minimum.place[name] * np.geomspace(0.25, 4, 50)
+        if variable in minimum.place and minimum.curve:
+            x = minimum.place[variable] * np.geomspace(0.25, 4, 50)
             axes.plot(x, np.exp(np.polyval(minimum.curve, np.log(x))), "k-", lw=0.5)
-            axes.plot(minimum.place[name], minimum.loss, "kx")
-    if not many:
+            axes.plot(minimum.place[variable], minimum.loss, "kx")
+    if len(lines) <= MOST_NAMES:
         axes.legend()
 
 
@@ -159,7 +149,5 @@ def _plain_loss_ticks(*axes: Any) -> None:
 
 
 def _short(value: float) -> str:
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g} {letter}"
-    return f"{value:g}"
+    size, letter = next((pair for pair in ((1e9, " B"), (1e6, " M"), (1e3, " k")) if value >= pair[0]), (1.0, ""))
+    return f"{value / size:.3g}{letter}"

@@ -2,7 +2,7 @@
 
 A sweep folder holds the runs' folders, `sweep.json` (which runs, with which settings), `attempts.jsonl` (the end of
 each attempt) and `logs/`. The state of a run is read from its own folder, whoever trained it: `Sweep.pending` lists the
-runs that need a process, `train_request` is what that trains; an array of Slurm jobs (sweep_array.py) is made of these.
+runs that need a process, `train_request` is what that trains, here or in an array of Slurm jobs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -27,12 +27,14 @@ from msc.datasets.text_table import text_table
 from msc.parallel.signals import collect_signals
 from msc.pretrain.config import Config, dump, flat, load
 from msc.pretrain.run_folder import RunFolder
+from msc.pretrain.tracking import tracker as tracking
 from msc.pretrain.tracking.mlflow_store import without_credentials
 from msc.pretrain.tracking.tracker import Tracker
 
 from ..processes import launcher
 from ..processes.train_request import TrainRequest
-from ..slurm import job_records, sbatch
+from ..slurm import job_records, sbatch, submit
+from ..slurm.cluster_config import JobRequest
 from .sweep_spec import RunSpec, SweepSpec
 
 log = logging.getLogger(__name__)
@@ -269,6 +271,49 @@ def run_all(folder: Path, spec: SweepSpec, jobs: int = 1) -> int:
     if received:
         return REQUEUE if signal.SIGINT not in received else INTERRUPTED
     return 1 if failed else 0
+
+
+def submit_sweep(folder: Path, spec: SweepSpec, file: Path, job_request: JobRequest, parallel: int = 0) -> int:
+    """`msc sweep --cluster slurm`: an array, a job for every run that is neither finished nor under way; ValueError,
+    and nothing submitted, if one is invalid. Each job is what `msc submit` sends for a single run, and recorded in the
+    folders of the sweep and of the run."""
+    config = job_request.cluster_config()
+    if job_request.tasks_per_node is None and job_request.gpus_per_node is None:
+        job_request = replace(job_request, tasks_per_node=max(1, spec.processes // (job_request.nodes or 1)))
+    if (tasks := job_request.tasks) != spec.processes:
+        raise ValueError(f"the sweep file says processes: {spec.processes}, but {tasks} tasks are asked for")
+    folder = folder.absolute()
+    sbatch.check_folder(folder)
+    sweep = Sweep(folder, spec)
+    sweep.register()
+    with ExitStack() as locks:
+        pending = [run for run in sweep.pending() if (lock := sweep.lock(run)) and locks.enter_context(lock)]
+        if not pending:
+            log.info("every run is finished or under way: nothing is sent")
+            return 0
+        new_folders = [sweep.of(run) for run in pending if not sweep.of(run).exists()]
+        tracker = sweep.start_parent_run()
+        end: tracking.State = "FAILED"
+        try:
+            requests = [sweep.train_request(run) for run in pending]
+            parts = [submit.prepare_training(one, job_request, config, check_active=False) for one in requests]
+            record = submit.submit_array(parts, folder / "jobs", folder.name, parallel=parallel)
+        except (ValueError, OSError):
+            for own in new_folders:  # their runs have not begun
+                with suppress(OSError):
+                    own.config.unlink()
+                    own.path.rmdir()
+            raise
+        else:  # Slurm has it: whatever fails now, its number is known and the runs keep their folders
+            sent = f"{len(pending)} of {len(spec.runs)} runs"
+            log.info(f"job {record.id}: {sent}, others are finished or under way; {folder}")
+            job_records.write_record(folder / "jobs", replace(record, arguments=("sweep", str(file))))
+            for part, own_record in zip(parts, submit.part_records(record, parts), strict=True):
+                job_records.write_record(Path(part.jobs), own_record)
+            end = "FINISHED"
+        finally:
+            tracker.finish(end)
+    return 0
 
 
 def table(folder: Path, spec: SweepSpec) -> str:

@@ -20,11 +20,12 @@ rules, and every run at several of them shows where the optimum of a small size 
 
 from __future__ import annotations
 
+import builtins
 import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,93 @@ import yaml
 
 from msc.datasets.loading.mixture import open_shards
 from msc.datasets.shards.index import Index
-from msc.pretrain import cost
+from msc.pretrain import cost, typed_values
 from msc.pretrain.config import Config, load
 from msc.pretrain.model.config import check_clip
 from msc.pretrain.presets import preset
 from msc.pretrain.validation import absolute_paths, resolve
 
-RULES = {"width": -1.0, "depth": -0.5, "batch": 0.5, "tokens": 0.5}
 BUDGETS = ("clips", "tokens", "flops", "tokens_per_parameter")
-KEYS = ("preset", "config", "processes", "set", "grid", "list", "ladder")
-LADDER_KEYS = ("sizes", *BUDGETS, "base", "rules", "lr", "batch", "warmup", "ema")
+Settings = dict[str, Any]
+
+
+def check_positive(where: str, values: Mapping[str, float | None]) -> None:
+    for name, value in values.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{where}.{name} is {value:g}; it must be positive and finite")
+
+
+@dataclass(frozen=True)
+class Base:
+    """Settings that were tuned together, from which the rules of a ladder scale (default: those of all runs)."""
+
+    width: int | None = None
+    depth: int | None = None
+    batch: int | None = None
+    lr: float | None = None
+    tokens: float | None = None
+
+    def __post_init__(self):
+        check_positive("ladder: base", vars(self))
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Exponents of the module's docstring."""
+
+    width: float = -1.0
+    depth: float = -0.5
+    batch: float = 0.5
+    tokens: float = 0.5
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """sizes: settings of the model. One of `clips` to `tokens_per_parameter`: the budgets of every size. batch, lr:
+    factors on what the rules give. warmup, ema: shares of the clips."""
+
+    sizes: tuple[Settings, ...]
+    clips: tuple[float, ...] = ()
+    tokens: tuple[float, ...] = ()
+    flops: tuple[float, ...] = ()
+    tokens_per_parameter: tuple[float, ...] = ()
+    base: Base = Base()
+    rules: Rules = Rules()
+    batch: tuple[float, ...] = (1.0,)
+    lr: tuple[float, ...] = (1.0,)
+    warmup: float = 0.05
+    ema: float = 0.05
+
+    def __post_init__(self):
+        if sum(bool(getattr(self, name)) for name in BUDGETS) != 1 or not self.sizes:
+            raise ValueError(f"a ladder needs `sizes` and exactly one of {', '.join(BUDGETS)}")
+        for name in (*BUDGETS, "batch", "lr"):
+            for value in getattr(self, name):
+                check_positive("ladder", {name: value})
+
+    def budget(self) -> tuple[str, tuple[float, ...]]:
+        return next((name, values) for name in BUDGETS if (values := getattr(self, name)))
+
+
+@dataclass(frozen=True)
+class SweepFile:
+    """The keys of a sweep file."""
+
+    preset: str | None = None
+    config: str | None = None
+    processes: int = 1
+    set: Settings | None = None
+    grid: Settings | None = None
+    list: tuple[Settings, ...] | None = None
+    ladder: Ladder | None = None
+
+    def __post_init__(self):
+        check_positive("the sweep", {"processes": self.processes})
+        if self.preset and self.config:
+            raise ValueError(f"both a preset ({self.preset}) and a config ({self.config}) are named")
+        for key, choices in (self.grid or {}).items():
+            if not isinstance(choices, builtins.list) or not choices:
+                raise ValueError(f"grid: {key} must be a list of values, not {choices!r}")
 
 
 @dataclass(frozen=True)
@@ -80,40 +158,15 @@ class SweepSpec:
         return resolve(self.configured(run), self.index)
 
 
-@dataclass(frozen=True)
-class Base:
-    """Settings that were tuned together, from which the rules of a ladder scale."""
-
-    width: int
-    depth: int
-    batch: int
-    lr: float
-    tokens: float | None = None
-    rules: dict[str, float] = field(default_factory=dict)
-
-    def batch_at(self, tokens: float) -> float:
-        return self.batch * ((tokens / self.tokens) ** self.rules["tokens"] if self.tokens else 1.0)
-
-    def lr_at(self, width: int, depth: int, batch: int) -> float:
-        scaled = (width / self.width) ** self.rules["width"] * (depth / self.depth) ** self.rules["depth"]
-        return self.lr * scaled * (batch / self.batch) ** self.rules["batch"]
-
-
 def read_sweep_spec(path: Path) -> SweepSpec:
     """Read a sweep file and check the settings of every run. ValueError or OSError if it is invalid."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{path} must be a table with some of the keys {', '.join(KEYS)}")
-    check_keys(values, KEYS, str(path))
-    if values.get("preset") and values.get("config"):
-        raise ValueError(f"{path} names both a preset ({values['preset']}) and a config ({values['config']})")
-    config = path.parent / str(values["config"]) if values.get("config") else None
-    named = str(values["preset"]) if values.get("preset") else None
-    sweep = SweepSpec((), named, config, positive_int(values.get("processes", 1), f"{path}: processes"))
-    shared = as_table(values.get("set"), f"{path}: set")
+    file = typed_values.read(SweepFile, values, "", path)
+    config = path.parent / file.config if file.config else None
+    sweep, shared = SweepSpec((), file.preset or None, config, file.processes), dict(file.set or {})
     start = load(sweep.base(), overrides=RunSpec("", shared).overrides)
     if not start.data.sets:
         raise ValueError(f"{path} names no shards; put `data.shards: FOLDER` under `set`")
@@ -123,7 +176,7 @@ def read_sweep_spec(path: Path) -> SweepSpec:
     index = shards.index
     if isinstance(result := absolute_paths(start.data).shards, str):
         shared |= {"data.shards": result}
-    sweep = replace(sweep, runs=tuple(expand(values, shared, start, index)), index=index)
+    sweep = replace(sweep, runs=tuple(expand(file, shared, start, index)), index=index)
     for run in sweep.runs:
         try:
             config_of_run = sweep.resolved(run)
@@ -134,40 +187,26 @@ def read_sweep_spec(path: Path) -> SweepSpec:
     return sweep
 
 
-def expand(values: Mapping[str, Any], shared: Mapping[str, Any], start: Config, index: Index) -> list[RunSpec]:
+def expand(file: SweepFile, shared: Settings, start: Config, index: Index) -> list[RunSpec]:
     """All runs of a sweep file, named by what varies between them. `shared`, `start`: settings of all runs."""
-    entries = [as_table(entry, "list") for entry in as_list(values.get("list") or [{}], "list")]
-    grid = {key: as_list(choices, f"grid: {key}") for key, choices in as_table(values.get("grid"), "grid").items()}
-    points = [dict(zip(grid, point, strict=True)) for point in itertools.product(*grid.values())]
-    own = [{**entry, **point} for entry in entries for point in points]
-    ladders: list[list[dict[str, Any]]] = [[{}]] * len(own)
-    # For each entry anew: what a budget buys depends on the model that it makes.
-    if ladder := as_table(values.get("ladder"), "ladder"):
-        ladders = [list(expand_ladder(ladder, start, index, over)) for over in own]
-    varied = [
-        {**ladder_run, **over}
-        for rungs in zip(*ladders, strict=True)
-        for ladder_run, over in zip(rungs, own, strict=True)
+    points = [
+        dict(zip(file.grid or (), point, strict=True)) for point in itertools.product(*(file.grid or {}).values())
     ]
+    own = [{**entry, **point} for entry in file.list or ({},) for point in points]
+    # A ladder for each entry anew: what a budget buys depends on the model that it makes.
+    ladders = [list(expand_ladder(file.ladder, start, index, over)) if file.ladder else [{}] for over in own]
+    varied = [{**rung, **over} for rungs in zip(*ladders, strict=True) for rung, over in zip(rungs, own, strict=True)]
     runs = [RunSpec(name, {**shared, **own}) for name, own in zip(run_names(varied), varied, strict=True)]
     if len({run.name for run in runs}) < len(runs):
         raise ValueError("the sweep holds the same run twice; every entry must differ in a setting")
     return runs
 
 
-def expand_ladder(
-    ladder: Mapping[str, Any], start: Config, index: Index, over: Mapping[str, Any]
-) -> Iterator[dict[str, Any]]:
+def expand_ladder(ladder: Ladder, start: Config, index: Index, over: Settings) -> Iterator[Settings]:
     """Sizes × budgets × factors of batch and learning rate, with the rules applied. over: settings over theirs."""
-    check_keys(ladder, LADDER_KEYS, "ladder")
-    budgets = [name for name in BUDGETS if name in ladder]
-    if len(budgets) != 1 or not ladder.get("sizes"):
-        raise ValueError(f"a ladder needs `sizes` and exactly one of {', '.join(BUDGETS)}; given: {', '.join(ladder)}")
-    kind = budgets[0]
-    base = ladder_base(ladder, start)
-    shares = {name: finite_number(ladder.get(name, 0.05), f"ladder: {name}") for name in ("warmup", "ema")}
-    for size in as_list(ladder["sizes"], "ladder: sizes"):
-        own = settings_of_size(as_table(size, "ladder: sizes"), start)
+    base, rules, (kind, budgets) = ladder.base, ladder.rules, ladder.budget()
+    for size in ladder.sizes:
+        own = settings_of_size(size, start)
         model = resolve(load(start, overrides=RunSpec("", {**own, **over}).overrides), index).model
         tokens = index.frames * cost.tokens_per_frame(model, index.height, index.width)
         per_clip = {
@@ -176,50 +215,33 @@ def expand_ladder(
             "flops": cost.step_flops(model, index.frames, index.height, index.width),
             "tokens_per_parameter": tokens / cost.parameters(model),
         }[kind]
-        for budget in positive_list(ladder[kind], f"ladder: {kind}"):
-            clips = budget / per_clip
-            multiple = start.train.micro
-            factors = (positive_list(ladder.get(name, [1.0]), f"ladder: {name}") for name in ("batch", "lr"))
-            for batch_factor, lr_factor in itertools.product(*factors):
-                batch = nearest_power(base.batch_at(clips * tokens) * batch_factor, multiple)
-                steps = round(clips / batch)
-                if steps < 1:
-                    raise ValueError(f"ladder: {kind} {budget:g} is {clips:.2g} clips, less than one batch of {batch}")
-                rate = base.lr_at(model.width, model.depth, batch) * lr_factor
-                yield {
-                    **own, "train.clips": steps * batch, "train.batch": batch,
-                    "optimizer.lr": float(f"{rate:.4g}"),
-                    "optimizer.warmup": round(shares["warmup"] * clips),
-                    "optimizer.ema_halflife": round(shares["ema"] * clips),
-                }  # fmt: skip
+        rate = (base.lr or start.optimizer.lr) * (model.width / (base.width or start.model.width)) ** rules.width
+        rate *= (model.depth / (base.depth or start.model.depth)) ** rules.depth
+        for budget, batch_factor, lr_factor in itertools.product(budgets, ladder.batch, ladder.lr):
+            clips, base_batch = budget / per_clip, base.batch or start.train.batch
+            growth = (clips * tokens / base.tokens) ** rules.tokens if base.tokens else 1.0
+            batch = nearest_power(base_batch * growth * batch_factor, start.train.micro)
+            steps = round(clips / batch)
+            if steps < 1:
+                raise ValueError(f"ladder: {kind} {budget:g} is {clips:.2g} clips, less than one batch of {batch}")
+            yield {
+                **own,
+                "train.clips": steps * batch,
+                "train.batch": batch,
+                "optimizer.lr": float(f"{rate * (batch / base_batch) ** rules.batch * lr_factor:.4g}"),
+                "optimizer.warmup": round(ladder.warmup * clips),
+                "optimizer.ema_halflife": round(ladder.ema * clips),
+            }
 
 
-def ladder_base(ladder: Mapping[str, Any], start: Config) -> Base:
-    """Defaults of the ladder's base are the settings of all runs."""
-    defaults: dict[str, Any] = {
-        "width": start.model.width, "depth": start.model.depth, "batch": start.train.batch, "lr": start.optimizer.lr,
-        "tokens": None,
-    }  # fmt: skip
-    values, rules = (as_table(ladder.get(name), f"ladder: {name}") for name in ("base", "rules"))
-    check_keys(values, tuple(defaults), "ladder: base")
-    check_keys(rules, tuple(RULES), "ladder: rules")
-    values = {**defaults, **values}
-    width, depth, batch = (positive_int(values[key], f"ladder: base.{key}") for key in ("width", "depth", "batch"))
-    lr = positive(values["lr"], "ladder: base.lr")
-    tokens = None if values["tokens"] is None else positive(values["tokens"], "ladder: base.tokens")
-    rules = {key: finite_number(value, f"ladder: rules.{key}") for key, value in {**RULES, **rules}.items()}
-    return Base(width, depth, batch, lr, tokens, rules)
-
-
-def settings_of_size(size: Mapping[str, Any], start: Config) -> dict[str, Any]:
+def settings_of_size(size: Settings, start: Config) -> Settings:
     """`width`, `depth`, `heads` and other keys of the model. Heads are shared among the scales as before."""
-    settings = {key if "." in key else f"model.{key}": value for key, value in size.items()}
+    settings = {key if "." in str(key) else f"model.{key}": value for key, value in size.items()}
     heads = settings.pop("model.heads", None)
     if heads is not None:
-        heads = positive_int(heads, "ladder: heads")
         scales, total = start.model.scales, start.model.heads
-        if any(scale.heads * heads % total for scale in scales):
-            raise ValueError(f"ladder: {heads} heads cannot be shared as {[scale.heads for scale in scales]} are")
+        if not isinstance(heads, int) or heads < 1 or any(scale.heads * heads % total for scale in scales):
+            raise ValueError(f"ladder: {heads!r} heads cannot be shared as {[scale.heads for scale in scales]} are")
         settings["model.scales"] = [vars(replace(scale, heads=scale.heads * heads // total)) for scale in scales]
     return settings
 
@@ -245,51 +267,6 @@ def run_names(runs: Sequence[Mapping[str, Any]]) -> list[str]:
         return re.sub(r"[^\w.+-]+", "_", f"{leaf}{text}")
 
     return ["-".join(part(run, key) for key in varying if key in run) or "run" for run in runs]
-
-
-def as_table(table: Any, where: str) -> dict[str, Any]:
-    if table is not None and not isinstance(table, Mapping):
-        raise ValueError(f"{where} must be a table of `key: value`, not {table!r}")
-    return {str(key): value for key, value in (table or {}).items()}
-
-
-def as_list(value: Any, where: str) -> list[Any]:
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"{where} must be a list of values, not {value!r}")
-    return value
-
-
-def finite_number(value: Any, where: str) -> float:
-    """YAML reads 1e-3 as a text: it wants 1.0e-3."""
-    try:
-        result = float(value)
-    except (TypeError, ValueError, OverflowError):
-        result = math.nan
-    if not math.isfinite(result):
-        raise ValueError(f"{where} is {value!r}; it must be a number")
-    return result
-
-
-def positive_int(value: Any, where: str) -> int:
-    if (result := finite_number(value, where)) < 1 or result != int(result):
-        raise ValueError(f"{where} is {value!r}; it must be a whole number of at least 1")
-    return int(result)
-
-
-def positive(value: Any, where: str) -> float:
-    if not (result := finite_number(value, where)) > 0:
-        raise ValueError(f"{where} is {value!r}; it must be positive")
-    return result
-
-
-def positive_list(value: Any, where: str) -> list[float]:
-    return [positive(one, where) for one in as_list(value, where)]
-
-
-def check_keys(table: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
-    for key in table:
-        if key not in keys:
-            raise ValueError(f"{where}: unknown key {key}; known: {', '.join(keys)}")
 
 
 def yaml_text(value: Any) -> str:

@@ -1,7 +1,6 @@
 """Cluster configuration: what a cluster wants of every job, written once in ~/.config/msc/site.yaml, $MSC_SITE or
 `--site FILE`; and JobRequest, what a single command line asks for."""
 
-import dataclasses
 import os
 import re
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from typing import Literal
 
 import yaml
 
-from msc.datasets.files import describe_validation_error, nearest
+from msc.pretrain import typed_values
 
 Cluster = Literal["slurm", "local", "debug"]
 
@@ -59,6 +58,10 @@ class ClusterConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("partition", "account", "qos", "constraint", "mem", "python"):
             check_one_line(getattr(self, name), name)
+        for table in ("sbatch", "environment"):
+            for name, value in getattr(self, table).items():  # without the value, which may be a secret
+                if not isinstance(value, str | int):
+                    raise ValueError(f"{table}.{name} must be a text or a whole number")
         for name, value in self.sbatch.items():
             if not OPTION.fullmatch(name):
                 raise ValueError(f"sbatch.{name} is not an option of sbatch: write it without the leading --")
@@ -137,18 +140,4 @@ def read_cluster_config(path: Path | None) -> ClusterConfig:
         values = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{path} must be a table of keys, not {values!r}")
-    keys = [f.name for f in dataclasses.fields(ClusterConfig)]
-    for key in values:
-        if key not in keys:
-            near = nearest(str(key), keys)
-            raise ValueError(f"{path}: unknown key {key}" + (f"; did you mean {near}?" if near else ""))
-
-    import pydantic  # 0.1 s that `msc --help` need not wait for
-
-    try:
-        return pydantic.TypeAdapter(ClusterConfig).validate_python(values)
-    except pydantic.ValidationError as error:
-        # without the values, which may be secrets
-        raise ValueError(f"{path}: {describe_validation_error(error, values=False)}") from None
+    return typed_values.read(ClusterConfig, values, "", path)

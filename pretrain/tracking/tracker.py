@@ -9,13 +9,14 @@ drops what its retries did not bring through, and all that waits when the proces
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -116,21 +117,24 @@ def end_mlflow_run(run: Path, state: State) -> str | None:
 
 
 def keep_unsent(
-    run: Path,
-    entries: Sequence[Entry] = (),
-    artifacts: Sequence[Artifact] = (),
-    state: str | None = None,
+    run: Path, entries: Iterable[Entry] = (), artifacts: Iterable[Artifact] = (), state: str | None = None,
     path: Path | None = None,
-) -> bool:
+) -> bool:  # fmt: skip
     """Write to the run folder what the next process of this run has to send; False, with a warning, if that fails.
 
     state: to end the MLflow run with, if nobody does before. path: to replace, by default a new file."""
     path = path or run / f"mlflow-unsent-{time.time_ns()}.json"
-    unsent = {"points": list(map(astuple, entries)), "files": list(map(astuple, artifacts)), "state": state}
+    unsent: dict[str, Any] = {
+        "points": list(map(astuple, entries)),
+        "files": list(map(astuple, artifacts)),
+        "state": state,
+    }
     try:
         write_atomically(path, json.dumps(unsent).encode(), sync=False)
     except OSError as error:
-        logger.warning("mlflow: %d entries are not kept, and lost if the process dies: %s", len(entries), error)
+        logger.warning(
+            "mlflow: %d entries are not kept, and lost if the process dies: %s", len(unsent["points"]), error
+        )
         return False
     return True
 
@@ -151,9 +155,8 @@ class Tracker:
         """bound: calls of `log` kept while the store cannot be reached; beyond it the oldest are dropped."""
         self.config, self.bound = config or MetricsConfig(), bound
         self._store: Store | None = None
-        self._changed = threading.Condition()  # guards the queues
+        self._changed = threading.Condition()  # guards the queues, which only the thread shortens
         self._queue: deque[Entry] = deque()
-        self._in_flight: list[Entry] = []  # taken from the queue, not yet sent
         self._artifacts: deque[Artifact] = deque()
         self._next_upload = self._next_system_metrics = 0.0  # not before these times
         self._loaded: list[Path] = []  # files of unsent entries of earlier processes, now in the queue
@@ -168,15 +171,9 @@ class Tracker:
         return self._store.run_id if self._store else None
 
     def start(
-        self,
-        run: Path,
-        params: Mapping[str, Any],
-        text: str,
-        name: str,
-        resume: str | None = None,
-        enabled: bool = True,
-        attach: bool = False,
-    ) -> None:
+        self, run: Path, params: Mapping[str, Any], text: str, name: str, resume: str | None = None,
+        enabled: bool = True, attach: bool = False,
+    ) -> None:  # fmt: skip
         """Begin, or continue, the MLflow run of the folder `run`.
 
         params: flat configuration. text: the resolved configuration as YAML, kept as an artifact.
@@ -204,17 +201,18 @@ class Tracker:
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Upload a file, or all of a folder, into `folder` of the artifacts. It is read later: keep it."""
-        if self._store is not None:
+        self._put(Artifact(str(Path(path).resolve()), folder))
+
+    def _put(self, item: Entry | Artifact) -> None:
+        if self._store is not None and not self._closing:
             with self._changed:
-                self._artifacts.append(Artifact(str(Path(path).resolve()), folder))
+                self._artifacts.append(item) if isinstance(item, Artifact) else self._queue.append(item)
                 self._changed.notify_all()
 
     def flush(self, timeout: float = 30.0) -> bool:
         """Wait until all is sent, at most `timeout` seconds; whether it was."""
-        if self._store is None:
-            return True
         with self._changed:
-            return self._changed.wait_for(lambda: not (self._queue or self._in_flight or self._artifacts), timeout)
+            return self._store is None or self._changed.wait_for(lambda: not (self._queue or self._artifacts), timeout)
 
     def keep(self) -> None:
         """Write what is not yet sent to the run folder: called with every checkpoint, so that a run that is killed
@@ -223,9 +221,9 @@ class Tracker:
             return
         with self._changed, contextlib.suppress(OSError):  # the folder may have become read-only
             live = RunFolder(self._run).unsent_metrics
-            if not (self._in_flight or self._queue or self._artifacts):
+            if not (self._queue or self._artifacts):
                 live.unlink(missing_ok=True)
-            elif not keep_unsent(self._run, [*self._in_flight, *self._queue], self._artifacts, path=live):
+            elif not keep_unsent(self._run, self._queue, self._artifacts, path=live):
                 return
             # Also the state in which an earlier process could not end the run: it goes on.
             for file in self._loaded:
@@ -248,20 +246,7 @@ class Tracker:
         if self._dropped:
             logger.warning("mlflow: %d oldest entries were dropped, more than %d waited", self._dropped, self.bound)
 
-    # The queue, and the thread that empties it ----------------------------------------------------------
-
-    def _put(self, entry: Entry) -> None:
-        if self._store is None or self._closing:
-            return
-        with self._changed:
-            self._queue.append(entry)
-            self._drop_oldest()
-            self._changed.notify_all()
-
-    def _drop_oldest(self) -> None:
-        while len(self._queue) > self.bound:
-            self._queue.popleft()
-            self._dropped += 1
+    # The thread that empties the queues -------------------------------------------------------------------
 
     def _work(self, store: Store) -> None:
         delay = 1.0
@@ -278,6 +263,7 @@ class Tracker:
                 with self._changed:
                     if self._closing:
                         return
+                    self._drop_oldest()
                     self._changed.wait_for(lambda: self._closing, delay)
                 delay = min(2 * delay, 30.0)
                 continue
@@ -285,15 +271,10 @@ class Tracker:
                 logger.warning("mlflow: %s is back; all that waited is sent", without_credentials(store.uri))
             delay, self._down = 1.0, False
             with self._changed:
-                self._changed.notify_all()  # for flush
                 if self._closing and not self._queue and (self._ended or not store.owns):
                     return
-                due = [time.monotonic() + SYSTEM_METRICS_S]
-                due += [self._next_system_metrics] if self._records_system(store) else []
-                due += [self._next_upload] if self._artifacts else []
-                self._changed.wait_for(
-                    lambda: self._queue or self._closing or self._upload_is_due(), max(0.0, min(due) - time.monotonic())
-                )
+                # At the latest for the next system metrics or attempt to upload.
+                self._changed.wait_for(lambda: self._queue or self._closing or self._upload_is_due(), 1.0)
 
     def _send_all(self, store: Store) -> None:
         """Send everything that waits. Raises where the store cannot be reached."""
@@ -306,29 +287,35 @@ class Tracker:
             if store.was_running:
                 store.end(self._unsent_state)
             self._unsent_state = None
-        if self._records_system(store) and time.monotonic() >= self._next_system_metrics and not self._closing:
+        if self.config.system and store.owns and time.monotonic() >= self._next_system_metrics and not self._closing:
             self._next_system_metrics = time.monotonic() + SYSTEM_METRICS_S
             self._put(store.system_metrics())
         while self._queue:
             with self._changed:
-                self._in_flight = [self._queue.popleft() for _ in range(min(BATCH, len(self._queue)))]
+                batch = list(itertools.islice(self._queue, BATCH))
             try:
-                store.send(self._in_flight)
+                store.send(batch)
             except Exception as error:
                 if not is_rejected(error):
-                    with self._changed:
-                        self._queue.extendleft(reversed(self._in_flight))
-                        self._in_flight = []
-                        self._drop_oldest()
                     raise
-                self._warn(store, f"rejected {len(self._in_flight)} entries, which are dropped", error)
-            with self._changed:
-                self._in_flight = []
+                self._warn(store, f"rejected {len(batch)} entries, which are dropped", error)
+            self._remove(self._queue, len(batch))
         if self._closing and store.owns and not self._ended:  # before the artifacts: there may be only seconds
             store.end(str(self._end_state(store)))
             self._ended = True
         while self._upload_is_due():
             self._upload(store, self._artifacts[0])
+
+    def _remove(self, queue: deque[Any], count: int) -> None:
+        with self._changed:
+            for _ in range(count):
+                queue.popleft()
+            self._changed.notify_all()  # for flush
+
+    def _drop_oldest(self) -> None:
+        while len(self._queue) > self.bound:
+            self._queue.popleft()
+            self._dropped += 1
 
     def _upload(self, store: Store, artifact: Artifact) -> None:
         """Try one artifact. Artifacts may have a store of their own: its trouble must not hold up metrics."""
@@ -344,15 +331,11 @@ class Tracker:
                 self._uploads_down, self._next_upload = True, time.monotonic() + UPLOAD_RETRY_S
                 return
             self._warn(store, f"rejected the artifact {artifact.path}", error)
-        with self._changed:
-            self._artifacts.popleft()
         self._uploads_down = False
+        self._remove(self._artifacts, 1)
 
     def _upload_is_due(self) -> bool:
         return bool(self._artifacts) and time.monotonic() >= self._next_upload
-
-    def _records_system(self, store: Store) -> bool:
-        return self.config.system and store.owns
 
     def _warn(self, store: Store, problem: str, error: Exception) -> None:
         reason = without_credentials(store.uri, str(error)).strip().splitlines() or [""]
@@ -368,11 +351,11 @@ class Tracker:
         return self._state if not store.attach else self._unsent_state or (self._state if store.owns else None)
 
     def _write_rest(self, store: Store) -> None:
-        entries, state = [*self._in_flight, *self._queue], self._end_state(store)
-        if entries or self._artifacts or state:
-            if not keep_unsent(self._run, entries, self._artifacts, state):
+        self._drop_oldest()
+        if (state := self._end_state(store)) or self._queue or self._artifacts:
+            if not keep_unsent(self._run, self._queue, self._artifacts, state):
                 return
-            waiting = f"{len(entries)} entries" + (f" and the state {state}" if state else "")
+            waiting = f"{len(self._queue)} entries" + (f" and the state {state}" if state else "")
             logger.warning("mlflow: %s wait in %s for the next command on this run", waiting, self._run)
         for file in (*self._loaded, RunFolder(self._run).unsent_metrics):
             file.unlink(missing_ok=True)
