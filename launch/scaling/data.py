@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from msc.datasets.files import last_jsonl_record, read_jsonl
@@ -69,9 +70,8 @@ def read_scaling_data(path: Path, loss: str = "held out", only: Sequence[str] = 
         return read_sweep_folder(path, loss, only)
     if only:
         raise ValueError(f"--only chooses among the runs of a sweep folder; {path} is a table")
-    rows = read_csv(path) if path.suffix == ".csv" else read_json(path)
     results, left_out = [], []
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(read_table(path), 1):
         try:
             result = parse_row(row, f"row {number}")
         except (TypeError, ValueError, OverflowError) as error:
@@ -84,19 +84,15 @@ def read_scaling_data(path: Path, loss: str = "held out", only: Sequence[str] = 
     return keep_best(results, left_out)
 
 
-def read_csv(path: Path) -> list[dict[str, Any]]:
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """The rows of a .csv, .json or .jsonl file."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return list(csv.DictReader(file))
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no table of comma-separated values in UTF-8: {error}") from None
-
-
-def read_json(path: Path) -> list[dict[str, Any]]:
-    try:
+        if path.suffix == ".csv":
+            with path.open(encoding="utf-8", newline="") as file:
+                return list(csv.DictReader(file))
         rows = read_jsonl(path) if path.suffix == ".jsonl" else json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    except (csv.Error, ValueError) as error:
+        raise ValueError(f"{path} is no table in {path.suffix[1:]}, in UTF-8: {error}") from None
     if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
         raise ValueError(f"{path} must hold a list of tables, one per run")
     return rows
@@ -165,7 +161,11 @@ def matches(word: str, name: str, settings: Mapping[str, Any]) -> bool:
 
 def check_one_model(folder: Path, settings: Sequence[Mapping[str, Any]]) -> None:
     """ValueError if runs differ in more than one law can span."""
-    results = [model_settings(one) for one in settings]
+    results = []
+    for one in settings:
+        kept, heads = without(one, MAY_DIFFER), sum(scale["heads"] for scale in one["model.scales"])
+        kept["model.scales"] = [{**scale, "heads": scale["heads"] / heads} for scale in one["model.scales"]]
+        results.append(kept)
     different = []
     for key in results[0] if results else ():
         values = list(dict.fromkeys(str(one[key]) for one in results))
@@ -177,14 +177,6 @@ def check_one_model(folder: Path, settings: Sequence[Mapping[str, Any]]) -> None
             "seed, and one law does not hold for all: choose with --only section.key=value, or with --only and a "
             "pattern of the runs' names"
         )
-
-
-def model_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a run's flat settings must be the same for all runs of a law."""
-    kept = without(settings, MAY_DIFFER)
-    heads = sum(scale["heads"] for scale in settings["model.scales"])
-    kept["model.scales"] = [{**scale, "heads": scale["heads"] / heads} for scale in settings["model.scales"]]
-    return kept
 
 
 def without(settings: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
@@ -256,14 +248,10 @@ def keep_best(results: Sequence[RunResult], left_out: Sequence[tuple[str, str]])
 
 def group_similar(points: Sequence[RunResult], key: Any, same: float = TOLERANCE) -> list[list[RunResult]]:
     """Runs whose `key` (a number, or several) agrees within `same`, relative to the group's first."""
-    groups: list[tuple[tuple[float, ...], list[RunResult]]] = []
+    groups: list[list[RunResult]] = []
     for result in points:
-        values = key(result)
-        values = values if isinstance(values, tuple) else (values,)
-        for first, group in groups:
-            if all(abs(v / f - 1) <= same for v, f in zip(values, first, strict=True)):
-                group.append(result)
-                break
-        else:
-            groups.append((values, [result]))
-    return [group for _, group in groups]
+        alike = (g for g in groups if np.all(np.abs(np.divide(key(result), key(g[0])) - 1) <= same))
+        if (group := next(alike, None)) is None:
+            groups.append(group := [])
+        group.append(result)
+    return groups

@@ -145,8 +145,8 @@ def status_table(runs: Sequence[Path]) -> str:
     return text_table(rows, HEADER)
 
 
-def log_path(run: Path, rank: int | None) -> Path:
-    """Where a rank of the last job writes, or a part of the last conversion; FileNotFoundError names the logs there."""
+def show_log(run: Path, rank: int | None, follow: bool, lines: int) -> None:
+    """Print what a rank of the last job wrote, or a part of the last conversion. FileNotFoundError"""
     records = job_records.read_records(job_records.jobs_folder(run))
     arrays = [record for record in records if record.parts]
     if arrays and rank is not None:
@@ -160,11 +160,7 @@ def log_path(run: Path, rank: int | None) -> Path:
     if not path.is_file():
         others = ", ".join(sorted(p.name for p in RunFolder(run).logs.glob("rank_*.log"))) or "none"
         raise FileNotFoundError(f"{path} is not there (yet); logs of other ranks: {others}")
-    return path
-
-
-def show_log(run: Path, rank: int | None, follow: bool, lines: int) -> None:
-    with log_path(run, rank).open("rb") as file:
+    with path.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 1000 * lines))
         text = b"".join(file.read().splitlines(keepends=True)[-lines:])
         while True:

@@ -10,8 +10,8 @@ import io
 import os
 import re
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,11 +80,13 @@ def submit_array(
         "additional_parameters": {**extra, "signal": f"USR1@{config.signal_seconds}", "requeue": True},
     }
     folder.mkdir(parents=True, exist_ok=True)
+    before = dict(os.environ)
     try:
         executor = submitit.SlurmExecutor(folder)
         executor.update_parameters(**parameters)
         # sbatch hands the environment on to the job. What it says on stderr is in the exception, too.
-        with added_environment(config.variables), redirect_stderr(io.StringIO()):
+        os.environ.update(config.variables)
+        with redirect_stderr(io.StringIO()):
             if len(arguments) == 1:
                 jobs = [executor.submit(function, arguments[0])]
             else:
@@ -93,18 +95,11 @@ def submit_array(
         raise SubmissionError("; ".join(line.strip() for line in str(error).splitlines()) or "sbatch failed") from None
     except RuntimeError as error:  # submitit's for a machine without Slurm
         raise SubmissionError(f"{error} Use --cluster local to run here") from None
-    return str(jobs[0].job_id).partition("_")[0]
-
-
-@contextmanager
-def added_environment(variables: Mapping[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update(variables)
-    try:
-        yield
     finally:
-        os.environ.clear()
+        for name in config.variables:
+            os.environ.pop(name, None)
         os.environ.update(before)
+    return str(jobs[0].job_id).partition("_")[0]
 
 
 def job_states(numbers: Sequence[str]) -> dict[str, list[JobState]]:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,8 @@ def submit_command(
 ) -> int:
     """Submit another command of msc, which runs as a single process. folder: its run, or the shards it writes."""
     command, folder = arguments[0], folder.absolute()
-    config = checked_config(job_request, command)
-    if command == "convert":
-        jobs = folder.with_name(f"{folder.name}.jobs")
-    else:
+    config, jobs = checked_config(job_request, command), folder.with_name(f"{folder.name}.jobs")
+    if command != "convert":
         check_run(folder)
         jobs = folder / "jobs"
     return start_job(make_job(arguments, folder, jobs, job_request, config, part), f"{command}-{folder.name}")
@@ -150,12 +149,11 @@ def process_of(record: JobRecord) -> psutil.Process | None:
     """The process of a job on this machine; None if it has ended, also where another one has its number now."""
     if record.cluster == "slurm" or record.host != os.uname().nodename:
         return None
-    try:
+    with suppress(psutil.NoSuchProcess):
         process = psutil.Process(int(record.id))
-        alive = abs(process.create_time() - record.created) < 1 and process.status() != psutil.STATUS_ZOMBIE
-        return process if alive else None
-    except psutil.NoSuchProcess:
-        return None
+        if abs(process.create_time() - record.created) < 1 and process.status() != psutil.STATUS_ZOMBIE:
+            return process
+    return None
 
 
 # Starting -------------------------------------------------------------------------------------------------
@@ -241,18 +239,13 @@ def submit_conversion_in_parts(job: Job, count: int, name: str) -> list[JobRecor
         merge = replace(job, arguments=(*job.arguments, "--merge"))
         return [record, submit_array([merge], folder, name, f"afterok:{record.id}")]
     except (ValueError, OSError):
-        withdraw(folder, record)
+        done = subprocess.run(["scancel", record.id], capture_output=True, text=True)
+        if done.returncode:  # while Slurm has it, its record stays, and all that it reads
+            log.warning(f"job {record.id} was accepted and could not be taken back: {done.stderr.strip()}")
+        else:
+            log.info(f"job {record.id} was accepted, and is cancelled, as the job after it could not be sent")
+            (folder / f"{record.id}.json").unlink(missing_ok=True)
         raise
-
-
-def withdraw(folder: Path, record: JobRecord) -> None:
-    """Cancel a job whose successor was refused. While Slurm has it, its record stays, and all that it reads."""
-    done = subprocess.run(["scancel", record.id], capture_output=True, text=True)
-    if done.returncode:
-        log.warning(f"job {record.id} was accepted and could not be taken back: {done.stderr.strip()}")
-        return
-    log.info(f"job {record.id} was accepted, and is cancelled, as the job after it could not be sent")
-    (folder / f"{record.id}.json").unlink(missing_ok=True)
 
 
 def summary(job: Job, records: Sequence[JobRecord]) -> str:

@@ -27,7 +27,7 @@ from msc.parallel.console import configure_logging
 from msc.parallel.signals import collect_signals
 from msc.pretrain.checkpoints import directory as checkpoint_directory
 from msc.pretrain.run_folder import RunFolder
-from msc.pretrain.tracking import heartbeat
+from msc.pretrain.tracking import heartbeat, mlflow_store, tracker
 
 from ..processes import launcher
 from . import job_records
@@ -232,15 +232,11 @@ def end_own_mlflow_run(job: Job, code: int) -> None:
             heartbeat.check_not_training(Path(job.folder))
     except ValueError:
         return
-    from msc.pretrain.tracking.tracker import end_mlflow_run
-
-    if run_id := end_mlflow_run(Path(job.folder), "FAILED"):
+    if run_id := tracker.end_mlflow_run(Path(job.folder), "FAILED"):
         log.warning(f"MLflow run {run_id} was still RUNNING and is now FAILED")
 
 
 def warn_of_changed_code(job: Job) -> None:
-    from msc.pretrain.tracking.mlflow_store import code_version
-
-    now = code_version()
+    now = mlflow_store.code_version()
     if changed := [f"{name} {old} -> {now.get(name)}" for name, old in job.code if now.get(name) != old]:
         log.warning(f"the code is not what was submitted: {', '.join(changed)}")
