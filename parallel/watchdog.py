@@ -108,11 +108,6 @@ class Watchdog:
         for thread in self._threads:
             thread.start()
 
-    def report_failure(self, error: BaseException) -> None:
-        """Tell the other ranks that this one ends, and why."""
-        self._announce(f"{self._status()} failed in {self.progress.phase}: {type(error).__name__}: {first_line(error)}")
-        self._close()
-
     def explain(self, error: BaseException) -> str:
         """One line on a collective that failed on this rank; the other ranks get the same diagnosis."""
         if self._over.is_set():  # the other thread is writing it
@@ -175,15 +170,14 @@ class Watchdog:
         reason = ""
         while not reason and not self._over.wait(self.interval):
             reason = self._reason_to_end()
-        if reason:
+        if reason and not self._over.is_set():
             self._end_process(reason)
 
     def _end_process(self, reason: str) -> None:
-        if not self._over.is_set():
-            faulthandler.dump_traceback()
-            log.error(reason)  # last, as a launcher shows the end of a rank's log
-            self._close()
-            os._exit(1)
+        faulthandler.dump_traceback()
+        log.error(reason)  # last, as a launcher shows the end of a rank's log
+        self._close()
+        os._exit(1)
 
     def _reason_to_end(self) -> str:
         now, phase = time.monotonic(), self.progress.phase
@@ -263,7 +257,9 @@ def watch_ranks(
         if world_size == 1:
             raise
         if not is_communication_error(error):
-            watchdog.report_failure(error)
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            watchdog._announce(f"{watchdog._status()} failed in {progress.phase}: {reason}")
+            watchdog._close()
             raise
         raise ConnectionError(watchdog.explain(error)) from None
     finally:

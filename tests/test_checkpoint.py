@@ -33,8 +33,12 @@ from msc.pretrain.run_folder import RunFolder
         (30, 1, 0, [10, 20]),  # 40 and 50 are from before a rollback
     ],
 )
-def test_steps_to_prune(step, keep, keep_every, pruned):
-    assert checkpoint_directory.steps_to_prune([10, 20, 30, 40, 50], step, keep, keep_every) == pruned
+def test_pruned_steps(step, keep, keep_every, pruned, tmp_path):
+    for each in (10, 20, 30, 40, 50):
+        (tmp_path / "checkpoints" / checkpoint_directory.checkpoint_name(each)).mkdir(parents=True)
+    checkpoint_directory.prune(tmp_path, step, keep, keep_every)
+    left = map(checkpoint_directory.step_of, checkpoint_directory.list_checkpoints(tmp_path))
+    assert sorted({10, 20, 30, 40, 50} - set(left)) == pruned
 
 
 def test_keep_every_must_be_a_multiple_of_every():

@@ -160,12 +160,10 @@ def lock_for_reading(path: Path) -> BinaryIO:
         file = (path / "meta.json").open("rb")
     except FileNotFoundError:
         raise ValueError(f"{path / 'meta.json'} is missing") from None
-    locked = True
     with suppress(OSError):
-        locked = try_lock(file, shared=True)
-    if not locked:
-        file.close()
-        raise ValueError(f"{path} is being pruned: take a newer checkpoint")
+        if not try_lock(file, shared=True):
+            file.close()
+            raise ValueError(f"{path} is being pruned: take a newer checkpoint")
     return file
 
 
@@ -214,17 +212,14 @@ def set_latest(run: Path, path: Path) -> None:
     write_atomically(RunFolder(run).checkpoints / "latest", path.name.encode())
 
 
-def steps_to_prune(steps: list[int], step: int, keep: int, keep_every: int) -> list[int]:
-    """The checkpoints to delete once that of `step` is published: all but the last `keep`, and those of every
-    `keep_every`-th step (0: none). Later ones than `step` do not count: the run was rolled back before them."""
-    until = sorted(s for s in steps if s <= step)
-    return [s for s in until[:-keep] if not keep_every or s % keep_every]
-
-
 def prune(run: Path, step: int, keep: int, keep_every: int) -> None:
-    """Delete old checkpoints; one that another process is reading stays until the next time."""
-    for old in steps_to_prune([step_of(path) for path in list_checkpoints(run)], step, keep, keep_every):
-        path, free = RunFolder(run).checkpoints / checkpoint_name(old), True
+    """Delete the checkpoints up to `step` but the last `keep`, and those of every `keep_every`-th step (0: none). Later
+    ones do not count: the run was rolled back before them. One that another process reads stays until the next time."""
+    until = [path for path in list_checkpoints(run) if step_of(path) <= step]
+    for path in until[:-keep]:
+        if keep_every and step_of(path) % keep_every == 0:
+            continue
+        free = True
         with ExitStack() as stack:
             with suppress(OSError):  # damaged, or a file system without locks
                 free = try_lock(stack.enter_context((path / "meta.json").open("r+b")))

@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from logging import getLogger
 from pathlib import Path
@@ -94,21 +93,21 @@ def load_newest(run: Path, engine: Any) -> CheckpointMeta | None:
         if defects := sorted({defect for defects in control_plane.gather_objects(own) for defect in defects}):
             damaged.append((path, defects))
             continue
-        control_plane.run_on_rank_0(partial(_set_aside, run, damaged, path))
+
+        def set_damaged_aside(intact: Path = path) -> None:
+            for one, defects in damaged:
+                name = checkpoint_directory.rename_aside(one, "damaged").name
+                log.warning("%s; kept as %s, training resumes from %s", "; ".join(defects), name, intact.name)
+            if damaged:
+                checkpoint_directory.set_latest(run, intact)
+
+        control_plane.run_on_rank_0(set_damaged_aside)
         return load(path, engine)
     if damaged:
         defects = [defect for _, defects in damaged for defect in defects]
         raise ValueError(f"no checkpoint of {run} is intact: {'; '.join(defects)}")
     log.info("%s has no checkpoint yet: training begins at the first step", run)
     return None
-
-
-def _set_aside(run: Path, damaged: list[tuple[Path, list[str]]], intact: Path) -> None:
-    for path, defects in damaged:
-        name = checkpoint_directory.rename_aside(path, "damaged").name
-        log.warning("%s; kept as %s, training resumes from %s", "; ".join(defects), name, intact.name)
-    if damaged:
-        checkpoint_directory.set_latest(run, intact)
 
 
 def load(path: Path, engine: Any) -> CheckpointMeta:

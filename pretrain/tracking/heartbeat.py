@@ -63,7 +63,11 @@ def write_heartbeat(run: Path | None, ranks: int, progress: Progress, interval: 
                 check_owner_until = now + 4 * interval  # in which a live owner writes twice
             last = now
             if now < check_owner_until and (other := read(run)) and not _same_process(other, own):
-                if _has_taken_over(own, other_before, other):
+                # It owns the run now if it has trained after this process and ended, or goes on writing. One that no
+                # longer writes was killed, and owns nothing.
+                trained = other["phase"] == ENDED and other["step"] > 0 and not _same_process(other, own["previous"])
+                continues = _same_process(other, other_before) and other["time"] != other_before["time"]
+                if trained or (other["phase"] != ENDED and continues):
                     _end_taken(run, other)
                 other_before = other  # wait for its next one
             else:
@@ -77,14 +81,6 @@ def write_heartbeat(run: Path | None, ranks: int, progress: Progress, interval: 
         over.set()
         thread.join(interval)
         write(replace(progress.phase, name=ENDED, since=time.time()))
-
-
-def _has_taken_over(own: Mapping[str, Any], before: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether another process owns the run now: it goes on writing, or has trained after `own` and ended. One that no
-    longer writes was killed, and owns nothing."""
-    if other["phase"] == ENDED:
-        return other["step"] > 0 and not _same_process(other, own["previous"])
-    return _same_process(other, before) and other["time"] != before["time"]
 
 
 def _end_taken(run: Path, other: Mapping[str, Any]) -> None:
@@ -129,19 +125,16 @@ def is_recent(heartbeat: Mapping[str, Any], now: float) -> bool:
 def read_with_own_clock(runs: Sequence[Path], interval: float = 2 * INTERVAL_S) -> list[dict[str, Any]]:
     """The last heartbeat of each run. Where it looks old, but another machine wrote it, all are read again after
     `interval` seconds: the times of one that has changed are then put on this machine's clock."""
-    first, now = [read(run) for run in runs], time.time()
+    heartbeats, now = [read(run) for run in runs], time.time()
     doubtful = [
-        heartbeat.get("phase", ENDED) != ENDED and not is_recent(heartbeat, now) and not _is_local(heartbeat)
-        for heartbeat in first
-    ]
-    if not any(doubtful):
-        return first
-    time.sleep(interval)
-    heartbeats = []
-    for run, old, check in zip(runs, first, doubtful, strict=True):
-        new = read(run) if check else old
-        ahead = time.time() - new["time"] if new != old and new else 0.0
-        heartbeats.append({**new, "time": new["time"] + ahead, "since": new["since"] + ahead} if ahead else new)
+        i for i, last in enumerate(heartbeats)
+        if last.get("phase", ENDED) != ENDED and not is_recent(last, now) and not _is_local(last)
+    ]  # fmt: skip
+    time.sleep(interval if doubtful else 0)
+    for i in doubtful:
+        if (new := read(runs[i])) and new != heartbeats[i]:
+            ahead = time.time() - new["time"]
+            heartbeats[i] = {**new, "time": new["time"] + ahead, "since": new["since"] + ahead}
     return heartbeats
 
 

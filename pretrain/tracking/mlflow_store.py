@@ -81,14 +81,15 @@ class Store:
 
     def connect(self) -> None:
         """Import MLflow, open the store, find or create the run. May be called again after it raised."""
-        file = self._sqlite_file()
+        path = self.uri.removeprefix("sqlite:///")
+        file = Path(path).resolve() if path != self.uri else None
         if file:
             file.parent.mkdir(parents=True, exist_ok=True)
         # One process at a time opens a sqlite store: the migrations of a new one must not run twice at once. Where
         # the file system has no locks, the caller's next attempt succeeds.
         with locked(file.with_name(file.name + ".lock"), required=False) if file else nullcontext():
             self.client = open_client(self.uri)
-            experiment_id = self._find_experiment()
+            experiment_id = self._find_experiment(file)
         run = self._find_run(experiment_id)
         if run is None:
             tags = {"msc.key": self.key, "msc.run": str(self.run)}
@@ -129,9 +130,9 @@ class Store:
         """Upload a file, a folder with all it holds, or a text."""
         if artifact.text is not None:
             self.client.log_text(str(self.run_id), artifact.text, artifact.path)
-            return
-        log = self.client.log_artifacts if Path(artifact.path).is_dir() else self.client.log_artifact
-        log(str(self.run_id), artifact.path, artifact_path=artifact.folder or None)
+        else:
+            log = self.client.log_artifacts if Path(artifact.path).is_dir() else self.client.log_artifact
+            log(str(self.run_id), artifact.path, artifact_path=artifact.folder or None)
 
     def end(self, state: str) -> None:
         self.client.set_terminated(str(self.run_id), state)
@@ -156,25 +157,19 @@ class Store:
             batch: Any = {kind: entities[start : start + REQUEST_LIMITS[kind]]}
             self.client.log_batch(run_id, **batch, synchronous=True)
 
-    def _sqlite_file(self) -> Path | None:
-        path = self.uri.removeprefix("sqlite:///")
-        return Path(path).resolve() if path != self.uri else None
-
-    def _find_experiment(self) -> str:
-        """The id of the experiment, created where it does not exist."""
+    def _find_experiment(self, file: Path | None) -> str:
+        """The id of the experiment, created where it does not exist. file: of a sqlite store."""
         from mlflow.exceptions import MlflowException
 
         experiment = self.client.get_experiment_by_name(self.experiment)
         if experiment is None:
-            file = self._sqlite_file()
             # Without a place of their own the artifacts of a sqlite store land in the current folder.
             location = (file.parent / "mlartifacts").as_uri() if file else None
             try:
                 return str(self.client.create_experiment(self.experiment, artifact_location=location))
-            except MlflowException:  # another process was faster
-                experiment = self.client.get_experiment_by_name(self.experiment)
-                if experiment is None:
-                    raise
+            except MlflowException:
+                if (experiment := self.client.get_experiment_by_name(self.experiment)) is None:
+                    raise  # otherwise another process was faster
         if experiment.lifecycle_stage == "deleted":
             raise ConnectionError(f"the experiment {self.experiment} was deleted; restore it there")
         return str(experiment.experiment_id)
