@@ -93,7 +93,7 @@ def diffusers(monkeypatch, tmp_path):
 
 
 def test_a_diffusers_pipeline_computes_and_samples_the_same(exported, diffusers):
-    from msc.pretrain.diffusion.sampler import generate
+    from msc.pretrain.diffusion.sampler import Sampling, generate
 
     folder, model = exported
     pipe = diffusers.DiffusionPipeline.from_pretrained(str(folder), trust_remote_code=True)
@@ -102,7 +102,7 @@ def test_a_diffusers_pipeline_computes_and_samples_the_same(exported, diffusers)
         assert torch.equal(pipe.transformer(x, t), model(x, t))
     pipe.set_progress_bar_config(disable=True)
     shift = fake_checkpoints.configured()[0].diffusion.shift
-    latents = torch.cat(list(generate(model, torch.zeros(2, 0, 3, 16, 24), 3, 2, 5, shift)), 1)
+    latents = torch.cat(list(generate(model, torch.zeros(2, 0, 3, 16, 24), 3, Sampling(2, 5, shift))), 1)
     assert torch.equal(pipe(units=3, batch=2, num_inference_steps=2, seed=5, output_type="latent").frames, latents)
     frames = pipe(units=3, batch=2, num_inference_steps=2, seed=5).frames
     assert frames.shape == (2, 3, 16, 24, 3) and 0 <= frames.min() < frames.max() <= 1
