@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..shards.index import Index, Shape, check_shards, index_content, parse_index
 from ..shards.remote import COMMANDS, RemoteShards, is_url, redact_url
+from ..signals import mix_signals
 from ..statistics import mix_statistics
 from .shuffling import SLOTS, apportion
 
@@ -120,9 +121,10 @@ class Shards:
 
     @cached_property
     def index(self) -> Index:
-        """The first set's, with the statistics of all: what the model must know of its data."""
+        """The first set's, with the statistics and signals of all: what the model must know of its data."""
         statistics = mix_statistics([(one.weight, one.index.statistics) for one in self.sets])
-        return dataclasses.replace(self.sets[0].index, statistics=statistics)
+        signals = mix_signals([(str(one.place), one.weight, one.index.signals) for one in self.sets])
+        return dataclasses.replace(self.sets[0].index, statistics=statistics, signals=signals)
 
     @cached_property
     def shapes(self) -> tuple[Shape, ...]:
@@ -138,7 +140,8 @@ class Shards:
         buckets: dict[Shape, list[Stream]] = {shape: [] for shape in self.shapes}
         first = 0
         for one in self.sets:
-            for index in one.index.by_bucket():
+            # A clip has all signals of the mixture; those of other sets are unknown.
+            for index in dataclasses.replace(one.index, signals=self.index.signals).by_bucket():
                 if clips := index.samples(split):
                     share = Fraction(one.weight) / total * Fraction(clips, one.index.samples(split))
                     buckets[index.shape].append(Stream(one.place, index, split, first, share, one.name))
@@ -168,6 +171,7 @@ def open_shards(config: DataConfig) -> Shards:
         sets.append(ShardSet(place, index, name, one.weight, hashlib.sha256(content).hexdigest()[:16]))
     for other in sets[1:]:
         _check_compatible(sets[0], other)
+    mix_signals([(str(one.place), one.weight, one.index.signals) for one in sets])
     _check_cache_size(config, sets)
     return Shards(tuple(sets))
 
