@@ -268,6 +268,9 @@ def add_model_commands(command: Command) -> None:
     add("--prompts", type=Path, metavar="FILE", help="text file with a prompt in every line")
     add("--text", type=Path, metavar="DIR", help="text encoder (default: the one of the shards)")
     add("--label", action="append", metavar="NAME|N", help="class, may be given several times")
+    text = "signal of the new units: a file, or values as left:8,forward (may be given for several signals)"
+    add("--signal", action="append", metavar="NAME=...", help=text)
+    add("--signal-guidance", action="append", metavar="NAME=W", help="scale of guidance of a signal (1: none)")
     add("--count", type=positive, metavar="N", help="videos (default: one for each prompt or label)")
     add("--batch", type=positive, metavar="N", help="videos made at once (1)")
     add("--units", type=positive, metavar="N", help="units to generate")

@@ -254,8 +254,8 @@ def evaluate(args: Namespace) -> None:
 
 
 def sample(args: Namespace) -> None:
-    prompt, label = tuple(args.prompt or ()), tuple(args.label or ())
-    request = SampleConfig(**options_for(SampleConfig, args, prompt=prompt, label=label))
+    repeated = {name: tuple(getattr(args, name) or ()) for name in ("prompt", "label", "signal", "signal_guidance")}
+    request = SampleConfig(**options_for(SampleConfig, args, **repeated))
 
     from msc.pretrain.inference.sample import sample as sample_run
 

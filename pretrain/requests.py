@@ -21,9 +21,11 @@ class SampleConfig:
         prompts and of labels, held-out clip 0.
     prompt, prompts, label: a video for each, or `count` in all that take turns. prompts: a text file of one per line.
     text: folder of the text encoder (default: the one that the shards were made with).
+    signal: of the new units, `NAME=FILE` or `NAME=VALUE:UNITS,...` each (default: those of the clip that is continued,
+        as far as it has them); signal_guidance: `NAME=SCALE` each.
     units, context: units to generate and units of context (default: half a training clip, and what completes it).
     batch: videos generated at once. out: folder (default: samples/ in the run).
-    steps, solver, guidance, context_level: see `sampler.generate`. reach: units a query sees back at most (None: all).
+    steps, solver, guidance, context_level: see `sampler.Sampling`. reach: units a query sees back at most (None: all).
     """
 
     video: Path | None = None
@@ -33,6 +35,8 @@ class SampleConfig:
     prompts: Path | None = None
     text: Path | None = None
     label: tuple[str, ...] = ()
+    signal: tuple[str, ...] = ()
+    signal_guidance: tuple[str, ...] = ()
     count: int | None = None
     batch: int = 1
     units: int | None = None

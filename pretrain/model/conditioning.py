@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 MAX_COLUMNS = 1024
-NAME = re.compile(r"[A-Za-z]\w{0,63}", re.ASCII)
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class SignalConfig:
 
     def __post_init__(self):
         if not NAME.fullmatch(self.name):
-            raise ValueError(f"a signal is named {self.name[:80]!r}; it must be letters, digits and _, at most 64")
+            raise ValueError(f"a signal is named {self.name[:80]!r}; it must be letters, digits, _ and -, at most 64")
         if not 1 <= len(self.columns) <= MAX_COLUMNS or not 1 <= self.frames <= MAX_COLUMNS:
             raise ValueError(
                 f"signal {self.name} has {len(self.columns)} columns and {self.frames} frames; each must be at least 1 "
