@@ -283,6 +283,22 @@ def add_model_commands(command: Command) -> None:
     add("--seed", type=int, metavar="S")
     add("--out", type=Path, metavar="DIR", help="default: samples/ in the run folder")
 
+    parser = command("play", commands.play, "steer a model in the browser, as it generates")
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="run folder")
+    add("--weights", choices=("ema", "raw"), help="averaged or last weights (default: ema)")
+    exclusive = parser.add_mutually_exclusive_group().add_argument
+    exclusive("--clip", type=int, metavar="K", help="start from held-out clip K (default: 0)")
+    exclusive("--nothing", action="store_true", help="start without any context")
+    add("--context", type=positive, metavar="N", help="units of the clip to start from (default: half)")
+    add("--context-level", type=float, metavar="T", help="noise level at which the past is seen (0)")
+    add("--reach", type=positive, metavar="N", help="units of the past that count (default: a training clip)")
+    add("--steps", type=positive, metavar="N", help="denoising steps for each unit (8)")
+    add("--seed", type=int, metavar="S")
+    add("--host", metavar="ADDRESS", help="address to serve at (127.0.0.1: this machine only)")
+    add("--port", type=int, metavar="PORT", help="8765")
+    add("--token", metavar="TEXT", help="last part of the page's address (default: random)")
+
     add = command("export", commands.export, "write a run's weights as a folder of its own").add_argument
     add("run", type=Path, metavar="RUN", help="run folder")
     add("--out", type=Path, metavar="DIR", help="default: export/ in the run folder")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from msc.pretrain.requests import EvaluateConfig, SampleConfig
+from msc.pretrain.requests import EvaluateConfig, PlayConfig, SampleConfig
 from msc.pretrain.run_folder import RunFolder
 from msc.pretrain.training_start import TrainingStart
 
@@ -260,6 +260,14 @@ def sample(args: Namespace) -> None:
     from msc.pretrain.inference.sample import sample as sample_run
 
     print(sample_run(args.run, request))
+
+
+def play(args: Namespace) -> None:
+    request = PlayConfig(**options_for(PlayConfig, args))
+
+    from msc.pretrain.inference.play import play as play_run
+
+    play_run(args.run, request)
 
 
 def export(args: Namespace) -> None:

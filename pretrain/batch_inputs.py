@@ -28,7 +28,7 @@ class BatchInputs:
     x: Tensor
     noise: Tensor
     t: Tensor
-    condition: Condition = Condition()
+    condition: Condition = field(default_factory=Condition)
     all_t: Tensor | None = None
 
     @property
@@ -127,7 +127,6 @@ class InputBuilder:
             all_t,
         )
 
-
     def _condition(self, batch: Batch, clips: Sequence[tuple[int, int]]) -> Condition:
         """Condition of a batch, of which some clips go without: text and class together, every signal by itself."""
         condition, seed, config = condition_of(batch, self.model), self.noise.seed, self.model.config
@@ -150,7 +149,7 @@ def draw_noise(sources: Sequence[NoiseSource], sample: int, epoch: int, bucket: 
 def micro_batches(batch: Batch, size: int) -> list[Batch]:
     """Split a batch into parts of `size` clips."""
     values = {item.name: getattr(batch, item.name) for item in fields(batch) if item.name != "unreadable"}
-    per_clip: dict[str, Any] = {name: value for name, value in values.items() if isinstance(value, list | Tensor | dict)}
+    per_clip: dict[str, Any] = {k: value for k, value in values.items() if isinstance(value, list | Tensor | dict)}
 
     def part(value: Any, first: int) -> Any:
         if isinstance(value, dict):

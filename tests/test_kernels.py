@@ -85,7 +85,8 @@ def test_a_training_step_with_flex_is_captured_whole_and_not_once_per_layer(monk
         torch.testing.assert_close(grad, wanted, atol=1e-5, rtol=1e-4)
     step(x + 1, t / 2)
     with torch.no_grad():
-        assert len(list(generate(model, x[:, :2], 2, Sampling(steps=1)))) == 2  # nothing is compiled for a past that grows
+        # nothing is compiled for a past that grows
+        assert len(list(generate(model, x[:, :2], 2, Sampling(steps=1)))) == 2
     assert len(graphs) == 2
 
 

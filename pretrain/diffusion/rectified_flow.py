@@ -62,9 +62,7 @@ def frame_noise(seed: int, sample: int, epoch: int, frames: range, shape: Sequen
     return torch.from_numpy(np.stack(rows))
 
 
-def keep_condition(
-    dropped: float, seed: int, clips: Sequence[tuple[int, int]], signal: int | None = None
-) -> Tensor:
+def keep_condition(dropped: float, seed: int, clips: Sequence[tuple[int, int]], signal: int | None = None) -> Tensor:
     """Which clips, named (sample, epoch), keep their text and label (or a signal, by its number): `[B]`."""
     place = (0, _TEXT) if signal is None else (signal, _SIGNALS)
     return torch.tensor([_generator(seed, *clip, *place).random() >= dropped for clip in clips])

@@ -187,7 +187,7 @@ class RollOut:
         return x
 
     def _copies(self, condition: Condition) -> Condition:
-        """The condition, and what each guidance leaves out of it, one after another: of a batch so many times larger."""
+        """The condition, and it without what each guidance is for: of a batch so many times larger."""
         classes = self.model.config.classes
         without = [
             condition.without_signal(name) if name else condition.without_text(classes) for name in self.sampling.guided

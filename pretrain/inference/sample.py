@@ -10,7 +10,7 @@ import glob
 import logging
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import TypeVar
@@ -62,7 +62,7 @@ class Context:
     name: str
     encoded: Tensor
     frames: int
-    condition: Condition = Condition()
+    condition: Condition = field(default_factory=Condition)
 
 
 def sample(run: Path, request: SampleConfig) -> str:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
-
-
 
 from ..model.conditioning import SignalConfig
 from ..model.config import ModelConfig

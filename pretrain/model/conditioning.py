@@ -125,8 +125,8 @@ class SignalConfig:
 
 
 class SignalEmbedding(nn.Module):
-    """Embedding of a signal, `[B, T, width] -> [B, T, D]`: a table for discrete values, two linear layers for numbers, a
-    vector of its own where it is unknown. Zero at the start, so that a model trained without goes on unchanged."""
+    """Embedding of a signal, `[B, T, width] -> [B, T, D]`: a table of discrete values, two linear layers for numbers;
+    a vector of its own where it is unknown. Zero at the start, so that a model trained without goes on unchanged."""
 
     def __init__(self, config: SignalConfig, width: int):
         super().__init__()

@@ -74,10 +74,8 @@ class ModelConfig:
         if any(std <= 0 for std in self.latent_std):
             raise ValueError(f"model.latent_std is {self.latent_std}; all must be positive")
         if len({signal.name for signal in self.signals}) < len(self.signals) or len(self.signals) > MAX_SIGNALS:
-            raise ValueError(
-                f"model.signals are {', '.join(signal.name for signal in self.signals)[:200]}; their names must differ, "
-                f"and there may be {MAX_SIGNALS}"
-            )
+            names = ", ".join(signal.name for signal in self.signals)[:200]
+            raise ValueError(f"model.signals are {names}; their names must differ, and there may be {MAX_SIGNALS}")
         if self.prediction not in get_args(Prediction):
             raise ValueError(
                 f"model.prediction is {self.prediction!r}; it must be one of {', '.join(get_args(Prediction))}"
