@@ -160,7 +160,7 @@ def application(game: Game, name: str, token: str) -> web.Application:
                 "run": name, "fps": game.trained.space.fps, "seed": game.sampling.seed,
                 "keys": {key: f"{signal}: {value}" for key, (signal, value) in game.keys.items()},
             })  # fmt: skip
-            seed = game.sampling.seed
+            seed: int | None = game.sampling.seed
             while seed is not None:
                 seed = await play_once(game, socket, seed)
         return socket
