@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from msc.pretrain.requests import EvaluateConfig, SampleConfig
+from msc.pretrain.requests import EvaluateConfig, PlayConfig, SampleConfig
 from msc.pretrain.run_folder import RunFolder
 from msc.pretrain.training_start import TrainingStart
 
@@ -260,12 +260,20 @@ def evaluate(args: Namespace) -> None:
 
 
 def sample(args: Namespace) -> None:
-    prompt, label = tuple(args.prompt or ()), tuple(args.label or ())
-    request = SampleConfig(**options_for(SampleConfig, args, prompt=prompt, label=label))
+    repeated = {name: tuple(getattr(args, name) or ()) for name in ("prompt", "label", "signal", "signal_guidance")}
+    request = SampleConfig(**options_for(SampleConfig, args, **repeated))
 
     from msc.pretrain.inference.sample import sample as sample_run
 
     print(sample_run(args.run, request))
+
+
+def play(args: Namespace) -> None:
+    request = PlayConfig(**options_for(PlayConfig, args))
+
+    from msc.pretrain.inference.play import play as play_run
+
+    play_run(args.run, request)
 
 
 def export(args: Namespace) -> None:

@@ -41,7 +41,8 @@ class DataConfig:
     """Section `data`.
 
     shards: the folder (or http, https URL) of shards, or a list of {path, weight}. workers: loader processes per rank,
-    0 for none; prefetch: batches each reads ahead. text_dropout: share of clips whose text is left out (for guidance).
+    0 for none; prefetch: batches each reads ahead. text_dropout: share of clips whose text is left out (for guidance);
+    signal_dropout: share of clips without a signal, for every signal. signals: names of those to use (None: all).
     max_bad: share of the clips that may be unreadable; one always may. window: shuffle clips within this many shards at
     a time, 0 for all. cache: folder for remote shards ("" for ~/.cache/msc/shards), cache_gb: its limit in GB.
     commands: further URL schemes to allow, read by commands: "s3", "gs", "ais", "hf", "pipe".
@@ -51,6 +52,8 @@ class DataConfig:
     workers: int = 2
     prefetch: int = 2
     text_dropout: float = 0.1
+    signal_dropout: float = 0.1
+    signals: tuple[str, ...] | None = None
     max_bad: float = 0.05
     window: int = 0
     cache: str = ""
@@ -61,7 +64,7 @@ class DataConfig:
         for name, least in (("workers", 0), ("prefetch", 1), ("window", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"data.{name} is {getattr(self, name)}, it must be at least {least}")
-        for name in ("text_dropout", "max_bad"):
+        for name in ("text_dropout", "signal_dropout", "max_bad"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}, it must be between 0 and 1")
         if not self.cache_gb > 0:
