@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import subprocess
 import sys
 import tarfile
 import tempfile
@@ -608,6 +609,15 @@ def test_a_dot_goes_where_it_is_steered():
     light = video.sum(2)
     at = light[torch.arange(2)[:, None], torch.arange(20), centre[..., 0], centre[..., 1]]
     assert torch.equal(at, light.flatten(2).amax(2))
+
+
+def test_the_recorder_of_doom_says_what_it_needs(tmp_path):
+    script = PAGE.parent.parent / "examples" / "doom" / "record.py"
+    run = f"import runpy, sys; sys.modules['vizdoom'] = None; runpy.run_path({str(script)!r}, run_name='__main__')"
+    command = [sys.executable, "-c", run, "--out", str(tmp_path / "doom")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (1, "vizdoom is missing: pip install vizdoom av\n")
+    assert not (tmp_path / "doom").exists()
 
 
 # --- bad files ---------------------------------------------------------------------------------------------
