@@ -153,6 +153,8 @@ def add_data_commands(command: Command) -> None:
     add("--min-brightness", type=float, metavar="X", help="leave out darker clips (0 to 1)")
     add("--min-motion", type=float, metavar="X", help="leave out more static clips (0 to 1)")
     add("--crop", choices=("centre", "random"), help="what is kept of frames of another shape")
+    text = "per-frame signal in VIDEO.NAME.csv, may be given several times: NAME[,kind=…][,take=…][,shift=N]"
+    add("--signal", dest="signals", action="append", metavar="NAME", help=text)
     add("--max-bad", type=float, metavar="SHARE", help="of videos that may be unreadable (0.2)")
     exclusive = parser.add_mutually_exclusive_group().add_argument
     exclusive("--part", type=part, metavar="I/N", help="convert part I of N, from 0; then --merge")
