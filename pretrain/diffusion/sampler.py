@@ -136,6 +136,45 @@ class Sampling:
         return {name: scale for name, scale in scales.items() if scale != 1}
 
 
+Forward = Callable[[Tensor, Tensor], Tensor]  # of x and t
+
+
+def at_level(forward: Forward) -> Callable[[Tensor, float], Tensor]:
+    """The same for one noise level of all frames."""
+    return lambda x_BFCHW, t: forward(x_BFCHW, x_BFCHW.new_full(x_BFCHW.shape[:2], t))
+
+
+class RepeatedPass:
+    """A forward pass that is repeated with other values of x and t: from the second time on, a CUDA graph.
+
+    A unit is so little work that a CPU launches its kernels (250 a layer) more slowly than a GPU computes them.
+    previous: the last unit's, whose memory is used again.
+    """
+
+    def __init__(self, forward: Forward, previous: RepeatedPass | None):
+        self._forward, self._previous, self._passes = forward, previous, 0
+        self._graph = torch.cuda.CUDAGraph()
+
+    def __call__(self, x_BFCHW: Tensor, t: float) -> Tensor:
+        self._passes += 1
+        if self._passes == 1:  # compiles kernels, and makes what a capture cannot: copies from the CPU
+            return at_level(self._forward)(x_BFCHW, t)
+        if self._passes == 2:
+            self._x, self._t = x_BFCHW.clone(), x_BFCHW.new_empty(x_BFCHW.shape[:2])
+            here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+            aside.wait_stream(here)
+            with torch.cuda.stream(aside):  # not torch.cuda.graph: it would empty torch's cache of memory for each unit
+                self._graph.capture_begin(*([self._previous._graph.pool()] if self._previous else []))
+                self._velocity = self._forward(self._x, self._t)
+                self._graph.capture_end()
+            here.wait_stream(aside)
+            self._previous = None
+        self._x.copy_(x_BFCHW)
+        self._t.fill_(t)
+        self._graph.replay()
+        return self._velocity.clone()
+
+
 class RollOut:
     """Videos that grow unit by unit, each unit under a condition of its own: what an interactive player drives.
 
@@ -154,6 +193,7 @@ class RollOut:
         """like: its size (but for T), type and device. rows: number of every video, by default 0, 1, ...; its noise
         depends on (seed, its number, frame) alone. cache: go on with the past of another roll-out of the same rows."""
         self.model, self.sampling, self.cache = model, sampling, Cache() if cache is None else cache
+        self._pass: RepeatedPass | None = None
         self._like, self._rows = like_BTCHW[:, :0], range(len(like_BTCHW)) if rows is None else rows
         if len(self._rows) != len(like_BTCHW):
             raise ValueError(f"{len(self._rows)} rows are numbered, the context has {len(like_BTCHW)}")
@@ -170,14 +210,17 @@ class RollOut:
         """The next unit `[B, F, C, H, W]`."""
         copies = self._copies(condition)
 
-        def velocity(x: Tensor, t: float) -> Tensor:
-            x = torch.cat([x] * (1 + len(self.sampling.guided)))
-            given, *without = self.model(x, x.new_full(x.shape[:2], t), copies, self.cache).split(len(self._like))
+        def forward(x: Tensor, t_BF: Tensor) -> Tensor:
+            x, t_BF = (torch.cat([y] * (1 + len(self.sampling.guided))) for y in (x, t_BF))
+            given, *without = self.model(x, t_BF, copies, self.cache).split(len(self._like))
             changes = [
                 (scale - 1) * (given - v) for v, scale in zip(without, self.sampling.guided.values(), strict=True)
             ]
             return sum(changes, given)
 
+        velocity = at_level(forward)
+        if self._like.is_cuda and self.sampling.steps > 1:
+            velocity = self._pass = RepeatedPass(forward, self._pass)
         x = self._noise(_START)
         for t, lower in pairwise(sampling_levels(self.sampling.steps, self.sampling.shift)):
             v = velocity(x, t)

@@ -82,7 +82,7 @@ VARIANTS: dict[str, Recipe] = {
 # of the continuations: the mean (a single step), more or fewer steps, more of them at high noise, a noisy past
 SAMPLINGS = {
     "mean": Sampling(1), "sample": Sampling(16), "4 steps": Sampling(4), "late": Sampling(16, shift=3.0),
-    **{f"past at {level}": Sampling(16, context_level=level) for level in (0.05, 0.1, 0.2, 0.3)},
+    "past at 0.1": Sampling(16, context_level=0.1),
 }  # fmt: skip
 
 
