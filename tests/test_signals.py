@@ -357,6 +357,18 @@ def test_the_signal_is_of_the_frames_that_are_seen(dots, tmp_path, rate):
     assert_dots_follow(tmp_path / "out", 100)
 
 
+def test_scene_cuts_cut_signals_too(dots, tmp_path):
+    """Clips begin anew at frames 13 and 30, where the light changes."""
+    video = decode_frames(dots / "dot-000.mp4").int()
+    video[13:30] += 90
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "x.mp4").write_bytes(encode_mp4(video.clamp(0, 255).to(torch.uint8), 12))
+    os.link(dots / "dot-000.actions.csv", tmp_path / "in" / "x.actions.csv")
+    made(tmp_path / "out", tmp_path / "in", scenes=10, held_out=0, signals=("actions",))
+    assert [start for _, start in stored(tmp_path / "out")] == [0, 13, 21, 30, 38, 46]
+    assert_dots_follow(tmp_path / "out", 40)
+
+
 def test_rows_between_frames_are_not_lost_silently(dots, tmp_path):
     report = made(tmp_path / "out", dots, fps=6, signals=("actions",))
     assert "116 rows of actions lie between frames and are left out: take=count uses them" in report.text
