@@ -48,7 +48,7 @@ TABLES = {
     "loss_by_noise": TableKind("held-out loss by noise level", "noise level t", "squared velocity error", 4),
     "loss_by_position": TableKind("held-out loss by position", "latent frame", "squared velocity error", 4),
     "loss_by_context": TableKind(
-        "last unit, clean past: loss, and what hiding the past adds", "noise level t", "loss", 4
+        "last unit, clean past: loss, and what hiding the past or exchanging a signal adds", "noise level t", "loss", 4
     ),
     "psnr_by_horizon": TableKind("continuations: PSNR", "frames ahead", "dB", 2),
     "ssim_by_horizon": TableKind("continuations: SSIM", "frames ahead", "1: identical", 3),
@@ -122,7 +122,6 @@ def input_builders(trained: TrainedModel, diffusion: DiffusionConfig, shards: Sh
                 trained.config.model.frames_per_unit,
                 units=range(shape.frames // trained.config.model.frames_per_unit),
             ),
-            text_dropout=0.0,
             device=trained.device,
         )
         for shape in shards.shapes
@@ -167,7 +166,7 @@ def measure_clips(
 def measure(trained: TrainedModel, inputs: BatchInputs, seed: int, rollouts: Rollouts | None) -> Rows:
     """All rows of one model for a batch; without roll-outs their tables are left out."""
     with torch.no_grad():
-        velocity = trained.model(inputs.noisy, inputs.t, inputs.text, inputs.labels)
+        velocity = trained.model(inputs.noisy, inputs.t, inputs.condition)
     velocities = {
         "model": velocity,
         "untrained": precondition(inputs.noisy, inputs.t, torch.zeros_like(inputs.x)),

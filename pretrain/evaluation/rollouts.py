@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..batch_inputs import BatchInputs
 from ..diffusion.rectified_flow import frame_shift
-from ..diffusion.sampler import generate
+from ..diffusion.sampler import Sampling, generate
 from ..inference.load import TrainedModel
 from ..inference.preview import half_of_clip
 from . import metrics
@@ -38,7 +38,8 @@ def continuations(trained: TrainedModel, inputs: BatchInputs, seed: int, rollout
     context, shift = inputs.x[:, :known], frame_shift(trained.config.diffusion, *inputs.x.shape[-2:])
 
     def rollout(steps: int, seed: int) -> Tensor:
-        return torch.cat([context, *generate(model, context, units, steps, seed, shift, inputs.text, inputs.labels)], 1)
+        sampling = Sampling(steps, seed, shift)
+        return torch.cat([context, *generate(model, context, units, sampling, inputs.condition)], 1)
 
     def pixels(x_TCHW: Tensor) -> Tensor:
         return (trained.autoencoder.decode(model.denormalise(x_TCHW)).clamp(-1, 1) + 1) / 2

@@ -25,7 +25,7 @@ from torch import Tensor
 from msc.pretrain import cost
 from msc.pretrain.diffusion.loss import Loss
 from msc.pretrain.diffusion.rectified_flow import DiffusionConfig, add_noise, noise_levels
-from msc.pretrain.diffusion.sampler import generate
+from msc.pretrain.diffusion.sampler import Sampling, generate
 from msc.pretrain.model.config import ModelConfig
 from msc.pretrain.model.scales import Scale
 from msc.pretrain.model.transformer import MSCTransformer
@@ -195,7 +195,7 @@ def examine(model: MSCTransformer, data: Data, args: argparse.Namespace) -> dict
     horizons = [h for h in HORIZONS if h <= units]
     began = time.perf_counter()
     for name, steps, shift in (("mean", 1, 1.0), ("sample", args.sample_steps, 1.0), ("late", args.sample_steps, 3.0)):
-        made = to_pixels(model, torch.cat(list(generate(model, x[:, :context], units, steps, seed=1, shift=shift)), 1))
+        made = to_pixels(model, torch.cat(list(generate(model, x[:, :context], units, Sampling(steps, 1, shift))), 1))
         psnr = -10 * (made - truth).square().mean((2, 3, 4)).clamp(min=1e-7).log10()
         results[name] = {
             "psnr": [round(float(psnr[:, h - 1].mean()), 2) for h in horizons],
