@@ -3,8 +3,8 @@
 import csv
 import io
 import json
-import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .shards.tar import Location, open_bytes
-from .signals import MAX_COLUMNS, MAX_NAME
+from .signals import MAX_NAME
 
 MAX_FILE_BYTES, MAX_CELLS = 64 << 20, 1 << 24  # of a file of signals
 SUFFIXES = (".csv", ".jsonl", ".npy", ".parquet")
@@ -79,7 +79,7 @@ def _read_columns(content: bytes, suffix: str) -> dict[str, Any]:
         return _read_array(content)
     text = content.decode("utf-8-sig")
     if suffix == ".jsonl":
-        objects = [json.loads(line) for line in text.splitlines() if line.strip()]
+        objects = [json.loads(line) for line in text.split("\n") if line.strip()]
         for number, row in enumerate(objects, 1):
             if not isinstance(row, dict) or row.keys() != objects[0].keys():
                 raise ValueError(f"row {number} is no JSON object with the names of the first")
@@ -95,25 +95,16 @@ def _read_columns(content: bytes, suffix: str) -> dict[str, Any]:
 
 
 def _read_array(content: bytes) -> dict[str, np.ndarray]:
-    """The columns of an array in NumPy's format, which is held to the bytes that are there; pickles are not read."""
-    file = io.BytesIO(content)
-    version = np.lib.format.read_magic(file)
-    if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"is an array of version {version}, expected 1 or 2")
-    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read_header(file)
-    if dtype.hasobject:
-        raise ValueError("is an array of Python objects, which are not read")
-    array = np.frombuffer(content, dtype, math.prod(shape), file.tell()).reshape(shape, order="F" if fortran else "C")
-    if dtype.names and array.ndim == 1:
-        return {name: array[name] for name in dtype.names}
-    if array.ndim == 3 and array.shape[1:] == (4, 4):
-        array = array.reshape(-1, 16)
-    if array.ndim == 1:
-        array = array[:, None]
-    if array.ndim != 2:
-        raise ValueError(f"is an array {list(shape)}, expected [rows, columns]")
-    return {str(number): column for number, column in enumerate(array.T[: MAX_COLUMNS + 1])}
+    """The columns of an array in NumPy's format; pickles are not read."""
+    try:
+        array = np.load(io.BytesIO(content), allow_pickle=False)
+    except (MemoryError, EOFError):
+        raise ValueError("is empty, or claims more than it holds") from None
+    if isinstance(array, np.ndarray) and array.dtype.names and array.ndim == 1:
+        return {name: array[name] for name in array.dtype.names}
+    if not isinstance(array, np.ndarray) or (array.ndim not in (1, 2) and array.shape[1:] != (4, 4)):
+        raise ValueError("is no array [rows], [rows, columns] or [rows, 4, 4]")
+    return {str(number): column for number, column in enumerate(array.reshape(len(array), -1).T)}
 
 
 def _table(cells: dict[str, Any]) -> Table:
@@ -122,15 +113,10 @@ def _table(cells: dict[str, Any]) -> Table:
     if times is not None:
         times = _numbers(TIME, times)
         if (wrong := np.flatnonzero(np.diff(times) < 0)).size:
-            raise ValueError(
-                f"time goes back in row {wrong[0] + 2}, from {times[wrong[0]]:g} to {times[wrong[0] + 1]:g} s"
-            )
+            before, after = times[wrong[0] : wrong[0] + 2]
+            raise ValueError(f"time goes back in row {wrong[0] + 2}, from {before:g} to {after:g} s")
     if not arrays or not len(next(iter(arrays.values()))):
         raise ValueError("has no rows" if arrays else f"has no column beside {TIME}" if cells else "is empty")
-    if len(arrays) > MAX_COLUMNS:
-        raise ValueError(f"has more than the {MAX_COLUMNS} columns that are read")
-    if wrong_name := next((x for x in arrays if not 0 < len(x) <= MAX_NAME or not x.isprintable()), None):
-        raise ValueError(f"has a column {wrong_name[:MAX_NAME]!r}, expected printable names")
     (name, first), *others = arrays.items()
     if not others and first.dtype.kind == "U":
         return Table((name,), times, first)
@@ -139,15 +125,15 @@ def _table(cells: dict[str, Any]) -> Table:
 
 def _checked(name: str, cells: Any) -> np.ndarray:
     """The cells of a column: text where all are whole numbers or some are words, otherwise float64."""
+    if any(isinstance(cell, str) and len(cell) > MAX_NAME for cell in cells):  # all would take as much memory
+        raise ValueError(f"column {name} has a cell of more than {MAX_NAME} characters")
     array = np.asarray(cells)
     if array.ndim != 1 or array.dtype.kind not in "biufU":
         raise ValueError(f"column {name} holds other things than numbers or words, or misses some")
     if array.dtype.kind == "f":
         return _numbers(name, array)
-    if array.dtype.kind == "b":
-        array = array.astype(np.int8)
-    if array.dtype.kind in "iu":
-        return array.astype(np.str_)
+    if array.dtype.kind != "U":
+        return array.astype(np.int8 if array.dtype.kind == "b" else array.dtype).astype(np.str_)
     texts = [cell.strip() for cell in array.tolist()]
     if missing := next((row for row, text in enumerate(texts, 1) if text.lower() in ("", "nan")), 0):
         raise ValueError(f"row {missing} of column {name} is {texts[missing - 1] or 'empty'}")
@@ -183,27 +169,22 @@ POSITION, QUATERNION = ("x", "y", "z"), ("qx", "qy", "qz", "qw")
 MOTION = ("x", "y", "z", "rx", "ry", "rz")
 
 
-def pose_matrices(table: Table) -> np.ndarray:
+def pose_matrices(columns: Sequence[str], values: np.ndarray) -> np.ndarray:
     """Poses of a camera, camera to world, float64 [R, 4, 4], from 16 columns (a matrix, row by row) or 7: `x y z qx qy
-    qz qw`, found by these names, or in this order where they have none. ValueError where they are no rigid motions.
+    qz qw`, found by these names, or in this order where they are numbered. ValueError for what is no rigid motion.
     """
-    values = table.numbers()
+    names = (*POSITION, *QUATERNION)
     if values.shape[1] == 16:
         poses = values.reshape(-1, 4, 4)
-        gram = poses[:, :3, :3] @ poses[:, :3, :3].transpose(0, 2, 1)
-        rigid = np.abs(gram - np.eye(3)).max((1, 2)) < 1e-2
-        rigid &= (np.linalg.det(poses[:, :3, :3]) > 0) & (np.abs(poses[:, 3] - (0, 0, 0, 1)).max(1) < 1e-6)
-    elif values.shape[1] == 7:
-        named = set(table.columns) == {*POSITION, *QUATERNION}
-        if not named and table.columns != tuple(map(str, range(7))):
-            raise ValueError(
-                f"columns of a pose are {' '.join((*POSITION, *QUATERNION))}, not {' '.join(table.columns)}"
-            )
-        if named:
-            values = values[:, [table.columns.index(name) for name in (*POSITION, *QUATERNION)]]
-        norm = np.linalg.norm(values[:, 3:], axis=1, keepdims=True)
-        rigid = np.abs(norm[:, 0] - 1) < 1e-2
-        x, y, z, w = (values[:, 3:] / np.maximum(norm, 1e-12)).T
+        turn = poses[:, :3, :3]
+        rigid = np.abs(turn @ turn.transpose(0, 2, 1) - np.eye(3)).max((1, 2)) < 1e-2
+        rigid &= (np.linalg.det(turn) > 0) & (np.abs(poses[:, 3] - (0, 0, 0, 1)).max(1) < 1e-6)
+    elif set(columns) == set(names) or list(columns) == [str(number) for number in range(7)]:
+        if "x" in columns:
+            values = values[:, [columns.index(name) for name in names]]
+        norm = np.linalg.norm(values[:, 3:], axis=1)
+        rigid = np.abs(norm - 1) < 1e-2
+        x, y, z, w = values[:, 3:].T / np.maximum(norm, 1e-12)
         poses = np.tile(np.eye(4), (len(values), 1, 1))
         poses[:, :3, 3] = values[:, :3]
         poses[:, :3, :3] = np.array([
@@ -212,7 +193,7 @@ def pose_matrices(table: Table) -> np.ndarray:
             [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
         ]).transpose(2, 0, 1)  # fmt: skip
     else:
-        raise ValueError(f"a pose has 7 or 16 columns, not {values.shape[1]}")
+        raise ValueError(f"a pose has the columns {' '.join(names)}, or 16, not {' '.join(columns)[:200]}")
     if not rigid.all():
         raise ValueError(f"row {np.flatnonzero(~rigid)[0] + 1} is no pose: its rotation is none")
     return poses

@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -55,11 +55,6 @@ class Signal:
         if not all(map(math.isfinite, (*self.mean, *self.std))) or min(self.std, default=1.0) <= 0:
             return f"{place}: mean and std must be finite, std above 0"
         return "" if 0 <= self.known <= 1 else f"{place}: known is {self.known}, expected 0 to 1"
-
-
-def signal_from_json(fields: dict[str, Any]) -> Signal:
-    """From the fields as json.loads gives them; TypeError or KeyError for other fields."""
-    return Signal(**{**fields, **{name: tuple(fields[name]) for name in ("columns", "mean", "std")}})
 
 
 def rows_of_latent_frames(values: Tensor, frames: int, temporal_factor: int, kind: Kind) -> Tensor:

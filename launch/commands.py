@@ -105,7 +105,7 @@ def contact_sheet_of(folder: Path, autoencoder: Any, path: Path) -> Path:
         for i, (key, video) in enumerate(zip(batch.keys, videos, strict=True)):
             rows.append((key, video))
             for signal in one.signals:
-                values = batch.signals[signal.name][i].reshape(-1, signal.width)[-len(video) :]
+                values = (batch.signals or {})[signal.name][i].reshape(-1, signal.width)[-len(video) :]
                 rows.append((signal.name, signal_bars(signal, values, max(12, video.shape[2] // 3), video.shape[3])))
     write_contact_sheet(rows, path)
     return path

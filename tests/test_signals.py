@@ -284,14 +284,15 @@ def test_matrices_and_quaternions_are_the_same_pose(tmp_path):
     np.save(tmp_path / "q.npy", np.concatenate((positions, -quaternions), 1))  # -q turns as q does
     rows = dict(zip((*QUATERNION, *POSITION), np.concatenate((quaternions, positions), 1).T.tolist(), strict=True))
     for path in (tmp_path / "m.npy", tmp_path / "q.npy", written(tmp_path / "q.csv", rows)):
-        np.testing.assert_allclose(pose_matrices(read_signal(path)), matrices, rtol=0, atol=1e-12)
+        table = read_signal(path)
+        np.testing.assert_allclose(pose_matrices(table.columns, table.numbers()), matrices, rtol=0, atol=1e-12)
     for bad, message in (
         (matrices * 2, "row 1 is no pose"),
-        (matrices[:, :3, :3].reshape(9, 9), "7 or 16 columns, not 9"),
+        (matrices[:, :3, :3].reshape(9, 9), "the columns x y z qx qy qz qw, or 16, not 0 1 2"),
     ):
         np.save(tmp_path / "bad.npy", bad)
         with pytest.raises(ValueError, match=message):
-            pose_matrices(read_signal(tmp_path / "bad.npy"))
+            pose_matrices((table := read_signal(tmp_path / "bad.npy")).columns, table.numbers())
 
 
 def test_poses_of_a_maze_become_steps_and_turns(tmp_path):
@@ -354,6 +355,18 @@ def test_the_signal_is_of_the_frames_that_are_seen(dots, tmp_path, rate):
     report = made(tmp_path / "out", dots, fps=rate, workers=2, stride=5, signals=("actions,take=count",))
     assert "lie between frames" not in report.text
     assert_dots_follow(tmp_path / "out", 100)
+
+
+def test_scene_cuts_cut_signals_too(dots, tmp_path):
+    """Clips begin anew at frames 13 and 30, where the light changes."""
+    video = decode_frames(dots / "dot-000.mp4").int()
+    video[13:30] += 90
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "x.mp4").write_bytes(encode_mp4(video.clamp(0, 255).to(torch.uint8), 12))
+    os.link(dots / "dot-000.actions.csv", tmp_path / "in" / "x.actions.csv")
+    made(tmp_path / "out", tmp_path / "in", scenes=10, held_out=0, signals=("actions",))
+    assert [start for _, start in stored(tmp_path / "out")] == [0, 13, 21, 30, 38, 46]
+    assert_dots_follow(tmp_path / "out", 40)
 
 
 def test_rows_between_frames_are_not_lost_silently(dots, tmp_path):
@@ -668,8 +681,10 @@ FILES: list[tuple[str, str, bytes, str, str]] = [
     ("lines of lists", "jsonl", column(*(json.dumps([x]) for x in GOOD)), "row 1 is no JSON object", ""),
     ("cut off JSON", "jsonl", column(*(json.dumps({"action": x}) for x in GOOD))[:-3], "Unterminated string", ""),
     ("an array of Python objects", "npy", array(np.array(GOOD, object)),
-     "Python objects, which are not read", "pickles are never loaded"),
-    ("an array that claims more than is there", "npy", CLAIM, "buffer is smaller", "nothing is allocated"),
+     "Object arrays cannot be loaded", "pickles are never loaded"),
+    ("an array that claims more than is there", "npy", CLAIM, "claims more than it holds", ""),
+    ("a cell of 100,000 letters", "csv", column("action", *GOOD[:-1], "x" * 10**5),
+     "column action has a cell of more than 100 characters", "a column would take as much for every row"),
     ("text called .parquet", "parquet", column("action", *GOOD), "magic bytes", ""),
 ]  # fmt: skip
 
@@ -693,7 +708,7 @@ def convert_bad_files(folder: Path) -> dict[str, str]:
     report = made(folder / "out", folder / "in", height=16, width=16, max_bad=0.9, signals=("actions",))
     skipped, clips = dict(report.skipped), stored(folder / "out")
     assert len(skipped) == len(FILES) - 1 and not any("good" in name for name in skipped)
-    assert "1 of 42 videos have no file of it" in report.text
+    assert "1 of 44 videos have no file of it" in report.text
     found = {}
     for number, (what, *_) in enumerate(FILES):
         name = f"in/bad-{chr(97 + number)}.mp4"
@@ -737,7 +752,7 @@ def test_what_no_video_can_have_is_refused_before_work(dots, tmp_path):
             "discrete values are words or whole numbers in one column",
         ),
         ("csv", b"", "", r"none of its 1 files can be read \(synthetic-000.x.csv: is empty\)"),
-        ("npy", array(np.zeros((60, 1025))), "", "none of its 1 files .*more than the 1024 columns"),
+        ("npy", array(np.zeros((60, 1025))), "", "signals.x has 1025 columns, expected 1 to 1024"),
     ):
         path = stem.with_suffix(f".x.{suffix}")
         path.write_bytes(content)

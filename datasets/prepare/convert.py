@@ -7,7 +7,6 @@ the order of the sources, so that the bytes of the result do not depend on the n
 
 import dataclasses
 import hashlib
-import json
 import logging
 import shutil
 import threading
@@ -20,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import torch
 from safetensors.torch import load
 
@@ -27,7 +27,7 @@ from ..files import check_replaceable, locked, publish_folder, write_atomically
 from ..shards.index import STORES, Index, Sample, Shape, read_part, scan, write_index
 from ..shards.tar import size_of
 from ..signal_files import SUFFIXES
-from ..signals import TAKES, signal_from_json
+from ..signals import TAKES
 from ..statistics import TIMES, LatentSums, Statistics, mix_statistics, statistics_of_sums, sum_latents
 from ..video import decode_frames
 from .clip_ranges import HELD_OUT_RULE, SPLITS
@@ -175,11 +175,7 @@ def _plan_signals(
         if requests and not path.is_file():
             plans = plan_signals(requests, [source.signals for source in sources])
             write_shared_json(own, path, [dataclasses.asdict(plan) for plan in plans])
-    read = json.loads(path.read_text()) if requests else []
-    return tuple(
-        SignalPlan(signal_from_json(plan["signal"]), tuple(plan["columns"]), plan["shift"], plan["pose"])
-        for plan in read
-    )
+    return pydantic.TypeAdapter(tuple[SignalPlan, ...]).validate_json(path.read_bytes()) if requests else ()
 
 
 def _latent_shapes(config: ConvertConfig, encode: Encode, temporal_factor: int) -> tuple[list[Shape], int]:

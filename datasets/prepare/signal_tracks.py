@@ -97,6 +97,11 @@ def plan_signals(requests: Sequence[SignalRequest], files: Sequence[Files]) -> l
                 )
             whole = all(map(WHOLE.fullmatch, values[columns]))
             names = tuple(sorted(values[columns], key=int if whole else None))
+            if len(names) > MAX_COLUMNS:
+                raise ValueError(
+                    f"signal {request.name} has {len(names)} different values, at most {MAX_COLUMNS} are read; are "
+                    "they numbers, not choices? (kind=continuous)"
+                )
         else:
             names = MOTION if kind == "pose" else columns
         numbers = 0 if kind == "discrete" else len(names)  # measured at the end
@@ -104,11 +109,6 @@ def plan_signals(requests: Sequence[SignalRequest], files: Sequence[Files]) -> l
             request.name, "discrete" if kind == "discrete" else "continuous", names, request.take,
             mean=(0.0,) * numbers, std=(1.0,) * numbers,
         )  # fmt: skip
-        if len(names) > MAX_COLUMNS:
-            raise ValueError(
-                f"signal {request.name} has {len(names)} different values, at most {MAX_COLUMNS} are read; are they "
-                "numbers, not choices? (kind=continuous)"
-            )
         if problem := signal.problem:
             raise ValueError(problem)
         plans.append(SignalPlan(signal, columns, request.shift, kind == "pose"))
@@ -174,10 +174,9 @@ def align(
     if set(table.columns) != set(plan.columns):
         raise ValueError(f"has the columns {', '.join(table.columns)[:200]}, not {', '.join(plan.columns)[:200]}")
     lead = 1 + plan.shift
-    if plan.pose:
-        values = pose_matrices(table)
-    elif plan.signal.kind == "continuous":
-        values = table.numbers()[:, [table.columns.index(name) for name in plan.columns]].astype(np.float32)
+    if plan.signal.kind == "continuous":
+        numbers = table.numbers()[:, [table.columns.index(name) for name in plan.columns]]
+        values = pose_matrices(plan.columns, numbers) if plan.pose else numbers.astype(np.float32)
     else:
         if not table.is_discrete:
             raise ValueError("holds fractions, expected words or whole numbers (or kind=continuous)")

@@ -16,7 +16,7 @@ from typing import Any
 from webdataset.writer import TarWriter
 
 from ..files import describe_validation_error, partial_file, sha256_of, write_atomically
-from ..signals import MAX_SIGNALS, Signal, signal_from_json
+from ..signals import MAX_SIGNALS, Signal
 from ..statistics import Statistics
 from .tar import normalise_name, tar_members
 
@@ -233,7 +233,10 @@ def parse_index(content: bytes, name: str) -> Index:
         fields["splits"] = {s: [ShardInfo(**x) for x in shards] for s, shards in fields["splits"].items()}
         fields["statistics"] = Statistics.from_json(fields["statistics"])
         fields["buckets"] = tuple(Shape(**shape) for shape in fields.get("buckets", ()))
-        fields["signals"] = tuple(map(signal_from_json, fields.get("signals", ())))
+        fields["signals"] = tuple(
+            Signal(**{**signal, **{name: tuple(signal[name]) for name in ("columns", "mean", "std")}})
+            for signal in fields.get("signals", ())
+        )
         index = Index(**fields)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{name} is damaged ({str(error)[:200]}): run `msc convert` again") from None
