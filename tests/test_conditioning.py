@@ -86,13 +86,31 @@ CONFIG = ModelConfig(channels=3, frames_per_unit=2, signals=(SignalConfig("keys"
 
 
 def test_a_schedule_of_values_is_held_for_its_units():
-    values = read_signals(CONFIG, ["keys=up:1,left:2"], None, 12.0)["keys"]
+    values = read_signals(CONFIG, ["keys=up:1,left:2"], None)["keys"]
     up, left = [0.0, 1.0, 0.0, 1.0], [1.0, 0.0, 1.0, 0.0]  # of both video frames of a latent frame
     assert values.tolist() == [up, up, left, left, left, left]
-    held = read_signals(CONFIG, ["keys=left:1,up"], 3, 12.0)["keys"]
+    held = read_signals(CONFIG, ["keys=left:1,up"], 3)["keys"]
     assert held.tolist() == [left, left, up, up, up, up]
-    assert read_signals(CONFIG, [], 3, 12.0) == {}
+    assert read_signals(CONFIG, [], 3) == {}
     assert read_guidance(CONFIG, ["keys=2.5"]) == {"keys": 2.5}
+
+
+def test_a_file_holds_a_row_a_unit(tmp_path):
+    keys, pose, timed = (tmp_path / f"{name}.csv" for name in ("keys", "pose", "timed"))
+    keys.write_text("action\nup\nleft\n")
+    pose.write_text("x\n1.5\n2.5\n")
+    timed.write_text("time,x\n0,1.5\n1,2.5\n")
+    values = read_signals(CONFIG, [f"keys={keys}", f"pose={pose}"], None)
+    up, left = [0.0, 1.0, 0.0, 1.0], [1.0, 0.0, 1.0, 0.0]
+    assert (
+        values["keys"].tolist() == [up, up, left, left] and values["pose"].tolist() == [[1.5] * 2] * 2 + [[2.5] * 2] * 2
+    )
+    for option, message in ((f"keys={pose}", "fractions"), (f"pose={timed}", "has times"), (f"pose={keys}", "columns")):
+        with pytest.raises(ValueError, match=message):
+            read_signals(CONFIG, [option], None)
+    keys.write_text("action\nup\nbelow\n")
+    with pytest.raises(ValueError, match="holds 'below'; keys is one of left, up"):
+        read_signals(CONFIG, [f"keys={keys}"], None)
 
 
 @pytest.mark.parametrize(("options", "units", "message"), [
@@ -107,7 +125,7 @@ def test_a_schedule_of_values_is_held_for_its_units():
 ])  # fmt: skip
 def test_options_that_make_no_sense_are_refused(options, units, message):
     with pytest.raises(ValueError, match=message):
-        read_signals(CONFIG, options, units, 12.0)
+        read_signals(CONFIG, options, units)
 
 
 @pytest.mark.parametrize(("values", "message"), [

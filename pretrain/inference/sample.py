@@ -72,7 +72,7 @@ def sample(run: Path, request: SampleConfig) -> str:
         request.steps, request.seed, 1.0, request.context_level, request.solver, request.guidance,
         read_guidance(config.model, request.signal_guidance),
     )  # fmt: skip
-    steering = read_signals(config.model, request.signal, request.units, space.fps)
+    steering = read_signals(config.model, request.signal, request.units)
     conditions = read_conditions(config, request)
     trained = open_run(run, request.weights)
     autoencoder, per_unit = trained.autoencoder, config.model.frames_per_unit

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from msc.datasets.signal_files import read_signal
 
 from ..model.conditioning import SignalConfig
 from ..model.config import ModelConfig
 
 
-def read_signals(config: ModelConfig, options: Sequence[str], units: int | None, fps: float) -> dict[str, Tensor]:
+def read_signals(config: ModelConfig, options: Sequence[str], units: int | None) -> dict[str, Tensor]:
     """Raw values `[T, width]` of the frames to generate by signal; all of equal length. units: to generate, if said.
 
-    An option names a file of one row a unit, or with times, in seconds from the first new frame on; or, of a discrete
-    signal, values and for how many units each (the last without a number: to the end), as `left:40,forward:80`.
+    An option names a file with a row for every unit; or, of a discrete signal, values and for how many units each (the
+    last without a number: to the end), as `left:40,forward:80`.
     """
     known = {signal.name: signal for signal in config.signals}
     values: dict[str, Tensor] = {}
@@ -29,7 +32,7 @@ def read_signals(config: ModelConfig, options: Sequence[str], units: int | None,
         if name in values:
             raise ValueError(f"--signal {name} is given twice")
         signal = known[name]
-        own = _of_schedule(signal, text, units)
+        own = _of_file(signal, Path(text)) if Path(text).is_file() else _of_schedule(signal, text, units)
         values[name] = own.repeat_interleave(config.frames_per_unit, 0)
     for name, own in values.items():
         length = len(own) // config.frames_per_unit
@@ -38,6 +41,28 @@ def read_signals(config: ModelConfig, options: Sequence[str], units: int | None,
         if length < units:
             raise ValueError(f"--signal {name} is for {length} units, {units} are to be generated: see --units")
     return {name: own[: (units or 0) * config.frames_per_unit] for name, own in values.items()}
+
+
+def _of_file(signal: SignalConfig, path: Path) -> Tensor:
+    """The rows of a file `[units, width]`, the same in each of a unit's video frames."""
+    table = read_signal(path)
+    if table.times is not None:
+        raise ValueError(f"{path} has times: here a row stands for a unit, leave them out")
+    if signal.kind == "continuous":
+        if table.columns != signal.columns and table.columns != tuple(map(str, range(len(signal.columns)))):
+            raise ValueError(
+                f"{path} has the columns {', '.join(table.columns)}; {signal.name} has {', '.join(signal.columns)}"
+            )
+        return torch.from_numpy(table.numbers()).float().repeat(1, signal.frames)
+    if not table.is_discrete or (unknown := sorted(set(table.values.tolist()) - set(signal.columns))):
+        other = repr(unknown[0]) if table.is_discrete else "fractions or several columns"
+        raise ValueError(f"{path} holds {other}; {signal.name} is one of {', '.join(signal.columns[:20])}")
+    return _counts(signal, [signal.columns.index(value) for value in table.values.tolist()])
+
+
+def _counts(signal: SignalConfig, values: Sequence[int]) -> Tensor:
+    """Of a discrete signal with one value a unit."""
+    return torch.nn.functional.one_hot(torch.tensor(values), len(signal.columns)).float().repeat(1, signal.frames)
 
 
 def _of_schedule(signal: SignalConfig, text: str, units: int | None) -> Tensor:
@@ -59,7 +84,7 @@ def _of_schedule(signal: SignalConfig, text: str, units: int | None) -> Tensor:
             raise ValueError(f"--signal {signal.name}: {part!r} needs a number of units, as {value}:8")
         rest = max(1, (units or 0) - len(chosen))  # the last one goes on to the end
         chosen += [signal.columns.index(value)] * (int(count) if colon else rest)
-    return torch.nn.functional.one_hot(torch.tensor(chosen), len(signal.columns)).float().repeat(1, signal.frames)
+    return _counts(signal, chosen)
 
 
 def read_guidance(config: ModelConfig, options: Sequence[str]) -> dict[str, float]:
