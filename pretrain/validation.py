@@ -196,7 +196,7 @@ def describe(config: Config, processes: int = 1) -> str:
     attention = 3 * cost.attention_flops(model, *size)
     tokens = cost.tokens_per_frame(model, index.height, index.width)
     state = cost.state_bytes(parameters, zero_stage, processes, parallel.precision != "fp32")
-    activations = peak_activation_bytes(model, parallel, clip, train.micro, parallel.recompute)
+    activations = peak_activation_bytes(model, parallel, clip, train.micro)
     whole = f"; {4 * parameters / 1e9:.2f} at the start, before sharding" if zero_stage < 3 else ""
     source = "as in data.shards" if config.data.shards else "ASSUMED, as data.shards is empty"
     if len(shards.shapes) > 1:

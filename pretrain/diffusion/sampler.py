@@ -164,7 +164,7 @@ class RepeatedPass:
             here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
             aside.wait_stream(here)
             with torch.cuda.stream(aside):  # not torch.cuda.graph: it would empty torch's cache of memory for each unit
-                self._graph.capture_begin(*([self._previous._graph.pool()] if self._previous else []))
+                self._graph.capture_begin(None if self._previous is None else self._previous._graph.pool())
                 self._velocity = self._forward(self._x, self._t)
                 self._graph.capture_end()
             here.wait_stream(aside)
