@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,8 @@ from msc.parallel.ring import Ring
 from msc.parallel.ulysses import Ulysses
 
 from . import cost
+from .cost import Recompute
+from .kernels.compile_helpers import limit_kept_activations
 from .kernels.dispatch import Kernel, check_kernel
 from .kernels.sdpa import attend_part, differentiate_part
 from .layout_planner import ClipShape, LayoutChoice, ParallelLayout, Rates, check_layout, choose_layouts
@@ -33,9 +35,12 @@ from .optimizer import OptimizerConfig, make_optimizer
 @dataclass(frozen=True)
 class ParallelConfig:
     """sp: ranks of a context-parallel group, which share one video along time; the rest of the world is data parallel.
-    recompute: activation checkpointing per block. compile: torch.compile per block. timeout: seconds in which all ranks
-    end when one is lost or stalled. stall: seconds in one phase, such as a pass or a checkpoint, after which the whole
-    run counts as hung and is ended (0: never). attention: kernel ("auto", "sdpa", "flex", "flash"; see dispatch.py).
+    recompute: what the backward pass computes again: "none", "full" (each block from its input: activation
+    checkpointing), or "cheap" (of a compiled block, what saves half of the memory at the least work, by torch's
+    activation memory budget; without compile as "full"). compile: torch.compile per block.
+    timeout: seconds in which all ranks end when one is lost or stalled. stall: seconds in one phase, such as a pass or
+    a checkpoint, after which the whole run counts as hung and is ended (0: never).
+    attention: kernel ("auto", "sdpa", "flex", "flash"; see dispatch.py).
     layout: the parallel layout of scales ("auto", "halo", "ulysses", "ring"; see layout_planner.py); "auto" takes for
     each scale the cheapest between ranks that compute flops_per_s, send bytes_per_s, and wait wait_s for each other in
     a collective."""
@@ -47,7 +52,7 @@ class ParallelConfig:
     bytes_per_s: float = 5e10
     flops_per_s: float = 3e14
     wait_s: float = 8e-5  # four H100, Ulysses of a scale of `base`: 6e-5 with all kept, 1e-4 recomputed
-    recompute: bool = False
+    recompute: Recompute = "none"
     compile: bool = False
     timeout: float = 600.0
     stall: float = 7200.0
@@ -59,11 +64,27 @@ class ParallelConfig:
         for name in ("timeout", "bytes_per_s", "flops_per_s"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"parallel.{name} is {getattr(self, name)}; it must be positive and finite")
+        if self.recompute not in get_args(Recompute):
+            raise ValueError(
+                f"parallel.recompute is {self.recompute!r}; it must be one of {', '.join(get_args(Recompute))}"
+            )
         if not self.wait_s >= 0:
             raise ValueError(f"parallel.wait_s is {self.wait_s}; it must not be negative")
         if not self.stall >= 0:
             raise ValueError(f"parallel.stall is {self.stall}; it must be positive, or 0 for no limit")
         check_zero(self.zero, self.precision)
+
+    @staticmethod
+    def from_earlier_version(values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The plain values of a file as this version writes them."""
+        if isinstance(values.get("recompute"), bool):
+            return {**values, "recompute": "full" if values["recompute"] else "none"}
+        return values
+
+    @property
+    def repeats_forward(self) -> bool:
+        """Whether the backward pass repeats each block's forward pass."""
+        return self.recompute == "full" or (self.recompute == "cheap" and not self.compile)
 
     @property
     def rates(self) -> Rates:
@@ -80,7 +101,7 @@ def check_parallel(config: ParallelConfig, model: ModelConfig, world: int, units
 
 def check_fp8(config: ParallelConfig, tokens: int) -> None:
     """ValueError where the linear layers cannot run in fp8. tokens: of a unit."""
-    fp8.check_fp8(config.zero.stage, config.recompute, tokens)
+    fp8.check_fp8(config.zero.stage, config.recompute != "none", tokens)
 
 
 def clip_shape(model: ModelConfig, config: ParallelConfig, frames: int, height: int, width: int) -> ClipShape:
@@ -90,10 +111,9 @@ def clip_shape(model: ModelConfig, config: ParallelConfig, frames: int, height: 
     return ClipShape(frames // model.frames_per_unit, model.frames_per_unit, grid, model.head_width, value_bytes)
 
 
-def peak_activation_bytes(
-    model: ModelConfig, config: ParallelConfig, clip: ClipShape, micro: int, recompute: bool
-) -> int:
+def peak_activation_bytes(model: ModelConfig, config: ParallelConfig, clip: ClipShape, micro: int) -> int:
     """Bytes that the rank with the most keeps for the backward pass of `micro` clips."""
+    recompute: Recompute = "full" if config.repeats_forward else config.recompute
     edges = shard_bounds(clip.units, config.sp)
     runs = [cost.Run(end - first, first, config.sp > 1) for first, end in zip(edges, edges[1:], strict=False)]
     return max(cost.activation_bytes(model, run, *clip.grid, micro, clip.value_bytes, recompute) for run in runs)
@@ -135,13 +155,14 @@ def build_model(
             on_part_built(name, part)
         shard_parameters(part.to(device), config.zero, config.precision)
 
-    return MSCTransformer(model, config.attention, config.recompute, place_part)
+    return MSCTransformer(model, config.attention, config.repeats_forward, place_part)
 
 
 def parallelize(model: MSCTransformer, config: ParallelConfig, optimizer: OptimizerConfig, accumulate: int) -> Any:
     """The DeepSpeed engine that trains `model`, as `build_model` built it on every rank."""
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
     check_kernel(config.attention, model.config.head_width, dtype)
+    limit_kept_activations(cost.KEPT_SHARE if config.recompute == "cheap" else 1.0)
     for block in model.blocks:
         assert isinstance(block, Block)
         if config.precision == "fp8":

@@ -8,6 +8,7 @@ from functools import partial
 from msc.datasets.loading.mixture import DataConfig
 
 from .config import Config, TrainConfig
+from .cost import Recompute
 from .diffusion.rectified_flow import DiffusionConfig
 from .model.config import ModelConfig
 from .model.scales import default_scales
@@ -28,11 +29,11 @@ def demo() -> Config:
     )
 
 
-def sized(width: int, depth: int, heads: int, patch: int, lr: float, zero: ZeroConfig, recompute: bool) -> Config:
+def sized(width: int, depth: int, heads: int, patch: int, lr: float, zero: ZeroConfig, recompute: Recompute) -> Config:
     return Config(
         model=ModelConfig(width=width, depth=depth, scales=default_scales(heads), patch=patch),
         optimizer=OptimizerConfig(lr=lr),
-        parallel=ParallelConfig(recompute=recompute, zero=zero),
+        parallel=ParallelConfig(recompute=recompute, compile=True, zero=zero),
         train=TrainConfig(clips=10_000_000, batch=256),
     )
 
@@ -41,10 +42,10 @@ def sized(width: int, depth: int, heads: int, patch: int, lr: float, zero: ZeroC
 PRESETS: dict[str, Callable[[], Config]] = {
     "demo": demo,
     #                       width depth heads patch    lr  zero                 recompute
-    "pilot": partial(sized,   768,   12,   12,    2, 3e-4, ZeroConfig(stage=2), False),  # about 100 M parameters
-    "base":  partial(sized,  1024,   32,   16,    2, 2e-4, ZeroConfig(stage=2), True),   # about 400 M
-    "2b":    partial(sized,  2048,   40,   16,    2, 1e-4, ZeroConfig(stage=2), True),
-    "14b":   partial(sized,  5120,   44,   40,    2, 5e-5, ZeroConfig(stage=3), True),
+    "pilot": partial(sized,   768,   12,   12,    2, 3e-4, ZeroConfig(stage=2), "none"),  # about 100 M parameters
+    "base":  partial(sized,  1024,   32,   16,    2, 2e-4, ZeroConfig(stage=2), "cheap"),   # about 400 M
+    "2b":    partial(sized,  2048,   40,   16,    2, 1e-4, ZeroConfig(stage=2), "cheap"),
+    "14b":   partial(sized,  5120,   44,   40,    2, 5e-5, ZeroConfig(stage=3), "cheap"),
 }
 # fmt: on
 

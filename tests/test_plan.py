@@ -106,7 +106,7 @@ DENSE, DENSE_BASE = (replace(model, scales=(Scale(model.heads),), gate="none") f
 def one_step(model, frames, compiled, recompute=False):
     index = replace(ASSUMED_INDEX, frames=frames, height=32, width=32)
     config = PRESETS["pilot"]()
-    parallel = replace(config.parallel, compile=compiled, recompute=recompute)
+    parallel = replace(config.parallel, compile=compiled, recompute="full" if recompute else "none")
     config = replace(config, model=model, train=replace(config.train, batch=1), parallel=parallel)
     return make_plan(resolve(config, index), index, H100, 1)
 
@@ -184,7 +184,8 @@ def test_steps_on_several_gpus_are_foretold(model, gpus, frames, compiled, recom
     """The clip shared along time, as its layout is chosen."""
     index = replace(ASSUMED_INDEX, frames=frames, height=32, width=32)
     config = PRESETS["pilot"]()
-    parallel = replace(config.parallel, sp=gpus, recompute=recompute, compile=compiled)
+    recomputed = "full" if recompute else "none"
+    parallel = replace(config.parallel, sp=gpus, recompute=recomputed, compile=compiled)
     config = replace(config, model=model, train=replace(config.train, batch=1), parallel=parallel)
     seconds = make_plan(resolve(config, index), index, H100, gpus).seconds
     found = sum(value for part, value in seconds.items() if part not in ("gradients", "weights", "update"))
@@ -266,7 +267,7 @@ def test_fp32_takes_longer_and_holds_more():
 
 def test_given_settings_stay():
     ways = search_plans(two_b(sp=8), ASSUMED_INDEX, H100, 1024, fixed=["parallel.sp", "parallel.recompute"])
-    assert {way.config.parallel.sp for way in ways} == {8} and {way.config.parallel.recompute for way in ways} == {True}
+    assert {(way.config.parallel.sp, way.config.parallel.recompute) for way in ways} == {(8, "cheap")}
 
 
 def test_traffic_of_zero():

@@ -147,7 +147,7 @@ def test_the_same_curve_at_any_stage_and_mesh(stage, a_hundred_steps, shards, tm
     """100 optimizer steps in fp32, gradient accumulation and recomputation included."""
     if not room(2):
         pytest.skip("needs two GPUs, or none")
-    settings = ["parallel.recompute=true"] if stage == 1 else []
+    settings = ["parallel.recompute=full"] if stage == 1 else []
     for dp, sp in [(1, 2), (2, 1), (2, 2), (1, 4)]:
         if room(dp * sp):
             run = tmp_path / f"{dp}x{sp}"

@@ -102,12 +102,13 @@ def make_plan(config: Config, index: Index, device: Device, gpus: int) -> Plan:
     layouts: tuple[ParallelLayout, ...] = ()
     if parallel.sp > 1:
         layouts = choose_layouts(model.scales, clip, parallel.sp, parallel.layout, rates)
-    kept = peak_activation_bytes(model, parallel, clip, config.train.micro, recompute=False)
+    kept = peak_activation_bytes(model, replace(parallel, recompute="none"), clip, config.train.micro)
     count = cost.parameters(model)
     bf16 = parallel.precision != "fp32"
 
     # One micro-batch of the slowest rank, forward and backward; `recompute_factor`: once more the forward pass
-    recompute_factor = 4 / 3 if parallel.recompute else 1.0
+    recompute_factor = 4 / 3 if parallel.repeats_forward else 1.0
+    passes = efficiency.passes * (1 if parallel.recompute == "none" or parallel.repeats_forward else hardware.CHEAP)
     share = -(-units // parallel.sp) / units
     flops = config.train.micro * 3 * share * cost.linear_flops(model, index.frames, index.height, index.width)
     attention = 3.0 * cost.attention_flops(model, index.frames, index.height, index.width)
@@ -118,13 +119,13 @@ def make_plan(config: Config, index: Index, device: Device, gpus: int) -> Plan:
                 for scale, layout in zip(model.scales, layouts, strict=True)]  # fmt: skip
         attending = config.train.micro * model.depth * sum(e.computing for e in each)
         exposed = config.train.micro * model.depth * sum(e.seconds - e.computing for e in each)
-        exposed *= 3 / 2 if parallel.recompute else 1
-        times = 3 if parallel.recompute else 2  # forward, backward, and forward again
+        exposed *= 3 / 2 if parallel.repeats_forward else 1
+        times = 3 if parallel.repeats_forward else 2  # forward, backward, and forward again
         sent = times * sum(e.sent for e in each) * clip.value_bytes * model.depth * config.train.micro * accumulate
     micro = {
         "matrix products": recompute_factor * flops / (peak * efficiency.products),
         "attention": recompute_factor * attending,
-        "memory traffic": recompute_factor * efficiency.passes * kept / device.bandwidth,
+        "memory traffic": recompute_factor * passes * kept / device.bandwidth,
     }
     launches = recompute_factor * efficiency.launches * attention_calls(model, clip.grid) * model.depth
     launches *= hardware.SHARDED if parallel.sp > 1 else 1.0
@@ -136,9 +137,9 @@ def make_plan(config: Config, index: Index, device: Device, gpus: int) -> Plan:
     # Gradients and weights over all ranks
     wide = gpus > device.node
     far = (device.network if wide else device.link) * hardware.LINKS
-    reduced, gathered = zero_bytes(count, parallel.zero.stage, gpus, bf16, accumulate, parallel.recompute)
+    reduced, gathered = zero_bytes(count, parallel.zero.stage, gpus, bf16, accumulate, parallel.repeats_forward)
     reductions = accumulate if parallel.zero.stage >= 2 else 1
-    backward = computing * (3 / 4 if parallel.recompute else 2 / 3)
+    backward = computing * (3 / 4 if parallel.repeats_forward else 2 / 3)
     seconds["gradients"] = reductions * max(0.0, reduced / reductions / far - hardware.OVERLAP * backward)
     behind = hardware.OVERLAP * computing * accumulate if parallel.zero.stage == 3 else 0.0
     seconds["weights"] = max(0.0, gathered / far - behind)
@@ -162,7 +163,7 @@ def memory(config: Config, clip: ClipShape, count: int, gpus: int) -> dict[str, 
     bf16, stage = config.parallel.precision != "fp32", config.parallel.zero.stage
     parts = {name: float(size) for name, size in cost.state_parts(count, stage, gpus, bf16).items()}
     parallel, micro = config.parallel, config.train.micro
-    parts["activations"] = float(peak_activation_bytes(config.model, parallel, clip, micro, parallel.recompute))
+    parts["activations"] = float(peak_activation_bytes(config.model, parallel, clip, micro))
     bucket = min(config.parallel.zero.bucket, count) if gpus > 1 else 0
     parts["communication buffers"] = 2 * 4.0 * bucket
     if stage == 3:
@@ -212,6 +213,7 @@ def _variants(config: Config, index: Index, gpus: int, fixed: Sequence[str]) -> 
     parallel, batch = config.parallel, config.train.batch
     lengths = [sp for sp in range(1, min(units, gpus) + 1) if gpus % sp == 0]
     stages = (2, 3) if parallel.precision != "fp32" else (0, 1, 2, 3)
+    modes: list[cost.Recompute] = ["none", "cheap", "full"] if parallel.compile else ["none", "full"]
     for sp in [parallel.sp] if "parallel.sp" in fixed else lengths:
         dp = gpus // sp
         if batch % dp or gpus % sp:
@@ -219,7 +221,7 @@ def _variants(config: Config, index: Index, gpus: int, fixed: Sequence[str]) -> 
         each = batch // dp
         micros = [n for n in range(1, each + 1) if each % n == 0]
         for stage in [parallel.zero.stage] if "parallel.zero.stage" in fixed else stages:
-            for recompute in [parallel.recompute] if "parallel.recompute" in fixed else (False, True):
+            for recompute in [parallel.recompute] if "parallel.recompute" in fixed else modes:
                 for micro in [config.train.micro] if "train.micro" in fixed else micros:
                     zero = replace(parallel.zero, stage=cast(Literal[0, 1, 2, 3], stage))
                     yield replace(

@@ -72,7 +72,7 @@ def configure(args: argparse.Namespace, job: dict[str, Any]) -> tuple[Any, Any]:
     parallel = replace(
         base.parallel, sp=job["ranks"], layout=job["layout"], compile=args.compile,
         precision="fp32" if args.device == "cpu" else "bf16",
-        recompute=bool(args.longest) or (base.parallel.recompute and not args.keep),
+        recompute="full" if args.longest else args.recompute or base.parallel.recompute,
     )  # fmt: skip
     index = replace(ASSUMED_INDEX, frames=job["frames"], height=args.side, width=args.side)
     config = replace(base, model=model, parallel=parallel, train=replace(base.train, batch=1, micro=1))
@@ -154,7 +154,7 @@ def training_step(
         model = parallelize(build_model(config.model, parallel, device, awake), parallel, config.optimizer, 1)
     else:
         with device:  # made there at once: on a CPU large ones take minutes
-            model = MSCTransformer(config.model, parallel.attention, parallel.recompute, awake)
+            model = MSCTransformer(config.model, parallel.attention, parallel.repeats_forward, awake)
         model = model.to(device, torch.float32 if parallel.precision == "fp32" else torch.bfloat16)
         for block in model.blocks:
             assert isinstance(block, Block)
@@ -381,7 +381,7 @@ def main() -> None:
     )
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--keep", action="store_true", help="keep all activations instead of recomputing them")
+    parser.add_argument("--recompute", choices=["none", "cheap", "full"], help="default: as the preset")
     parser.add_argument("--engine", action="store_true", help="whole training steps, with DeepSpeed")
     parser.add_argument("--longest", type=int, nargs="?", const=2**20, metavar="TOKENS",
                         help="train on one clip of so many tokens over all GPUs, recomputed")  # fmt: skip

@@ -28,6 +28,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from msc.parallel import collectives, fp8
 from msc.parallel.context_parallel import shard_bounds
 from msc.pretrain import cost
+from msc.pretrain.kernels.compile_helpers import limit_kept_activations
 from msc.pretrain.kernels.dispatch import Kernel
 from msc.pretrain.model.config import ModelConfig
 from msc.pretrain.model.layers import Block
@@ -56,14 +57,15 @@ def past_context_of(config: ModelConfig, frames: int, part: tuple[int, int] | No
 
 
 def training_step(
-    config: ModelConfig, frames: int, kernel: Kernel, compiled: bool, recompute: bool, in_fp8: bool = False,
-    part: tuple[int, int] | None = None,
+    config: ModelConfig, frames: int, kernel: Kernel, compiled: bool, recompute: cost.Recompute,
+    in_fp8: bool = False, part: tuple[int, int] | None = None,
 ) -> Callable[[], None]:  # fmt: skip
     """A function that makes one forward and backward pass; on a GPU it returns when all of it is started."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
-    model = MSCTransformer(config, kernel, recompute)
+    limit_kept_activations(cost.KEPT_SHARE if recompute == "cheap" else 1.0)
+    model = MSCTransformer(config, kernel, recompute == "full" or (recompute == "cheap" and not compiled))
     torch.nn.init.normal_(model.final.weight, std=0.02)  # of zeros the backward pass would be zeros: faster on a GPU
     model = model.to(device, dtype)
     for block in model.blocks:
@@ -96,8 +98,8 @@ def timed(step: Callable[[], object]) -> tuple[float, float]:
 
 
 def measure(
-    config: ModelConfig, frames: int, kernel: Kernel, compiled: bool, recompute: bool, runs: int, top: int = 0,
-    in_fp8: bool = False, part: tuple[int, int] | None = None, trace: str | None = None,
+    config: ModelConfig, frames: int, kernel: Kernel, compiled: bool, recompute: cost.Recompute, runs: int,
+    top: int = 0, in_fp8: bool = False, part: tuple[int, int] | None = None, trace: str | None = None,
 ) -> dict:  # fmt: skip
     """Median seconds of a step and of the CPU, peak memory in bytes, FLOPs; with `top`, a list of so many kernels."""
     torch._dynamo.reset()
@@ -143,8 +145,8 @@ def main() -> None:
     parser.add_argument("--frames", type=int, nargs="+", default=[16, 32])
     parser.add_argument("--backends", nargs="+", default=["sdpa"])
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--keep", action="store_true", help="keep all activations instead of recomputing them")
-    parser.add_argument("--fp8", action="store_true", help="linear layers by TransformerEngine; needs --keep")
+    parser.add_argument("--recompute", choices=["none", "cheap", "full"], help="default: as the preset")
+    parser.add_argument("--fp8", action="store_true", help="linear layers by TransformerEngine; needs --recompute none")
     parser.add_argument("--part", type=int, nargs=2, metavar=("RANK", "RANKS"), help="as a rank along time")
     parser.add_argument("--depth", type=int, help="fewer layers, for a quick look")
     parser.add_argument("--runs", type=int, default=3)
@@ -160,15 +162,15 @@ def main() -> None:
         args.profile = args.profile or 10
         Path(args.trace).mkdir(parents=True, exist_ok=True)
     preset = PRESETS[args.preset]()
-    args.recompute = preset.parallel.recompute and not args.keep
+    args.recompute = args.recompute or preset.parallel.recompute
     if args.fp8:
-        fp8.check_fp8(2, args.recompute, 256)
+        fp8.check_fp8(2, args.recompute != "none", 256)
     model = replace(preset.model, channels=16, patch=2, depth=args.depth or preset.model.depth)
     dense = replace(model, scales=(Scale(model.heads),), gate="none")
     models = {"multi-scale": model, "dense": dense}
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     size = f"{cost.parameters(model) / 1e6:.0f} M parameters, depth {model.depth}"
-    how = ["recomputed" if args.recompute else "kept", *(["compiled"] if args.compile else [])]
+    how = [f"recompute {args.recompute}", *(["compiled"] if args.compile else [])]
     how += ["rank {} of {}".format(*args.part)] if args.part else []
     print(f"{args.preset}, {size}, {name}, torch {torch.__version__}, {', '.join(how)}{', fp8' if args.fp8 else ''}\n")
     print("| tokens | model | kernel | s per step | of the CPU | tokens/s | GB | TFLOP | MFU |")
