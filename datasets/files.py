@@ -1,4 +1,4 @@
-"""Files and folders: atomic writes, JSONL logs, locks, free space, checksums, retries; hints for unknown names."""
+"""Files and folders: atomic writes, JSONL logs, locks, free space, checksums, retries."""
 
 import errno
 import fcntl
@@ -15,14 +15,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TextIO, TypeVar
-
-if TYPE_CHECKING:
-    import pydantic
+from typing import Any, BinaryIO, TextIO, TypeVar
 
 LOCK = ".lock"  # in a folder that is being written
 TAIL_BYTES = 65536  # more than a line of any log
-MAX_PROBLEMS = 10  # of a configuration, shown in one message
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -221,7 +217,7 @@ def sha256_of(file: Path | io.BufferedIOBase) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-# --- retries and messages ----------------------------------------------------------------------------------
+# --- retries -----------------------------------------------------------------------------------------------
 
 
 def retry(function: Callable[[], T], pauses: Sequence[float], retriable: Callable[[Exception], bool]) -> T:
@@ -235,16 +231,3 @@ def retry(function: Callable[[], T], pauses: Sequence[float], retriable: Callabl
                 raise
         time.sleep(pause)
     return function()
-
-
-def describe_validation_error(error: "pydantic.ValidationError", values: bool = True) -> str:
-    """The problems of a pydantic validation as one line. values: quote the values, unless they may be secrets."""
-    problems = []
-    for problem in error.errors()[:MAX_PROBLEMS]:
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] != "value_error":  # ours name the field and the value themselves
-            message = f"{'.'.join(map(str, problem['loc']))}: {message}"
-            message += f" (given: {problem['input']!r})" if values else ""
-        problems.append(message)
-    more = error.error_count() - len(problems)
-    return "; ".join(problems) + (f"; and {more} more" if more else "")

@@ -259,13 +259,8 @@ def add_model_commands(command: Command) -> None:
     add("--features", type=Path, metavar="FILE", help=text)
 
     parser = command("sample", commands.sample, "continue a video, or make one from nothing")
-    add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="run folder")
-    add("--weights", choices=("ema", "raw"), help="averaged or last weights (default: ema)")
-    exclusive = parser.add_mutually_exclusive_group().add_argument
+    add, exclusive = parser.add_argument, add_generation_options(parser)
     exclusive("--video", type=Path, metavar="FILE", help="continue this video")
-    exclusive("--clip", type=int, metavar="K", help="continue held-out clip K (default: 0)")
-    exclusive("--nothing", action="store_true", help="start without any context")
     add("--prompt", action="append", metavar="TEXT", help="what to show, may be given several times")
     add("--prompts", type=Path, metavar="FILE", help="text file with a prompt in every line")
     add("--text", type=Path, metavar="DIR", help="text encoder (default: the one of the shards)")
@@ -276,27 +271,17 @@ def add_model_commands(command: Command) -> None:
     add("--count", type=positive, metavar="N", help="videos (default: one for each prompt or label)")
     add("--batch", type=positive, metavar="N", help="videos made at once (1)")
     add("--units", type=positive, metavar="N", help="units to generate")
-    add("--context", type=positive, metavar="N", help="units of context to start from")
-    add("--context-level", type=float, metavar="T", help="noise level at which the past is seen (0)")
     add("--reach", type=positive, metavar="N", help="limit the context to the last N units (default: all)")
     add("--steps", type=positive, metavar="N", help="denoising steps for each unit (16)")
     add("--solver", choices=("euler", "heun"), help="heun: second order, twice the time (euler)")
     add("--guidance", type=float, metavar="W", help="scale of classifier-free guidance (1: none)")
-    add("--seed", type=int, metavar="S")
     add("--out", type=Path, metavar="DIR", help="default: samples/ in the run folder")
 
     parser = command("play", commands.play, "steer a model in the browser, as it generates")
     add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="run folder")
-    add("--weights", choices=("ema", "raw"), help="averaged or last weights (default: ema)")
-    exclusive = parser.add_mutually_exclusive_group().add_argument
-    exclusive("--clip", type=int, metavar="K", help="start from held-out clip K (default: 0)")
-    exclusive("--nothing", action="store_true", help="start without any context")
-    add("--context", type=positive, metavar="N", help="units of the clip to start from (default: half)")
-    add("--context-level", type=float, metavar="T", help="noise level at which the past is seen (0)")
+    add_generation_options(parser)
     add("--reach", type=positive, metavar="N", help="units of the past that count (default: a training clip)")
     add("--steps", type=positive, metavar="N", help="denoising steps for each unit (8)")
-    add("--seed", type=int, metavar="S")
     add("--host", metavar="ADDRESS", help="address to serve at (127.0.0.1: this machine only)")
     add("--port", type=int, metavar="PORT", help="8765")
     add("--token", metavar="TEXT", help="last part of the page's address (default: random)")
@@ -312,6 +297,19 @@ def add_model_commands(command: Command) -> None:
 
     add = command("doctor", commands.doctor, "check this machine, with a fix for each problem").add_argument
     add("--json", action="store_true", help="as JSON, with the report of torch.utils.collect_env")
+
+
+def add_generation_options(parser: argparse.ArgumentParser) -> Callable[..., Any]:
+    """What `sample` and `play` have in common; the function adds another start that excludes these."""
+    add, exclusive = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+    add("run", type=Path, metavar="RUN", help="run folder")
+    add("--weights", choices=("ema", "raw"), help="averaged or last weights (default: ema)")
+    exclusive("--clip", type=int, metavar="K", help="continue held-out clip K (default: 0)")
+    exclusive("--nothing", action="store_true", help="start without any context")
+    add("--context", type=positive, metavar="N", help="units of context to start from (default: about half a clip)")
+    add("--context-level", type=float, metavar="T", help="noise level at which the past is seen (0)")
+    add("--seed", type=int, metavar="S")
+    return exclusive
 
 
 def add_job_options(add: Callable[..., Any]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from webdataset.writer import TarWriter
 
-from ..files import describe_validation_error, partial_file, sha256_of, write_atomically
+from ..files import partial_file, sha256_of, write_atomically
 from ..signals import MAX_SIGNALS, Signal
 from ..statistics import Statistics
 from .tar import normalise_name, tar_members
@@ -252,7 +252,8 @@ def _type_problem(content: bytes) -> str:
     try:
         pydantic.TypeAdapter(Index).validate_json(content, strict=True)
     except pydantic.ValidationError as error:
-        return describe_validation_error(error, values=False)[:1000]
+        problems = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()[:10]]
+        return "; ".join(problems)[:1000]
     return ""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,8 +69,7 @@ def describe(plans: Sequence[Plan], index: Index, price: float | None) -> str:
     ]  # fmt: skip
     lines = [f"{name:<12}{value}" for name, value in facts]
     lines += ["", f"memory per GPU: {best.memory_bytes / 1e9:.1f} of {best.device.memory / 1e9:.0f} GB"]
-    lines += [f"  {name:<24}{size / 1e9:8.2f} GB" for name, size in best.memory.items()]
-    lines.append(f"  {'(before it is sharded':<24}{best.at_start / 1e9:8.2f} GB)")
+    lines += gigabytes({**best.memory, "(before it is sharded)": best.at_start})
     lines += ["", f"a step: {best.step_s:.3g} s"]
     lines += [f"  {name:<24}{s:8.3f} s  {s / best.step_s:4.0%}" for name, s in best.seconds.items() if s > 5e-4]
     if best.traffic:
@@ -86,14 +85,16 @@ def describe(plans: Sequence[Plan], index: Index, price: float | None) -> str:
     if not best.config.parallel.compile:
         compiled = replace(best.config, parallel=replace(best.config.parallel, compile=True))
         faster = make_plan(compiled, index, best.device, best.gpus)
-        lines += [
-            "",
-            f"with parallel.compile=true: {faster.step_s:.3g} s per step, MFU {faster.mfu:.0%}, {faster.days:.3g} days",
-        ]
+        speed = f"{faster.step_s:.3g} s per step, MFU {faster.mfu:.0%}, {faster.days:.3g} days"
+        lines += ["", f"with parallel.compile=true: {speed}"]
     lines += ["", f"MEASURED: {hardware.MEASURED}", f"ESTIMATED: {hardware.ESTIMATED}"]
     if best.config.parallel.precision == "fp8":
         lines.append("fp8 is planned as bf16: its speed was not measured")
     return "\n".join(lines)
+
+
+def gigabytes(parts: Mapping[str, float]) -> list[str]:
+    return [f"  {name:<24}{size / 1e9:8.2f} GB" for name, size in parts.items()]
 
 
 def parallel_layout(plan: Plan) -> str:
@@ -127,7 +128,7 @@ def describe_rollout(rollout: RolloutPlan, config: Config, index: Index, device:
     lines = [
         f"a roll-out of {rollout.units} units ({frames} latent frames, about {seconds:.0f} s of video) in fp32 on one "
         f"GPU: {total / 1e9:.2f} of {device.memory / 1e9:.0f} GB{'' if total < device.memory else ', DOES NOT FIT'}",
-        *(f"  {name:<24}{size / 1e9:8.2f} GB" for name, size in rollout.memory.items()),
+        *gigabytes(rollout.memory),
         f"  {rollout.steps} denoising steps: {first:.3g} s per latent frame at the start, {last:.3g} s at the end "
         "(ESTIMATE; no roll-out was timed on a GPU; decoding not included)",
     ]
