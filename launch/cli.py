@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except Exception as error:
         if "traceback" not in args and is_user_error(error):
-            log.error(error_message(error))
+            named = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+            log.error(f"{named}{error.strerror}" if isinstance(error, OSError) and error.strerror else str(error))
             of_other_ranks = isinstance(error, ConnectionError)  # no mistake of the user's
             code = FAILURE if of_other_ranks else getattr(error, "exit_code", USER_ERROR)
         else:
@@ -69,13 +70,6 @@ def is_user_error(error: BaseException) -> bool:
         return isinstance(error, OSError)
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return str(frame.f_globals.get("__name__", "")).startswith("msc.")
-
-
-def error_message(error: BaseException) -> str:
-    """`FILE: No such file or directory` for the system's errors, the message itself for ours."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -53,8 +53,16 @@ class Check:
 
 def run_checks(folder: Path | None = None) -> list[Check]:
     """Every check. folder: where the runs are (default: this one)."""
-    space = space_checks(folder or Path.cwd())
-    return [*python_checks(), *package_checks(), *torch_checks(), *codec_checks(), *kernel_checks(), *space]
+    linux, fix = sys.platform.startswith("linux"), "train on Linux: signals and process control are Linux's here"
+    return [
+        Check("python", "ok", f"{platform.python_version()} at {sys.executable}"),
+        check("system", linux, f"{platform.system()} {platform.machine()}", fix),
+        *package_checks(),
+        *torch_checks(),
+        *codec_checks(),
+        *kernel_checks(),
+        *space_checks(folder or Path.cwd()),
+    ]
 
 
 def check(name: str, good: object, detail: str, fix: str, otherwise: State = "problem") -> Check:
@@ -104,12 +112,6 @@ def import_error(module: str) -> str:
     except Exception as error:  # a broken binary raises anything from ImportError to OSError or RuntimeError
         return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
     return ""
-
-
-def python_checks() -> list[Check]:
-    machine, linux = f"{platform.system()} {platform.machine()}", sys.platform.startswith("linux")
-    python = Check("python", "ok", f"{platform.python_version()} at {sys.executable}")
-    return [python, check("system", linux, machine, "train on Linux: signals and process control are Linux's here")]
 
 
 def package_checks() -> list[Check]:

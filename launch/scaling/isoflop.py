@@ -58,7 +58,12 @@ def fit_isoflop(data: ScalingData) -> Minima:
         C = math.exp(sum(math.log(run.C) for run in group) / len(group))
         if len({run.N for run in group}) < 3:
             continue
-        near = near_minimum(group)
+        # Far from its minimum the curve levels off, as a run with too few steps has learned nothing whatever its size.
+        # Where fewer than three sizes are near, the best runs up to the third size.
+        ordered = sorted(group, key=lambda run: run.L)
+        near = [run for run in ordered if run.L <= NEAR * ordered[0].L]
+        while len({run.N for run in near}) < 3:  # not the best three runs: they may be seeds of one size
+            near.append(ordered[len(near)])
         try:
             N, loss, curve = _parabola_minimum([(run.N, run.L) for run in near])
         except ValueError as error:
@@ -75,17 +80,6 @@ def fit_isoflop(data: ScalingData) -> Minima:
         except ValueError as error:
             refused.append(f"IsoFLOP {name}(C): {error}")
     return Minima(tuple(minima), powers, tuple(refused))
-
-
-def near_minimum(group: Sequence[RunResult]) -> list[RunResult]:
-    """The runs that a parabola may go through: far from its minimum the curve levels off, as a run with too few steps
-    has learned nothing whatever its size. Where fewer than three sizes are near, the best runs up to the third size;
-    `group` holds as many."""
-    ordered = sorted(group, key=lambda run: run.L)
-    near = [run for run in ordered if run.L <= NEAR * ordered[0].L]
-    while len({run.N for run in near}) < 3:  # not the best three runs: they may be seeds of one size
-        near.append(ordered[len(near)])
-    return near
 
 
 def fit_learning_rate_and_batch(data: ScalingData) -> Minima:

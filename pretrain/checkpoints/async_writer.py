@@ -65,7 +65,9 @@ class CheckpointWriter:
 
     def __init__(self, run: Path, config: CheckpointConfig, timeout_s: float):
         def begin() -> str:
-            checkpoint_directory.remove_unfinished(run)
+            for pattern in (".step-*.writing*", ".step-*.old"):  # what a killed run was writing
+                for folder in RunFolder(run).checkpoints.glob(pattern):
+                    shutil.rmtree(folder, ignore_errors=True)
             return uuid.uuid4().hex[:8]
 
         self.run, self.config, self.timeout_s = run, config, timeout_s

@@ -236,13 +236,6 @@ def rename_aside(path: Path, prefix: str) -> Path:
     return path.rename(target)
 
 
-def remove_unfinished(run: Path) -> None:
-    """Remove what a killed run was writing."""
-    for pattern in (".step-*.writing*", ".step-*.old"):
-        for folder in RunFolder(run).checkpoints.glob(pattern):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
 def checkpoint_table(run: Path, check_files: bool = False) -> tuple[str, bool]:
     """The checkpoints of a run as text, and whether none is damaged, as far as was checked."""
     if not RunFolder(run).exists() and not list_checkpoints(run):

@@ -88,7 +88,8 @@ def write_card(
     Of this machine it names at most the folder of an autoencoder, as config.json must. A `previous` card that somebody
     has edited is kept instead; returns whether it was. repository: of the Hub, where readers will find the folder.
     """
-    if previous.is_file() and is_edited(text := previous.read_bytes()):
+    text = previous.read_bytes() if previous.is_file() else b""
+    if text and with_checksum(text[: -len(with_checksum(b""))]) != text:  # not as this function wrote it
         write_atomically(folder / "README.md", text)
         return True
     data, training, model = facts["data"], facts["training"], config.model
@@ -125,11 +126,6 @@ def write_card(
 
 def with_checksum(card: bytes) -> bytes:
     return card + CHECKSUM.format(hashlib.sha256(card).hexdigest()).encode()
-
-
-def is_edited(card: bytes) -> bool:
-    """Whether this is not a card as `write_card` wrote it."""
-    return with_checksum(card[: -len(with_checksum(b""))]) != card
 
 
 def evaluations(run: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
