@@ -248,7 +248,7 @@ def watch_ranks(
     """Run a watchdog during the block.
 
     A collective that fails in the block becomes a ConnectionError that names the missing rank, the same on all ranks;
-    the other ranks are told of any other error, which passes through.
+    the other ranks learn of any other error, which passes through.
     """
     watchdog = Watchdog(rank, world_size, timeout, progress, stall)
     try:

@@ -27,7 +27,7 @@ RESERVED = ("array", "dependency", "error", "job-name", "nodes", "ntasks-per-nod
 class ClusterConfig:
     """partition, account, qos, constraint, time, cpus_per_task, mem: of sbatch; a JobRequest overrides them. sbatch:
     further options of it, without "--"; true for those that take no value.
-    signal_seconds: how long before the time limit, or the end of a preemption's grace, the ranks are told to save.
+    signal_seconds: how long before the time limit, or the end of a preemption's grace, the ranks are signalled to save.
     starts: how often in a row a job may start without a new checkpoint in between before it is given up.
     python: the interpreter on the nodes (default: the one that submits). container: command before it, such as
     [apptainer, exec, --nv, msc.sif]. srun: further arguments of srun. setup: lines of shell before anything else, such

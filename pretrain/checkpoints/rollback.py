@@ -35,7 +35,7 @@ ClipLoss = tuple[int, str, float]  # sample, key, mean error
 
 
 def clip_losses(clips: Batch, errors: Sequence[Tensor]) -> list[ClipLoss]:
-    """(sample, key, mean error) of this rank's clips in a step; NaN or infinite for those that spoiled it."""
+    """(sample, key, mean error) of this rank's clips in a step; NaN or infinite for those that made it so."""
     means = torch.cat([part.float().mean(1) for part in errors]).tolist()
     return list(zip(clips.samples, clips.keys, means, strict=True))
 
