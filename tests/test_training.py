@@ -574,7 +574,6 @@ def test_export_never_replaces_what_is_not_its_own(trained, tmp_path, here):
 
 
 def test_a_short_video_is_continued_from_what_it_has(trained, tmp_path, here):
-    from msc.datasets.synthetic import write_steered_dots
 
     (short,) = write_videos(tmp_path, seed=3, clips=1, frames=3, height=16, width=24)
     done = here("sample", trained, "--video", short, "--context", "2", "--units", "2", "--steps", "1")
