@@ -288,7 +288,7 @@ class VideoReader:
         stamps = sorted({pts for pts in shown if pts is not None})
         if self._begins_inside or len(stamps) < len(shown) or any(a > b for a, b in pairwise(ordered)):
             return None
-        if self._places and len({pts - dts for pts, dts, _, _ in packets if dts is not None}) > 1:
+        if self._places and len({pts - dts for pts, dts, _, _ in packets if dts is not None and pts is not None}) > 1:
             return None
         if self._ours:
             return self._video(None, stamps)
