@@ -12,13 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.optimize import least_squares
 
 from msc.launch import cli
 from msc.launch.scaling.data import RunResult, ScalingData, divergence, read_scaling_data
 from msc.launch.scaling.fit import as_json, fit_study
 from msc.launch.scaling.isoflop import fit_isoflop, fit_learning_rate_and_batch
-from msc.launch.scaling.law import PARAMETERS, Law, best_of_restarts, fit_law, huber
+from msc.launch.scaling.law import PARAMETERS, Law, fit_constants, fit_law, restarts
 from msc.launch.scaling.report import report_fit
 from msc.pretrain.config import dump, load
 from msc.pretrain.model.latent_space import LatentSpace
@@ -51,12 +50,12 @@ def covered(times, draws):
 
 def test_intervals_hold_the_truth():
     """A quick look: of 90 % intervals, fewer than 22 in 30 hold the truth by chance in less than 1 %."""
-    assert all(share >= 0.73 for share in covered(30, 120).values())
+    assert all(share >= 0.73 for share in covered(30, 60).values())
 
 
 @pytest.mark.slow
 def test_ninety_percent_intervals_cover_between_85_and_95_percent():
-    shares = covered(200, 500)
+    shares = covered(200, 200)
     assert all(0.85 <= share <= 0.95 for share in shares.values()), shares
 
 
@@ -66,19 +65,13 @@ def test_without_noise_the_law_is_exact():
         assert getattr(found.law, name) == pytest.approx(getattr(TRUTH, name), rel=1e-5)
 
 
-def test_the_fit_is_scipys():
-    """The same least Huber loss from the same threshold, by a solver that is not ours."""
+def test_no_start_finds_a_better_fit():
     N, D = GRID
-    L, delta = noisy(N, D, 3, 0.02), 0.01
-    x, y, z = np.log(N) - np.log(N).mean(), np.log(D) - np.log(D).mean(), np.log(L)
-    theta, objective = best_of_restarts(x, y, z, delta)
-
-    def residuals(t):
-        return np.log(np.exp(t[0]) + np.exp(t[1] - t[2] * x) + np.exp(t[3] - t[4] * y)) - z
-
-    theirs = least_squares(residuals, theta + 0.05, loss="huber", f_scale=delta, xtol=1e-12, ftol=1e-12, gtol=1e-12)
-    assert theta == pytest.approx(theirs.x, rel=2e-3)
-    assert huber(residuals(theirs.x), delta) >= objective * (1 - 1e-6)
+    x, y, z = np.log(N) - np.log(N).mean(), np.log(D) - np.log(D).mean(), np.log(noisy(N, D, 3, 0.02))
+    best = fit_constants(x, y, z, 0.01, restarts(z))
+    source = np.random.default_rng(0)
+    others = [best.x + source.normal(0, 0.5, 5) for _ in range(20)]
+    assert fit_constants(x, y, z, 0.01, others).cost >= best.cost * (1 - 1e-6)
 
 
 def test_outliers_do_not_move_the_law():

@@ -11,12 +11,13 @@ relative noise of all runs.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import OptimizeResult, least_squares
 from scipy.stats import norm
 from scipy.stats import t as student
 
@@ -28,6 +29,7 @@ MOST_CORRELATION = 0.98  # of log N and log D; beyond, A/N^α and B/D^β stand i
 FARTHEST = 100.0  # times the largest compute of the fit, for statements about larger runs
 MOST_SPREAD = 10.0  # between the ends of an exponent's interval
 PARAMETERS = ("E", "A", "B", "alpha", "beta")
+LAST_DIGIT = 1e-15  # tolerance of fits: an exponent that has no bound drifts, and shows it in its interval
 
 
 @dataclass(frozen=True)
@@ -100,21 +102,21 @@ def fit_law(
     """Fit the law to losses L of runs with N parameters and D tokens. ValueError if they cannot carry it."""
     check_runs(N, D, L)
     x, y, z = np.log(N) - np.log(N).mean(), np.log(D) - np.log(D).mean(), np.log(L)
-    theta, _ = best_of_restarts(x, y, z, delta or 1e-3)
+    theta = fit_constants(x, y, z, delta or 1e-3, restarts(z)).x
     if delta is None:
         for _ in range(2):  # the residuals' spread and the threshold settle together
-            residuals = z - _model(x, y, theta[None])[0][0]
+            residuals = z - _model(x, y, theta)[0]
             spread = np.median(np.abs(residuals)) / 0.6745 * np.sqrt(len(z) / (len(z) - 5))
             delta = max(1.345 * float(spread), 1e-9)
-            theta = minimise_huber(x, y, z[None], theta[None], delta)[0][0]
+            theta = fit_constants(x, y, z, delta, [theta]).x
     assert delta is not None
-    fitted, J = (value[0] for value in _model(x, y, theta[None]))
+    fitted, J = _model(x, y, theta)
     residuals = z - fitted
     leverage = np.einsum("ni,ij,nj->n", J, np.linalg.pinv(J.T @ J), J)
     noise = residuals / np.sqrt(np.clip(1 - leverage, 0.05, None))
     noise -= noise.mean()
     resampled = fitted + np.random.default_rng(seed).choice(noise, (draws, len(z)))
-    thetas = minimise_huber(x, y, resampled, np.repeat(theta[None], draws, 0), delta)[0]
+    thetas = np.array([fit_constants(x, y, drawn, delta, [theta]).x for drawn in resampled])
     centre = np.log(N).mean(), np.log(D).mean()
     return LawFit(_law(theta, *centre), _law(thetas.T, *centre), residuals, noise, delta, level, float((N * D).max()))
 
@@ -159,69 +161,39 @@ def check_fit(fit: LawFit) -> None:
             )
 
 
-# Least Huber loss, for many restarts or many draws at once ----------------------------------------------------
+# Least Huber loss ------------------------------------------------------------------------------------------
 
 
-def best_of_restarts(x: Array, y: Array, z: Array, delta: float) -> tuple[Array, float]:
-    """The best fit of restarts from a grid: (constants, objective)."""
-    floors, exponents, shares = (0.3, 0.7, 0.95), (0.1, 0.3, 0.7, 1.2), (0.05, 0.3, 1.0)
-    grid = itertools.product(floors, shares, exponents, shares, exponents)
-    low, middle = z.min(), np.median(z)
-    starts = np.array([
-        (low + np.log(floor), middle + np.log(a), alpha, middle + np.log(b), beta) for floor, a, alpha, b, beta in grid
-    ])  # fmt: skip
-    rough, objective = minimise_huber(x, y, z[None], starts, delta, steps=30)
-    leading = rough[np.argsort(objective)[:20]]
-    thetas, objective = minimise_huber(x, y, z[None], leading, delta, steps=500)
-    return thetas[objective.argmin()], float(objective.min())
+def fit_constants(x: Array, y: Array, z: Array, delta: float, starts: Iterable[Array]) -> OptimizeResult:
+    """The best fit of log L = z at centred log N = x and log D = y, of those from `starts`: constants `x` (log E, a, α,
+    b, β) and `cost`."""
+    fits = [
+        least_squares(
+            lambda theta: _model(x, y, theta)[0] - z, start, jac=lambda theta: _model(x, y, theta)[1], loss="huber",
+            f_scale=delta, x_scale="jac", xtol=LAST_DIGIT, ftol=LAST_DIGIT, gtol=LAST_DIGIT,
+        )
+        for start in starts
+    ]  # fmt: skip
+    return min(fits, key=lambda fit: fit.cost)
 
 
-def minimise_huber(x: Array, y: Array, z: Array, theta: Array, delta: float, steps: int = 300) -> tuple[Array, Array]:
-    """Levenberg-Marquardt on the Huber loss of `model - z`, weights renewed in every step.
-
-    x, y: centred log N and log D [n]. z: log L [R or 1, n]. theta: initial values [R, 5]. Returns (constants [R, 5],
-    mean Huber loss [R]). scipy.optimize.least_squares solves one problem at a time, which takes 25 times as long for a
-    bootstrap of hundreds; tests compare the two.
-    """
-    theta, damping = theta.copy(), np.full(len(theta), 1e-2)
-    f, J = _model(x, y, theta)
-    objective, stalled = huber(f - z, delta), 0
-    for _ in range(steps):
-        r = f - z
-        weight = np.minimum(1.0, delta / np.maximum(np.abs(r), 1e-300))
-        JW = J * weight[..., None]
-        H, g = np.matmul(JW.transpose(0, 2, 1), J), np.matmul(JW.transpose(0, 2, 1), r[..., None])
-        H += np.eye(5) * (damping[:, None, None] * np.einsum("rii->ri", H)[:, None] + 1e-14)
-        new = theta - np.linalg.solve(H, g)[..., 0]
-        new_f, new_J = _model(x, y, new)
-        new_objective = huber(new_f - z, delta)
-        better = new_objective < objective
-        gained = np.where(better, 1 - new_objective / objective, 0.0)
-        theta[better], f[better], J[better] = new[better], new_f[better], new_J[better]
-        objective = np.where(better, new_objective, objective)
-        damping = np.clip(np.where(better, damping / 4, damping * 5), 1e-12, 1e12)
-        stalled = stalled + 1 if gained.max() < 1e-9 else 0
-        if stalled == 8:
-            break
-    return theta, objective
-
-
-def huber(r: Array, delta: float) -> Array:
-    """Mean over the last axis."""
-    size = np.abs(r)
-    return np.where(size <= delta, r**2 / 2, delta * (size - delta / 2)).mean(-1)
+def restarts(z: Array) -> list[Array]:
+    """Constants to start from, by the floor's share of the least loss, and those of the other terms."""
+    low, middle, exponents = z.min(), np.median(z), (0.2, 0.8)
+    grid = itertools.product((0.5, 0.95), (0.1, 0.5), exponents, exponents)
+    return [
+        np.array((low + np.log(floor), middle + np.log(share), alpha, middle + np.log(share), beta))
+        for floor, share, alpha, beta in grid
+    ]
 
 
 def _model(x: Array, y: Array, theta: Array) -> tuple[Array, Array]:
-    """log L [R, n] and its derivatives [R, n, 5] by (log E, a, α, b, β), where A/N^α = exp(a - α x)."""
-    e, a, alpha, b, beta = (value[:, None] for value in theta.T)
-    terms = np.stack(np.broadcast_arrays(e + 0 * x, a - alpha * x, b - beta * y))
-    top = terms.max(0)
-    parts = np.exp(np.clip(terms - top, -700, 0))
-    total = parts.sum(0)
-    e_share, n_share, d_share = parts / total
-    J = np.stack((e_share, n_share, -x * n_share, d_share, -y * d_share), -1)
-    return top + np.log(total), J
+    """log L [n] and its derivatives [n, 5] by (log E, a, α, b, β), where A/N^α = exp(a - α x)."""
+    e, a, alpha, b, beta = theta
+    terms = np.stack((e + 0 * x, a - alpha * x, b - beta * y))
+    total = np.logaddexp.reduce(terms)
+    e_share, n_share, d_share = np.exp(terms - total)
+    return total, np.stack((e_share, n_share, -x * n_share, d_share, -y * d_share), -1)
 
 
 def _law(theta: Array, x0: float, y0: float) -> Law:

@@ -194,7 +194,9 @@ def expand(file: SweepFile, shared: Settings, start: Config, index: Index) -> li
     ]
     own = [{**entry, **point} for entry in file.list or ({},) for point in points]
     # A ladder for each entry anew: what a budget buys depends on the model that it makes.
-    ladders = [list(expand_ladder(file.ladder, start, index, over)) if file.ladder else [{}] for over in own]
+    ladders: list[list[Settings]] = [
+        list(expand_ladder(file.ladder, start, index, over)) if file.ladder else [{}] for over in own
+    ]
     varied = [{**rung, **over} for rungs in zip(*ladders, strict=True) for rung, over in zip(rungs, own, strict=True)]
     runs = [RunSpec(name, {**shared, **own}) for name, own in zip(run_names(varied), varied, strict=True)]
     if len({run.name for run in runs}) < len(runs):
