@@ -18,7 +18,6 @@ INVERSE = (STAY, RIGHT, LEFT, BACK, FORWARD)
 TURNS = 24  # headings, 15° apart
 STEP = 0.25  # cells a step forward or back goes
 MARGIN = 0.2  # cells that the walker keeps from walls
-TEXELS = 8  # of a wall's side
 FIELD_OF_VIEW = math.pi / 2
 
 
@@ -39,23 +38,29 @@ def ray_cast_maze(
     width: int,
     size: int = 9,
     out_and_back: float = 0.5,
+    mazes: int | None = None,
+    texels: int = 8,
 ) -> Walks:
-    """Walks through mazes of `size × size` cells, a maze of its own for every clip.
+    """Walks through mazes of `size × size` cells, so many of them in turn (None: one for every clip).
 
-    Every wall has a texture of its own, so that a picture tells the place. out_and_back: share of the walks that turn
+    Every wall has a colour and a texture of its own, so that a picture tells the place. texels: of a wall's side, 1 for
+    plain walls. out_and_back: share of the walks that turn
     round in the middle and come back by the inverse actions; their frame T-1-k shows what frame k did.
     """
     if size < 5 or size % 2 == 0:
         raise ValueError(f"the maze's size is {size}; it must be odd and at least 5, as every other cell may be a wall")
     source = torch.Generator().manual_seed(seed)
-    walls = torch.stack([_maze(size, source) for _ in range(clips)])
-    textures = torch.rand(clips, size * size, TEXELS, TEXELS, 3, generator=source)
-    tints = 0.25 + 0.75 * torch.rand(clips, size * size, 1, 1, 3, generator=source)
+    mazes = mazes or clips
+    own = torch.arange(clips) % mazes
+    walls = torch.stack([_maze(size, source) for _ in range(mazes)])[own]
+    textures = torch.rand(mazes, size * size, texels, texels, 3, generator=source)
+    tints = 0.25 + 0.75 * torch.rand(mazes, size * size, 1, 1, 3, generator=source)
+    textures = ((0.4 + 0.6 * textures) * tints)[own]
     positions, headings, actions = _walk(walls, frames, source)
     back = torch.rand(clips, generator=source) < out_and_back
     actions[back], positions[back], headings[back] = _turned_back(actions[back], positions[back], headings[back])
     video = torch.stack([
-        render(walls[i], (0.4 + 0.6 * textures[i]) * tints[i], positions[i], headings[i], height, width)
+        render(walls[i], textures[i], positions[i], headings[i], height, width)
         for i in range(clips)
     ])  # fmt: skip
     return Walks(video, actions, positions, headings)
@@ -147,8 +152,9 @@ def render(walls: Tensor, textures: Tensor, positions: Tensor, headings: Tensor,
     # walls are as high as cells are wide; pixels are square, so the vertical field of view follows from the horizontal
     place = rows[:, None] * depth[:, None].float() * (math.tan(FIELD_OF_VIEW / 2) * height / width)  # T H W, -.5 to .5
     on_wall = place.abs() < 0.5
-    u = (along * TEXELS).long().clamp(0, TEXELS - 1)
-    v = ((place + 0.5) * TEXELS).long().clamp(0, TEXELS - 1)
+    texels = textures.shape[1]
+    u = (along * texels).long().clamp(0, texels - 1)
+    v = ((place + 0.5) * texels).long().clamp(0, texels - 1)
     wall = textures[cell[:, None].expand(v.shape), v, u[:, None].expand(v.shape)]
     shade = (1 / (1 + 0.15 * depth.float()) * torch.where(side, 1.0, 0.8))[:, None, :, None]
     # floor and ceiling: where the ray of a pixel meets them

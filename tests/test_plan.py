@@ -21,7 +21,7 @@ from msc.parallel.deepspeed_zero import ZeroConfig
 from msc.pretrain import cost
 from msc.pretrain.diffusion.sampler import Cache, extend_cache
 from msc.pretrain.model.config import ModelConfig
-from msc.pretrain.model.scales import Scale
+from msc.pretrain.model.scales import Scale, default_scales
 from msc.pretrain.model.transformer import MSCTransformer
 from msc.pretrain.optimizer import OptimizerConfig, make_optimizer, set_schedule
 from msc.pretrain.presets import PRESETS
@@ -133,10 +133,13 @@ def test_the_steps_that_constants_were_taken_from_are_predicted(model, frames, c
     assert predicted == pytest.approx(measured, rel=0.02)
 
 
-def test_a_step_of_the_demo_with_its_windows_in_space_is_predicted():
+def test_a_step_of_a_small_model_with_windows_in_space_is_predicted():
     """From which the cost of their regions was taken."""
     index = replace(ASSUMED_INDEX, channels=3, frames=12, height=48, width=64)
-    assert make_plan(resolve(PRESETS["demo"](), index), index, H100, 1).step_s == pytest.approx(0.135, rel=0.02)
+    demo = PRESETS["demo"]()
+    model = replace(demo.model, depth=6, scales=default_scales(4, patch_window=8))
+    config = replace(demo, model=model, train=replace(demo.train, clips=1600, batch=2, micro=2))
+    assert make_plan(resolve(config, index), index, H100, 1).step_s == pytest.approx(0.135, rel=0.02)
 
 
 @pytest.mark.parametrize(
