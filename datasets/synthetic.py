@@ -157,8 +157,8 @@ def write_mazes(
     folder: str | Path, seed: int, clips: int, frames: int, height: int, width: int, fps: float = 12.0,
     size: int = 9, out_and_back: float = 0.5, mazes: int | None = None, texels: int = 8,
 ) -> list[Path]:  # fmt: skip
-    """Write walks of `ray_cast_maze` as `maze-000.mp4` with `maze-000.actions.csv` and `maze-000.pose.csv` (x forward, z
-    up), and so on; the paths of the videos."""
+    """Write walks of `ray_cast_maze` as `maze-000.mp4` with `maze-000.actions.csv` and `maze-000.pose.csv` (x forward,
+    z up), and so on; the paths of the videos."""
     walks = ray_cast_maze(seed, clips, frames, height, width, size, out_and_back, mazes, texels)
     half = walks.headings.double() * (math.pi / TURNS)
     zero = torch.zeros_like(half)
