@@ -6,25 +6,25 @@ cd "$(dirname "$0")"
 export PATH="$PWD/.venv/bin:$PATH"
 demo=demo_run
 run=$demo/run
-clip=3
+clip=0
 say() { printf '\n== %s (after %d s)\n' "$*" "$SECONDS"; }
 
 rm -rf $demo
 mkdir $demo
 
-# A small maze of plain coloured walls, and somebody who wanders through it: what he does is beside every video.
-say "a world, and walks through it"
-python - $demo/walks <<'E_PYTHON'
+# A dot that four actions steer: what minutes of two CPU cores can learn, and what can be checked by looking. Each
+# video has its actions beside it.
+say "a world: videos and their actions"
+python - $demo/videos <<'E_PYTHON'
 import sys
-from msc.datasets.synthetic import write_mazes
+from msc.datasets.synthetic import write_steered_dots
 
-one_maze = {"size": 7, "mazes": 1, "texels": 1, "out_and_back": 0.3}
-write_mazes(sys.argv[1], seed=0, clips=100, frames=120, height=24, width=32, **one_maze)
+write_steered_dots(sys.argv[1], seed=0, clips=60, frames=120, height=32, width=32)
 E_PYTHON
 
 say "videos and actions to shards"
-msc convert $demo/walks --out $demo/shards --signal actions \
-    --autoencoder pixels --frames 12 --size 24x32 --fps 12 --stride 4 --held-out 0.1 --workers 2
+msc convert $demo/videos --out $demo/shards --signal actions \
+    --autoencoder pixels --frames 12 --size 32x32 --fps 12 --stride 4 --held-out 0.1 --workers 2
 
 # Two processes share each clip along time: on the CPU, or on two GPUs; one GPU takes the whole clip.
 processes=2
@@ -35,10 +35,10 @@ msc train --preset demo --run $run --processes $processes data.shards=$demo/shar
 say "evaluation on the clips that were held out"
 msc evaluate $run --samples 1 --steps 8
 
-say "a held-out clip continued: as it was, turning left, turning right"
+say "a held-out clip continued: under its own actions, and under two plans"
 msc sample $run --clip $clip --steps 8
-for way in left right; do
-    msc sample $run --clip $clip --steps 8 --units 12 --signal actions=$way --out $demo/turned-$way
+for plan in up:4,left:4,down:4 down:4,right:4,up:4; do
+    msc sample $run --clip $clip --steps 8 --units 12 --signal actions=$plan --out $demo/${plan%%:*}
 done
 
 say "weights for use elsewhere"
@@ -81,7 +81,7 @@ run folder     {run}
 curves         .venv/bin/mlflow ui --backend-store-uri sqlite:///{demo / "mlflow.db"}   then http://127.0.0.1:5000
 video          {newest("samples", "*.mp4")}
 contact sheet  {newest("samples", "*.png")}
-turned         {demo / "turned-left"}, {demo / "turned-right"}
+steered        {demo / "up"}, {demo / "down"}
 play           .venv/bin/msc play {run}
 weights        {weights} ({weights.stat().st_size / 1e6:.1f} MB)
 your videos    .venv/bin/msc convert FOLDER --out shards; .venv/bin/msc train --preset demo data.shards=shards""")
