@@ -112,8 +112,7 @@ def contact_sheet_of(folder: Path, autoencoder: Any, path: Path) -> Path:
 
 
 def train_request(args: Namespace) -> TrainRequest:
-    names = ("resume", "rollback", "again", "plan", "processes")
-    return TrainRequest.from_items(args.items, args.run, args.preset, **{name: getattr(args, name) for name in names})
+    return TrainRequest.from_items(args.items, **options_for(TrainRequest, args))
 
 
 def train(args: Namespace) -> int:

@@ -146,7 +146,7 @@ def status_table(runs: Sequence[Path]) -> str:
 
 
 def show_log(run: Path, rank: int | None, follow: bool, lines: int) -> None:
-    """Print what a rank of the last job wrote, or a part of the last conversion. FileNotFoundError"""
+    """Print what a rank of the last job wrote, or a part of the last conversion; FileNotFoundError if nothing."""
     records = job_records.read_records(job_records.jobs_folder(run))
     arrays = [record for record in records if record.parts]
     if arrays and rank is not None:

@@ -6,10 +6,11 @@ for a model of any size, from checkpoints of any number of ranks and any ZeRO st
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KEYS = {"ema": "ema", "raw": "weight"}  # their names in a checkpoint
 PART = 1 << 23  # elements read, converted and written at a time
 MAX_SHARD_SIZE = 5_000_000_000  # bytes
+Parts = Callable[[str, int], Iterator[Tensor]]  # (name, elements) -> the tensor's values, flattened, in parts
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,6 @@ class Source:
     @property
     def elements(self) -> int:
         return sum(map(math.prod, self.shapes.values()))
-
-    def parts(self, reader: checkpoint_format.ParameterReader, name: str, weights: str) -> Iterator[Tensor]:
-        """The flattened fp32 values of a tensor, a part at a time."""
-        numel = math.prod(self.shapes[name])
-        for start in range(0, numel, PART):
-            yield reader.read(name, KEYS[weights], start, min(PART, numel - start))
 
 
 def export(
@@ -152,8 +148,10 @@ def write_weights(folder: Path, stem: str, source: Source, weights: str, dtype: 
     for file, names in zip(files, groups, strict=True):
         # A new reader for every file: what was read through a memory map stays in memory while it is open.
         with checkpoint_format.ParameterReader(source.path) as reader:
-            write_file(folder / file, source, reader, names, weights, dtype)
-            compare_file(folder / file, source, reader, names, weights, dtype)
+            parts = functools.partial(converted_parts, reader, KEYS[weights], dtype)
+            shapes = {name: source.shapes[name] for name in names}
+            write_file(folder / file, shapes, parts, dtype)
+            compare_file(folder / file, shapes, parts, dtype)
     if len(groups) > 1:
         index = {
             "metadata": {"total_size": source.elements * dtype.itemsize},
@@ -176,35 +174,38 @@ def split(sizes: dict[str, int], limit: int) -> list[list[str]]:
     return groups
 
 
-def write_file(
-    path: Path, source: Source, reader: checkpoint_format.ParameterReader, names: list[str], weights: str,
-    dtype: torch.dtype,
-) -> None:  # fmt: skip
+def converted_parts(
+    reader: checkpoint_format.ParameterReader, key: str, dtype: torch.dtype, name: str, numel: int
+) -> Iterator[Tensor]:
+    """The flattened values of a tensor, a part at a time; ValueError where fp16 cannot hold them."""
+    for start in range(0, numel, PART):
+        part = reader.read(name, key, start, min(PART, numel - start))
+        converted = part.to(dtype)
+        if dtype == torch.float16 and not converted.isfinite().all() and part.isfinite().all():
+            raise ValueError(f"{name} holds values up to {part.abs().max():.3g}, too large for fp16: use bf16")
+        yield converted
+
+
+def write_file(path: Path, shapes: Shapes, parts: Parts, dtype: torch.dtype) -> None:
     """One safetensors file, a part of a tensor in memory at a time (the library's writer takes all at once)."""
     with path.open("wb") as file:
-        file.write(safetensors_header({name: source.shapes[name] for name in names}, dtype))
-        for name in names:
-            for part in source.parts(reader, name, weights):
-                converted = part.to(dtype)
-                if dtype == torch.float16 and not converted.isfinite().all() and part.isfinite().all():
-                    raise ValueError(f"{name} holds values up to {part.abs().max():.3g}, too large for fp16: use bf16")
-                file.write(converted.view(torch.uint8).numpy().data)
+        file.write(safetensors_header(shapes, dtype))
+        for name, shape in shapes.items():
+            for part in parts(name, math.prod(shape)):
+                file.write(part.view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
 
 
-def compare_file(
-    path: Path, source: Source, reader: checkpoint_format.ParameterReader, names: list[str], weights: str,
-    dtype: torch.dtype,
-) -> None:  # fmt: skip
+def compare_file(path: Path, shapes: Shapes, parts: Parts, dtype: torch.dtype) -> None:
     """RuntimeError unless the file, read by the safetensors library, holds exactly the checkpoint's tensors."""
     with open_safetensors(path) as opened:
-        for name in names:
-            tensor = opened.get_tensor(name)
-            same, offset = tensor.dtype == dtype and tuple(tensor.shape) == source.shapes[name], 0
-            for part in source.parts(reader, name, weights):
+        for name, shape in shapes.items():
+            tensor, offset = opened.get_tensor(name), 0
+            same = tensor.dtype == dtype and tuple(tensor.shape) == shape
+            for part in parts(name, math.prod(shape)):
                 stored = tensor.flatten()[offset : offset + part.numel()]
-                same = same and torch.equal(stored.view(torch.uint8), part.to(dtype).view(torch.uint8))
+                same = same and torch.equal(stored.view(torch.uint8), part.view(torch.uint8))
                 offset += part.numel()
             if not same:
                 raise RuntimeError(f"{path.name} does not hold {name} as the checkpoint does; please report this")
