@@ -9,17 +9,31 @@ in the preset, weights in bf16 on a GPU and fp32 on a CPU. "Of the CPU" are the 
 step; where they are much fewer, the GPU does not wait for it. FLOPs are unmasked and without recomputation. The longest
 clip that fits is looked for by doubling the frames, one timed step each. With `--part R P` the frames are those of rank
 R of P that share a clip along time by halos; nothing is sent, what would come is random: what a rank's own work takes.
+
+    python tests/bench/step.py --variants base/32/131072/cheap pilot/12/16384/none/graph --limit 400 --results FILE
+
+Compiled multi-scale steps, each variant in a process of its own: preset/layers/tokens/recompute/options. A row is
+printed and added to FILE as soon as it ends; what FILE has is not measured again. At first all are compiled at the same
+time, with two layers, so that each later finds its kernels in torch's cache: seconds to the first step are given cold
+and warm. Options, joined by commas: eager; graph (a CUDA graph of the whole step); overhead (torch's CUDA graphs, block
+by block); autotune, coordinate (torch tunes its kernels); heads=N; budget=B (torch's activation memory budget, 0 to 1);
+fp8 (products by torch._scaled_mm, a scale per tensor); tiles=M1-N1-M2-N2-WARPS-STAGES (FlexAttention, backward).
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,11 +42,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from msc.parallel import collectives, fp8
 from msc.parallel.context_parallel import shard_bounds
 from msc.pretrain import cost
+from msc.pretrain.kernels import flex
 from msc.pretrain.kernels.dispatch import Kernel
 from msc.pretrain.model.config import ModelConfig
 from msc.pretrain.model.layers import Block
 from msc.pretrain.model.past_context import PastContext, WholeVideo
-from msc.pretrain.model.scales import Scale
+from msc.pretrain.model.recomputation import Recompute
+from msc.pretrain.model.scales import Scale, default_scales
 from msc.pretrain.model.transformer import MSCTransformer
 from msc.pretrain.parallelize import sharded_past_context
 from msc.pretrain.presets import PRESETS
@@ -56,10 +72,12 @@ def past_context_of(config: ModelConfig, frames: int, part: tuple[int, int] | No
 
 
 def training_step(
-    config: ModelConfig, frames: int, kernel: Kernel, compiled: bool, recompute: bool, in_fp8: bool = False,
-    part: tuple[int, int] | None = None,
+    config: ModelConfig, frames: int, kernel: Kernel, compiled: bool, recompute: Recompute, in_fp8: bool = False,
+    part: tuple[int, int] | None = None, prepare: Callable[[Block], object] = lambda block: None,
+    side: int = SIDE, **options: Any,
 ) -> Callable[[], None]:  # fmt: skip
-    """A function that makes one forward and backward pass; on a GPU it returns when all of it is started."""
+    """A function that makes one forward and backward pass; on a GPU it returns when all of it is started. prepare:
+    called with every block before it is compiled, with `options` of torch.compile."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
@@ -70,9 +88,10 @@ def training_step(
         assert isinstance(block, Block)
         if in_fp8:
             fp8.convert_linear_layers(block)
+        prepare(block)
         if compiled:
-            block.compile()
-    x = torch.randn(1, frames, config.channels, SIDE, SIDE, device=device)
+            block.compile(**options)
+    x = torch.randn(1, frames, config.channels, side, side, device=device)
     t = torch.rand(1, frames, device=device)
     past_context = past_context_of(config, frames, part)
 
@@ -96,7 +115,7 @@ def timed(step: Callable[[], object]) -> tuple[float, float]:
 
 
 def measure(
-    config: ModelConfig, frames: int, kernel: Kernel, compiled: bool, recompute: bool, runs: int, top: int = 0,
+    config: ModelConfig, frames: int, kernel: Kernel, compiled: bool, recompute: Recompute, runs: int, top: int = 0,
     in_fp8: bool = False, part: tuple[int, int] | None = None, trace: str | None = None,
 ) -> dict:  # fmt: skip
     """Median seconds of a step and of the CPU, peak memory in bytes, FLOPs; with `top`, a list of so many kernels."""
@@ -143,8 +162,8 @@ def main() -> None:
     parser.add_argument("--frames", type=int, nargs="+", default=[16, 32])
     parser.add_argument("--backends", nargs="+", default=["sdpa"])
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--keep", action="store_true", help="keep all activations instead of recomputing them")
-    parser.add_argument("--fp8", action="store_true", help="linear layers by TransformerEngine; needs --keep")
+    parser.add_argument("--recompute", choices=["none", "cheap", "full"], help="default: as in the preset")
+    parser.add_argument("--fp8", action="store_true", help="linear layers by TransformerEngine; not recomputed")
     parser.add_argument("--part", type=int, nargs=2, metavar=("RANK", "RANKS"), help="as a rank along time")
     parser.add_argument("--depth", type=int, help="fewer layers, for a quick look")
     parser.add_argument("--runs", type=int, default=3)
@@ -155,12 +174,23 @@ def main() -> None:
         "--longest", type=int, metavar="MOST", help="double the frames until they do not fit, up to MOST"
     )
     parser.add_argument("--patience", type=float, default=30, help="--longest: seconds of a step after which it ends")
+    parser.add_argument("--variants", nargs="+", type=parse_variant, help="compare these; see above")
+    parser.add_argument("--limit", type=float, default=400, help="--variants: seconds in all")
+    parser.add_argument("--results", type=Path, help="--variants: file of JSON lines")
+    parser.add_argument("--side", type=int, default=SIDE, help="latents of a frame's side, for a quick look")
+    parser.add_argument("--measure", choices=["first", "all"], help=argparse.SUPPRESS)  # in a process of a variant
     args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measure_variant(args.variants[0], args.runs, args.measure == "first", args.side)))
+        return
+    if args.variants:
+        compare(args.variants, args.runs, args.limit, args.results, args.side)
+        return
     if args.trace:
         args.profile = args.profile or 10
         Path(args.trace).mkdir(parents=True, exist_ok=True)
     preset = PRESETS[args.preset]()
-    args.recompute = preset.parallel.recompute and not args.keep
+    args.recompute = args.recompute or preset.parallel.recompute
     if args.fp8:
         fp8.check_fp8(2, args.recompute, 256)
     model = replace(preset.model, channels=16, patch=2, depth=args.depth or preset.model.depth)
@@ -168,7 +198,7 @@ def main() -> None:
     models = {"multi-scale": model, "dense": dense}
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     size = f"{cost.parameters(model) / 1e6:.0f} M parameters, depth {model.depth}"
-    how = ["recomputed" if args.recompute else "kept", *(["compiled"] if args.compile else [])]
+    how = [f"recompute {args.recompute}", *(["compiled"] if args.compile else [])]
     how += ["rank {} of {}".format(*args.part)] if args.part else []
     print(f"{args.preset}, {size}, {name}, torch {torch.__version__}, {', '.join(how)}{', fp8' if args.fp8 else ''}\n")
     print("| tokens | model | kernel | s per step | of the CPU | tokens/s | GB | TFLOP | MFU |")
@@ -235,6 +265,197 @@ def longest(args: argparse.Namespace, config: ModelConfig, label: str, backend: 
             ended = "--patience"
             break
     print(f"| longest: {fitted * 256:,} | {label} | {backend} | ended by {ended} | | | | | |", flush=True)
+
+
+# Variants ------------------------------------------------------------------------------------------------------------
+
+
+class Variant(NamedTuple):
+    name: str
+    preset: str
+    layers: int
+    tokens: int
+    recompute: Recompute
+    options: dict[str, str]
+
+    @property
+    def tuned(self) -> bool:
+        """Whether compiling it times kernels, for which it must be alone."""
+        return bool({"autotune", "coordinate"} & set(self.options))
+
+
+def parse_variant(name: str) -> Variant:
+    preset, layers, tokens, recompute, *options = name.split("/")
+    assert recompute in ("none", "cheap", "full") and preset in PRESETS, name
+    parsed = dict(option.partition("=")[::2] for option in ",".join(options).split(",") if option)
+    return Variant(name, preset, int(layers), int(tokens), recompute, parsed)
+
+
+def measure_variant(variant: Variant, runs: int, first: bool, side: int) -> dict[str, Any]:
+    """Seconds to the first step, of a step and of the CPU, peak and planned memory in bytes, kernels. first: only the
+    first step of two layers, which compiles all there is to compile."""
+    begin, options, on_gpu = time.perf_counter(), variant.options, torch.cuda.is_available()
+    model = replace(PRESETS[variant.preset]().model, channels=16, patch=2, depth=2 if first else variant.layers)
+    if "heads" in options:
+        model = replace(model, scales=default_scales(int(options["heads"])))
+    if "budget" in options:
+        torch._functorch.config.activation_memory_budget = float(options["budget"])
+    if "tiles" in options:
+        names = ("BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2", "num_warps", "num_stages")
+        tiles = {f"bwd_{name}": int(n) for name, n in zip(names, options["tiles"].split("-"), strict=True)}
+        flex.TILES[9, model.head_width] = {**flex.HOPPER, **tiles}
+    how: dict[str, Any] = {}
+    if "overhead" in options:
+        how["mode"] = "reduce-overhead"
+    if "autotune" in options:
+        how["mode"] = "max-autotune-no-cudagraphs"
+    if "coordinate" in options:
+        how["options"] = {"coordinate_descent_tuning": True}
+    frames, compiled = variant.tokens // (side // 2) ** 2, "eager" not in options
+    prepare = use_scaled_mm if "fp8" in options else lambda block: None
+    step = training_step(
+        model, frames, "auto" if on_gpu else "sdpa", compiled, variant.recompute, prepare=prepare, side=side, **how
+    )
+    timed(step)
+    result: dict[str, Any] = {"first": time.perf_counter() - begin}
+    if first:
+        return result
+    timed(step)
+    if "graph" in options:
+        step = as_graph(step)
+        timed(step)
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    seconds, started = map(statistics.median, zip(*(timed(step) for _ in range(runs)), strict=True))
+    value_bytes = 2 if on_gpu else 4
+    kept = cost.activation_bytes(
+        model, cost.Run(frames), side // 2, side // 2, 1, value_bytes, variant.recompute != "none"
+    )
+    return result | {
+        "seconds": seconds,
+        "started": started,
+        "memory": torch.cuda.max_memory_allocated() if on_gpu else 0,
+        "planned": kept + 2 * value_bytes * cost.parameters(model),  # weights and gradients
+        "flops": cost.step_flops(model, frames, side, side),
+        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
+        "kernels": kernels(step, 40) if on_gpu and "graph" not in options else "",
+    }
+
+
+def as_graph(step: Callable[[], None]) -> Callable[[], None]:
+    """The step as one CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def use_scaled_mm(block: Block) -> None:
+    """Let the block's linear layers multiply in fp8."""
+    for layer in block.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.__class__ = _ScaledLinear
+
+
+class _ScaledLinear(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = _ScaledMM.apply(x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
+        return out if self.bias is None else out + self.bias
+
+
+def _to_fp8(x: torch.Tensor, kind: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tensor in fp8, and what it was divided by."""
+    most = torch.finfo(kind).max
+    scale = x.abs().amax().float().clamp(min=1e-12) / most
+    return (x.float() / scale).clamp(-most, most).to(kind), scale
+
+
+class _ScaledMM(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        (a, a_scale), (b, b_scale) = _to_fp8(x, torch.float8_e4m3fn), _to_fp8(weight, torch.float8_e4m3fn)
+        return torch._scaled_mm(a, b.t(), a_scale, b_scale, out_dtype=x.dtype, use_fast_accum=True)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, weight = ctx.saved_tensors
+        a, a_scale = _to_fp8(x, torch.float8_e4m3fn)
+        b, b_scale = _to_fp8(weight, torch.float8_e4m3fn)
+        g, g_scale = _to_fp8(grads[0], torch.float8_e5m2)
+        columns = b.t().contiguous().t()
+        grad_x = torch._scaled_mm(g, columns, g_scale, b_scale, out_dtype=x.dtype)
+        inputs = a.t().contiguous().t()
+        grad_weight = torch._scaled_mm(g.t().contiguous(), inputs, g_scale, a_scale, out_dtype=x.dtype)
+        return grad_x, grad_weight
+
+
+def compare(variants: list[Variant], runs: int, limit: float, results: Path | None, side: int) -> None:
+    """Measure the variants one after the other."""
+    end, done = time.monotonic() + limit, {}
+    if results is not None and results.exists():
+        done = {row["variant"]: row for row in map(json.loads, results.read_text().splitlines())}
+    print(f"torch {torch.__version__}, {len(variants)} variants", flush=True)
+
+    def start(variant: Variant, what: str, threads: int) -> subprocess.Popen[str]:
+        command = [sys.executable, __file__, "--variants", variant.name, "--measure", what, "--runs", str(runs)]
+        environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": str(threads)}
+        command += ["--side", str(side)]
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+
+    def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
+        try:
+            out, errors = process.communicate(timeout=max(1.0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            return {"error": "no time left"}
+        if process.returncode:
+            lines = [line for line in errors.splitlines() if line.strip()]
+            wrong = [line for line in lines if "Error" in line] or lines or ["?"]
+            return {"error": wrong[-1][:300]}
+        return dict(json.loads(out.splitlines()[-1]))
+
+    todo = [variant for variant in variants if variant.name not in done]
+    at_once = max(1, (os.cpu_count() or 2) // 2)
+    cold: dict[str, float] = {}
+    queue = [variant for variant in todo if not variant.tuned]
+    for first in range(0, len(queue), at_once):
+        group = queue[first : first + at_once]
+        processes = [start(variant, "first", 2) for variant in group]
+        for variant, process in zip(group, processes, strict=True):
+            result = finish(process)
+            cold[variant.name] = result.get("first", float("nan"))
+            if "error" in result:
+                print(f"{variant.name}: {result['error']}", flush=True)
+    print(f"compiled, {limit - (end - time.monotonic()):.0f} s\n")
+    print("| variant | s per step | of the CPU | MFU | GB | planned | first step, cold | warm |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
+    for variant in variants:
+        row = done.get(variant.name)
+        if row is None and time.monotonic() < end:
+            row = {"variant": variant.name, "cold": cold.get(variant.name), "torch": torch.__version__}
+            row |= finish(start(variant, "all", os.cpu_count() or 1))
+            if results is not None and row.get("error") != "no time left":
+                with results.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+        if row is None or "error" in row:
+            print(f"| {variant.name} | {'no time left' if row is None else row['error']} |", flush=True)
+            continue
+        share = mfu(row["flops"] / row["seconds"], row["device"])
+        print(
+            f"| {variant.name} | {row['seconds']:.4f} | {row['started']:.4f} | {'' if share is None else f'{share:.1%}'} "
+            f"| {row['memory'] / 1e9:.2f} | {row['planned'] / 1e9:.2f} | {row['cold'] or float('nan'):.0f} "
+            f"| {row['first']:.0f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
