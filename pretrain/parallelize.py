@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ from .layout_planner import ClipShape, LayoutChoice, ParallelLayout, Rates, chec
 from .model.config import ModelConfig
 from .model.layers import Block
 from .model.past_context import PastContext, WholeVideo
+from .model.recomputation import Recompute
 from .model.transformer import MSCTransformer, OnPartBuilt
 from .optimizer import OptimizerConfig, make_optimizer
 
@@ -33,7 +34,8 @@ from .optimizer import OptimizerConfig, make_optimizer
 @dataclass(frozen=True)
 class ParallelConfig:
     """sp: ranks of a context-parallel group, which share one video along time; the rest of the world is data parallel.
-    recompute: activation checkpointing per block. compile: torch.compile per block. timeout: seconds in which all ranks
+    recompute: what a block computes again for its backward pass ("none", "cheap": all but products and attention,
+    "full"; see model/recomputation.py); the planner chooses by memory. compile: torch.compile per block. timeout: seconds in which all ranks
     end when one is lost or stalled. stall: seconds in one phase, such as a pass or a checkpoint, after which the whole
     run counts as hung and is ended (0: never). attention: kernel ("auto", "sdpa", "flex", "flash"; see dispatch.py).
     layout: the parallel layout of scales ("auto", "halo", "ulysses", "ring"; see layout_planner.py); "auto" takes for
@@ -47,11 +49,18 @@ class ParallelConfig:
     bytes_per_s: float = 5e10
     flops_per_s: float = 3e14
     wait_s: float = 8e-5  # four H100, Ulysses of a scale of `base`: 6e-5 with all kept, 1e-4 recomputed
-    recompute: bool = False
+    recompute: Recompute = "none"
     compile: bool = False
     timeout: float = 600.0
     stall: float = 7200.0
     zero: ZeroConfig = field(default_factory=ZeroConfig)
+
+    @staticmethod
+    def from_earlier_version(values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The plain values of a file as this version writes them: recomputation was none or full, false or true."""
+        if not isinstance(values.get("recompute"), bool):
+            return values
+        return {**values, "recompute": "full" if values["recompute"] else "none"}
 
     def __post_init__(self):
         if self.sp < 1:
@@ -80,7 +89,7 @@ def check_parallel(config: ParallelConfig, model: ModelConfig, world: int, units
 
 def check_fp8(config: ParallelConfig, tokens: int) -> None:
     """ValueError where the linear layers cannot run in fp8. tokens: of a unit."""
-    fp8.check_fp8(config.zero.stage, config.recompute, tokens)
+    fp8.check_fp8(config.zero.stage, config.recompute != "none", tokens)
 
 
 def clip_shape(model: ModelConfig, config: ParallelConfig, frames: int, height: int, width: int) -> ClipShape:
@@ -91,9 +100,9 @@ def clip_shape(model: ModelConfig, config: ParallelConfig, frames: int, height: 
 
 
 def peak_activation_bytes(
-    model: ModelConfig, config: ParallelConfig, clip: ClipShape, micro: int, recompute: bool
+    model: ModelConfig, config: ParallelConfig, clip: ClipShape, micro: int, recompute: Recompute
 ) -> int:
-    """Bytes that the rank with the most keeps for the backward pass of `micro` clips."""
+    """Most bytes of activations on the rank that has most of them, with `micro` clips."""
     edges = shard_bounds(clip.units, config.sp)
     runs = [cost.Run(end - first, first, config.sp > 1) for first, end in zip(edges, edges[1:], strict=False)]
     return max(cost.activation_bytes(model, run, *clip.grid, micro, clip.value_bytes, recompute) for run in runs)

@@ -10,6 +10,7 @@ from msc.datasets.loading.mixture import DataConfig
 from .config import Config, TrainConfig
 from .diffusion.rectified_flow import DiffusionConfig
 from .model.config import ModelConfig
+from .model.recomputation import Recompute
 from .model.scales import default_scales
 from .optimizer import OptimizerConfig
 from .parallelize import ParallelConfig, ZeroConfig
@@ -28,7 +29,7 @@ def demo() -> Config:
     )
 
 
-def sized(width: int, depth: int, heads: int, patch: int, lr: float, zero: ZeroConfig, recompute: bool) -> Config:
+def sized(width: int, depth: int, heads: int, patch: int, lr: float, zero: ZeroConfig, recompute: Recompute) -> Config:
     return Config(
         model=ModelConfig(width=width, depth=depth, scales=default_scales(heads), patch=patch),
         optimizer=OptimizerConfig(lr=lr),
@@ -41,10 +42,10 @@ def sized(width: int, depth: int, heads: int, patch: int, lr: float, zero: ZeroC
 PRESETS: dict[str, Callable[[], Config]] = {
     "demo": demo,
     #                       width depth heads patch    lr  zero                 recompute
-    "pilot": partial(sized,   768,   12,   12,    2, 3e-4, ZeroConfig(stage=2), False),  # about 100 M parameters
-    "base":  partial(sized,  1024,   32,   16,    2, 2e-4, ZeroConfig(stage=2), True),   # about 400 M
-    "2b":    partial(sized,  2048,   40,   16,    2, 1e-4, ZeroConfig(stage=2), True),
-    "14b":   partial(sized,  5120,   44,   40,    2, 5e-5, ZeroConfig(stage=3), True),
+    "pilot": partial(sized,   768,   12,   12,    2, 3e-4, ZeroConfig(stage=2), "none"),  # about 100 M parameters
+    "base":  partial(sized,  1024,   32,   16,    2, 2e-4, ZeroConfig(stage=2), "cheap"),  # about 400 M
+    "2b":    partial(sized,  2048,   40,   16,    2, 1e-4, ZeroConfig(stage=2), "cheap"),
+    "14b":   partial(sized,  5120,   44,   40,    2, 5e-5, ZeroConfig(stage=3), "full"),
 }
 # fmt: on
 

@@ -100,7 +100,7 @@ def parallel_layout(plan: Plan) -> str:
     parallel = plan.config.parallel
     return (
         f"dp {plan.dp} × sp {parallel.sp}, ZeRO {parallel.zero.stage}, "
-        f"recompute {'on' if parallel.recompute else 'off'}, micro {plan.config.train.micro} × {plan.accumulate}"
+        f"recompute {parallel.recompute}, micro {plan.config.train.micro} × {plan.accumulate}"
     )
 
 

@@ -8,35 +8,36 @@ pooling, rotation and gate of queries and keys) is recomputed. Gradients are the
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from typing import Any, Literal, TypeVarTuple, Unpack
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Literal
 
-import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, checkpoint
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 Recompute = Literal["none", "cheap", "full"]
-Arguments = TypeVarTuple("Arguments")
 
-# By name: some exist on some devices, or in some versions of torch, only; flex_attention is no operator but a function
-# of operators.
+# By name, as some exist in some versions of torch only. Not aten::bmm: of attention written out it is all the logits.
 KEPT = {
-    "aten::mm", "aten::addmm", "aten::bmm", "aten::topk", "flex_attention",
+    "aten::mm", "aten::addmm", "aten::_scaled_mm", "aten::topk", "flex_attention",
     "aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention",
-    "aten::_scaled_mm", "_c10d_functional::all_to_all_single", "_c10d_functional::wait_tensor",
+    "_c10d_functional::all_to_all_single", "_c10d_functional::wait_tensor",
 }  # fmt: skip
 
 
-def recompute_all(function: Callable[[Unpack[Arguments]], Tensor], *arguments: Unpack[Arguments]) -> Tensor:
+def recompute_all(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """`function(*arguments)`, run again in the backward pass."""
     # nothing in a block is random, and to set generators back takes the CPU time
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
-def recompute_cheap(function: Callable[[Unpack[Arguments]], Tensor], *arguments: Unpack[Arguments]) -> Tensor:
+def recompute_cheap(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """`function(*arguments)`, of which the backward pass recomputes what is cheap."""
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts)
 

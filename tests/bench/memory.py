@@ -27,7 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
     "wide, ZeRO 2, 2 ranks": {**WIDE, "stage": 2, "ranks": 2},
     "wide, ZeRO 3, 2 ranks": {**WIDE, "stage": 3, "ranks": 2},
     "long": {**LONG, "stage": 0},
-    "long, recomputed": {**LONG, "stage": 0, "recompute": True},
+    "long, recomputed": {**LONG, "stage": 0, "recompute": "full"},
     "long, sp 2": {**LONG, "stage": 2, "ranks": 2, "sp": 2},
     "long, dense": {**LONG, "stage": 0, "dense": True},
 }
@@ -45,7 +45,7 @@ def configure(case: dict[str, Any]) -> Any:
     scales = (Scale(8),) if case.get("dense") else default_scales(8, patch_window=8)
     model = replace(base.model, width=case["width"], depth=case["depth"], scales=scales, patch=2)
     deepspeed_zero = replace(base.parallel.zero, stage=case["stage"], bucket=5_000_000)
-    parallel = replace(base.parallel, sp=case.get("sp", 1), recompute=case.get("recompute", False), zero=deepspeed_zero)
+    parallel = replace(base.parallel, sp=case.get("sp", 1), recompute=case.get("recompute", "none"), zero=deepspeed_zero)
     side, batch = case["side"], case.get("ranks", 1) // case.get("sp", 1)
     index = replace(
         ASSUMED_INDEX, channels=4, frames=case["frames"], height=side, width=side, statistics=Statistics.default(4)

@@ -72,7 +72,7 @@ def configure(args: argparse.Namespace, job: dict[str, Any]) -> tuple[Any, Any]:
     parallel = replace(
         base.parallel, sp=job["ranks"], layout=job["layout"], compile=args.compile,
         precision="fp32" if args.device == "cpu" else "bf16",
-        recompute=bool(args.longest) or (base.parallel.recompute and not args.keep),
+        recompute=args.recompute,
     )  # fmt: skip
     index = replace(ASSUMED_INDEX, frames=job["frames"], height=args.side, width=args.side)
     config = replace(base, model=model, parallel=parallel, train=replace(base.train, batch=1, micro=1))
@@ -381,7 +381,8 @@ def main() -> None:
     )
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--keep", action="store_true", help="keep all activations instead of recomputing them")
+    parser.add_argument("--recompute", choices=["none", "cheap", "full"], default="full", help="what is not kept")
+    parser.add_argument("--keep", dest="recompute", action="store_const", const="none", help="--recompute none")
     parser.add_argument("--engine", action="store_true", help="whole training steps, with DeepSpeed")
     parser.add_argument("--longest", type=int, nargs="?", const=2**20, metavar="TOKENS",
                         help="train on one clip of so many tokens over all GPUs, recomputed")  # fmt: skip

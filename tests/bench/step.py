@@ -163,6 +163,7 @@ def main() -> None:
     parser.add_argument("--backends", nargs="+", default=["sdpa"])
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--recompute", choices=["none", "cheap", "full"], help="default: as in the preset")
+    parser.add_argument("--keep", dest="recompute", action="store_const", const="none", help="--recompute none")
     parser.add_argument("--fp8", action="store_true", help="linear layers by TransformerEngine; not recomputed")
     parser.add_argument("--part", type=int, nargs=2, metavar=("RANK", "RANKS"), help="as a rank along time")
     parser.add_argument("--depth", type=int, help="fewer layers, for a quick look")
@@ -192,7 +193,7 @@ def main() -> None:
     preset = PRESETS[args.preset]()
     args.recompute = args.recompute or preset.parallel.recompute
     if args.fp8:
-        fp8.check_fp8(2, args.recompute, 256)
+        fp8.check_fp8(2, args.recompute != "none", 256)
     model = replace(preset.model, channels=16, patch=2, depth=args.depth or preset.model.depth)
     dense = replace(model, scales=(Scale(model.heads),), gate="none")
     models = {"multi-scale": model, "dense": dense}
@@ -328,9 +329,7 @@ def measure_variant(variant: Variant, runs: int, first: bool, side: int) -> dict
         torch.cuda.reset_peak_memory_stats()
     seconds, started = map(statistics.median, zip(*(timed(step) for _ in range(runs)), strict=True))
     value_bytes = 2 if on_gpu else 4
-    kept = cost.activation_bytes(
-        model, cost.Run(frames), side // 2, side // 2, 1, value_bytes, variant.recompute != "none"
-    )
+    kept = cost.activation_bytes(model, cost.Run(frames), side // 2, side // 2, 1, value_bytes, variant.recompute)
     return result | {
         "seconds": seconds,
         "started": started,
