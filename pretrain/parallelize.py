@@ -35,12 +35,12 @@ from .optimizer import OptimizerConfig, make_optimizer
 class ParallelConfig:
     """sp: ranks of a context-parallel group, which share one video along time; the rest of the world is data parallel.
     recompute: what a block computes again for its backward pass ("none", "cheap": all but products and attention,
-    "full"; see model/recomputation.py); the planner chooses by memory. compile: torch.compile per block. timeout: seconds in which all ranks
-    end when one is lost or stalled. stall: seconds in one phase, such as a pass or a checkpoint, after which the whole
-    run counts as hung and is ended (0: never). attention: kernel ("auto", "sdpa", "flex", "flash"; see dispatch.py).
-    layout: the parallel layout of scales ("auto", "halo", "ulysses", "ring"; see layout_planner.py); "auto" takes for
-    each scale the cheapest between ranks that compute flops_per_s, send bytes_per_s, and wait wait_s for each other in
-    a collective."""
+    "full"; see recomputation.py). compile: torch.compile per block. timeout: seconds in which all ranks end when one is
+    lost or stalled. stall: seconds in one phase, such as a pass or a checkpoint, after which the whole run counts as
+    hung and is ended (0: never). attention: kernel ("auto", "sdpa", "flex", "flash"; see dispatch.py). layout: the
+    parallel layout of scales ("auto", "halo", "ulysses", "ring"; see layout_planner.py); "auto" takes for each scale
+    the cheapest between ranks that compute flops_per_s, send bytes_per_s, and wait wait_s for each other in a
+    collective."""
 
     sp: int = 1
     precision: Precision = "bf16"

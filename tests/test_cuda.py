@@ -215,10 +215,10 @@ def test_compiled_blocks_have_the_gradients_of_eager_ones(gate):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("recompute", ["cheap", "full"])
 def test_gradients_are_those_without_recomputation(recompute, compiled):
-    found = []
+    scales, found = (Scale(2, 2, 1, 8), Scale(2, 1, 1, None, None, top=1)), []
     for way in ("none", recompute):
         torch._dynamo.reset()
-        inputs = make((Scale(2, 2, 1, 8), Scale(2, 1, 1, None, None, top=1)), 8, 1, dtype=torch.float32, width=128, recompute=way)
+        inputs = make(scales, 8, 1, dtype=torch.float32, width=128, recompute=way)
         model, *rest = (value.cuda() for value in inputs)
         if compiled:
             for block in model.blocks:

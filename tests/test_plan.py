@@ -266,7 +266,7 @@ def test_fp32_takes_longer_and_holds_more():
 
 def test_given_settings_stay():
     ways = search_plans(two_b(sp=8), ASSUMED_INDEX, H100, 1024, fixed=["parallel.sp", "parallel.recompute"])
-    assert {way.config.parallel.sp for way in ways} == {8} and {way.config.parallel.recompute for way in ways} == {"cheap"}
+    assert {(way.config.parallel.sp, way.config.parallel.recompute) for way in ways} == {(8, "cheap")}
 
 
 def test_traffic_of_zero():

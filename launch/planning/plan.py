@@ -21,8 +21,8 @@ from msc.pretrain import cost
 from msc.pretrain.config import Config
 from msc.pretrain.layout_planner import ClipShape, ParallelLayout, Rates, choose_layouts, estimates
 from msc.pretrain.model.config import ModelConfig
-from msc.pretrain.model.scales import spatial_windows
 from msc.pretrain.model.recomputation import Recompute
+from msc.pretrain.model.scales import spatial_windows
 from msc.pretrain.parallelize import check_parallel, clip_shape, peak_activation_bytes
 
 from . import hardware

@@ -50,7 +50,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        # In two dimensions, in which DeepSpeed at ZeRO-3 does not add the bias in place: recomputation keeps the product.
+        # In two dimensions, in which DeepSpeed at ZeRO-3 does not add the bias in place to what recomputation keeps.
         rows = x.flatten(0, -2)
         return self.down(F.gelu(self.up(rows), approximate="tanh")).unflatten(0, x.shape[:-1])
 

@@ -405,9 +405,7 @@ def compare(variants: list[Variant], runs: int, limit: float, results: Path | No
         command = [sys.executable, __file__, "--variants", variant.name, "--measure", what, "--runs", str(runs)]
         environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": str(threads)}
         command += ["--side", str(side)]
-        return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        )
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
     def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
         try:
@@ -449,10 +447,11 @@ def compare(variants: list[Variant], runs: int, limit: float, results: Path | No
             print(f"| {variant.name} | {'no time left' if row is None else row['error']} |", flush=True)
             continue
         share = mfu(row["flops"] / row["seconds"], row["device"])
+        cold = row["cold"] or float("nan")
         print(
-            f"| {variant.name} | {row['seconds']:.4f} | {row['started']:.4f} | {'' if share is None else f'{share:.1%}'} "
-            f"| {row['memory'] / 1e9:.2f} | {row['planned'] / 1e9:.2f} | {row['cold'] or float('nan'):.0f} "
-            f"| {row['first']:.0f} |",
+            f"| {variant.name} | {row['seconds']:.4f} | {row['started']:.4f} | "
+            f"{'' if share is None else f'{share:.1%}'} | {row['memory'] / 1e9:.2f} | {row['planned'] / 1e9:.2f} "
+            f"| {cold:.0f} | {row['first']:.0f} |",
             flush=True,
         )
 
