@@ -33,7 +33,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -289,7 +289,7 @@ def parse_variant(name: str) -> Variant:
     preset, layers, tokens, recompute, *options = name.split("/")
     assert recompute in ("none", "cheap", "full") and preset in PRESETS, name
     parsed = dict(option.partition("=")[::2] for option in ",".join(options).split(",") if option)
-    return Variant(name, preset, int(layers), int(tokens), recompute, parsed)
+    return Variant(name, preset, int(layers), int(tokens), cast(Recompute, recompute), parsed)
 
 
 def measure_variant(variant: Variant, runs: int, first: bool, side: int) -> dict[str, Any]:
@@ -396,7 +396,7 @@ class _ScaledMM(torch.autograd.Function):
 
 def compare(variants: list[Variant], runs: int, limit: float, results: Path | None, side: int) -> None:
     """Measure the variants one after the other."""
-    end, done = time.monotonic() + limit, {}
+    end, done = time.monotonic() + limit, dict[str, dict[str, Any]]()
     if results is not None and results.exists():
         done = {row["variant"]: row for row in map(json.loads, results.read_text().splitlines())}
     print(f"torch {torch.__version__}, {len(variants)} variants", flush=True)
