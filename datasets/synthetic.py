@@ -1,12 +1,15 @@
 """Made-up videos with known properties, as pure functions of a seed; for tests and first trials."""
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .files import write_atomically
+from .maze import ACTIONS, TURNS, ray_cast_maze
+from .signal_files import POSITION, QUATERNION
 from .video import encode_mp4
 
 
@@ -109,14 +112,83 @@ def moving_textures(seed: int, clips: int, frames: int, height: int, width: int,
     return (127.5 + 60 * video).round().clamp(0, 255).to(torch.uint8)
 
 
+MOVES = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # rows and columns of a dot's step
+
+
+def steered_dots(
+    seed: int, clips: int, frames: int, height: int, width: int, speed: int = 2
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A bright dot that actions steer over a dark picture without edges: video, uint8 [N, T, 3, H, W]; actions, numbers
+    in MOVES, int64 [N, T]; and the dot's centre, row and column, int64 [N, T, 2].
+
+    The action of a frame leads to it: by `speed` pixels from where the dot was a frame before. Actions are held for
+    some frames, at random.
+    """
+    source = torch.Generator().manual_seed(seed)
+    actions = torch.randint(len(MOVES), (clips, frames), generator=source)
+    held = torch.rand(clips, frames, generator=source) < 0.75
+    for frame in range(1, frames):
+        actions[:, frame] = torch.where(held[:, frame], actions[:, frame - 1], actions[:, frame])
+    size = torch.tensor([height, width])
+    first = (torch.rand(clips, 1, 2, generator=source) * size).long()
+    steps = speed * torch.tensor(list(MOVES.values()))[actions]
+    steps[:, 0] = 0
+    centre = (first + steps.cumsum(1)) % size
+    rows = (torch.arange(height).view(-1, 1) - centre[..., :1, None] + height // 2) % height - height // 2
+    columns = (torch.arange(width) - centre[..., 1:, None] + width // 2) % width - width // 2
+    distance = (rows.square() + columns.square()).sqrt()
+    light = (max(2.0, min(height, width) / 10) + 0.5 - distance).clamp(0, 1)  # the edge is smooth
+    colour = torch.tensor([255.0, 200.0, 60.0]).view(3, 1, 1)
+    video = 24 + light[:, :, None] * (colour - 24)
+    return video.round().to(torch.uint8), actions, centre
+
+
+def write_steered_dots(
+    folder: str | Path, seed: int, clips: int, frames: int, height: int, width: int, fps: float = 12.0, speed: int = 2
+) -> list[Path]:
+    """Write `steered_dots` as `dot-000.mp4` with `dot-000.actions.csv`, and so on; the paths of the videos."""
+    videos, actions, _ = steered_dots(seed, clips, frames, height, width, speed)
+    names = list(MOVES)
+    signals = ({"actions": (("action",), [[names[x]] for x in own])} for own in actions.tolist())
+    return _write(folder, "dot", videos, fps, signals)
+
+
+def write_mazes(
+    folder: str | Path, seed: int, clips: int, frames: int, height: int, width: int, fps: float = 12.0,
+    size: int = 9, out_and_back: float = 0.5,
+) -> list[Path]:  # fmt: skip
+    """Write walks through mazes (maze.py) as `maze-000.mp4` with `maze-000.actions.csv` and `maze-000.pose.csv` (x
+    forward, z up), and so on; the paths of the videos."""
+    walks = ray_cast_maze(seed, clips, frames, height, width, size, out_and_back)
+    half = walks.headings.double() * (math.pi / TURNS)
+    zero = torch.zeros_like(half)
+    poses = torch.stack((*walks.positions.unbind(-1), zero, zero, zero, half.sin(), half.cos()), -1)
+    signals = (
+        {"actions": (("action",), [[ACTIONS[x]] for x in own]), "pose": ((*POSITION, *QUATERNION), pose)}
+        for own, pose in zip(walks.actions.tolist(), poses.tolist(), strict=True)
+    )
+    return _write(folder, "maze", walks.video, fps, signals)
+
+
 def write_videos(
     folder: str | Path, seed: int, clips: int, frames: int, height: int, width: int, fps: float = 12.0
 ) -> list[Path]:
     """Write `moving_textures` as `synthetic-000.mp4` and so on into `folder`; the paths written."""
+    return _write(folder, "synthetic", moving_textures(seed, clips, frames, height, width), fps)
+
+
+def _write(
+    folder: str | Path, name: str, videos: Tensor, fps: float,
+    signals: Iterable[Mapping[str, tuple[Sequence[str], Sequence[Sequence[object]]]]] = (),
+) -> list[Path]:  # fmt: skip
+    """Write videos, and for each its signals by name: the header and the rows of a file beside it."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for i, video in enumerate(moving_textures(seed, clips, frames, height, width)):
-        paths.append(folder / f"synthetic-{i:03d}.mp4")
-        write_atomically(paths[-1], encode_mp4(video, fps))
+    paths = [folder / f"{name}-{i:03d}.mp4" for i in range(len(videos))]
+    for path, video in zip(paths, videos, strict=True):
+        write_atomically(path, encode_mp4(video, fps))
+    for path, own in zip(paths, signals, strict=False):
+        for signal, (header, rows) in own.items():
+            lines = [",".join(map(str, row)) for row in (header, *rows)]
+            write_atomically(path.with_suffix(f".{signal}.csv"), "\n".join([*lines, ""]).encode())
     return paths

@@ -97,9 +97,12 @@ def frame_indices(video: Video, fps: float | Fraction | None = None) -> list[int
     ticks = math.floor((video.pts[-1] - video.pts[0] + 1 / video.fps / video.time_base) / step)
     if ticks > MAX_FRAMES:
         raise ValueError(f"{video.name}: has {ticks} frames at {fps} fps, at most {MAX_FRAMES} are read")
-    # Half a file tick of slack: containers round time stamps (29.97 fps in milliseconds).
-    times = np.array([video.pts[0] + math.floor(i * step + Fraction(1, 2)) for i in range(max(1, ticks))])
-    return (np.searchsorted(np.array(video.pts), times, side="right") - 1).tolist()
+    # A file tick of slack for two rounded stamps (29.97 fps in milliseconds); none for those on a grid of their own.
+    pts = np.array(video.pts)
+    steps = np.diff(np.unique(pts))
+    rounded = int(len(steps) and steps.min() > 1 and np.gcd.reduce(steps) == 1)
+    times = np.array([video.pts[0] + math.floor(i * step) + rounded for i in range(max(1, ticks))])
+    return (np.searchsorted(pts, times, side="right") - 1).tolist()
 
 
 def decode_frames(
@@ -169,6 +172,7 @@ class VideoReader:
         self._file = ExitStack()
         self._begins_inside = False  # inside a group of pictures
         self._from_frames = False  # whether the time line is the decoder's
+        self._places = list[int]()  # of AVI: the decoding times of its packets
         self._counted: tuple[Iterator[av.VideoFrame], int] | None = None  # frames from the start, and how many are read
 
     def __enter__(self) -> "VideoReader":
@@ -275,13 +279,16 @@ class VideoReader:
         if "mov" in container.format.name:  # its edit lists leave packets out
             promised, count = sum(entry.size > 0 for entry in stream.index_entries), len(packets)
         elif container.format.name == "avi":  # counts the places of frames that were dropped
-            count = max((dts for _, dts, _, _ in packets if dts is not None), default=0) + 2
+            self._places = [dts for _, dts, _, _ in packets if dts is not None]
+            count = max(self._places, default=0) + 2
         if promised > count:
             raise ValueError(f"{self.name}: is truncated: its header promises {promised} frames, it has {len(packets)}")
         ordered = [dts for _, dts, _, _ in packets if dts is not None]
         self._begins_inside = not packets[0][3]
         stamps = sorted({pts for pts in shown if pts is not None})
         if self._begins_inside or len(stamps) < len(shown) or any(a > b for a, b in pairwise(ordered)):
+            return None
+        if self._places and len({pts - dts for pts, dts, _, _ in packets if dts is not None}) > 1:
             return None
         if self._ours:
             return self._video(None, stamps)
@@ -301,9 +308,12 @@ class VideoReader:
                 raise ValueError(f"{self.name}: has more than the {self._max_frames} frames that are read")
         if first is None:
             raise ValueError(f"{self.name}: has no frames")
-        # AVI has no presentation times, and what FFmpeg makes of its decoding times is wrong for B-frames.
         known = [stamp for stamp in dts if stamp is not None]
         stamps = [stamp for stamp in pts if stamp is not None]
+        # AVI has no presentation times, and what FFmpeg makes of its decoding times is wrong for B-frames and where
+        # frames were dropped: its frames are shown one after the other at the places of its packets.
+        if self._places and (self._begins_inside or len(pts) == len(self._places)):
+            known, stamps = self._places[-len(pts) :], []
         counted = len(stamps) < len(pts) or _disorder(stamps) > _disorder(known)
         stamps = known if counted else stamps
         if not stamps or len(pts) - len(stamps) > MAX_DELAY:

@@ -153,6 +153,8 @@ def add_data_commands(command: Command) -> None:
     add("--min-brightness", type=float, metavar="X", help="leave out darker clips (0 to 1)")
     add("--min-motion", type=float, metavar="X", help="leave out more static clips (0 to 1)")
     add("--crop", choices=("centre", "random"), help="what is kept of frames of another shape")
+    text = "per-frame signal in VIDEO.NAME.csv, may be given several times: NAME[,kind=…][,take=…][,shift=N]"
+    add("--signal", dest="signals", action="append", metavar="NAME", help=text)
     add("--max-bad", type=float, metavar="SHARE", help="of videos that may be unreadable (0.2)")
     exclusive = parser.add_mutually_exclusive_group().add_argument
     exclusive("--part", type=part, metavar="I/N", help="convert part I of N, from 0; then --merge")
@@ -268,6 +270,9 @@ def add_model_commands(command: Command) -> None:
     add("--prompts", type=Path, metavar="FILE", help="text file with a prompt in every line")
     add("--text", type=Path, metavar="DIR", help="text encoder (default: the one of the shards)")
     add("--label", action="append", metavar="NAME|N", help="class, may be given several times")
+    text = "signal of the new units: a file, or values as left:8,forward (may be given for several signals)"
+    add("--signal", action="append", metavar="NAME=...", help=text)
+    add("--signal-guidance", action="append", metavar="NAME=W", help="scale of guidance of a signal (1: none)")
     add("--count", type=positive, metavar="N", help="videos (default: one for each prompt or label)")
     add("--batch", type=positive, metavar="N", help="videos made at once (1)")
     add("--units", type=positive, metavar="N", help="units to generate")
@@ -279,6 +284,22 @@ def add_model_commands(command: Command) -> None:
     add("--guidance", type=float, metavar="W", help="scale of classifier-free guidance (1: none)")
     add("--seed", type=int, metavar="S")
     add("--out", type=Path, metavar="DIR", help="default: samples/ in the run folder")
+
+    parser = command("play", commands.play, "steer a model in the browser, as it generates")
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="run folder")
+    add("--weights", choices=("ema", "raw"), help="averaged or last weights (default: ema)")
+    exclusive = parser.add_mutually_exclusive_group().add_argument
+    exclusive("--clip", type=int, metavar="K", help="start from held-out clip K (default: 0)")
+    exclusive("--nothing", action="store_true", help="start without any context")
+    add("--context", type=positive, metavar="N", help="units of the clip to start from (default: half)")
+    add("--context-level", type=float, metavar="T", help="noise level at which the past is seen (0)")
+    add("--reach", type=positive, metavar="N", help="units of the past that count (default: a training clip)")
+    add("--steps", type=positive, metavar="N", help="denoising steps for each unit (8)")
+    add("--seed", type=int, metavar="S")
+    add("--host", metavar="ADDRESS", help="address to serve at (127.0.0.1: this machine only)")
+    add("--port", type=int, metavar="PORT", help="8765")
+    add("--token", metavar="TEXT", help="last part of the page's address (default: random)")
 
     add = command("export", commands.export, "write a run's weights as a folder of its own").add_argument
     add("run", type=Path, metavar="RUN", help="run folder")

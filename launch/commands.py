@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from msc.pretrain.requests import EvaluateConfig, SampleConfig
+from msc.pretrain.requests import EvaluateConfig, PlayConfig, SampleConfig
 from msc.pretrain.run_folder import RunFolder
 from msc.pretrain.training_start import TrainingStart
 
@@ -47,6 +47,7 @@ def convert(args: Namespace) -> None:
     config = ConvertConfig(
         **options_for(
             ConvertConfig, args, sources=tuple(args.sources), out=str(args.out), buckets=tuple(args.bucket or ()),
+            signals=tuple(args.signals or ()),
             height=height, width=width,
         )
     )  # fmt: skip
@@ -84,9 +85,10 @@ def inspect(args: Namespace) -> int:
 
 
 def contact_sheet_of(folder: Path, autoencoder: Any, path: Path) -> Path:
-    """A picture of random training clips as they were stored."""
+    """A picture of random training clips as they were stored, each with its signals as bars below."""
     from msc.datasets.loading.dataloader import loader
     from msc.datasets.loading.mixture import single_set
+    from msc.datasets.prepare.summary import signal_bars
     from msc.datasets.shards.index import read_index
     from msc.pretrain.diffusion.autoencoder import to_uint8
     from msc.pretrain.inference.contact_sheet import write_contact_sheet
@@ -100,7 +102,11 @@ def contact_sheet_of(folder: Path, autoencoder: Any, path: Path) -> Path:
         if batch.latents is not None:
             videos = to_uint8(autoencoder.decode(batch.latents.float()))
         assert videos is not None
-        rows += list(zip(batch.keys, videos, strict=True))
+        for i, (key, video) in enumerate(zip(batch.keys, videos, strict=True)):
+            rows.append((key, video))
+            for signal in one.signals:
+                values = (batch.signals or {})[signal.name][i].reshape(-1, signal.width)[-len(video) :]
+                rows.append((signal.name, signal_bars(signal, values, max(12, video.shape[2] // 3), video.shape[3])))
     write_contact_sheet(rows, path)
     return path
 
@@ -254,12 +260,20 @@ def evaluate(args: Namespace) -> None:
 
 
 def sample(args: Namespace) -> None:
-    prompt, label = tuple(args.prompt or ()), tuple(args.label or ())
-    request = SampleConfig(**options_for(SampleConfig, args, prompt=prompt, label=label))
+    repeated = {name: tuple(getattr(args, name) or ()) for name in ("prompt", "label", "signal", "signal_guidance")}
+    request = SampleConfig(**options_for(SampleConfig, args, **repeated))
 
     from msc.pretrain.inference.sample import sample as sample_run
 
     print(sample_run(args.run, request))
+
+
+def play(args: Namespace) -> None:
+    request = PlayConfig(**options_for(PlayConfig, args))
+
+    from msc.pretrain.inference.play import play as play_run
+
+    play_run(args.run, request)
 
 
 def export(args: Namespace) -> None:

@@ -15,6 +15,7 @@ from msc.datasets.loading.dataloader import Batch
 from .diffusion.autoencoder import Autoencoder
 from .diffusion.loss import Loss
 from .diffusion.rectified_flow import DiffusionConfig, add_noise, frame_noise, frame_shift, keep_condition, noise_levels
+from .model.conditioning import Condition
 from .model.past_context import PastContext, WholeVideo
 from .model.transformer import MSCTransformer
 
@@ -27,8 +28,7 @@ class BatchInputs:
     x: Tensor
     noise: Tensor
     t: Tensor
-    text: Tensor | None
-    labels: Tensor | None
+    condition: Condition = field(default_factory=Condition)
     all_t: Tensor | None = None
 
     @property
@@ -47,6 +47,11 @@ def latents_of(batch: Batch, autoencoder: Autoencoder, device: torch.device) -> 
         return batch.latents.to(device, non_blocking=True).float()
     assert batch.video is not None
     return torch.stack([autoencoder.encode(clip.to(device, non_blocking=True)) for clip in batch.video]).float()
+
+
+def condition_of(batch: Batch, model: MSCTransformer) -> Condition:
+    """What the clips of a batch are conditioned on, on the CPU."""
+    return Condition(batch.text, batch.labels, model.normalise_signals(batch.signals or {}))
 
 
 @dataclass(frozen=True)
@@ -89,8 +94,9 @@ class InputBuilder:
     model: MSCTransformer
     autoencoder: Autoencoder
     noise: NoiseSource
-    text_dropout: float
     device: torch.device
+    text_dropout: float = 0.0
+    signal_dropout: float = 0.0
     past_context: PastContext = field(default_factory=WholeVideo)
 
     @property
@@ -110,10 +116,6 @@ class InputBuilder:
         if batch.t is None or batch.noise is None:  # the loader drew none
             t, noise = zip(*(self.noise(*clip) for clip in clips), strict=True)
             batch = replace(batch, t=torch.stack(t), noise=torch.stack(noise))
-        kept = keep_condition(self.text_dropout, self.noise.seed, clips)
-        text = None if batch.text is None else batch.text * kept[:, None, None]
-        labels = None if batch.labels is None else batch.labels.where(kept, self.model.config.classes)
-
         assert batch.t is not None and batch.noise is not None
         to = partial(Tensor.to, device=self.device, non_blocking=True)
         all_t = to(batch.t)
@@ -121,10 +123,22 @@ class InputBuilder:
             self.model.normalise(latents),
             to(batch.noise),
             all_t[:, self.frames.start : self.frames.stop],
-            None if text is None else to(text),
-            None if labels is None else to(labels),
+            self._condition(batch, clips).to(self.device),
             all_t,
         )
+
+    def _condition(self, batch: Batch, clips: Sequence[tuple[int, int]]) -> Condition:
+        """Condition of a batch, of which some clips go without: text and class together, every signal by itself."""
+        condition, seed, config = condition_of(batch, self.model), self.noise.seed, self.model.config
+        kept = keep_condition(self.text_dropout, seed, clips)
+        text = None if condition.text is None else condition.text * kept[:, None, None]
+        labels = None if condition.labels is None else condition.labels.where(kept, config.classes)
+        signals = dict(condition.signals)
+        for number, signal in enumerate(config.signals):
+            if signal.name in signals:
+                kept = keep_condition(self.signal_dropout, seed, clips, signal=number)
+                signals[signal.name] = signals[signal.name].where(kept[:, None, None], torch.nan)
+        return Condition(text, labels, signals)
 
 
 def draw_noise(sources: Sequence[NoiseSource], sample: int, epoch: int, bucket: int) -> tuple[Tensor, Tensor]:
@@ -135,8 +149,14 @@ def draw_noise(sources: Sequence[NoiseSource], sample: int, epoch: int, bucket: 
 def micro_batches(batch: Batch, size: int) -> list[Batch]:
     """Split a batch into parts of `size` clips."""
     values = {item.name: getattr(batch, item.name) for item in fields(batch) if item.name != "unreadable"}
-    per_clip: dict[str, Any] = {name: value for name, value in values.items() if isinstance(value, list | Tensor)}
+    per_clip: dict[str, Any] = {k: value for k, value in values.items() if isinstance(value, list | Tensor | dict)}
+
+    def part(value: Any, first: int) -> Any:
+        if isinstance(value, dict):
+            return {name: part(inner, first) for name, inner in value.items()}
+        return value[first : first + size]
+
     return [
-        replace(batch, unreadable=(), **{name: value[i : i + size] for name, value in per_clip.items()})
-        for i in range(0, len(batch.samples), size)
+        replace(batch, unreadable=(), **{name: part(value, first) for name, value in per_clip.items()})
+        for first in range(0, len(batch.samples), size)
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from msc.parallel.ring import Ring
 from msc.parallel.ulysses import Ulysses
 
 from . import cost
+from .kernels.compile_helpers import limit_kept_activations
 from .kernels.dispatch import Kernel, check_kernel
 from .kernels.sdpa import attend_part, differentiate_part
 from .layout_planner import ClipShape, LayoutChoice, ParallelLayout, Rates, check_layout, choose_layouts
@@ -29,6 +30,8 @@ from .model.past_context import PastContext, WholeVideo
 from .model.recomputation import Recompute
 from .model.transformer import MSCTransformer, OnPartBuilt
 from .optimizer import OptimizerConfig, make_optimizer
+
+KEPT_SHARE = 0.5  # of what compiled blocks would keep, with "cheap" recomputation: torch's activation memory budget
 
 
 @dataclass(frozen=True)
@@ -55,24 +58,38 @@ class ParallelConfig:
     stall: float = 7200.0
     zero: ZeroConfig = field(default_factory=ZeroConfig)
 
-    @staticmethod
-    def from_earlier_version(values: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The plain values of a file as this version writes them: recomputation was none or full, false or true."""
-        if not isinstance(values.get("recompute"), bool):
-            return values
-        return {**values, "recompute": "full" if values["recompute"] else "none"}
-
     def __post_init__(self):
         if self.sp < 1:
             raise ValueError(f"parallel.sp is {self.sp}; it must be at least 1")
         for name in ("timeout", "bytes_per_s", "flops_per_s"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"parallel.{name} is {getattr(self, name)}; it must be positive and finite")
+        if self.recompute not in get_args(Recompute):
+            raise ValueError(
+                f"parallel.recompute is {self.recompute!r}; it must be one of {', '.join(get_args(Recompute))}"
+            )
         if not self.wait_s >= 0:
             raise ValueError(f"parallel.wait_s is {self.wait_s}; it must not be negative")
         if not self.stall >= 0:
             raise ValueError(f"parallel.stall is {self.stall}; it must be positive, or 0 for no limit")
         check_zero(self.zero, self.precision)
+
+    @staticmethod
+    def from_earlier_version(values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The plain values of a file as this version writes them."""
+        if isinstance(values.get("recompute"), bool):
+            return {**values, "recompute": "full" if values["recompute"] else "none"}
+        return values
+
+    @property
+    def block_recompute(self) -> Recompute:
+        """What blocks do themselves: compiled ones leave what is cheap to the compiler."""
+        return "none" if self.compile and self.recompute == "cheap" else self.recompute
+
+    @property
+    def kept_share(self) -> float:
+        """Of what compiled blocks would keep."""
+        return KEPT_SHARE if self.recompute == "cheap" else 1.0
 
     @property
     def rates(self) -> Rates:
@@ -99,13 +116,11 @@ def clip_shape(model: ModelConfig, config: ParallelConfig, frames: int, height: 
     return ClipShape(frames // model.frames_per_unit, model.frames_per_unit, grid, model.head_width, value_bytes)
 
 
-def peak_activation_bytes(
-    model: ModelConfig, config: ParallelConfig, clip: ClipShape, micro: int, recompute: Recompute
-) -> int:
+def peak_activation_bytes(model: ModelConfig, config: ParallelConfig, clip: ClipShape, micro: int) -> int:
     """Most bytes of activations on the rank that has most of them, with `micro` clips."""
     edges = shard_bounds(clip.units, config.sp)
     runs = [cost.Run(end - first, first, config.sp > 1) for first, end in zip(edges, edges[1:], strict=False)]
-    return max(cost.activation_bytes(model, run, *clip.grid, micro, clip.value_bytes, recompute) for run in runs)
+    return max(cost.activation_bytes(model, run, *clip.grid, micro, clip.value_bytes, config.recompute) for run in runs)
 
 
 def own_past_context(
@@ -144,13 +159,14 @@ def build_model(
             on_part_built(name, part)
         shard_parameters(part.to(device), config.zero, config.precision)
 
-    return MSCTransformer(model, config.attention, config.recompute, place_part)
+    return MSCTransformer(model, config.attention, config.block_recompute, place_part)
 
 
 def parallelize(model: MSCTransformer, config: ParallelConfig, optimizer: OptimizerConfig, accumulate: int) -> Any:
     """The DeepSpeed engine that trains `model`, as `build_model` built it on every rank."""
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
     check_kernel(config.attention, model.config.head_width, dtype)
+    limit_kept_activations(config.kept_share)
     for block in model.blocks:
         assert isinstance(block, Block)
         if config.precision == "fp8":

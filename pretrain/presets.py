@@ -33,7 +33,7 @@ def sized(width: int, depth: int, heads: int, patch: int, lr: float, zero: ZeroC
     return Config(
         model=ModelConfig(width=width, depth=depth, scales=default_scales(heads), patch=patch),
         optimizer=OptimizerConfig(lr=lr),
-        parallel=ParallelConfig(recompute=recompute, zero=zero),
+        parallel=ParallelConfig(recompute=recompute, compile=True, zero=zero),
         train=TrainConfig(clips=10_000_000, batch=256),
     )
 

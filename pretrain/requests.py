@@ -1,4 +1,4 @@
-"""Requests: the options of `msc sample` and `msc evaluate` as dataclasses, named as the flags.
+"""Requests: the options of `msc sample`, `msc play` and `msc evaluate` as dataclasses, named as the flags.
 
 Imports no torch, so that a command line can be read and checked without it.
 """
@@ -21,9 +21,11 @@ class SampleConfig:
         prompts and of labels, held-out clip 0.
     prompt, prompts, label: a video for each, or `count` in all that take turns. prompts: a text file of one per line.
     text: folder of the text encoder (default: the one that the shards were made with).
+    signal: of the new units, `NAME=FILE` or `NAME=VALUE:UNITS,...` each (default: those of the clip that is continued,
+        as far as it has them); signal_guidance: `NAME=SCALE` each.
     units, context: units to generate and units of context (default: half a training clip, and what completes it).
     batch: videos generated at once. out: folder (default: samples/ in the run).
-    steps, solver, guidance, context_level: see `sampler.generate`. reach: units a query sees back at most (None: all).
+    steps, solver, guidance, context_level: see `sampler.Sampling`. reach: units a query sees back at most (None: all).
     """
 
     video: Path | None = None
@@ -33,6 +35,8 @@ class SampleConfig:
     prompts: Path | None = None
     text: Path | None = None
     label: tuple[str, ...] = ()
+    signal: tuple[str, ...] = ()
+    signal_guidance: tuple[str, ...] = ()
     count: int | None = None
     batch: int = 1
     units: int | None = None
@@ -91,3 +95,30 @@ class EvaluateConfig:
     checkpoint: str | None = None
     against: Path | None = None
     features: Path | None = None
+
+
+@dataclass(frozen=True)
+class PlayConfig:
+    """What to play, and where to serve it.
+
+    clip, nothing: start from a held-out clip (default: clip 0) or without context. context: units of the clip to start
+    from (default: half). reach: units a query sees back at most (default: a training clip, so that memory is bounded).
+    steps, seed, context_level: see `sampler.Sampling`. host: to listen on; anyone who reaches it and knows the token
+    may play. token: of the address (default: a random one).
+    """
+
+    clip: int | None = None
+    nothing: bool = False
+    context: int | None = None
+    reach: int | None = None
+    steps: int = 8
+    seed: int = 0
+    context_level: float = 0.0
+    weights: Weights = "ema"
+    host: str = "127.0.0.1"
+    port: int = 8765
+    token: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 1 << 16:
+            raise ValueError(f"--port is {self.port}; it must be from 0 to 65535")

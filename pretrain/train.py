@@ -140,7 +140,17 @@ def _train(
         noise = NoiseSource(
             config.diffusion, config.train.seed, size, config.model.channels, config.model.frames_per_unit, units
         )
-        builders.append(InputBuilder(model, autoencoder, noise, config.data.text_dropout, world.device, past_context))
+        builders.append(
+            InputBuilder(
+                model,
+                autoencoder,
+                noise,
+                world.device,
+                config.data.text_dropout,
+                config.data.signal_dropout,
+                past_context,
+            )
+        )
         tokens.append(size[0] * cost.tokens_per_frame(config.model, *size[1:]))
         flops.append(cost.step_flops(config.model, *size) / world.world_size)
     batches = loader(
@@ -227,9 +237,7 @@ def _train(
                 with meter.waiting():
                     inputs = builder(micro_batch)
                 with fp8.autocast(config.parallel.precision == "fp8"):
-                    velocity = engine(
-                        inputs.noisy, inputs.t, inputs.text, inputs.labels, builder.past_context, inputs.all_t
-                    )
+                    velocity = engine(inputs.noisy, inputs.t, inputs.condition, builder.past_context, inputs.all_t)
                 errors = loss.per_frame(velocity, inputs.x, inputs.noise)
                 of_step.add(errors.detach(), inputs.t, inputs.supervised)
                 errors_of_step.append(errors.detach())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from .checkpoints import initialize_from
 from .config import Config, dump, flat
 from .diffusion.autoencoder import open_autoencoder
 from .layout_planner import layout_table
+from .model.conditioning import SignalConfig
 from .model.config import check_clip
 from .model.noise_gate import gate_constants, without_correlations
 from .parallelize import check_fp8, check_parallel, clip_shape, peak_activation_bytes
@@ -58,11 +60,24 @@ def resolve(config: Config, index: Index) -> Config:
         latent_mean=model.latent_mean or tuple(index.statistics.mean),
         latent_std=model.latent_std or tuple(index.statistics.std),
         gate_constants=model.gate_constants or gate_constants(model.scales, model.patch, index.statistics),
+        signals=model.signals or signal_configs(config.data.signals, index),
     )
     train = config.train
     if train.init_from:
         train = replace(train, init_from=str(Path(train.init_from).absolute()))
     return replace(config, model=model, data=absolute_paths(config.data), train=train)
+
+
+def signal_configs(names: Sequence[str] | None, index: Index) -> tuple[SignalConfig, ...]:
+    """The signals of the shards that a model takes (None: all); ValueError for a name that they do not have."""
+    known = {signal.name: signal for signal in index.signals}
+    if unknown := [name for name in names or () if name not in known]:
+        raise ValueError(f"data.signals has {unknown[0]!r}; the shards have {', '.join(known) or 'none'}")
+    return tuple(
+        SignalConfig(name, signal.kind, signal.columns, index.temporal_factor, signal.mean, signal.std)
+        for name, signal in known.items()
+        if names is None or name in names
+    )
 
 
 def absolute_paths(data: DataConfig) -> DataConfig:
@@ -181,7 +196,7 @@ def describe(config: Config, processes: int = 1) -> str:
     attention = 3 * cost.attention_flops(model, *size)
     tokens = cost.tokens_per_frame(model, index.height, index.width)
     state = cost.state_bytes(parameters, zero_stage, processes, parallel.precision != "fp32")
-    activations = peak_activation_bytes(model, parallel, clip, train.micro, parallel.recompute)
+    activations = peak_activation_bytes(model, parallel, clip, train.micro)
     whole = f"; {4 * parameters / 1e9:.2f} at the start, before sharding" if zero_stage < 3 else ""
     source = "as in data.shards" if config.data.shards else "ASSUMED, as data.shards is empty"
     if len(shards.shapes) > 1:

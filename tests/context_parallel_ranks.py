@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from msc.parallel import collectives
 from msc.parallel.context_parallel import shard_bounds
 from msc.pretrain.kernels import rectangle
 from msc.pretrain.model import attention, rope
+from msc.pretrain.model.conditioning import Condition, SignalConfig
 from msc.pretrain.model.config import ModelConfig
 from msc.pretrain.model.noise_gate import GateConstants
 from msc.pretrain.model.scales import Scale
@@ -58,13 +60,19 @@ class Case(NamedTuple):
         return make(self.scales, *sizes, self.gate, self.dtype, self.width, kernel, self.recompute)
 
 
+SIGNALS = (
+    SignalConfig("keys", "discrete", ("left", "right")),
+    SignalConfig("pose", "continuous", ("x",), 2, (0.5,), (2.0,)),
+)
+
+
 def make(scales, units, frames_per_unit, gate="logits", dtype=torch.float64, width=64, kernel="auto", recompute="none"):
     """A model with random weights, the same at every call, its inputs, and a direction for gradients."""
     torch.manual_seed(0)
     constants = tuple(GateConstants(0.5 * i, -0.3 * i) for i in range(len(scales)))
     config = ModelConfig(
         width=width, depth=2, scales=scales, patch=1, channels=2, frames_per_unit=frames_per_unit, gate=gate,
-        gate_constants=constants, classes=3, text_width=5,
+        gate_constants=constants, classes=3, text_width=5, signals=SIGNALS,
     )  # fmt: skip
     model = MSCTransformer(config, kernel, recompute)
     with torch.no_grad():
@@ -74,13 +82,15 @@ def make(scales, units, frames_per_unit, gate="logits", dtype=torch.float64, wid
     wide = torch.promote_types(dtype, torch.float32)  # inputs stay in fp32 where weights are bf16
     x = torch.randn(2, T, 2, 4, 6).to(wide)
     t = torch.rand(2, units).to(wide).repeat_interleave(frames_per_unit, 1)
-    text, labels = torch.randn(2, 3, 5).to(wide), torch.tensor([0, 3])
-    return model.to(dtype), x, t, text, labels, torch.randn(2, T, 2, 4, 6).to(wide)
+    signals = {signal.name: torch.randn(2, T, signal.width).to(wide) for signal in SIGNALS}
+    signals["keys"][0, : T // 2] = torch.nan  # unknown
+    condition = Condition(torch.randn(2, 3, 5).to(wide), torch.tensor([0, 3]), signals)
+    return model.to(dtype), x, t, condition, torch.randn(2, T, 2, 4, 6).to(wide)
 
 
-def backward(model, x, t, text, labels, direction, past_context, all_t=None):
+def backward(model, x, t, condition, direction, past_context, all_t=None):
     x = x.clone().requires_grad_()
-    out = model(x, t, text, labels, past_context, all_t)
+    out = model(x, t, condition, past_context, all_t)
     (out * direction).sum().backward()
     return [out.detach().cpu(), x.grad.cpu(), {name: p.grad.cpu() for name, p in model.named_parameters()}]
 
@@ -117,10 +127,10 @@ def own_part(case, rank, ranks, device, kernel="auto"):
     model, *inputs = case.make(kernel)
     edges = shard_bounds(case.units, ranks)
     own = slice(edges[rank] * case.frames_per_unit, edges[rank + 1] * case.frames_per_unit)
-    x, t, text, labels, direction = (value.to(device) for value in inputs)
+    x, t, condition, direction = (value.to(device) for value in inputs)
     layouts = case.layout.split("+") if "+" in case.layout else [case.layout] * len(case.scales)
     past = sharded_past_context(dist.group.WORLD, edges, model.config, layouts), t if case.known else None
-    return model.to(device), [x[:, own], t[:, own], text, labels, direction[:, own]], past
+    return model.to(device), [x[:, own], t[:, own], condition.of_frames(own), direction[:, own]], past
 
 
 def compiled_on_a_rank(rank, ranks, backend, cases):
@@ -229,7 +239,7 @@ def causal_on_a_rank(rank, ranks, backend, cases, cuts):
     with joined(rank, backend) as device:
         for case in cases:
             model, *inputs = case.make()
-            x, t, text, labels, _ = (value.to(device) for value in inputs)
+            x, t, condition, _ = (value.to(device) for value in inputs)
             edges = shard_bounds(case.units, ranks)
             own = slice(edges[rank], edges[rank + 1])
             past_context = sharded_past_context(
@@ -237,20 +247,30 @@ def causal_on_a_rank(rank, ranks, backend, cases, cuts):
             )
             outs = []
             for cut in (case.units, *cuts):
-                y, s = change_after(x, t, cut)
+                y, s, c = change_after(x, t, condition, cut)
                 with torch.no_grad():
-                    outs.append(
-                        model(y[:, own], s[:, own], text, labels, past_context, s if case.known else None).cpu()
-                    )
+                    all_t = s if case.known else None
+                    outs.append(model(y[:, own], s[:, own], c.of_frames(own), past_context, all_t).cpu())
             results.append(outs)
     return results
 
 
-def change_after(x, t, cut):
+def in_double(inputs):
+    """Tensors and conditions in float64, whole numbers as they are."""
+
+    def wide(x):
+        return x.double() if x.is_floating_point() else x
+
+    return [x.map(wide) if isinstance(x, Condition) else wide(x) for x in inputs]
+
+
+def change_after(x, t, condition, cut):
     y, s = x.clone(), t.clone()
-    y[:, cut:] = torch.randn_like(y[:, cut:])
+    signals = {name: value.clone() for name, value in condition.signals.items()}
+    for value in (y, *signals.values()):
+        value[:, cut:] = torch.randn_like(value[:, cut:])
     s[:, cut:] = 1 - s[:, cut:]
-    return y, s
+    return y, s, replace(condition, signals=signals)
 
 
 def compiled_gradients(scales, gate, kernel, device, compiler):

@@ -14,7 +14,7 @@ from strategies import scales_and_gate
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from msc.pretrain.diffusion.sampler import generate
+from msc.pretrain.diffusion.sampler import Sampling, generate
 from msc.pretrain.kernels import routed
 from msc.pretrain.model import attention_inputs
 from msc.pretrain.model.attention import MultiScaleAttention
@@ -173,16 +173,16 @@ def test_routed_scales_that_cannot_be_are_named(scales, message):
 
 def test_tables_are_made_once_and_serve_training_after_anything():
     """Not kept from a tracer, whose tensors die with it, nor as inference mode makes them."""
-    model, x, t, text, labels, _ = make(SCALES["default"], 5, 1, dtype=torch.float32)
+    model, x, t, condition, _ = make(SCALES["default"], 5, 1, dtype=torch.float32)
     attention_inputs._rope_tables.cache_clear()
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        model(*(fake.from_tensor(y) for y in (x, t, text, labels)))
-        model(fake.from_tensor(x), t, text, labels)
-    list(generate(model, x[:, :2], 2, text=text, labels=labels, steps=1))
+        model(fake.from_tensor(x), fake.from_tensor(t), condition.map(fake.from_tensor))
+        model(fake.from_tensor(x), t, condition)
+    list(generate(model, x[:, :2], 2, Sampling(steps=1), condition))
     assert attention_inputs._rope_tables.cache_info().currsize == 0
     with torch.inference_mode():
-        expected = model(x, t, text, labels)
+        expected = model(x, t, condition)
     made = attention_inputs._rope_tables.cache_info().misses
-    out = model(x, t, text, labels)
+    out = model(x, t, condition)
     out.square().mean().backward()
     assert torch.equal(out, expected) and attention_inputs._rope_tables.cache_info().misses == made > 0

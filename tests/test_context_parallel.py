@@ -13,6 +13,7 @@ from context_parallel_ranks import (
     causal_on_a_rank,
     change_after,
     compiled_on_a_rank,
+    in_double,
     kept_on_a_rank,
     make,
     noise_on_a_rank,
@@ -201,7 +202,7 @@ def test_bf16_errs_no_more_on_many_ranks_than_on_one(backend, ranks):
         model, *inputs = case.make("sdpa")
         one = summary([backward(model.to(device), *(x.to(device) for x in inputs), WholeVideo())])
         exact = case.make()[0].double()
-        truth = summary([backward(exact, *(x.double() if x.is_floating_point() else x for x in inputs), WholeVideo())])
+        truth = summary([backward(exact, *in_double(inputs), WholeVideo())])
         many = summary(parts)
         for name in truth:
             errors = [float((got[name].double() - truth[name]).norm() / truth[name].norm()) for got in (many, one)]
@@ -218,9 +219,8 @@ def summary(parts):
 
 
 def test_causality_is_bit_identical_on_the_whole_model():
-    model, x, t, text, labels, _ = make(SCALES["default"], 9, 1, dtype=torch.float32)
+    model, x, t, condition, _ = make(SCALES["default"], 9, 1, dtype=torch.float32)
     with torch.no_grad():
-        whole = model(x, t, text, labels)
+        whole = model(x, t, condition)
         for cut in range(1, 9):
-            y, s = change_after(x, t, cut)
-            assert torch.equal(model(y, s, text, labels)[:, :cut], whole[:, :cut])
+            assert torch.equal(model(*change_after(x, t, condition, cut))[:, :cut], whole[:, :cut])

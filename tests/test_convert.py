@@ -324,8 +324,8 @@ def test_a_passing_trouble_is_not_recorded(tmp_path, videos, monkeypatch, troubl
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         return tar.open_bytes(place)
 
-    def listed(sources):
-        found = find_sources(sources)
+    def listed(*arguments):
+        found = find_sources(*arguments)
         videos.rename(tmp_path / "away")
         return found
 
@@ -346,8 +346,8 @@ def test_a_passing_trouble_is_not_recorded(tmp_path, videos, monkeypatch, troubl
 
 
 def test_a_video_that_is_taken_away_is_broken_and_holds_up_no_other(tmp_path, videos, monkeypatch):
-    def listed(sources):
-        found = find_sources(sources)
+    def listed(*arguments):
+        found = find_sources(*arguments)
         (videos / "deep" / "er" / "synthetic-001.mp4").unlink()
         return found
 

@@ -11,11 +11,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from msc.pretrain import cost
 from msc.pretrain.kernels import rectangle
+from msc.pretrain.kernels.compile_helpers import limit_kept_activations
 from msc.pretrain.model import attention_inputs
 from msc.pretrain.model.config import ModelConfig
 from msc.pretrain.model.past_context import WholeVideo
 from msc.pretrain.model.scales import Scale
 from msc.pretrain.model.transformer import MSCTransformer
+from msc.pretrain.parallelize import KEPT_SHARE
 from msc.pretrain.presets import PRESETS
 
 
@@ -141,6 +143,28 @@ def test_kept_activations_are_those_counted(name, frames_per_unit, first, dtype,
     again = cost.layer_activation_bytes(*sizes) - cost.layer_activation_bytes(*sizes, recompute)
     error = abs(cost.activation_bytes(*sizes, recompute) - again - counted)
     assert error < 0.005 * cost.activation_bytes(*sizes)
+
+
+@pytest.mark.slow  # a minute of compilation
+def test_cheap_recomputation_keeps_half_and_changes_no_gradient():
+    """Of compiled blocks, by torch's partitioner; the closed form is that of eager blocks, which keep no less."""
+    kept, gradients = {}, {}
+    for recompute, share in (("none", 1.0), ("cheap", KEPT_SHARE)):
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        limit_kept_activations(share)
+        model = MSCTransformer(ModelConfig(width=64, depth=2, scales=SCALES["windowed"], patch=1, channels=3))
+        torch.nn.init.normal_(model.final.weight, std=0.02)
+        for block in model.blocks:
+            block.compile(backend="aot_eager_decomp_partition", fullgraph=True)
+        inputs = torch.randn(2, 12, 3, 16, 16), torch.rand(2, 12)
+        kept[recompute] = kept_bytes(model, WholeVideo(), *inputs)
+        model(*inputs).square().mean().backward()
+        gradients[recompute] = [parameter.grad for parameter in model.parameters()]
+    limit_kept_activations(1.0)
+    assert kept["cheap"] < 0.65 * kept["none"]
+    for a, b in zip(gradients["none"], gradients["cheap"], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_kept_activations_of_windowed_scales_grow_linearly():

@@ -9,11 +9,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from context_parallel_ranks import SCALES, backward, change_after, compiled_gradients, make
+from context_parallel_ranks import SCALES, backward, change_after, compiled_gradients, in_double, make
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from msc.parallel import fp8
+from msc.pretrain.diffusion import sampler
+from msc.pretrain.diffusion.sampler import Sampling, generate
 from msc.pretrain.evaluation import metrics
 from msc.pretrain.kernels import flash, rectangle
 from msc.pretrain.kernels.dispatch import attend
@@ -151,13 +153,13 @@ def test_queries_and_keys_are_placed_as_by_plain_operations(shape, biased, heads
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("name", ["default", "dense"])
 def test_causality_is_bit_identical(name, backend):
-    model, x, t, text, labels, _ = make(SCALES[name], 8, 1, dtype=torch.float32, width=128, kernel=backend)
+    model, x, t, condition, _ = make(SCALES[name], 8, 1, dtype=torch.float32, width=128, kernel=backend)
     model = model.cuda().bfloat16()
-    x, t, text, labels = x.cuda(), t.cuda(), text.cuda(), labels.cuda()
+    x, t, condition = x.cuda(), t.cuda(), condition.to("cuda")
     with torch.no_grad():
-        whole = model(x, t, text, labels)
+        whole = model(x, t, condition)
         for cut in (1, 4, 7):
-            later = model(*change_after(x, t, cut), text, labels)
+            later = model(*change_after(x, t, condition, cut))
             assert torch.equal(later[:, :cut], whole[:, :cut])
             assert not torch.equal(later[:, cut:], whole[:, cut:])
 
@@ -167,10 +169,10 @@ def test_gradients_in_bf16_err_no_more_than_on_a_cpu(backend):
     """With logits far below zero, where the gate closes, and few queries."""
     model, *inputs = make(SCALES["default"], 11, 1, dtype=torch.bfloat16, kernel="sdpa")
     exact = make(SCALES["default"], 11, 1)[0]
-    truth = backward(exact, *(x.double() if x.is_floating_point() else x for x in inputs), WholeVideo())
+    truth = backward(exact, *in_double(inputs), WholeVideo())
     on_cpu = backward(model, *inputs, WholeVideo())
     model = make(SCALES["default"], 11, 1, dtype=torch.bfloat16, kernel=backend)[0].cuda()
-    on_gpu = backward(model, *(x.cuda() for x in inputs), WholeVideo())
+    on_gpu = backward(model, *(x.to("cuda") for x in inputs), WholeVideo())
     for rough, rougher, right in zip(on_cpu[:2], on_gpu[:2], truth[:2], strict=True):
         assert relative(rougher, right) <= 1.5 * relative(rough, right) + 1e-3
 
@@ -194,9 +196,9 @@ def test_gradients_through_text_equal_the_float64_reference(tokens):
 
 
 def test_bf16_weights_train():
-    model, x, t, text, labels, _ = make(SCALES["default"], 8, 1, dtype=torch.float32)
-    exact = model.cuda()(x.cuda(), t.cuda(), text.cuda(), labels.cuda())
-    rough = model.bfloat16()(x.cuda(), t.cuda(), text.cuda(), labels.cuda())
+    model, x, t, condition, _ = make(SCALES["default"], 8, 1, dtype=torch.float32)
+    exact = model.cuda()(x.cuda(), t.cuda(), condition.to("cuda"))
+    rough = model.bfloat16()(x.cuda(), t.cuda(), condition.to("cuda"))
     assert rough.dtype == torch.float32 and relative(rough, exact.double()) < 3e-2
     rough.square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -232,8 +234,8 @@ def test_gradients_are_those_without_recomputation(recompute, compiled):
 @pytest.mark.skipif(not has("transformer_engine"), reason="no TransformerEngine")
 def test_fp8_layers_compute_what_bf16_ones_do():
     """Within what 8 bits hold (e4m3 has 4 significant ones), and every weight gets its gradient."""
-    model, x, t, text, labels, _ = make(SCALES["default"], 8, 1, dtype=torch.float32, width=128)
-    model, inputs = model.cuda().bfloat16(), [y.cuda() for y in (x, t, text, labels)]
+    model, x, t, condition, _ = make(SCALES["default"], 8, 1, dtype=torch.float32, width=128)
+    model, inputs = model.cuda().bfloat16(), [y.to("cuda") for y in (x, t, condition)]
     found = []
     for in_fp8 in (False, True):
         if in_fp8:
@@ -257,3 +259,15 @@ def test_figures_of_videos_are_those_of_a_cpu():
     for score in (metrics.psnr, metrics.ssim):
         torch.testing.assert_close(score(a.cuda(), b.cuda()).cpu(), score(a, b), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(metrics.traits(a.cuda(), 1).cpu(), metrics.traits(a, 1), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["default", "routed"])
+def test_denoising_steps_replayed_from_a_graph_equal_launched_ones(name, monkeypatch):
+    """To the bit, also while windows fill and groups complete; and the past stays as it is."""
+    model, x, _, condition, _ = make(SCALES[name], 12, 1, dtype=torch.float32, width=128)
+    model, x, condition = model.cuda(), x.cuda(), condition.to("cuda")
+    how = Sampling(4, 3, solver="heun", guidance=2.0)
+    replayed = list(generate(model, x[:, :3], 9, how, condition))
+    monkeypatch.setattr(sampler, "RepeatedPass", lambda forward, previous: sampler.at_level(forward))
+    launched = list(generate(model, x[:, :3], 9, how, condition))
+    assert all(map(torch.equal, replayed, launched))

@@ -416,7 +416,7 @@ def test_unreadable_latents_are_recognised_by_their_header(tmp_path):
     for i in range(len(bad)):
         with pytest.raises(ValueError, match=f"sample clip-{i} of "):
             ShardReader(tmp_path, index, "train", (0, 1)).read(i)
-    key, found, _, _ = ShardReader(tmp_path, index, "train", (1, 3)).read(5)
+    key, found, *_ = ShardReader(tmp_path, index, "train", (1, 3)).read(5)
     assert (key, found.shape) == ("clip-5", (2, 3, 8, 8))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from context_parallel_ranks import SCALES, make
@@ -55,14 +57,14 @@ class ChangedPast(Cache):
 @pytest.mark.parametrize("name", ["default", "pooled in time"])
 def test_a_hidden_scale_has_no_influence_and_the_others_have(name, gate):
     """Of every scale: with its past hidden, another past changes no bit; the others' pasts still count."""
-    model, x, t, text, labels, _ = make(SCALES[name], 9, 1, gate)
-    scales = range(len(model.config.scales))
+    model, x, t, condition, _ = make(SCALES[name], 9, 1, gate)
+    scales, own = range(len(model.config.scales)), condition.of_frames(slice(-1, None))
 
     def last(reader, *changed):
         cache = ChangedPast(changed, len(scales))
-        extend_cache(model, cache, x[:, :-1], text, labels)
+        extend_cache(model, cache, x[:, :-1], condition.of_frames(slice(-1)))
         with torch.no_grad():
-            return reader(x[:, -1:], t[:, -1:], text, labels, cache)
+            return reader(x[:, -1:], t[:, -1:], own, cache)
 
     for i in scales:
         without = hide_past(model, {i})
@@ -72,7 +74,7 @@ def test_a_hidden_scale_has_no_influence_and_the_others_have(name, gate):
             assert i == j or not torch.equal(last(without), last(without, j))
     alone = hide_past(model, set(scales))
     assert torch.equal(last(alone), last(alone, *scales))
-    seen = alone(x[:, -1:], t[:, -1:], text, labels, _at(8))
+    seen = alone(x[:, -1:], t[:, -1:], own, _at(8))
     torch.testing.assert_close(last(alone), seen, rtol=1e-12, atol=1e-12)
     assert alone.embed.weight.data_ptr() == model.embed.weight.data_ptr()  # nothing is copied
 
@@ -85,19 +87,29 @@ def _at(first):
 
 def test_the_loss_by_context_is_that_of_the_whole_video():
     """The last unit at a level, after a clean past: as one forward pass over all of it gives."""
-    model, x, _, text, labels, _ = make(SCALES["default"], 6, 2)
+    model, x, _, condition, _ = make(SCALES["default"], 6, 2)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).double()
-    rows = by_context(model, BatchInputs(x, noise, torch.zeros(2, 12).double(), text, labels))
+    rows = by_context(model, BatchInputs(x, noise, torch.zeros(2, 12).double(), condition))
     assert list(rows) == [
         "with all of the past", "added without any past", "without scale 1 (space 1, time 1)",
         "without scale 2 (space 2, time 1)", "without scale 3 (space 2, time 4)",
+        "with keys of another clip", "with pose of another clip",
     ]  # fmt: skip
     for i, level in enumerate((0.1, 0.3, 0.5, 0.7, 0.9)):
         t = torch.zeros(2, 12).double()
         t[:, -2:] = level
-        whole = BatchInputs(x, noise, t, text, labels)
-        errors = Loss().per_frame(model(whole.noisy, t, text, labels), x, noise)[:, -2:].mean(1)
+        whole = BatchInputs(x, noise, t, condition)
+        errors = Loss().per_frame(model(whole.noisy, t, condition), x, noise)[:, -2:].mean(1)
         torch.testing.assert_close(rows["with all of the past"][0][:, 1 + i], errors.double(), rtol=1e-5, atol=1e-6)
-    single, y, _, text, labels, _ = make(SCALES["dense"], 4, 1)
-    rows = by_context(single, BatchInputs(y, torch.randn(y.shape).double(), torch.zeros(2, 4).double(), text, labels))
-    assert list(rows) == ["with all of the past", "added without any past"]
+        pose = condition.signals["pose"].clone()
+        pose[:, -2:] = pose[:, -2:].flip(0)
+        exchanged = replace(condition, signals={**condition.signals, "pose": pose})
+        added = Loss().per_frame(model(whole.noisy, t, exchanged), x, noise)[:, -2:].mean(1) - errors
+        found = rows["with pose of another clip"][0][:, 1 + i]
+        assert added.abs().min() > 1e-3
+        torch.testing.assert_close(found, added.double(), rtol=1e-4, atol=1e-5)
+    single, y, _, condition, _ = make(SCALES["dense"], 4, 1)
+    rows = by_context(single, BatchInputs(y, torch.randn(y.shape).double(), torch.zeros(2, 4).double(), condition))
+    assert list(rows) == [
+        "with all of the past", "added without any past", "with keys of another clip", "with pose of another clip"
+    ]  # fmt: skip

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
-from msc.pretrain.diffusion.sampler import generate
+from msc.pretrain.diffusion.sampler import Sampling, generate
 from msc.pretrain.kernels import dispatch, flash, flex, rectangle, sdpa
 from msc.pretrain.kernels.blocks import KeyBlocks
 from msc.pretrain.kernels.compile_helpers import graph_breaks
@@ -85,7 +85,8 @@ def test_a_training_step_with_flex_is_captured_whole_and_not_once_per_layer(monk
         torch.testing.assert_close(grad, wanted, atol=1e-5, rtol=1e-4)
     step(x + 1, t / 2)
     with torch.no_grad():
-        assert len(list(generate(model, x[:, :2], units=2, steps=1))) == 2  # nothing is compiled for a past that grows
+        # nothing is compiled for a past that grows
+        assert len(list(generate(model, x[:, :2], 2, Sampling(steps=1)))) == 2
     assert len(graphs) == 2
 
 

@@ -103,7 +103,7 @@ def test_every_video_goes_to_its_bucket(bucketed):
     for one in index.by_bucket():
         for split in ("train", "held_out"):
             for number in range(one.samples(split)):
-                _, media, _, _ = ShardReader(bucketed, one, split).read(number)
+                _, media, *_ = ShardReader(bucketed, one, split).read(number)
                 assert media.shape == (one.video_frames, 3, one.video_height, one.video_width)
 
 

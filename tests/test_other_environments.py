@@ -6,15 +6,18 @@ import shutil
 import subprocess
 import sys
 import venv
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
 import fake_checkpoints
 import pytest
 import torch
+from context_parallel_ranks import SIGNALS
 from packaging.requirements import Requirement
 
 from msc.pretrain.export.export import export
+from msc.pretrain.model.conditioning import Condition
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -93,7 +96,7 @@ def diffusers(monkeypatch, tmp_path):
 
 
 def test_a_diffusers_pipeline_computes_and_samples_the_same(exported, diffusers):
-    from msc.pretrain.diffusion.sampler import generate
+    from msc.pretrain.diffusion.sampler import Sampling, generate
 
     folder, model = exported
     pipe = diffusers.DiffusionPipeline.from_pretrained(str(folder), trust_remote_code=True)
@@ -102,7 +105,7 @@ def test_a_diffusers_pipeline_computes_and_samples_the_same(exported, diffusers)
         assert torch.equal(pipe.transformer(x, t), model(x, t))
     pipe.set_progress_bar_config(disable=True)
     shift = fake_checkpoints.configured()[0].diffusion.shift
-    latents = torch.cat(list(generate(model, torch.zeros(2, 0, 3, 16, 24), 3, 2, 5, shift)), 1)
+    latents = torch.cat(list(generate(model, torch.zeros(2, 0, 3, 16, 24), 3, Sampling(2, 5, shift))), 1)
     assert torch.equal(pipe(units=3, batch=2, num_inference_steps=2, seed=5, output_type="latent").frames, latents)
     frames = pipe(units=3, batch=2, num_inference_steps=2, seed=5).frames
     assert frames.shape == (2, 3, 16, 24, 3) and 0 <= frames.min() < frames.max() <= 1
@@ -148,12 +151,12 @@ class Step(torch.nn.Module):
         super().__init__()
         self.model, self.first, self.keys = model, cache.first, list(cache._kept)
 
-    def forward(self, x, t, past):
+    def forward(self, x, t, past, keys):
         from msc.pretrain.diffusion.sampler import Cache
 
         cache = Cache()
         cache.first, cache._kept = self.first, dict(zip(self.keys, past, strict=True))
-        return self.model(x, t, None, None, cache)
+        return self.model(x, t, Condition(signals={"keys": keys}), cache)
 
 
 def test_torch_export_of_a_denoising_step():
@@ -168,12 +171,14 @@ def test_torch_export_of_a_denoising_step():
 def test_torch_export_of_a_step_with_a_cached_past():
     from msc.pretrain.diffusion.sampler import Cache, extend_cache
 
-    model, cache = fake_checkpoints.random_model(fake_checkpoints.configured(width=64)[0].model), Cache()
+    config = replace(fake_checkpoints.configured(width=64)[0].model, signals=SIGNALS[:1])
+    model, cache, keys = fake_checkpoints.random_model(config), Cache(), torch.randn(1, 1, 2)
     extend_cache(model, cache, torch.randn(1, 6, 3, 16, 24))
     step, past = Step(model, cache), list(cache._kept.values())
-    graph = torch.export.export(step, (torch.randn(1, 1, 3, 16, 24), torch.rand(1, 1), past))
+    graph = torch.export.export(step, (torch.randn(1, 1, 3, 16, 24), torch.rand(1, 1), past, torch.randn(1, 1, 2)))
     x, t = torch.randn(1, 1, 3, 16, 24), torch.rand(1, 1)
-    torch.testing.assert_close(graph.module()(x, t, past), model(x, t, None, None, cache), rtol=1e-5, atol=1e-5)
+    expected = model(x, t, Condition(signals={"keys": keys}), cache)
+    torch.testing.assert_close(graph.module()(x, t, past, keys), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow  # a minute and more of the exporter's

@@ -94,6 +94,7 @@ def test_importing_a_module_starts_nothing() -> None:
         ast.Import,
         ast.ImportFrom,
         ast.FunctionDef,
+        ast.AsyncFunctionDef,
         ast.ClassDef,
         ast.Assign,
         ast.AnnAssign,

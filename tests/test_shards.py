@@ -240,4 +240,4 @@ def test_missing_short_and_changed_shards_are_named(tmp_path):
 
 
 def test_bounds_cover_every_extension():
-    assert set(shards.STORES.values()) | {"json", "text.safetensors"} == set(shards.MEMBER_BYTES)
+    assert set(shards.STORES.values()) | {"json", "text.safetensors", "signals.safetensors"} == set(shards.MEMBER_BYTES)

@@ -165,7 +165,7 @@ def test_what_a_manifest_says_is_in_the_samples(tmp_path, folder):
             for sample in scan(tmp_path / "out" / shard.name)
         ]
         for number, fields in enumerate(about):
-            _, _, text, label = samples.read(number)
+            _, _, text, label, _ = samples.read(number)
             row = ROWS[names.index(fields["source"])]
             assert (fields["caption"], fields["licence"]) == (row.get("caption"), row.get("licence"))
             assert label == fields["label"] == ["cat", "dog"].index(row["label"])

@@ -15,7 +15,7 @@ import torch
 
 from msc.datasets import video as decode
 from msc.datasets.synthetic import moving_textures
-from msc.datasets.video import VideoReader, decode_frames, encode_mp4, frame_indices, probe
+from msc.datasets.video import Video, VideoReader, decode_frames, encode_mp4, frame_indices, probe
 
 
 def real_video(name: str) -> Path:
@@ -110,6 +110,16 @@ def test_rounded_time_stamps_do_not_shift_frames(tmp_path):
     pts = [round(i * 1001 / 30) for i in range(30)]
     path = write_video(tmp_path / "ms.mkv", grey(range(0, 240, 8)), pts, base=Fraction(1, 1000))
     assert frame_indices(probe(path), Fraction(30000, 1001))[:29] == list(range(29))
+    for first in range(4):  # and one whose first stamp is rounded as well
+        pts = [round((i + first) * 125 / 3) for i in range(40)]
+        video = Video("ms", 8, 8, Fraction(24), Fraction(1, 1000), tuple(pts), 1.0)
+        assert frame_indices(video, 24)[:39] == list(range(39))
+
+
+@pytest.mark.parametrize("step", [1, 25])
+def test_frames_do_not_show_before_they_begin_on_a_coarse_grid(step):
+    video = Video("avi", 8, 8, Fraction(24), Fraction(1, 24 * step), tuple(range(0, 48 * step, step)), 1.0)
+    assert frame_indices(video, 10) == [i * 24 // 10 for i in range(20)]
 
 
 @pytest.mark.parametrize("fps", [None, 12, 40])

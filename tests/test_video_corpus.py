@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import struct
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
-from itertools import dropwhile, pairwise
+from itertools import count, dropwhile, pairwise
 from pathlib import Path
 
 import av
@@ -27,8 +29,8 @@ CODECS: dict[str, tuple[str, dict[str, str], dict[str, str]]] = {  # pixels, opt
     "libx264": ("yuv420p", {"bf": "0"}, {"bf": "2", "x264-params": "open-gop=1"}),
     "libx265": ("yuv420p", {"x265-params": "log-level=0:bframes=0"}, {"x265-params": "log-level=0:open-gop=1"}),
     "libsvtav1": ("yuv420p", {"svtav1-params": "pred-struct=1"}, {}),
-    "libvpx-vp9": ("yuv420p", {"lag-in-frames": "0"}, {"lag-in-frames": "16", "auto-alt-ref": "1"}),
-    "libvpx": ("yuv420p", {"lag-in-frames": "0"}, {"lag-in-frames": "16", "auto-alt-ref": "1"}),
+    "libvpx-vp9": ("yuv420p", {}, {}),
+    "libvpx": ("yuv420p", {}, {}),
     "mpeg4": ("yuv420p", {"bf": "0"}, {"bf": "2"}),
     "mpeg2video": ("yuv420p", {"bf": "0"}, {"bf": "2"}),
     "prores_ks": ("yuv422p10le", {}, {}),
@@ -92,21 +94,41 @@ def make(path: Path, codec: str, container: str, kind: str) -> None:
     part.unlink(missing_ok=True)
 
 
+def avi_places(content: bytes) -> Iterator[tuple[int, int]]:
+    """(place in the stream, bytes) of the video's chunks of an AVI, read without FFmpeg; empty ones repeat a frame."""
+    places = count()
+
+    def chunks(begin: int, end: int) -> Iterator[tuple[int, int]]:
+        while begin + 8 <= end:
+            name, size = struct.unpack("<4sI", content[begin : begin + 8])
+            if name in (b"LIST", b"RIFF"):
+                yield from chunks(begin + 12, begin + 8 + size)
+            elif name in (b"00dc", b"00db"):
+                yield next(places), size
+            begin += 8 + size + size % 2
+
+    return chunks(12, len(content))
+
+
 def plain_decoding(path: Path) -> list[tuple[Fraction, int]]:
-    """(time, number of the picture) of every frame from the first keyframe; stamps that begin anew go on by a frame."""
+    """(time, number of the picture) of every frame from the first keyframe; stamps that begin anew go on by a frame.
+
+    In AVI, whose stamps FFmpeg makes up, the pictures lie one after the other at the places of its chunks, up to the
+    last one.
+    """
     with av.open(str(path)) as file:
         begins_inside = not next(file.demux(video=0)).is_keyframe
     with av.open(str(path)) as file:
         stream = file.streams.video[0]
         decoded = dropwhile(lambda frame: begins_inside and not frame.key_frame, file.decode(stream))
-        frames = [(frame.pts, frame.to_ndarray(format="rgb24")) for frame in decoded]
-        stamps = [pts for pts, _ in frames]
-        if path.suffix == ".avi" and not path.stem.endswith("variable"):
-            stamps = list(range(len(stamps)))  # its frames follow each other; FFmpeg's stamps are wrong for B-frames
-        times, base = [stamps[0] * stream.time_base], stream.time_base
-        for before, now in pairwise(stamps):
+        frames = [(frame.pts, number_of(frame.to_ndarray(format="rgb24"))) for frame in decoded]
+        if path.suffix == ".avi":
+            places = [place for place, size in avi_places(path.read_bytes()) if size]
+            return [(Fraction(places[number - COUNT], RATE), number) for _, number in frames]
+        times, base = [frames[0][0] * stream.time_base], stream.time_base
+        for (before, _), (now, _) in pairwise(frames):
             times.append(times[-1] + ((now - before) * base if now >= before else Fraction(1, RATE)))
-        return [(time, number_of(picture)) for time, (_, picture) in zip(times, frames, strict=True)]
+        return [(time, number) for time, (_, number) in zip(times, frames, strict=True)]
 
 
 def corpus(folder: Path, codecs: list[str]) -> dict[str, str]:
@@ -119,6 +141,8 @@ def corpus(folder: Path, codecs: list[str]) -> dict[str, str]:
                 try:
                     if kind == "joined" and suffix != "mts":
                         continue
+                    if kind == "reordered" and CODECS[codec][1] == CODECS[codec][2]:
+                        continue  # the same file again
                     make(path, codec, container, kind)
                     plain_decoding(path)
                     made[path.name] = kind

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate, default_conve
 
 from ..errors import DeterministicFailure
 from .mixture import Shards, Stream, batches_per_round, stream_slots
-from .shard_reader import ShardReader
+from .shard_reader import Clip, ShardReader
 from .shuffling import BucketSchedule, WindowShuffle, derive_seed, positions_of_rank, sample_at, stream_at
 
 Frames = tuple[int, int]  # latent frames [start, stop)
@@ -41,9 +41,11 @@ class Batch:
     samples: number of each clip in its split, over all sets and buckets; with `epochs` and the frame it is the key of
     the noise. keys: names in the tars, after the set's name where there are several.
     video: uint8 [B, Tv, 3, H, W], or latents: [B, T, C, h, w], as stored (float16), not normalised; T are the frames
-    requested. text: [B, L, E] embeddings, padded with zeros to the longest. labels: int64 [B]. t, noise: stacked
-    results of the loader's `draw`. unreadable: (sample, reason) of clips that others replace. error: why nothing can be
-    read; raised by the loader, never seen outside.
+    requested. text: [B, L, E] embeddings, padded with zeros to the longest. labels: int64 [B]. signals: by name,
+    float32 [B, T, k W], raw, for a latent frame the values of its k video frames one after another (see
+    signals.rows_of_latent_frames); NaN for clips without. t, noise: stacked results of the loader's `draw`.
+    unreadable: (sample, reason) of clips that others replace. error: why nothing can be read; raised by the loader,
+    never seen outside.
     """
 
     samples: list[int]
@@ -54,6 +56,7 @@ class Batch:
     latents: Tensor | None = None
     text: Tensor | None = None
     labels: Tensor | None = None
+    signals: dict[str, Tensor] | None = None
     t: Tensor | None = None
     noise: Tensor | None = None
     unreadable: tuple[tuple[int, str], ...] = ()
@@ -63,6 +66,8 @@ class Batch:
         """Called by torch's DataLoader in a thread of its own: copies to a GPU then need not wait."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         values |= {name: value.pin_memory() for name, value in values.items() if isinstance(value, Tensor)}
+        if self.signals is not None:
+            values["signals"] = {name: value.pin_memory() for name, value in self.signals.items()}
         return Batch(**values)
 
 
@@ -100,10 +105,11 @@ class _Batches(Dataset):
         """Called by DataLoader with the positions of a batch."""
         unreadable: list[tuple[int, str]] = []
         try:
-            clips = [self._read(*position, unreadable) for position in positions]
+            read = [self._read(*position, unreadable) for position in positions]
         except (OSError, DeterministicFailure) as error:
             return Batch([], [], [], unreadable=tuple(unreadable), error=error)
-        samples, epochs, keys, all_media, texts, labels = map(list, zip(*clips, strict=True))
+        samples, epochs, clips = map(list, zip(*read, strict=True))
+        keys, all_media, texts, labels, signals = map(list, zip(*clips, strict=True))
         bucket = positions[0][0]
         # In a worker, torch's function stacks them in shared memory: one copy less.
         media: Tensor = default_collate(all_media)
@@ -120,16 +126,15 @@ class _Batches(Dataset):
             latents=None if media.dtype == torch.uint8 else media,
             text=None if texts[0] is None else torch.nn.utils.rnn.pad_sequence(texts, batch_first=True),
             labels=None if labels[0] is None else torch.tensor(labels),
+            signals=None if signals[0] is None else default_collate(signals),
             t=t,
             noise=noise,
             unreadable=tuple(unreadable),
         )
 
-    def _read(
-        self, bucket: int, position: int, unreadable: list[tuple[int, str]]
-    ) -> tuple[int, int, str, Tensor, Tensor | None, int | None]:
-        """(sample, epoch, key, media, text, label) of a clip. An unreadable one is replaced by the next readable one of
-        its stream, on every rank alike."""
+    def _read(self, bucket: int, position: int, unreadable: list[tuple[int, str]]) -> tuple[int, int, Clip]:
+        """(sample, epoch, clip) at a position. An unreadable clip is replaced by the next readable one of its stream,
+        on every rank alike."""
         number, position = stream_at(position, self.slots[bucket], derive_seed(self.seed, bucket))
         own = self.buckets[bucket][number]
         stream = own.stream
@@ -141,15 +146,15 @@ class _Batches(Dataset):
                 break
             sample = (first + attempt) % stream.clips
             try:
-                key, media, text, label = own.reader.read(sample)
+                clip = own.reader.read(sample)
             except DeterministicFailure:
                 raise
             except ValueError as error:
                 unreadable.append((stream.first + sample, str(error)))
                 reasons[str(error)] = None
             else:
-                key = f"{stream.name}:{key}" if stream.name else key
-                return stream.first + sample, epoch, key, media, text, label
+                key = f"{stream.name}:{clip.key}" if stream.name else clip.key
+                return stream.first + sample, epoch, clip._replace(key=key)
         raise DeterministicFailure(
             f"{len(unreadable) - before} clips in a row of {stream.place} cannot be read: "
             f"{'; '.join(list(reasons)[:3])}: check the disk"

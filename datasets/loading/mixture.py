@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..shards.index import Index, Shape, check_shards, index_content, parse_index
 from ..shards.remote import COMMANDS, RemoteShards, is_url, redact_url
+from ..signals import mix_signals
 from ..statistics import mix_statistics
 from .shuffling import SLOTS, apportion
 
@@ -40,7 +41,8 @@ class DataConfig:
     """Section `data`.
 
     shards: the folder (or http, https URL) of shards, or a list of {path, weight}. workers: loader processes per rank,
-    0 for none; prefetch: batches each reads ahead. text_dropout: share of clips whose text is left out (for guidance).
+    0 for none; prefetch: batches each reads ahead. text_dropout: share of clips whose text is left out (for guidance);
+    signal_dropout: share of clips without a signal, for every signal. signals: names of those to use (None: all).
     max_bad: share of the clips that may be unreadable; one always may. window: shuffle clips within this many shards at
     a time, 0 for all. cache: folder for remote shards ("" for ~/.cache/msc/shards), cache_gb: its limit in GB.
     commands: further URL schemes to allow, read by commands: "s3", "gs", "ais", "hf", "pipe".
@@ -50,6 +52,8 @@ class DataConfig:
     workers: int = 2
     prefetch: int = 2
     text_dropout: float = 0.1
+    signal_dropout: float = 0.1
+    signals: tuple[str, ...] | None = None
     max_bad: float = 0.05
     window: int = 0
     cache: str = ""
@@ -60,7 +64,7 @@ class DataConfig:
         for name, least in (("workers", 0), ("prefetch", 1), ("window", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"data.{name} is {getattr(self, name)}, it must be at least {least}")
-        for name in ("text_dropout", "max_bad"):
+        for name in ("text_dropout", "signal_dropout", "max_bad"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}, it must be between 0 and 1")
         if not self.cache_gb > 0:
@@ -117,9 +121,10 @@ class Shards:
 
     @cached_property
     def index(self) -> Index:
-        """The first set's, with the statistics of all: what the model must know of its data."""
+        """The first set's, with the statistics and signals of all: what the model must know of its data."""
         statistics = mix_statistics([(one.weight, one.index.statistics) for one in self.sets])
-        return dataclasses.replace(self.sets[0].index, statistics=statistics)
+        signals = mix_signals([(str(one.place), one.weight, one.index.signals) for one in self.sets])
+        return dataclasses.replace(self.sets[0].index, statistics=statistics, signals=signals)
 
     @cached_property
     def shapes(self) -> tuple[Shape, ...]:
@@ -135,7 +140,8 @@ class Shards:
         buckets: dict[Shape, list[Stream]] = {shape: [] for shape in self.shapes}
         first = 0
         for one in self.sets:
-            for index in one.index.by_bucket():
+            # A clip has all signals of the mixture; those of other sets are unknown.
+            for index in dataclasses.replace(one.index, signals=self.index.signals).by_bucket():
                 if clips := index.samples(split):
                     share = Fraction(one.weight) / total * Fraction(clips, one.index.samples(split))
                     buckets[index.shape].append(Stream(one.place, index, split, first, share, one.name))
@@ -165,6 +171,7 @@ def open_shards(config: DataConfig) -> Shards:
         sets.append(ShardSet(place, index, name, one.weight, hashlib.sha256(content).hexdigest()[:16]))
     for other in sets[1:]:
         _check_compatible(sets[0], other)
+    mix_signals([(str(one.place), one.weight, one.index.signals) for one in sets])
     _check_cache_size(config, sets)
     return Shards(tuple(sets))
 

@@ -6,7 +6,7 @@ import math
 import zlib
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -17,12 +17,27 @@ from ..errors import DeterministicFailure
 from ..shards.index import STORES, Index, Sample, find_part, read_part, scan
 from ..shards.remote import RemoteShards
 from ..shards.table_of_contents import read_toc
+from ..signals import rows_of_latent_frames
 from ..video import decode_frames
 
 CACHED_SHARDS = 64  # tables of contents in memory per process; a scan takes about a millisecond
 FETCH_ATTEMPTS = 5  # of a shard that was evicted from the cache before it was read
 CHUNK = 1 << 20
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+
+class Clip(NamedTuple):
+    """What a sample holds of the frames requested.
+
+    media: uint8 video [Tv, 3, H, W], or latents [T, C, h, w] as stored. text: [L, E]. signals: float32 [T, k W] of each
+    that the index has, NaN where the sample has none.
+    """
+
+    key: str
+    media: Tensor
+    text: Tensor | None
+    label: int | None
+    signals: dict[str, Tensor] | None
 
 
 class ShardReader:
@@ -57,13 +72,11 @@ class ShardReader:
     def __len__(self) -> int:
         return self._begins[-1]
 
-    def read(self, number: int) -> tuple[str, Tensor, Tensor | None, int | None]:
-        """(key, media, text [L, E], label) of a sample. ValueError, naming the sample, where it is unreadable; OSError
-        where its shard cannot be reached.
+    def read(self, number: int) -> Clip:
+        """A sample. ValueError, naming the sample, where it is unreadable; OSError where its shard cannot be reached.
 
-        media: uint8 video [Tv, 3, H, W], or latents [T, C, h, w] as stored, of the frames requested. Whether a sample
-        is unreadable does not depend on the frames, as ranks that share a clip must agree: checksums are of all frames.
-        (Latents without a checksum, in shards of others, may differ.)
+        Whether a sample is unreadable does not depend on the frames, as ranks that share a clip must agree: checksums
+        are of all frames. (Latents without a checksum, in shards of others, may differ.)
         """
         for _ in range(FETCH_ATTEMPTS):
             try:
@@ -74,7 +87,7 @@ class ShardReader:
                 evicted = error
         raise OSError(f"the cache of {self.folder} is too small: shards are evicted before they are read ({evicted})")
 
-    def _read(self, number: int) -> tuple[str, Tensor, Tensor | None, int | None]:
+    def _read(self, number: int) -> Clip:
         path, sample = self._locate(number)
         try:
             about = json.loads(read_part(path, sample, "json"))
@@ -83,9 +96,10 @@ class ShardReader:
                 raise ValueError(f"label is {label!r}, expected 0 to {self.index.classes - 1}")
             media = (self._video if self.index.store == "video" else self._latents)(path, sample, about)
             text = self._text(path, sample, about) if self.index.has_text is not None else None
+            signals = self._signals(path, sample, about) if self.index.signals else None
         except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
             raise ValueError(f"sample {sample.key} of {path}: {error}") from None
-        return sample.key, media, text, label
+        return Clip(sample.key, media, text, label, signals)
 
     def _locate(self, number: int) -> tuple[Path, Sample]:
         """The shard of a sample, fetched if it is remote, and where the sample's parts lie in it."""
@@ -120,6 +134,29 @@ class ShardReader:
         if text.dim() != 2 or not len(text) or text.shape[1] != self.index.has_text:
             raise ValueError(f"text is {list(text.shape)}, expected [L, {self.index.has_text}], L at least 1")
         return text
+
+    def _signals(self, path: Path, sample: Sample, about: dict[str, Any]) -> dict[str, Tensor]:
+        index, (start, stop) = self.index, self.frames
+        stored: dict[str, Tensor] = {}
+        if "signals_crc32" in about:
+            content = read_part(path, sample, "signals.safetensors")
+            if zlib.crc32(content) != about["signals_crc32"]:
+                raise ValueError("checksum of the signals differs from the one written")
+            stored = load(content)
+        rows = {}
+        for signal in index.signals:
+            values = stored.get(signal.name)
+            if values is None:
+                rows[signal.name] = torch.full((stop - start, index.temporal_factor * signal.width), math.nan)
+                continue
+            if list(values.shape) != [index.video_frames, signal.width] or not torch.isfinite(values).all():
+                raise ValueError(
+                    f"signal {signal.name} is {list(values.shape)}, expected finite numbers "
+                    f"{[index.video_frames, signal.width]}"
+                )
+            whole = rows_of_latent_frames(values, index.frames, index.temporal_factor, signal.kind)
+            rows[signal.name] = whole[start:stop].clone()
+        return rows
 
     def _video(self, path: Path, sample: Sample, about: dict[str, Any]) -> Tensor:
         index, (start, stop) = self.index, self.video_frames

@@ -19,12 +19,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.numpy import save
 
 from ..shards.tar import FILE_ERRORS, retry_read, size_of
 from ..video import TimelineChanged, VideoReader, encode_mp4, frame_indices
 from .clip_ranges import SPLITS, best_buckets, frozen_ranges, split_into_clips, split_ranges
 from .progress import SourceResult
 from .scenes import brightness, content_change, frame_content, motion
+from .signal_tracks import SignalPlan, Track, align, open_signal
 from .sources import Source
 
 LONGEST_FREEZE = 10.0  # seconds one frame may show; longer, it is a gap in the time stamps or a picture that stands
@@ -32,12 +34,17 @@ LONGEST_FREEZE = 10.0  # seconds one frame may show; longer, it is a gap in the 
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip of a source: its split, its first tick, the number of its bucket, and its mp4 file in the spool."""
+    """One clip of a source: its split, its first tick, the number of its bucket, and its mp4 file in the spool; beside
+    that, at `signals`, those of its signals that are known, if any."""
 
     split: str
     start: int
     bucket: int
     file: Path
+
+    @property
+    def signals(self) -> Path:
+        return self.file.with_suffix(".signals.safetensors")
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,7 @@ class ExtractionTask:
     random_crop: bool
     crf: int
     threads: int  # of the decoder, 0 for one per core
+    signals: tuple[SignalPlan, ...] = ()
 
     def clip_file(self, start: int) -> Path:
         """Where the clip that begins at tick `start` is spooled."""
@@ -140,12 +148,17 @@ def _extract_clips(task: ExtractionTask, reader: VideoReader, shown: list[int]) 
         for begin, end in pairwise((first, *(tick for tick in seams if first < tick < last), last))
     ]
     try:
+        tracks = _tracks(task, reader, shown, part)
         for split, start, frames in _clips_of_ranges(task, reader, shown, ranges, buckets):
             if reason := _reason_to_leave_out(task, frames):
                 unwanted.append(f"clip at {start / task.fps:.2f} s {reason}")
                 continue
             clip = Clip(split, start, buckets[len(frames)], task.clip_file(start))
             clip.file.write_bytes(encode_mp4(torch.from_numpy(frames).permute(0, 3, 1, 2), task.fps, task.crf))
+            if tracks:
+                clip.signals.write_bytes(
+                    save({track.plan.signal.name: track.clip(start, len(frames)) for track in tracks})
+                )
             clips.append(clip)
     except ValueError as error:
         return _unreadable(task, ticks, str(error).removeprefix(f"{reader.name}: "))
@@ -154,12 +167,25 @@ def _extract_clips(task: ExtractionTask, reader: VideoReader, shown: list[int]) 
         reason = "gives no clip that passes the filters" if unwanted else f"has no scene of {min(buckets)} frames"
     counts = {split: sum(clip.split == split for clip in clips) for split in SPLITS}
     count = sum(task.shapes[clip.bucket][0] for clip in clips)
-    return SourceResult(source.name, ticks, counts, reason, left_out=(*freezes, *unwanted), frames=count), clips
+    lost = {track.plan.signal.name: rows for track in tracks if (rows := track.lost(*part))}
+    left_out = (*freezes, *unwanted)
+    return SourceResult(source.name, ticks, counts, reason, left_out=left_out, frames=count, lost_rows=lost), clips
+
+
+def _tracks(task: ExtractionTask, reader: VideoReader, shown: list[int], part: tuple[int, int]) -> list[Track]:
+    """The signals that a source has; ValueError for one that cannot be used."""
+    plans, tracks = {plan.signal.name: plan for plan in task.signals}, []
+    for name, file, place in task.source.signals:
+        try:
+            tracks.append(align(plans[name], open_signal(file, place), reader.video, shown, task.fps, part))
+        except ValueError as error:
+            raise ValueError(f"signal {name} ({file}) {str(error).removeprefix(f'{file}: ')}") from None
+    return tracks
 
 
 def _unreadable(task: ExtractionTask, ticks: int, reason: str) -> Extraction:
     """The result of a source that gives nothing; its clips so far are removed."""
-    for file in task.spool.glob(f"{task.number:08d}-*.mp4"):
+    for file in task.spool.glob(f"{task.number:08d}-*"):
         file.unlink()
     return SourceResult(task.source.name, ticks, dict.fromkeys(SPLITS, 0), reason, unreadable=True), []
 

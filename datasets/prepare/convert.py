@@ -12,18 +12,22 @@ import shutil
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import torch
 from safetensors.torch import load
 
-from ..files import check_replaceable, publish_folder, write_atomically
+from ..files import check_replaceable, locked, publish_folder, write_atomically
 from ..shards.index import STORES, Index, Sample, Shape, read_part, scan, write_index
+from ..shards.tar import size_of
+from ..signal_files import SUFFIXES
+from ..signals import TAKES
 from ..statistics import TIMES, LatentSums, Statistics, mix_statistics, statistics_of_sums, sum_latents
 from ..video import decode_frames
 from .clip_ranges import HELD_OUT_RULE, SPLITS
@@ -39,8 +43,9 @@ from .progress import (
     write_shared_json,
 )
 from .shard_writer import Embed, Encode, ShardWriter, check_unreadable
+from .signal_tracks import SignalPlan, SignalRequest, measure_signals, plan_signals
 from .sources import Listing, Source, find_sources
-from .summary import clip_lines
+from .summary import clip_lines, signal_lines
 
 RECORDS = 2  # version of the records of unfinished conversions
 # Statistics are measured on all training clips of a set of few latent values, and otherwise on a sample of segments,
@@ -83,7 +88,14 @@ def convert(
     began = time.monotonic()
     out = Path(config.out).expanduser().resolve()
     check_replaceable(out, config.overwrite, proof="index.json")
-    listing = find_sources(config.sources)
+    requests = config.signal_requests
+    listing = find_sources(config.sources, [request.name for request in requests])
+    for request in requests:
+        if not any(name == request.name for source in listing.sources for name, *_ in source.signals):
+            raise ValueError(
+                f"signal {request.name}: no video has it; beside {listing.sources[0].name}, say, a file "
+                f"{Path(listing.sources[0].name).stem}.{request.name}.csv (or {', '.join(SUFFIXES[1:])}) was looked for"
+            )
     if pieces := _describe_pieces(config, listing.sources):
         log.info(pieces)  # now, as names may mislead
     if bool(config.text) != (embed is not None):
@@ -112,7 +124,8 @@ def convert(
         with process_folder(partial_out, exclusive) as own:
             if not (partial_out / WORK / "plan.json").is_file():
                 write_shared_json(own, partial_out / WORK / "plan.json", plan)
-            writer = ShardWriter(config, encode, embed, no_text, listing.sources, partial_out, own)
+            signals = _plan_signals(requests, listing.sources, partial_out, own)
+            writer = ShardWriter(config, encode, embed, no_text, listing.sources, partial_out, own, signals)
             records |= writer.write_groups(own_groups, groups, records)
         if part is not None:
             results = [result for n in todo for result in records[n].results]
@@ -140,7 +153,9 @@ def convert(
             skipped=sum(bool(result.skipped) for result in results),
             has_text=no_text.shape[1] if no_text is not None else None,
             classes=listing.classes,
+            signals=tuple(plan.signal for plan in signals),
         )
+        index = dataclasses.replace(index, signals=measure_signals(partial_out, index))
         index = dataclasses.replace(index, statistics=_measure_shards(partial_out, index, encode, config.workers))
         lines = [f"{x.name}: {reason}\n" for x in results for reason in (*x.left_out, x.skipped) if reason]
         write_atomically(partial_out / "skipped.txt", "".join(lines).encode("utf-8", "surrogateescape"))
@@ -148,7 +163,19 @@ def convert(
         publish_folder(partial_out, out)
     shutil.rmtree(out / WORK)
     converted, elapsed = sum(len(groups[n]) for n in todo), time.monotonic() - began
-    return _report(config, out, index, pieces, results, converted, elapsed)
+    return _report(config, out, index, pieces, listing.sources, results, converted, elapsed)
+
+
+def _plan_signals(
+    requests: Sequence[SignalRequest], sources: list[Source], partial_out: Path, own: Path
+) -> tuple[SignalPlan, ...]:
+    """What all files of the signals have in common. Only the first process reads them for it; others wait."""
+    path = partial_out / WORK / "signals.json"
+    with locked(path.with_suffix(".lock")):
+        if requests and not path.is_file():
+            plans = plan_signals(requests, [source.signals for source in sources])
+            write_shared_json(own, path, [dataclasses.asdict(plan) for plan in plans])
+    return pydantic.TypeAdapter(tuple[SignalPlan, ...]).validate_json(path.read_bytes()) if requests else ()
 
 
 def _latent_shapes(config: ConvertConfig, encode: Encode, temporal_factor: int) -> tuple[list[Shape], int]:
@@ -174,7 +201,17 @@ def _plan(config: ConvertConfig, listing: Listing) -> dict[str, Any]:
     """What all processes of a conversion must agree on. The digest changes with the sources, not with their folder."""
     settings = {name: value for name, value in _settings(config).items() if name != "max_bad"}  # may be raised later
     sources = [
-        (x.name, x.size, x.caption, x.label, x.licence, x.start, x.end, *[x.group] * bool(x.group))
+        (
+            x.name,
+            x.size,
+            x.caption,
+            x.label,
+            x.licence,
+            x.start,
+            x.end,
+            *[x.group] * bool(x.group),
+            *((name, file, size_of(place)) for name, file, place in x.signals),
+        )
         for x in listing.sources
     ]
     digest = hashlib.sha256(repr(sources).encode("utf-8", "surrogateescape")).hexdigest()
@@ -271,8 +308,8 @@ def _describe_pieces(config: ConvertConfig, sources: list[Source]) -> str:
 
 
 def _report(
-    config: ConvertConfig, out: Path, index: Index, pieces: str, results: list[SourceResult], converted: int,
-    elapsed: float,
+    config: ConvertConfig, out: Path, index: Index, pieces: str, sources: list[Source], results: list[SourceResult],
+    converted: int, elapsed: float,
 ) -> Report:  # fmt: skip
     clips = {split: index.samples(split) for split in SPLITS}
     seconds = sum(one.samples(split) * one.video_frames for one in index.by_bucket() for split in SPLITS) / config.fps
@@ -287,6 +324,12 @@ def _report(
         "variance left after pooling, by side: "
         + ", ".join(f"{s}: {statistics.ratio(s):.3f}" for s in statistics.spaces),
     ]
+    for signal, line in zip(index.signals, signal_lines(index), strict=True):
+        having = sum(any(name == signal.name for name, *_ in source.signals) for source in sources)
+        lines.append(f"{line}; {len(sources) - having} of {len(sources)} videos have no file of it")
+        if lost := sum(result.lost_rows.get(signal.name, 0) for result in results):
+            other = TAKES[signal.kind][1]
+            lines.append(f"{lost} rows of {signal.name} lie between frames and are left out: take={other} uses them")
     if pieces:
         lines.append(pieces)
     if left_out := sum(len(result.left_out) for result in results):

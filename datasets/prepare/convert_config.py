@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 
 from ..shards.index import STORES
+from ..signals import MAX_SIGNALS
+from .signal_tracks import SignalRequest, parse_request
+from .sources import COLUMNS
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class ConvertConfig:
     crop: "centre", or "random" for a place of each clip's own.
     buckets: (frames, height, width) of several clip shapes, instead of the one of `frames`, `height` and `width`; which
         one a source takes is decided by clip_ranges.best_buckets.
+    signals: NAME[,kind=…][,take=…][,shift=ROWS] of each signal (signal_tracks.parse_request).
     """
 
     sources: tuple[str, ...]
@@ -45,6 +49,7 @@ class ConvertConfig:
     min_motion: float = 0.0
     crop: str = "centre"
     buckets: tuple[tuple[int, int, int], ...] = ()
+    signals: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -71,11 +76,21 @@ class ConvertConfig:
             raise ValueError(f"crop is {self.crop!r}, expected centre or random")
         if self.store not in (*STORES, "auto"):
             raise ValueError(f"store is {self.store!r}, expected video, latent or auto")
+        names = [request.name for request in self.signal_requests]
+        if len(set(names)) < len(names) or len(names) > MAX_SIGNALS or set(names) & set(COLUMNS):
+            raise ValueError(
+                f"signals are {', '.join(names)}: expected at most {MAX_SIGNALS} of different names, and none of "
+                f"{', '.join(COLUMNS)}, the columns of lists"
+            )
 
     @property
     def shapes(self) -> tuple[tuple[int, int, int], ...]:
         """Frames, height and width of the clips of every bucket."""
         return self.buckets or ((self.frames, self.height, self.width),)
+
+    @property
+    def signal_requests(self) -> list[SignalRequest]:
+        return [parse_request(text) for text in self.signals]
 
     @property
     def kind(self) -> str:

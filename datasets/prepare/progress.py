@@ -14,7 +14,7 @@ import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ class SourceResult:
     """What a source gave: number of clips per split, or why it was skipped.
 
     ticks: frames on its timeline. unreadable: the file is at fault, it is not only too short. left_out: which parts
-    of it are not used, and why. frames: of all its clips.
+    of it are not used, and why. frames: of all its clips. lost_rows: of its signals, between frames.
     """
 
     name: str
@@ -42,6 +42,7 @@ class SourceResult:
     unreadable: bool = False
     left_out: tuple[str, ...] = ()
     frames: int = 0
+    lost_rows: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,8 @@ def check_plan(partial: Path, plan: dict[str, Any], exclusive: bool, overwrite: 
         return
     if not exclusive or (not overwrite and list(path.parent.glob("group-*.json"))):
         before, now = ({**fields, **fields.get("settings", {})} for fields in (old, new))
-        name = next(x for x in sorted({*before, *now} - {"settings"}) if before.get(x) != now.get(x))
+        names = sorted({*before, *now} - {"settings"}, key=lambda x: (x == "digest", x))  # which says least
+        name = next(x for x in names if before.get(x) != now.get(x))
         raise ValueError(
             f"{partial} holds unfinished work with another {name} ({before.get(name)} then, {now.get(name)} now): "
             "use the same settings and sources to continue it, or remove that folder to start again"

@@ -24,6 +24,7 @@ from .clip_extraction import Clip, Extraction, ExtractionTask, extract_in_order
 from .clip_ranges import SPLITS
 from .convert_config import ConvertConfig
 from .progress import WORK, GroupRecord, SourceResult, finish_group, write_shared_json
+from .signal_tracks import SignalPlan
 from .sources import Source, find_copies
 
 Encode = Callable[[Tensor], Tensor]
@@ -49,6 +50,7 @@ class ShardWriter:
     sources: list[Source]
     partial: Path
     own: Path
+    signals: tuple[SignalPlan, ...] = ()
 
     def write_groups(
         self, part: list[int], groups: list[range], finished: dict[int, GroupRecord]
@@ -137,6 +139,7 @@ class ShardWriter:
             random_crop=config.crop == "random",
             crf=0 if config.kind == "latent" else CRF,  # latents are made from the spooled clip
             threads=0 if config.workers == 1 else 1,
+            signals=self.signals,
         )
 
     def _write_shard(
@@ -150,6 +153,7 @@ class ShardWriter:
         write_toc(self.own / shard.name, shard)
         for _, clip in clips:
             clip.file.unlink()
+            clip.signals.unlink(missing_ok=True)
         return dataclasses.replace(shard, bucket=bucket)
 
     def _sample(self, source: Source, clip: Clip) -> dict[str, bytes]:
@@ -181,6 +185,9 @@ class ShardWriter:
             assert text is not None
             members["text.safetensors"] = save({"text": text.detach().to("cpu").contiguous()})
             metadata["text_crc32"] = zlib.crc32(members["text.safetensors"])
+        if clip.signals.is_file():
+            members["signals.safetensors"] = clip.signals.read_bytes()
+            metadata["signals_crc32"] = zlib.crc32(members["signals.safetensors"])
         return {"json": json.dumps(metadata, sort_keys=True).encode(), **members}
 
     def _copies(self) -> dict[int, str]:

@@ -3,7 +3,8 @@
 A manifest is a `.csv`, `.jsonl` or `.parquet` file with a column `path` and optional columns `caption`, `label`,
 `licence`, `group`, `start`, `end` (seconds); a `.txt` file holds one path a line. Paths in it are relative to its
 folder. A `.tar` has the WebDataset layout: `KEY.mp4` (or another video format, or `KEY.VIEW.mp4`), with optional
-`KEY.json`, `KEY.txt` and `KEY.cls`.
+`KEY.json`, `KEY.txt` and `KEY.cls`. A signal NAME is a file `STEM.NAME.csv` (or another of its formats) beside the
+video, one that a column NAME of the manifest names, or `KEY.NAME.csv` in the tar.
 """
 
 import csv
@@ -15,16 +16,17 @@ import math
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
 from ..files import sha256_of
 from ..shards.index import MAX_CLASSES
 from ..shards.tar import FILE_ERRORS, Location, Member, open_bytes, retry_read, size_of, tar_members
+from ..signal_files import SUFFIXES as SIGNAL_SUFFIXES
 from ..video import SUFFIXES
 
 END_BYTES = 1 << 16  # read from both ends of files of equal size, before all of them is read
@@ -48,7 +50,7 @@ class Source:
     group: the recording of which this and other files are pieces, "" for none; it is held out whole or not at all.
     span: the part of the file that all sources taken from it lie in; its end is what is held out. draw: a number in
     [0, 1), the same for all of them and for a group: decides about what is not divided. size: of the file in bytes when
-    it was listed; -1 where there was no file.
+    it was listed; -1 where there was no file. signals: name, file's name and place of every signal that it has.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Source:
     span: tuple[float, float] = (0.0, math.inf)
     draw: float = 0.0
     size: int = -1
+    signals: tuple[tuple[str, str, Location], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,16 +76,17 @@ class Listing:
     names: tuple[str, ...] = ()
 
 
-def find_sources(arguments: tuple[str, ...]) -> Listing:
+def find_sources(arguments: tuple[str, ...], signals: Sequence[str] = ()) -> Listing:
     """Every source: video files, folders through all levels in sorted order, rows of manifests, videos in tars.
 
     Hidden files and folders are skipped, and a source reached twice counts once. Labels are whole numbers, or text,
-    which is numbered in alphabetical order; all sources have one or none has. Raises FileNotFoundError for
-    missing files, ValueError for addresses, folders without videos and invalid rows.
+    which is numbered in alphabetical order; all sources have one or none has. signals: their names; a source may lack
+    any of them. Raises FileNotFoundError for missing files, ValueError for addresses, folders without videos and
+    invalid rows.
     """
     unique: dict[tuple[Location, float, float], Entry] = {}
     for argument in arguments:
-        for source, label, folder in _sources_of(argument):
+        for source, label, folder in _sources_of(argument, signals):
             unique.setdefault((source.path, source.start, source.end), (source, label, folder))
     entries = list(unique.values())
     parts: dict[Location, list[Source]] = defaultdict(list)
@@ -102,19 +106,20 @@ def find_sources(arguments: tuple[str, ...]) -> Listing:
         dataclasses.replace(
             source, name=name, label=label, group=groups.get(source.path, ""),
             span=spans[source.path], draw=draws[source.path], size=sizes[source.path],
+            signals=_signals_of(source, signals),
         )
         for name, label, (source, _, _) in zip(names, labels, entries, strict=True)
     ]  # fmt: skip
     return Listing(sources, max((label for label in labels if label is not None), default=-1) + 1, classes)
 
 
-def _sources_of(argument: str) -> Iterator[Entry]:
+def _sources_of(argument: str, signals: Sequence[str]) -> Iterator[Entry]:
     """What one argument names."""
     path = _local_path(argument, argument)
     if path.is_file() and path.suffix.lower() in MANIFESTS:
-        yield from _manifest_sources(path)
+        yield from _manifest_sources(path, signals)
     elif path.is_file() and path.suffix.lower() == ".tar":
-        yield from _tar_sources(path)
+        yield from _tar_sources(path, signals)
     elif path.is_file():
         yield Source(path.name, path), None, path.parent
     elif path.is_dir():
@@ -125,6 +130,20 @@ def _sources_of(argument: str) -> Iterator[Entry]:
             yield Source(f"{path.name}/{video.relative_to(path)}", video.resolve()), None, path.parent
     else:
         raise FileNotFoundError(f"no such file or folder: {argument}")
+
+
+def _signals_of(source: Source, names: Sequence[str]) -> tuple[tuple[str, str, Location], ...]:
+    """The files of a source's signals: those that came with it, or else those beside it. ValueError where one signal
+    has several."""
+    found = {name: [own for own in source.signals if own[0] == name] for name in names}
+    if isinstance(source.path, Path):
+        for name in names:
+            beside = [source.path.with_name(f"{source.path.stem}.{name}{suffix}") for suffix in SIGNAL_SUFFIXES]
+            found[name] = found[name] or [(name, path.name, path) for path in beside if path.exists()]
+    for own in found.values():
+        if len(own) > 1:
+            raise ValueError(f"{source.name}: {' and '.join(file for _, file, _ in own)} are one signal: remove one")
+    return tuple(one for own in found.values() for one in own)
 
 
 def _draw(name: str) -> float:
@@ -204,7 +223,7 @@ def _videos_in(folder: Path) -> Iterator[Path]:
 # --- tars ------------------------------------------------------------------------------------------------
 
 
-def _tar_sources(tar: Path) -> Iterator[Entry]:
+def _tar_sources(tar: Path, signals: Sequence[str]) -> Iterator[Entry]:
     """The videos in a tar, in its order. ValueError for a tar without any.
 
     The key of a video ends at the first dot of its file name, as in WebDataset, or at its last one, as where files are
@@ -230,7 +249,14 @@ def _tar_sources(tar: Path) -> Iterator[Entry]:
                 metadata |= _read_metadata(tar, place, files[place])
                 if one != stem:  # there may be several views of this sample
                     metadata["group"] = _recording(key) or key
-        yield Source(f"{tar.name}/{name}", member, **{**metadata, "label": None}), metadata.get("label"), tar.parent
+        own: dict[str, list[tuple[str, str, Location]]] = {}
+        for one, signal in product(dict.fromkeys((key, stem)), signals):
+            if found := [place for suffix in SIGNAL_SUFFIXES if (place := f"{one}.{signal}{suffix}") in files]:
+                own[signal] = [(signal, place.rpartition("/")[2], files[place]) for place in found]
+        source = Source(
+            f"{tar.name}/{name}", member, **{**metadata, "label": None}, signals=tuple(chain(*own.values()))
+        )
+        yield source, metadata.get("label"), tar.parent
         videos += 1
     if not videos:
         raise ValueError(f"no videos in {tar}: looked for {' '.join(sorted(SUFFIXES))}")
@@ -275,12 +301,12 @@ def _check_texts(place: str, fields: dict[str, Any]) -> None:
 # --- manifests ---------------------------------------------------------------------------------------------
 
 
-def _manifest_sources(file: Path) -> Iterator[Entry]:
-    rows = 0
+def _manifest_sources(file: Path, signals: Sequence[str]) -> Iterator[Entry]:
+    rows, columns = 0, (*COLUMNS, *signals)
     for place, row in _rows(file):
-        if not isinstance(row, dict) or None in row or set(row) - set(COLUMNS):
-            extra = sorted(map(str, set(row) - set(COLUMNS))) if isinstance(row, dict) else row
-            raise ValueError(f"{place}: {extra} unknown, the columns are {', '.join(COLUMNS)}")
+        if not isinstance(row, dict) or None in row or set(row) - set(columns):
+            extra = sorted(map(str, set(row) - set(columns))) if isinstance(row, dict) else row
+            raise ValueError(f"{place}: {extra} unknown, the columns are {', '.join(columns)} (signals: --signal NAME)")
         row = {name: value for name, value in row.items() if value is not None and str(value).strip()}
         if not isinstance(row.get("path"), str):
             raise ValueError(f"{place}: has no path")
@@ -296,12 +322,18 @@ def _manifest_sources(file: Path) -> Iterator[Entry]:
         if path.is_file() and path.suffix.lower() == ".tar":
             if len(row) > 1:
                 raise ValueError(f"{place}: {row['path']} holds many videos; put the metadata of each into the tar")
-            yield from _tar_sources(path)
+            yield from _tar_sources(path, signals)
             continue
         fields = {name: row[name] for name in (*TEXTS, "label") if name in row}
         _check_texts(place, {name: value for name, value in fields.items() if not isinstance(value, int | float)})
         label, texts = fields.pop("label", None), {name: str(value) for name, value in fields.items()}
-        source = Source(row["path"] + _part_suffix(start, end), path, start=start, end=end)
+        own = [(name, row[name]) for name in signals if name in row]
+        if wrong := [value for _, value in own if not isinstance(value, str)]:
+            raise ValueError(f"{place}: a signal is {wrong[0]!r}, expected the name of its file")
+        named = tuple(
+            (name, Path(text).name, _local_path(text, f"{text} ({place})", file.parent)) for name, text in own
+        )
+        source = Source(row["path"] + _part_suffix(start, end), path, start=start, end=end, signals=named)
         yield dataclasses.replace(source, **texts), label, file.parent  # type: ignore[arg-type]
     if not rows:
         raise ValueError(f"{file} lists no videos")

@@ -2,8 +2,12 @@
 
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from ..shards.index import STORES, Index, corrupted_shards, scan
 from ..shards.table_of_contents import read_toc, toc_path
+from ..signals import Signal
 from ..text_table import text_table
 
 SHOWN = 10  # lines of skipped.txt, and names of classes
@@ -24,6 +28,7 @@ def describe(folder: str | Path, index: Index) -> str:
     names = index.settings.get("labels", [])
     classes = f" ({', '.join(names[:SHOWN])}{', …' * (len(names) > SHOWN)})" if names else ""
     lines.append(f"conditions: {text}, {index.classes or 'no'} classes{classes}")
+    lines += signal_lines(index)
     measured = index.statistics
     lines.append(
         f"statistics of {measured.clips} training clips:" if measured.measured else "statistics, not measured:"
@@ -44,6 +49,36 @@ def describe(folder: str | Path, index: Index) -> str:
         if len(reasons) > SHOWN or not whole:
             lines.append(f"  and {f'{len(reasons) - SHOWN} ' if whole else ''}more lines in {skipped}")
     return "\n".join(lines)
+
+
+def signal_lines(index: Index) -> list[str]:
+    """One line for each signal: its kind, its columns, and how many training clips have it."""
+    lines = []
+    for signal in index.signals:
+        shown = list(signal.columns[:SHOWN])
+        if signal.kind == "continuous":
+            shown = [f"{x} {m:.3g} ± {s:.3g}" for x, m, s in zip(shown, signal.mean, signal.std, strict=False)]
+        names = ", ".join(shown) + ", …" * (signal.width > SHOWN)
+        what = "values" if signal.kind == "discrete" else "columns"
+        lines.append(
+            f"signal {signal.name}: {signal.kind}, take {signal.take}, {signal.width} {what} ({names}), in "
+            f"{signal.known:.1%} of the training clips"
+        )
+    return lines
+
+
+def signal_bars(signal: Signal, values: Tensor, height: int, width: int) -> Tensor:
+    """A signal of video frames [T, C] as bars, uint8 [T, 3, height, width], one for each column: continuous ones from
+    two deviations below the mean to two above; grey where it is unknown."""
+    share = values
+    if signal.kind == "continuous":
+        share = (values - torch.tensor(signal.mean)) / (4 * torch.tensor(signal.std)) + 0.5
+    columns = torch.arange(width) * signal.width // width
+    level = share.nan_to_num(0.5)[:, columns] * height
+    filled = (torch.arange(height).flip(0)[:, None] < level[:, None])[:, None]  # T 1 H W
+    colours = torch.tensor([[31, 119, 180], [255, 127, 14]])[columns % 2].T[:, None]  # 3 1 W
+    colours = torch.where(values[:, columns].isnan()[:, None, None], 200, colours)
+    return torch.where(filled, colours, 255).to(torch.uint8)
 
 
 def clip_lines(index: Index) -> list[str]:

@@ -1,7 +1,7 @@
 """Shards: plain tar files (WebDataset layout) with an `index.json` beside them.
 
-A sample is `KEY.json` with `KEY.mp4` or `KEY.latent.safetensors` and an optional `KEY.text.safetensors`. Nothing is
-ever unpickled; names and sizes are checked before anything is allocated.
+A sample is `KEY.json` with `KEY.mp4` or `KEY.latent.safetensors` and optional `KEY.text.safetensors` and
+`KEY.signals.safetensors`. Nothing is ever unpickled; names and sizes are checked before anything is allocated.
 """
 
 import dataclasses
@@ -16,10 +16,11 @@ from typing import Any
 from webdataset.writer import TarWriter
 
 from ..files import describe_validation_error, partial_file, sha256_of, write_atomically
+from ..signals import MAX_SIGNALS, Signal
 from ..statistics import Statistics
 from .tar import normalise_name, tar_members
 
-FORMAT = 2  # written only where there are several buckets; otherwise format 1
+FORMAT = 3  # written only where there are signals; 2 where there are several buckets; otherwise 1
 MAX_INDEX_BYTES = 256 << 20
 MAX_INDEX_VALUES = 1 << 22  # numbers, texts, lists and objects of its JSON: `[]` takes 3 bytes there, 80 in memory
 SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.tar")
@@ -39,6 +40,7 @@ MEMBER_BYTES = {
     "mp4": 2 << 30,
     "latent.safetensors": 16 << 30,
     "text.safetensors": 256 << 20,
+    "signals.safetensors": 256 << 20,
 }
 
 
@@ -106,7 +108,7 @@ class Index:
 
     temporal_factor: video frames per latent frame. has_text: width of the text embeddings, or None. classes: number of
     labels, or 0. skipped: number of sources without a clip. buckets: shapes of the clips where there is more than one;
-    the sizes are then those of the first.
+    the sizes are then those of the first. signals: of different names; a clip may lack any of them.
     """
 
     store: str
@@ -128,6 +130,7 @@ class Index:
     classes: int = 0
     format: int = 1
     buckets: tuple[Shape, ...] = ()
+    signals: tuple[Signal, ...] = ()
 
     @property
     def shards(self) -> list[ShardInfo]:
@@ -168,7 +171,9 @@ def write_index(folder: Path, index: Index) -> None:
     """
     fields = dataclasses.asdict(index)
     fields["statistics"] = index.statistics.to_json()
-    fields["format"] = 2 if index.buckets else 1
+    fields["format"] = 3 if index.signals else 2 if index.buckets else 1
+    if not index.signals:
+        del fields["signals"]
     if not index.buckets:
         del fields["buckets"]
         for shard in (shard for shards in fields["splits"].values() for shard in shards):
@@ -228,6 +233,10 @@ def parse_index(content: bytes, name: str) -> Index:
         fields["splits"] = {s: [ShardInfo(**x) for x in shards] for s, shards in fields["splits"].items()}
         fields["statistics"] = Statistics.from_json(fields["statistics"])
         fields["buckets"] = tuple(Shape(**shape) for shape in fields.get("buckets", ()))
+        fields["signals"] = tuple(
+            Signal(**{**signal, **{name: tuple(signal[name]) for name in ("columns", "mean", "std")}})
+            for signal in fields.get("signals", ())
+        )
         index = Index(**fields)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{name} is damaged ({str(error)[:200]}): run `msc convert` again") from None
@@ -272,6 +281,10 @@ def _value_problem(index: Index) -> str:
         return f"has_text is {index.has_text}, a width of text is from 1 to {most}"
     if index.skipped < 0:
         return f"skipped is {index.skipped}, it must not be negative"
+    if len({signal.name for signal in index.signals}) != len(index.signals) or len(index.signals) > MAX_SIGNALS:
+        return f"there are {len(index.signals)} signals, expected at most {MAX_SIGNALS} of different names"
+    if problem := next((problem for signal in index.signals if (problem := signal.problem)), ""):
+        return problem
     return index.statistics.problem(index.channels)
 
 

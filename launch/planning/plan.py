@@ -105,13 +105,14 @@ def make_plan(config: Config, index: Index, device: Device, gpus: int) -> Plan:
     layouts: tuple[ParallelLayout, ...] = ()
     if parallel.sp > 1:
         layouts = choose_layouts(model.scales, clip, parallel.sp, parallel.layout, rates)
-    kept = peak_activation_bytes(model, parallel, clip, config.train.micro, "none")
+    kept = peak_activation_bytes(model, replace(parallel, recompute="none"), clip, config.train.micro)
     count = cost.parameters(model)
     bf16 = parallel.precision != "fp32"
 
     # One micro-batch of the slowest rank, forward and backward, of which the forward pass is a third. Recomputation
     # computes the dear part of it, or only the cheap one, once more.
-    dear_factor, cheap_factor = {"none": (1.0, 1.0), "cheap": (1.0, 4 / 3), "full": (4 / 3, 4 / 3)}[parallel.recompute]
+    cheap = hardware.CHEAP if parallel.compile else 4 / 3
+    dear_factor, cheap_factor = {"none": (1.0, 1.0), "cheap": (1.0, cheap), "full": (4 / 3, 4 / 3)}[parallel.recompute]
     share = -(-units // parallel.sp) / units
     flops = config.train.micro * 3 * share * cost.linear_flops(model, index.frames, index.height, index.width)
     attention = 3.0 * cost.attention_flops(model, index.frames, index.height, index.width)
@@ -140,7 +141,7 @@ def make_plan(config: Config, index: Index, device: Device, gpus: int) -> Plan:
     # Gradients and weights over all ranks
     wide = gpus > device.node
     far = (device.network if wide else device.link) * hardware.LINKS
-    reduced, gathered = zero_bytes(count, parallel.zero.stage, gpus, bf16, accumulate, parallel.recompute)
+    reduced, gathered = zero_bytes(count, parallel.zero.stage, gpus, bf16, accumulate, parallel.block_recompute)
     reductions = accumulate if parallel.zero.stage >= 2 else 1
     backward = computing * (1 - 1 / (3 * cheap_factor))
     seconds["gradients"] = reductions * max(0.0, reduced / reductions / far - hardware.OVERLAP * backward)
@@ -166,7 +167,7 @@ def memory(config: Config, clip: ClipShape, count: int, gpus: int) -> dict[str, 
     bf16, stage = config.parallel.precision != "fp32", config.parallel.zero.stage
     parts = {name: float(size) for name, size in cost.state_parts(count, stage, gpus, bf16).items()}
     parallel, micro = config.parallel, config.train.micro
-    parts["activations"] = float(peak_activation_bytes(config.model, parallel, clip, micro, parallel.recompute))
+    parts["activations"] = float(peak_activation_bytes(config.model, parallel, clip, micro))
     bucket = min(config.parallel.zero.bucket, count) if gpus > 1 else 0
     parts["communication buffers"] = 2 * 4.0 * bucket
     if stage == 3:

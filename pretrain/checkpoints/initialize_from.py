@@ -26,7 +26,7 @@ from .directory import CheckpointMeta, latest
 from .format import ParameterReader
 
 FIXED = ("width", "depth", "heads", "hidden", "patch", "channels")
-OF_THE_DATA = ("latent_mean", "latent_std", "gate_constants")
+OF_THE_DATA = ("latent_mean", "latent_std", "gate_constants", "signals")
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,21 @@ class InitialWeights:
 
     def transferable(self, config: ModelConfig, shapes: Shapes) -> set[str]:
         """Names of the tensors that a new model with `shapes` takes: those of the same shape, but a head's gate offset
-        only if it has the same scale and gate."""
+        only if it has the same scale and gate, and signals' only if all signals are the same."""
 
         def gate(model: ModelConfig) -> Any:
             return model.gate, [(scale.heads, scale.space, scale.time) for scale in model.scales]
 
-        same_gate = gate(self.config) == gate(config)
+        def signals(model: ModelConfig) -> list[Any]:
+            return [(signal.name, signal.kind, signal.columns, signal.frames) for signal in model.signals]
+
+        same_gate, same_signals = gate(self.config) == gate(config), signals(self.config) == signals(config)
         return {
             name
             for name, shape in shapes.items()
-            if self.shapes.get(name) == shape and (same_gate or not name.endswith(".attention.delta"))
+            if self.shapes.get(name) == shape
+            and (same_gate or not name.endswith(".attention.delta"))
+            and (same_signals or not name.startswith("signals."))
         }
 
 

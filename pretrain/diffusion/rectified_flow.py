@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..noise_config import DiffusionConfig
 
-_LEVELS, _NOISE, _TEXT = 0, 1, 2  # streams of random numbers
+_LEVELS, _NOISE, _TEXT, _SIGNALS = 0, 1, 2, 3  # streams of random numbers
 
 
 def frame_shift(config: DiffusionConfig, height: int, width: int) -> float:
@@ -62,10 +62,10 @@ def frame_noise(seed: int, sample: int, epoch: int, frames: range, shape: Sequen
     return torch.from_numpy(np.stack(rows))
 
 
-def keep_condition(dropped: float, seed: int, clips: Sequence[tuple[int, int]]) -> Tensor:
-    """Which clips, named (sample, epoch), keep their text and label, so that the model also learns without: `[B]`."""
-    kept = [_generator(seed, sample, epoch, 0, _TEXT).random() >= dropped for sample, epoch in clips]
-    return torch.tensor(kept)
+def keep_condition(dropped: float, seed: int, clips: Sequence[tuple[int, int]], signal: int | None = None) -> Tensor:
+    """Which clips, named (sample, epoch), keep their text and label (or a signal, by its number): `[B]`."""
+    place = (0, _TEXT) if signal is None else (signal, _SIGNALS)
+    return torch.tensor([_generator(seed, *clip, *place).random() >= dropped for clip in clips])
 
 
 def add_noise(x_BTCHW: Tensor, noise_BTCHW: Tensor, t_BT: Tensor) -> Tensor:

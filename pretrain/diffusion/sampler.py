@@ -7,15 +7,16 @@ unit. The finished unit enters the cache clean (t = 0) or at a chosen noise leve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import get_args
 
 import torch
 from torch import Tensor
 
+from ..model.conditioning import Condition, concatenated, padded
 from ..model.past_context import Key, Placement
 from ..model.scales import Scale
 from ..model.transformer import MSCTransformer
@@ -86,112 +87,204 @@ def _newest(stored: Tensor | None, x_BU: Tensor, kept: int | None) -> Tensor:
 
 @torch.no_grad()
 def extend_cache(
-    model: MSCTransformer,
-    cache: Cache,
-    x_BTCHW: Tensor,
-    text: Tensor | None = None,
-    labels: Tensor | None = None,
-    level: float = 0.0,
+    model: MSCTransformer, cache: Cache, x_BTCHW: Tensor, condition: Condition | None = None, level: float = 0.0
 ) -> None:
     """Append frames (whole units) that hold noise of this level to the cache."""
     with cache.writing_units(x_BTCHW.shape[1] // model.config.frames_per_unit):
-        model(x_BTCHW, x_BTCHW.new_full(x_BTCHW.shape[:2], level), text, labels, cache)
+        model(x_BTCHW, x_BTCHW.new_full(x_BTCHW.shape[:2], level), condition, cache)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How units are generated.
+
+    steps: denoising steps; a single one gives the mean of all continuations. seed: of the noise.
+    shift: of the noise levels (`rectified_flow.sampling_levels`).
+    context_level: noise level of the past in the cache: a little of it hides errors of generation from later units.
+    solver: from t = 1 to 0, "euler" or "heun" (second order; 2 · steps - 1 passes, as the last step is Euler's: the
+        network learns nothing at t = 0; Karras et al. 2022, algorithm 1).
+    guidance: scale w of classifier-free guidance (Ho and Salimans 2022), `v = v(without) + w (v(with) - v(without))`,
+        for text and class together; signal_guidance: that of signals, by name. Several add up their changes. Each that
+        is not 1 adds the batch once more, and its cache: every condition has a past of its own.
+    """
+
+    steps: int = 16
+    seed: int = 0
+    shift: float = 1.0
+    context_level: float = 0.0
+    solver: Solver = "euler"
+    guidance: float = 1.0
+    signal_guidance: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}; it must be at least 1")
+        if not 0 <= self.seed < 1 << 64:
+            raise ValueError(f"seed is {self.seed}; it must be an integer from 0 to 2^64 - 1")
+        if not 0 <= self.context_level < 1:
+            raise ValueError(f"context_level is {self.context_level}; it must lie in [0, 1)")
+        if self.solver not in get_args(Solver):
+            raise ValueError(f"solver is {self.solver!r}; choose one of {', '.join(get_args(Solver))}")
+        for name, scale in {"guidance": self.guidance, **self.signal_guidance}.items():
+            if not 0 <= scale < float("inf"):
+                raise ValueError(f"{name} is {scale}; it must be a finite number, at least 0 (1: no guidance)")
+
+    @property
+    def guided(self) -> dict[str, float]:
+        """Scales other than 1: of text and class (""), and of signals by name."""
+        scales = {"": self.guidance, **self.signal_guidance}
+        return {name: scale for name, scale in scales.items() if scale != 1}
+
+
+Forward = Callable[[Tensor, Tensor], Tensor]  # of x and t
+
+
+def at_level(forward: Forward) -> Callable[[Tensor, float], Tensor]:
+    """The same for one noise level of all frames."""
+    return lambda x_BFCHW, t: forward(x_BFCHW, x_BFCHW.new_full(x_BFCHW.shape[:2], t))
+
+
+class RepeatedPass:
+    """A forward pass that is repeated with other values of x and t: from the second time on, a CUDA graph.
+
+    A unit is so little work that a CPU launches its kernels (250 a layer) more slowly than a GPU computes them.
+    previous: the last unit's, whose memory is used again.
+    """
+
+    def __init__(self, forward: Forward, previous: RepeatedPass | None):
+        self._forward, self._previous, self._passes = forward, previous, 0
+        self._graph = torch.cuda.CUDAGraph()
+
+    def __call__(self, x_BFCHW: Tensor, t: float) -> Tensor:
+        self._passes += 1
+        if self._passes == 1:  # compiles kernels, and makes what a capture cannot: copies from the CPU
+            return at_level(self._forward)(x_BFCHW, t)
+        if self._passes == 2:
+            self._x, self._t = x_BFCHW.clone(), x_BFCHW.new_empty(x_BFCHW.shape[:2])
+            here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+            aside.wait_stream(here)
+            with torch.cuda.stream(aside):  # not torch.cuda.graph: it would empty torch's cache of memory for each unit
+                self._graph.capture_begin(None if self._previous is None else self._previous._graph.pool())
+                self._velocity = self._forward(self._x, self._t)
+                self._graph.capture_end()
+            here.wait_stream(aside)
+            self._previous = None
+        self._x.copy_(x_BFCHW)
+        self._t.fill_(t)
+        self._graph.replay()
+        return self._velocity.clone()
+
+
+class RollOut:
+    """Videos that grow unit by unit, each unit under a condition of its own: what an interactive player drives.
+
+    `generate` makes the next unit and leaves the past as it is; `append` adds a unit to the past, generated or known.
+    Memory is that of `cost.cache_bytes`, however many units there are.
+    """
+
+    def __init__(
+        self,
+        model: MSCTransformer,
+        like_BTCHW: Tensor,
+        sampling: Sampling,
+        rows: Sequence[int] | None = None,
+        cache: Cache | None = None,
+    ) -> None:
+        """like: its size (but for T), type and device. rows: number of every video, by default 0, 1, ...; its noise
+        depends on (seed, its number, frame) alone. cache: go on with the past of another roll-out of the same rows."""
+        self.model, self.sampling, self.cache = model, sampling, Cache() if cache is None else cache
+        self._pass: RepeatedPass | None = None
+        self._like, self._rows = like_BTCHW[:, :0], range(len(like_BTCHW)) if rows is None else rows
+        if len(self._rows) != len(like_BTCHW):
+            raise ValueError(f"{len(self._rows)} rows are numbered, the context has {len(like_BTCHW)}")
+
+    @torch.no_grad()
+    def append(self, x_BFCHW: Tensor, condition: Condition) -> None:
+        level = self.sampling.context_level
+        x = (1 - level) * x_BFCHW + level * self._noise(_CONTEXT) if level else x_BFCHW
+        copies = 1 + len(self.sampling.guided)
+        extend_cache(self.model, self.cache, torch.cat([x] * copies), self._copies(condition), level)
+
+    @torch.no_grad()
+    def generate(self, condition: Condition) -> Tensor:
+        """The next unit `[B, F, C, H, W]`."""
+        copies = self._copies(condition)
+
+        def forward(x: Tensor, t_BF: Tensor) -> Tensor:
+            x, t_BF = (torch.cat([y] * (1 + len(self.sampling.guided))) for y in (x, t_BF))
+            given, *without = self.model(x, t_BF, copies, self.cache).split(len(self._like))
+            changes = [
+                (scale - 1) * (given - v) for v, scale in zip(without, self.sampling.guided.values(), strict=True)
+            ]
+            return sum(changes, given)
+
+        velocity = at_level(forward)
+        if self._like.is_cuda and self.sampling.steps > 1:
+            velocity = self._pass = RepeatedPass(forward, self._pass)
+        x = self._noise(_START)
+        for t, lower in pairwise(sampling_levels(self.sampling.steps, self.sampling.shift)):
+            v = velocity(x, t)
+            if self.sampling.solver == "heun" and lower > 0:
+                v = (v + velocity(x + (lower - t) * v, lower)) / 2
+            x = x + (lower - t) * v
+        return x
+
+    def _copies(self, condition: Condition) -> Condition:
+        """The condition, and it without what each guidance is for: of a batch so many times larger."""
+        classes = self.model.config.classes
+        without = [
+            condition.without_signal(name) if name else condition.without_text(classes) for name in self.sampling.guided
+        ]
+        return concatenated([condition, *without])
+
+    def _noise(self, purpose: int) -> Tensor:
+        per_unit, seed = self.model.config.frames_per_unit, self.sampling.seed
+        frames = range(self.cache.first * per_unit, (self.cache.first + 1) * per_unit)
+        shape = self._like.shape[2:]
+        return torch.stack([frame_noise(seed, row, purpose, frames, shape) for row in self._rows]).to(self._like)
 
 
 def generate(
     model: MSCTransformer,
     context_BTCHW: Tensor,
     units: int,
-    steps: int = 16,
-    seed: int = 0,
-    shift: float = 1.0,
-    text: Tensor | None = None,
-    labels: Tensor | None = None,
-    context_level: float = 0.0,
+    sampling: Sampling | None = None,
+    condition: Condition | None = None,
     *,
-    solver: Solver = "euler",
-    guidance: float = 1.0,
     rows: Sequence[int] | None = None,
     cache: Cache | None = None,
 ) -> Iterator[Tensor]:
     """Yield `units` new units `[B, F, C, H, W]` that continue normalised latents, one after another.
 
-    The context may hold no frames (T = 0). A single step gives the mean of all continuations. Memory is that of
-    `cost.cache_bytes`, however many units were yielded before.
-
-    context_level: noise level of the past in the cache: a little of it hides errors of generation from later units.
-    solver: from t = 1 to 0, "euler" or "heun" (second order; 2 · steps - 1 passes, as the last step is Euler's: the
-        network learns nothing at t = 0; Karras et al. 2022, algorithm 1).
-    guidance: scale w of classifier-free guidance (Ho and Salimans 2022), `v = v(none) + w (v(condition) - v(none))`,
-        for text and labels together. Other than 1 it doubles batch and cache: each condition has a past of its own.
-    rows: number of every row, by default 0, 1, ...; its noise depends on (seed, its number, frame) alone.
-    cache: continue from this one, which another call with the same rows and conditions has filled. Once the iterator
-        has ended it holds everything up to the last unit.
-    Raises ValueError at once where the arguments do not fit each other or the model.
+    The context may hold no frames (T = 0). condition: its signals are those of the context's frames and the new ones;
+    beyond their end they are unknown. rows, cache: see `RollOut`; once the iterator has ended, the cache holds
+    everything up to the last unit. Raises ValueError at once where the arguments do not fit each other or the model.
     """
-    batch, frames = context_BTCHW.shape[:2]
-    per_unit, shape = model.config.frames_per_unit, context_BTCHW.shape[2:]
-    rows = range(batch) if rows is None else rows
+    sampling, condition = sampling or Sampling(), condition or Condition()
+    frames, per_unit = context_BTCHW.shape[1], model.config.frames_per_unit
     if frames % per_unit:
         raise ValueError(f"the context of {frames} latent frames does not divide into units of {per_unit}")
-    if len(rows) != batch:
-        raise ValueError(f"{len(rows)} rows are numbered, the context has {batch}")
-    check_sampling(steps, seed, context_level, solver, guidance)
-    if guidance != 1 and text is None and labels is None:
-        raise ValueError(f"guidance is {guidance:g}, but there is neither text nor a label to guide by")
-    cache = Cache() if cache is None else cache
-    levels = sampling_levels(steps, shift)
-    copies = 1 if guidance == 1 else 2
-    if copies == 2:  # the second half of the batch has no condition, through all of its past
-        text = None if text is None else torch.cat((text, torch.zeros_like(text)))
-        labels = None if labels is None else torch.cat((labels, torch.full_like(labels, model.config.classes)))
+    for name in sampling.guided:
+        if not name and condition.text is None and condition.labels is None:
+            raise ValueError(f"guidance is {sampling.guidance:g}, but there is neither text nor a label to guide by")
+        if name and name not in condition.signals:
+            raise ValueError(f"there is a guidance of {name!r}, but no such signal to guide by")
+    roll_out = RollOut(model, context_BTCHW, sampling, rows, cache)
 
-    def noise(purpose: int) -> Tensor:
-        own = range(cache.first * per_unit, (cache.first + 1) * per_unit)
-        return torch.stack([frame_noise(seed, row, purpose, own, shape) for row in rows]).to(context_BTCHW)
+    def of_unit(number: int) -> Condition:
+        return padded(condition.of_frames(slice(number * per_unit, (number + 1) * per_unit)), per_unit)
 
-    def velocity(x: Tensor, level: float) -> Tensor:
-        x = torch.cat([x] * copies)
-        v = model(x, x.new_full(x.shape[:2], level), text, labels, cache)
-        if copies == 1:
-            return v
-        conditional, unconditional = v.chunk(2)
-        return unconditional + guidance * (conditional - unconditional)
-
-    def append(x: Tensor) -> None:
-        x = (1 - context_level) * x + context_level * noise(_CONTEXT) if context_level else x
-        extend_cache(model, cache, torch.cat([x] * copies), text, labels, context_level)
-
-    @torch.no_grad()
-    def roll_out() -> Iterator[Tensor]:
+    def new_units() -> Iterator[Tensor]:
         # unit by unit, in bounded memory, and so that the cache is the same to the bit however long the context
-        for unit in context_BTCHW.split(per_unit, 1) if frames else ():
-            append(unit)
-        for _ in range(units):
-            x = noise(_START)
-            for level, lower in pairwise(levels):
-                v = velocity(x, level)
-                if solver == "heun" and lower > 0:
-                    v = (v + velocity(x + (lower - level) * v, lower)) / 2
-                x = x + (lower - level) * v
+        known = context_BTCHW.split(per_unit, 1) if frames else ()
+        for number, unit in enumerate(known):
+            roll_out.append(unit, of_unit(number))
+        for number in range(len(known), len(known) + units):
+            x = roll_out.generate(of_unit(number))
             yield x
-            append(x)
+            roll_out.append(x, of_unit(number))
 
-    return roll_out()
-
-
-def check_sampling(steps: int, seed: int, context_level: float, solver: str, guidance: float) -> None:
-    """ValueError for settings that are invalid for every model."""
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; it must be at least 1")
-    if not 0 <= seed < 1 << 64:
-        raise ValueError(f"seed is {seed}; it must be an integer from 0 to 2^64 - 1")
-    if not 0 <= context_level < 1:
-        raise ValueError(f"context_level is {context_level}; it must lie in [0, 1)")
-    if solver not in get_args(Solver):
-        raise ValueError(f"solver is {solver!r}; choose one of {', '.join(get_args(Solver))}")
-    if not 0 <= guidance < float("inf"):
-        raise ValueError(f"guidance is {guidance}; it must be a finite number, at least 0 (1: no guidance)")
+    return new_units()
 
 
 def limit_context(model: MSCTransformer, units: int) -> MSCTransformer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from msc.datasets.files import write_atomically
 from msc.datasets.loading.held_out import held_out_batches, held_out_counts
 from msc.datasets.loading.mixture import Shards, open_shards
 
+from .. import cost
 from ..batch_inputs import BatchInputs, InputBuilder, NoiseSource
 from ..diffusion.loss import Loss
 from ..diffusion.rectified_flow import DiffusionConfig
@@ -30,7 +32,8 @@ from .frechet import check_enough, frechet, open_features
 from .held_out_loss import BIN_NAMES, BINS, HELD_OUT_SEED, by_context, by_noise, by_position
 from .rollouts import Rollouts, Rows, continuations
 
-BATCH = 4  # clips
+LEAST_CLIPS, MOST_CLIPS = 4, 64  # of a batch
+VALUES = 1 << 25  # tokens x width of a batch
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ TABLES = {
     "loss_by_noise": TableKind("held-out loss by noise level", "noise level t", "squared velocity error", 4),
     "loss_by_position": TableKind("held-out loss by position", "latent frame", "squared velocity error", 4),
     "loss_by_context": TableKind(
-        "last unit, clean past: loss, and what hiding the past adds", "noise level t", "loss", 4
+        "last unit, clean past: loss, and what hiding the past or exchanging a signal adds", "noise level t", "loss", 4
     ),
     "psnr_by_horizon": TableKind("continuations: PSNR", "frames ahead", "dB", 2),
     "ssim_by_horizon": TableKind("continuations: SSIM", "frames ahead", "1: identical", 3),
@@ -122,7 +125,6 @@ def input_builders(trained: TrainedModel, diffusion: DiffusionConfig, shards: Sh
                 trained.config.model.frames_per_unit,
                 units=range(shape.frames // trained.config.model.frames_per_unit),
             ),
-            text_dropout=0.0,
             device=trained.device,
         )
         for shape in shards.shapes
@@ -144,13 +146,13 @@ def measure_clips(
     builders = {prefix: input_builders(trained, diffusion, shards) for prefix, trained in models.items()}
     batches: list[Rows] = []
     clips = 0
-    loaded = (batch for batch, _ in held_out_batches(shards, sum(counts), BATCH))
+    loaded = (batch for batch, _ in held_out_batches(shards, sum(counts), clips_at_once(models[""], shards)))
     try:
         for batch in progress(loaded, sum(counts), "evaluate", "clip", lambda batch: len(batch.samples)):
             rows: Rows = {}
             for prefix, trained in models.items():
-                inputs, seed = builders[prefix][batch.bucket](batch), HELD_OUT_SEED + batch.samples[0]
-                measured = measure(trained, inputs, seed, rollouts if batch.bucket == continued else None)
+                inputs = builders[prefix][batch.bucket](batch)
+                measured = measure(trained, inputs, batch.samples, rollouts if batch.bucket == continued else None)
                 rows |= {(table, prefix + row): ratios for (table, row), ratios in measured.items()
                          if not (prefix and row in BASELINES)}  # fmt: skip
             if not batches and ("features", "truth") in rows:
@@ -164,10 +166,17 @@ def measure_clips(
     return batches, clips, False
 
 
-def measure(trained: TrainedModel, inputs: BatchInputs, seed: int, rollouts: Rollouts | None) -> Rows:
+def clips_at_once(trained: TrainedModel, shards: Shards) -> int:
+    """As many as VALUES activations allow: a roll-out of few takes as long as one of many."""
+    model = trained.config.model
+    tokens = max(shape.frames * cost.tokens_per_frame(model, shape.height, shape.width) for shape in shards.shapes)
+    return min(max(LEAST_CLIPS, VALUES // (tokens * model.width)), MOST_CLIPS)
+
+
+def measure(trained: TrainedModel, inputs: BatchInputs, clips: Sequence[int], rollouts: Rollouts | None) -> Rows:
     """All rows of one model for a batch; without roll-outs their tables are left out."""
     with torch.no_grad():
-        velocity = trained.model(inputs.noisy, inputs.t, inputs.text, inputs.labels)
+        velocity = trained.model(inputs.noisy, inputs.t, inputs.condition)
     velocities = {
         "model": velocity,
         "untrained": precondition(inputs.noisy, inputs.t, torch.zeros_like(inputs.x)),
@@ -180,7 +189,7 @@ def measure(trained: TrainedModel, inputs: BatchInputs, seed: int, rollouts: Rol
         rows["loss_by_position", name] = by_position(errors, inputs)
     if half_of_clip(inputs.x.shape[1], trained.config.model.frames_per_unit)[1]:  # a clip of one unit has no past
         rows |= {("loss_by_context", name): ratios for name, ratios in by_context(trained.model, inputs).items()}
-        rows |= continuations(trained, inputs, seed, rollouts) if rollouts else {}
+        rows |= continuations(trained, inputs, clips, rollouts) if rollouts else {}
     return rows
 
 

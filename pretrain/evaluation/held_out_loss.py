@@ -16,6 +16,7 @@ from ..config import Config
 from ..diffusion.loss import Loss
 from ..diffusion.rectified_flow import add_noise
 from ..diffusion.sampler import Cache, extend_cache, with_scales
+from ..model.conditioning import Condition
 from ..model.transformer import MSCTransformer
 from .confidence import ClipRatios, with_total
 
@@ -77,7 +78,8 @@ def held_out_losses(
     """Held-out loss of a model that may be sharded over ranks; the same noise at every call. builders: of every bucket;
     ranks, rank: of the data-parallel group."""
     builders = [
-        replace(builder, noise=replace(builder.noise, seed=HELD_OUT_SEED), text_dropout=0.0) for builder in builders
+        replace(builder, noise=replace(builder.noise, seed=HELD_OUT_SEED), text_dropout=0.0, signal_dropout=0.0)
+        for builder in builders
     ]
     frames = [(builder.frames.start, builder.frames.stop) for builder in builders]
     losses = LossByNoise.zeros(builders[0].device)
@@ -85,7 +87,7 @@ def held_out_losses(
     for batch, count in held_out_batches(shards, config.train.held_out, config.train.micro, ranks, rank, frames):
         builder = builders[batch.bucket]
         inputs = builder(batch)
-        velocity = model(inputs.noisy, inputs.t, inputs.text, inputs.labels, builder.past_context, inputs.all_t)
+        velocity = model(inputs.noisy, inputs.t, inputs.condition, builder.past_context, inputs.all_t)
         counted = inputs.supervised & (torch.arange(len(inputs.t), device=inputs.t.device) < count)[:, None]
         losses.add(Loss().per_frame(velocity, inputs.x, inputs.noise), inputs.t, counted)
     model.train()
@@ -110,17 +112,18 @@ def by_position(errors_BT: Tensor, inputs: BatchInputs) -> ClipRatios:
 @torch.no_grad()
 def by_context(model: MSCTransformer, inputs: BatchInputs) -> dict[str, ClipRatios]:
     """Loss of the clips' last unit at the middle of every noise bin, after a clean past; and the increase where all of
-    the past is hidden, or that of one scale."""
+    the past is hidden, or that of one scale, or where that unit has the signals of another clip of the batch."""
     per_unit = model.config.frames_per_unit
     past, last, noise = inputs.x[:, :-per_unit], inputs.x[:, -per_unit:], inputs.noise[:, -per_unit:]
+    own = inputs.condition.of_frames(slice(-per_unit, None))
     cache = Cache()
-    extend_cache(model, cache, past, inputs.text, inputs.labels)
+    extend_cache(model, cache, past, inputs.condition.of_frames(slice(-per_unit)))
 
-    def losses(model: MSCTransformer) -> Tensor:
+    def losses(model: MSCTransformer, condition: Condition = own) -> Tensor:
         by_bin = []
         for i in range(BINS):
             t = inputs.t.new_full(last.shape[:2], (i + 0.5) / BINS)
-            velocity = model(add_noise(last, noise, t), t, inputs.text, inputs.labels, cache)
+            velocity = model(add_noise(last, noise, t), t, condition, cache)
             by_bin.append(Loss().per_frame(velocity, last, noise).mean(1))
         return torch.stack(by_bin, 1)
 
@@ -130,6 +133,10 @@ def by_context(model: MSCTransformer, inputs: BatchInputs) -> dict[str, ClipRati
         hidden |= {f"without scale {i + 1} (space {s.space}, time {s.time})": {i} for i, s in enumerate(scales)}
     full = losses(model)
     increase = {name: losses(hide_past(model, which)) - full for name, which in hidden.items()}
+    if len(last) > 1:  # how much the model listens
+        for name, value in own.signals.items():
+            shuffled = replace(own, signals={**own.signals, name: value.roll(1, 0)})
+            increase[f"with {name} of another clip"] = losses(model, shuffled) - full
     return {name: with_total(values) for name, values in {"with all of the past": full, **increase}.items()}
 
 

@@ -8,6 +8,7 @@ These are the two ways to load a pipeline from outside diffusers. Sampling is in
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from ..diffusion.autoencoder import open_autoencoder, to_float
 from ..diffusion.rectified_flow import DiffusionConfig, frame_shift
-from ..diffusion.sampler import generate
+from ..diffusion.sampler import Sampling, generate
+from ..model.conditioning import Condition
 from ..model.config import check_clip
 from ..model.exported_weights import read_export_config
 from ..model.transformer import MSCTransformer
@@ -88,6 +90,7 @@ class MSCPipeline(DiffusionPipeline):
         size: tuple[int, int] | None = None,
         text: Tensor | None = None,
         labels: Tensor | None = None,
+        signals: Mapping[str, Tensor] | None = None,
         num_inference_steps: int = 16,
         seed: int = 0,
         output_type: Literal["np", "pt", "latent"] = "np",
@@ -97,7 +100,8 @@ class MSCPipeline(DiffusionPipeline):
 
         video: `[B, T, 3, H, W]`, uint8 or float in [-1, 1], at the fps the model was trained at; as many frames as make
         whole units. size: height and width in pixels (default: the training clips'). text: embeddings `[B, L, E]`;
-        labels: `[B]`. sampling: further settings of `sampler.generate`. ValueError where something does not fit.
+        labels: `[B]`. signals: by name, `[B, T, width]` for the context's frames and the new ones, as in the shards.
+        sampling: further settings of `sampler.Sampling`. ValueError where something does not fit.
         """
         model, space = self.transformer, self.config["data"]
         device, dtype = self.device, torch.float32  # frames stay in fp32 where weights are not
@@ -111,8 +115,9 @@ class MSCPipeline(DiffusionPipeline):
             context = torch.zeros(batch, 0, model.config.channels, height // factor, width // factor, device=device)
         check_clip(model.config, *(context.shape[i] for i in (1, 3, 4)))
         shift = frame_shift(DiffusionConfig(**self.config["diffusion"]), *context.shape[-2:])
-        text, labels = (None if value is None else value.to(device) for value in (text, labels))
-        new = generate(model, context, units, num_inference_steps, seed, shift, text, labels, **sampling)
+        condition = Condition(text, labels, model.normalise_signals(signals or {})).to(device)
+        how = Sampling(num_inference_steps, seed, shift, **sampling)
+        new = generate(model, context, units, how, condition)
         x = torch.cat([context, *self.progress_bar(new, total=None)], 1)
         if output_type == "latent":
             return VideoOutput(x)

@@ -12,10 +12,10 @@ from torch import nn
 from msc.datasets.loading.held_out import held_out_clip
 from msc.datasets.loading.mixture import Shards
 
-from ..batch_inputs import InputBuilder, latents_of
+from ..batch_inputs import InputBuilder, condition_of, latents_of
 from ..config import Config
 from ..diffusion.autoencoder import to_uint8
-from ..diffusion.sampler import generate
+from ..diffusion.sampler import Sampling, generate
 from ..model.transformer import MSCTransformer
 from .contact_sheet import write_contact_sheet
 from .video_io import upscaled, write_mp4
@@ -48,9 +48,9 @@ def write_preview(
     assert isinstance(model, MSCTransformer)
     x = model.normalise(latents_of(batch, builder.autoencoder, builder.device))
     context, units = half_of_clip(x.shape[1], config.model.frames_per_unit)
-    text, labels = (None if v is None else v.to(builder.device) for v in (batch.text, batch.labels))
+    condition = condition_of(batch, model).to(builder.device)
     model.eval()
-    new = list(generate(model, x[:, :context], units, steps=8, shift=builder.noise.shift, text=text, labels=labels))
+    new = list(generate(model, x[:, :context], units, Sampling(steps=8, shift=builder.noise.shift), condition))
     model.train()
     if rank != clip or not new:
         return []

@@ -10,7 +10,7 @@ import glob
 import logging
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import TypeVar
@@ -24,18 +24,20 @@ from msc.datasets.loading.held_out import held_out_clip
 from msc.datasets.loading.mixture import open_shards
 from msc.datasets.video import decode_frames, frame_indices, probe
 
-from ..batch_inputs import latents_of
+from ..batch_inputs import condition_of, latents_of
 from ..config import Config
 from ..diffusion.autoencoder import decode_stream, to_uint8
 from ..diffusion.rectified_flow import frame_shift
-from ..diffusion.sampler import check_sampling, generate, limit_context
+from ..diffusion.sampler import Sampling, generate, limit_context
 from ..diffusion.text_encoder import open_text_encoder
+from ..model.conditioning import Condition
 from ..requests import SampleConfig
 from ..run_folder import RunFolder
 from ..tracking.tracker import Tracker
 from .contact_sheet import MAX_COLUMNS, write_contact_sheet
 from .load import TrainedModel, open_run, read_run
 from .progress import progress
+from .signal_options import read_guidance, read_signals
 from .video_io import partial_name, stream_mp4
 
 log = logging.getLogger(__name__)
@@ -55,27 +57,35 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Context:
-    """Latents `[T', C, h, w]` as encoded, of which the first `frames` are the context; text and class of the clip."""
+    """Latents `[T', C, h, w]` as encoded, of which the first `frames` are the context; the condition of the clip."""
 
     name: str
     encoded: Tensor
     frames: int
-    text: Tensor | None = None
-    labels: Tensor | None = None
+    condition: Condition = field(default_factory=Condition)
 
 
 def sample(run: Path, request: SampleConfig) -> str:
     """Generate videos with a run's model, in mp4 files and a contact sheet; returns what was written."""
     config, space = read_run(run)
-    check_sampling(request.steps, request.seed, request.context_level, request.solver, request.guidance)
+    sampling = Sampling(
+        request.steps, request.seed, 1.0, request.context_level, request.solver, request.guidance,
+        read_guidance(config.model, request.signal_guidance),
+    )  # fmt: skip
+    steering = read_signals(config.model, request.signal, request.units)
     conditions = read_conditions(config, request)
     trained = open_run(run, request.weights)
     autoencoder, per_unit = trained.autoencoder, config.model.frames_per_unit
     context = read_context(trained, request)
     model = trained.model if request.reach is None else limit_context(trained.model, request.reach)
-    units = request.units or max(1, (space.frames - context.frames) // per_unit)
+    steered = max(map(len, steering.values()), default=0) // per_unit
+    units = request.units or steered or max(1, (space.frames - context.frames) // per_unit)
     latents = model.normalise(context.encoded[: context.frames])[None]
-    shift = frame_shift(config.diffusion, *latents.shape[-2:])
+    sampling = replace(sampling, shift=frame_shift(config.diffusion, *latents.shape[-2:]))
+    signals = dict(context.condition.signals)
+    for name, value in model.normalise_signals(steering).items():
+        known = signals.get(name, value.new_full((1, context.frames, value.shape[1]), torch.nan))
+        signals[name] = torch.cat((known[:, : context.frames], value[None]), 1)
     shown = autoencoder.video_frames(context.frames) if context.frames else 0
     length = autoencoder.video_frames(context.frames + units * per_unit)
     every = -(-length // MAX_COLUMNS)
@@ -97,12 +107,12 @@ def sample(run: Path, request: SampleConfig) -> str:
             batch = slice(rows.start, rows.stop)
             texts, classes = conditions.texts[batch], conditions.labels[batch]
             context_BTCHW = latents.expand(len(rows), -1, -1, -1, -1)
-            new = generate(
-                model, context_BTCHW, units, request.steps, request.seed, shift,
-                to_rows(pad_sequence(texts, batch_first=True) if texts else None, context.text),
-                to_rows(torch.tensor(classes) if classes else None, context.labels), request.context_level,
-                solver=request.solver, guidance=request.guidance, rows=rows,
-            )  # fmt: skip
+            condition = Condition(
+                to_rows(pad_sequence(texts, batch_first=True) if texts else None, context.condition.text),
+                to_rows(torch.tensor(classes) if classes else None, context.condition.labels),
+                {name: value.expand(len(rows), -1, -1).to(trained.device) for name, value in signals.items()},
+            )
+            new = generate(model, context_BTCHW, units, sampling, condition, rows=rows)
             name = "sample" if videos == 1 else f"sample {rows[0] + 1}-{rows[-1] + 1} of {videos}"
             parts = chain([context_BTCHW] if context.frames else [], progress(new, units, name, "unit"))
             pixels = decode_stream(autoencoder, (model.denormalise(x).cpu() for x in parts))
@@ -197,7 +207,7 @@ def read_context(trained: TrainedModel, request: SampleConfig) -> Context:
             f"a context of {units} units needs {units * per_unit} latent frames; "
             f"{source} has {len(encoded)} at {space.fps:g} frames/s: lower --context"
         )
-    return Context(name, encoded, units * per_unit, batch.text, batch.labels)
+    return Context(name, encoded, units * per_unit, condition_of(batch, model))
 
 
 def read_video(trained: TrainedModel, video: Path, frames: int) -> Batch:

@@ -27,6 +27,14 @@ def allow_many_shapes() -> None:
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, VARIANTS)
 
 
+def limit_kept_activations(share: float) -> None:
+    """Of what compiled blocks would keep for the backward pass, let torch keep this share and compute the rest again,
+    what costs least first. Acts on what is compiled from now on. What is sent between ranks is never sent again."""
+    import torch._functorch.config as config
+
+    config.activation_memory_budget = share
+
+
 def graph_breaks() -> str:
     """Reasons of the graph breaks so far, and how often each; not those by design (ring and flash-attn are not
     compiled)."""

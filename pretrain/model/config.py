@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, get_args
 
+from .conditioning import SignalConfig
 from .noise_gate import Gate, GateConstants, without_correlations
 from .output import Prediction
 from .scales import Scale, check_scales
 
+MAX_SIGNALS = 16
 LARGEST = 1 << 20  # of any size: far beyond models that can be trained, and small enough for a clear error
 
 
@@ -22,8 +24,8 @@ class ModelConfig:
     prediction: what the output layer gives (output.py).
     gate: "logits" adds the noise gate to the logits of past keys, "none" leaves it out (noise_gate.py).
     classes: number of class labels (0: none). text_width: width of text embeddings (0: none).
-    The last four are taken from the shards when training starts and travel with the weights: latent
-    channels, their mean and standard deviation, and the gate's constants per scale.
+    The last five are taken from the shards when training starts and travel with the weights: latent channels, their
+    mean and standard deviation, the gate's constants per scale, and the per-frame signals.
     """
 
     width: int = 128
@@ -41,6 +43,7 @@ class ModelConfig:
     latent_mean: tuple[float, ...] = ()
     latent_std: tuple[float, ...] = ()
     gate_constants: tuple[GateConstants, ...] = ()
+    signals: tuple[SignalConfig, ...] = ()
 
     def __post_init__(self):
         if not self.scales:
@@ -70,6 +73,9 @@ class ModelConfig:
                 raise ValueError(f"model.{name} holds a number that is not finite: {values}")
         if any(std <= 0 for std in self.latent_std):
             raise ValueError(f"model.latent_std is {self.latent_std}; all must be positive")
+        if len({signal.name for signal in self.signals}) < len(self.signals) or len(self.signals) > MAX_SIGNALS:
+            names = ", ".join(signal.name for signal in self.signals)[:200]
+            raise ValueError(f"model.signals are {names}; their names must differ, and there may be {MAX_SIGNALS}")
         if self.prediction not in get_args(Prediction):
             raise ValueError(
                 f"model.prediction is {self.prediction!r}; it must be one of {', '.join(get_args(Prediction))}"

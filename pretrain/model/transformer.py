@@ -8,7 +8,7 @@ safetensors to load an exported folder; nothing else.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..kernels.dispatch import Kernel
 from .attention_inputs import AttentionInputs
+from .conditioning import Condition, SignalEmbedding
 from .config import ModelConfig
 from .exported_weights import ExportedWeights, open_exported
 from .layers import Block, NoiseEmbedding
@@ -64,6 +65,9 @@ class MSCTransformer(nn.Module):
         if config.classes:  # its own first weights would import the compiler where the device is "meta"
             table = torch.empty(config.classes + 1, width)
             self.label = new("label", nn.Embedding.from_pretrained(table, freeze=False))
+        self.signals = nn.ModuleList()
+        for number, signal in enumerate(config.signals):
+            self.signals.append(new(f"signals.{number}", SignalEmbedding(signal, width)))
         self.text = new("text", nn.Linear(config.text_width, width)) if config.text_width else None
         self.blocks = nn.ModuleList()
         for layer in range(config.depth):
@@ -76,28 +80,26 @@ class MSCTransformer(nn.Module):
         self,
         x_BTCHW: Tensor,
         t_BT: Tensor,
-        text_BLE: Tensor | None = None,
-        labels_B: Tensor | None = None,
+        condition: Condition | None = None,
         past_context: PastContext | None = None,
         all_t_BT: Tensor | None = None,
     ) -> Tensor:
         """Velocity `ε - x` of every frame, `[B, T, C, H, W]` in the type of x.
 
-        x: noisy normalised latents of the own frames; t: their noise levels in [0, 1]; text: embeddings
-        (zeros where dropped or padded); labels: class numbers, `classes` meaning none; past_context: where the frames
-        lie in their video and where to get the past from (default: the whole video is here); all_t: noise levels of
-        all frames of the video, if they are known (default: the past_context brings what is needed).
+        x: noisy normalised latents of the own frames; t: their noise levels in [0, 1]; condition: text, classes and
+        signals of these frames (default: all unknown); past_context: where the frames lie in their video and where to
+        get the past from (default: the whole video is here); all_t: noise levels of all frames of the video, if they
+        are known (default: the past_context brings what is needed).
         """
         config, past_context = self.config, past_context or WholeVideo()
+        condition = condition or Condition()
         kind = self.embed.weight.dtype
         tokens = self.embed(patchify(x_BTCHW, config.patch).to(kind))
         inputs = self.attention_inputs.prepare(t_BT, (tokens.shape[2], tokens.shape[3]), past_context, all_t_BT)
-        embedding = self.noise(t_BT)
-        if self.label is not None:
-            none = torch.full((x_BTCHW.shape[0],), config.classes, device=x_BTCHW.device)
-            embedding = embedding + self.label(none if labels_B is None else labels_B)[:, None]
+        embedding = self._frame_embedding(t_BT, condition)
         text = None
         if self.text is not None:
+            text_BLE = condition.text
             if text_BLE is None:
                 text_BLE = x_BTCHW.new_zeros(x_BTCHW.shape[0], 1, config.text_width)
             # Clips' texts differ in length and are padded with zeros. A dropped text is a single zero token,
@@ -118,6 +120,19 @@ class MSCTransformer(nn.Module):
         output = self.final(self.final_norm(tokens) * (1 + scale) + shift)
         return velocity(config.prediction, x_BTCHW, t_BT, unpatchify(output, config.patch, config.channels))
 
+    def _frame_embedding(self, t_BT: Tensor, condition: Condition) -> Tensor:
+        """What modulates a frame, `[B, T, D]`: its noise level, the class of its clip, its signals."""
+        embedding = self.noise(t_BT)
+        if self.label is not None:
+            none = torch.full((len(t_BT),), self.config.classes, device=t_BT.device)
+            embedding = embedding + self.label(none if condition.labels is None else condition.labels)[:, None]
+        for signal, module in zip(self.config.signals, self.signals, strict=True):
+            value = condition.signals.get(signal.name)
+            if value is None:
+                value = t_BT.new_full((*t_BT.shape, signal.width), torch.nan)
+            embedding = embedding + module(value)
+        return embedding
+
     @property
     def attention_inputs(self) -> AttentionInputs:
         return AttentionInputs(self.config, self.kernel)
@@ -132,13 +147,18 @@ class MSCTransformer(nn.Module):
         mean, std = self._moments(x_TCHW)
         return x_TCHW * std + mean
 
+    def normalise_signals(self, signals: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Raw values `[B, T, width]` of the signals that the model knows, as `Condition` holds them."""
+        known = {signal.name: signal for signal in self.config.signals}
+        return {name: known[name].normalise(value) for name, value in signals.items() if name in known}
+
     def _moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
         channels = self.config.channels
         mean = self.config.latent_mean or (0.0,) * channels
         std = self.config.latent_std or (1.0,) * channels
         return like.new_tensor(mean)[:, None, None], like.new_tensor(std)[:, None, None]
 
-    # ExportedWeights weights ------------------------------------------------------------------------------------
+    # Exported weights ------------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(
@@ -181,6 +201,8 @@ def init_weights(part: nn.Module, depth: int) -> None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
+    if isinstance(part, SignalEmbedding):
+        nn.init.zeros_(part.outer.weight)
     if isinstance(part, Block):
         # Normalised q and k of few channels cannot single out one of a thousand keys: start sharper.
         for gain in (part.attention.q_gain, part.attention.k_gain):

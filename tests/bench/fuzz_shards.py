@@ -84,7 +84,7 @@ def read_shard(content: bytes) -> None:
         samples = ShardReader(FOLDER, INDEX, "train", frames)
         for number in range(2):
             try:
-                _, media, text, label = samples.read(number)
+                _, media, text, label, _ = samples.read(number)
             except ValueError:
                 continue
             assert media.shape == (4 if frames is None else 2, 3, 2, 2)

@@ -91,19 +91,19 @@ if [ "$kind" = one ]; then
     steps() { step "$1" "$2" python $bench/step.py --backends flex "${@:3}"; }
     step kernels 200 bash -c 'tests -n 8 tests/test_cuda.py'
     step placing 40 python $bench/placing.py
-    steps pilot 90 --preset pilot --frames 64 256 --compile --keep
-    steps base-16k 60 --preset base --frames 64 --compile --keep
-    steps base-64k 90 --preset base --depth 8 --frames 256 --compile --keep
-    steps base-mfu 90 --preset base --depth 24 --frames 256 --compile --keep --models multi-scale --runs 5
-    steps along 60 --preset base --depth 4 --frames 256 --compile --keep --models multi-scale --part 1 2 --profile 25
-    steps base-256k 120 --preset base --depth 4 --frames 1024 --compile --keep --runs 2
+    steps pilot 90 --preset pilot --frames 64 256 --compile --recompute none
+    steps base-16k 60 --preset base --frames 64 --compile --recompute none
+    steps base-64k 90 --preset base --depth 8 --frames 256 --compile --recompute none
+    steps base-mfu 90 --preset base --depth 24 --frames 256 --compile --recompute none --models multi-scale --runs 5
+    steps along 60 --preset base --depth 4 --frames 256 --compile --recompute none --models multi-scale --part 1 2 --profile 25
+    steps base-256k 120 --preset base --depth 4 --frames 1024 --compile --recompute none --runs 2
     steps longest 150 --preset base --frames 2048 --compile --models multi-scale --longest 4096
     if has flash_attn || has flash_attn_interface; then
-        step flash 90 python $bench/step.py --preset base --depth 8 --frames 64 256 --backends flash flex --keep
+        step flash 90 python $bench/step.py --preset base --depth 8 --frames 64 256 --backends flash flex --recompute none
     fi
     if has transformer_engine; then
-        steps bf16 60 --preset base --depth 8 --frames 64 256 --keep --models multi-scale
-        steps fp8 60 --preset base --depth 8 --frames 64 256 --keep --models multi-scale --fp8
+        steps bf16 60 --preset base --depth 8 --frames 64 256 --recompute none --models multi-scale
+        steps fp8 60 --preset base --depth 8 --frames 64 256 --recompute none --models multi-scale --fp8
     fi
     if has deepspeed; then
         step checkpoint 120 python $bench/checkpoint.py --width 1024 --depth 4 --runs 2 --disk "$work"
@@ -115,7 +115,7 @@ elif [ "$kind" = several ]; then
     scaling() { step "$1" "$2" python $bench/several_gpus.py --seconds $(($2 - 20)) --limit 150 "${@:3}"; }
     step parity 300 bash -c 'tests -n 3 tests/test_context_parallel.py -k nccl -m "slow or not slow"'
     compiled() { scaling "$1" "$2" --compile --scales multi-scale --frames 512 --each "${@:3}"; }
-    compiled compiled 300 --preset base --depth 4 --keep --layouts auto halo --video 1024 --trace "$out/traces"
+    compiled compiled 300 --preset base --depth 4 --recompute none --layouts auto halo --video 1024 --trace "$out/traces"
     compiled whole 200 --preset base --layouts auto --scaling weak
     compiled compiled-2b 240 --preset 2b --depth 4 --layouts auto
     scaling scaling 240 --preset base --depth 4 --frames 512 --profile 25

@@ -27,7 +27,7 @@ from msc.datasets.statistics import measure_statistics
 from msc.datasets.synthetic import moving_textures
 from msc.pretrain.diffusion.loss import Loss
 from msc.pretrain.diffusion.rectified_flow import add_noise
-from msc.pretrain.diffusion.sampler import generate
+from msc.pretrain.diffusion.sampler import Sampling, generate
 from msc.pretrain.evaluation.metrics import psnr
 from msc.pretrain.inference.contact_sheet import write_contact_sheet
 from msc.pretrain.model.config import ModelConfig
@@ -153,7 +153,7 @@ def continued(model: MSCTransformer, x: Tensor, steps: int) -> Tensor:
     model.load_state_dict(weights, assign=True)
     given = x.shape[1] // 2
     with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
-        new = list(generate(model, x[:, :given], x.shape[1] - given, steps=steps, seed=5))
+        new = list(generate(model, x[:, :given], x.shape[1] - given, Sampling(steps, seed=5)))
     return torch.cat([x[:, :given], *new], 1)
 
 

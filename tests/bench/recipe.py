@@ -2,7 +2,8 @@
 
     python tests/bench/recipe.py RESULTS.jsonl --videos FOLDER --variants demo velocity prefix --seconds 500
 
-FOLDER holds videos already of the size to train on (multiples of 16 pixels). Every run trains one model, continues
+FOLDER holds videos already of the size to train on (multiples of 16 pixels), and for recipes that take actions a file
+NAME.actions.csv beside each: a header, and the action that led to every frame. Every run trains one model, continues
 held-out clips, and appends a line to RESULTS.jsonl; runs found there are not repeated, and none is started that would
 not end within --seconds.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import csv
 import json
 import math
 import time
@@ -25,12 +27,13 @@ from torch import Tensor
 from msc.pretrain import cost
 from msc.pretrain.diffusion.loss import Loss
 from msc.pretrain.diffusion.rectified_flow import DiffusionConfig, add_noise, noise_levels
-from msc.pretrain.diffusion.sampler import generate
+from msc.pretrain.diffusion.sampler import Sampling, generate
+from msc.pretrain.model.conditioning import Condition, SignalConfig
 from msc.pretrain.model.config import ModelConfig
 from msc.pretrain.model.scales import Scale
 from msc.pretrain.model.transformer import MSCTransformer
 
-HORIZONS = (1, 2, 4, 8, 16, 32, 64)
+HORIZONS = (1, 2, 4, 8, 16, 32, 48, 64)
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9, 0.99)  # of the frame after a clean past
 FINE, MIDDLE = Scale(2, 1, 1, 2, 8), Scale(1, 2, 1, 8)
 SCALES: dict[str, tuple[Scale, ...]] = {
@@ -51,6 +54,7 @@ class Recipe:
     """One change each from these defaults, those of the preset `demo`."""
 
     scales: str = "pooled"
+    actions: bool = False
     diffusion: DiffusionConfig = DIFFUSION
     model: dict[str, Any] = field(default_factory=dict)
     lr: float = 2e-3
@@ -66,11 +70,20 @@ VARIANTS: dict[str, Recipe] = {
     "shift 8": Recipe(diffusion=replace(DIFFUSION, shift=8.0)),
     "prefix": Recipe(diffusion=PREFIX),
     "no gate": Recipe(model={"gate": "none"}),
-    "routed": Recipe("routed", PREFIX),
-    "routed tiles": Recipe("routed tiles", PREFIX),
-    "dense": Recipe("dense", PREFIX, {"gate": "none"}),
-    "local": Recipe("local", PREFIX),
+    "routed": Recipe("routed", diffusion=PREFIX),
+    "routed tiles": Recipe("routed tiles", diffusion=PREFIX),
+    "dense": Recipe("dense", diffusion=PREFIX, model={"gate": "none"}),
+    "local": Recipe("local", diffusion=PREFIX),
+    "actions": Recipe(actions=True),
+    "actions, x": Recipe(actions=True, model={"prediction": "x"}),
+    "actions, prefix": Recipe(actions=True, diffusion=PREFIX),
+    "actions, routed tiles": Recipe("routed tiles", True, PREFIX),
 }
+# of the continuations: the mean (a single step), more or fewer steps, more of them at high noise, a noisy past
+SAMPLINGS = {
+    "mean": Sampling(1), "sample": Sampling(16), "4 steps": Sampling(4), "late": Sampling(16, shift=3.0),
+    "past at 0.1": Sampling(16, context_level=0.1),
+}  # fmt: skip
 
 
 def read_video(path: Path) -> Tensor:
@@ -88,45 +101,62 @@ def read_video(path: Path) -> Tensor:
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()
 
 
-class Clips:
-    """Windows of `frames` consecutive frames of videos on the device."""
+def read_actions(paths: list[Path]) -> tuple[list[Tensor], tuple[str, ...]]:
+    """Of every video, one-hot `[T, actions]`; and their names. Nothing where a file is missing."""
+    files = [path.with_suffix(".actions.csv") for path in paths]
+    if not all(file.is_file() for file in files):
+        return [], ()
+    rows = [[row[0] for row in csv.reader(file.open())][1:] for file in files]
+    names = tuple(sorted({action for own in rows for action in own}))
+    return [torch.eye(len(names))[[names.index(action) for action in own]] for own in rows], names
 
-    def __init__(self, videos: list[Tensor], frames: int, device: torch.device):
+
+class Clips:
+    """Windows of `frames` consecutive frames of videos on the device, with their actions."""
+
+    def __init__(self, videos: list[Tensor], actions: list[Tensor], frames: int, device: torch.device):
         self.pixels = torch.cat(videos).to(device)
+        self.actions = torch.cat(actions).to(device) if actions else torch.zeros(len(self.pixels), 0, device=device)
         offsets = np.cumsum([0, *map(len, videos)])
         self.starts = torch.cat([
             torch.arange(a, b - frames + 1) for a, b in zip(offsets, offsets[1:], strict=False) if b - a >= frames
         ])  # fmt: skip
         self.window = torch.arange(frames, device=device)
 
-    def __call__(self, starts: Tensor) -> Tensor:
-        """Clips `[B, T, 3, H, W]` in [-1, 1]."""
-        return self.pixels[starts.to(self.window.device)[:, None] + self.window].float() / 127.5 - 1
+    def __call__(self, starts: Tensor) -> tuple[Tensor, Tensor]:
+        """Clips `[B, T, 3, H, W]` in [-1, 1], actions `[B, T, actions]`."""
+        frames = starts.to(self.window.device)[:, None] + self.window
+        return self.pixels[frames].float() / 127.5 - 1, self.actions[frames]
 
 
 @dataclass
 class Data:
     train: Clips
     held_out: Tensor  # clips [B, T, C, H, W] in [-1, 1]
+    held_out_actions: Tensor
+    actions: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
 
 def load(folder: Path, frames: int, held_frames: int, held_out: int, device: torch.device) -> Data:
     """Many videos: the last fifth is held out; few: the last third of every one."""
-    videos = [read_video(path) for path in sorted(folder.glob("*.mp4"))]
+    paths = sorted(folder.glob("*.mp4"))
+    videos, (actions, names) = [read_video(path) for path in paths], read_actions(paths)
     if len(videos) >= 8:
         count = len(videos) // 5
-        train, rest = videos[:-count], videos[-count:]
+        train, rest, own, others = videos[:-count], videos[-count:], actions[:-count], actions[-count:]
     else:
+        own = [action[: len(video) * 2 // 3] for action, video in zip(actions, videos, strict=False)]
+        others = [action[len(video) * 2 // 3 :] for action, video in zip(actions, videos, strict=False)]
         train = [video[: len(video) * 2 // 3] for video in videos]
         rest = [video[len(video) * 2 // 3 :] for video in videos]
-    clips = Clips(train, frames, device)
-    held = Clips(rest, min(held_frames, min(map(len, rest))), device)
+    clips = Clips(train, own, frames, device)
+    held = Clips(rest, others, min(held_frames, min(map(len, rest))), device)
     chosen = held.starts[torch.linspace(0, len(held.starts) - 1, held_out).long()]
     values = clips.pixels[:: max(1, len(clips.pixels) // 2000)].float() / 127.5 - 1
     mean, std = (tuple(x.tolist()) for x in (values.mean((0, 2, 3)), values.std((0, 2, 3))))
-    return Data(clips, held(chosen), mean, std)
+    return Data(clips, *held(chosen), names, mean, std)
 
 
 def train(model: MSCTransformer, recipe: Recipe, data: Data, seed: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -145,14 +175,17 @@ def train(model: MSCTransformer, recipe: Recipe, data: Data, seed: int, args: ar
             synchronize(device)
             began = time.perf_counter()
         starts = data.train.starts[torch.randint(len(data.train.starts), (args.batch,), generator=chosen)]
-        x = model.normalise(data.train(starts))
+        pixels, actions = data.train(starts)
+        x = model.normalise(pixels)
+        kept = torch.rand(args.batch, 1, 1, generator=chosen) >= 0.1
+        condition = Condition(signals={"actions": actions.where(kept.to(device), torch.nan)})
         t = torch.stack([
             noise_levels(recipe.diffusion, recipe.diffusion.shift or 1.0, seed, step * args.batch + i, 0, x.shape[1], 1)
             for i in range(args.batch)
         ]).to(device, non_blocking=True)  # fmt: skip
         noise = torch.randn_like(x)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            velocity = model(add_noise(x, noise, t), t)
+            velocity = model(add_noise(x, noise, t), t, condition)
         loss = Loss().mean(Loss().per_frame(velocity, x, noise), t)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -180,30 +213,34 @@ def examine(model: MSCTransformer, data: Data, args: argparse.Namespace) -> dict
     """Velocity error of one frame after a clean past, and continuations against the truth and the last frame."""
     x, context = model.normalise(data.held_out), args.context
     source = torch.Generator(x.device).manual_seed(1)
-    errors = {}
-    part = x[:, : context + 1]
+    errors, condition = {}, Condition(signals={"actions": data.held_out_actions})
+    part, first = x[:, : context + 1], condition.of_frames(slice(context + 1))
     for level in LEVELS:
         t = torch.zeros(part.shape[:2], device=x.device)
         t[:, -1] = level
         noise = torch.randn(part.shape, generator=source, device=x.device)
         errors[str(level)] = round(
-            float(Loss().per_frame(model(add_noise(part, noise, t), t), part, noise)[:, -1].mean()), 4
+            float(Loss().per_frame(model(add_noise(part, noise, t), t, first), part, noise)[:, -1].mean()), 4
         )
     units = x.shape[1] - context
     results: dict[str, Any] = {"velocity_error": errors}
     truth = to_pixels(model, x[:, context:])
     horizons = [h for h in HORIZONS if h <= units]
     began = time.perf_counter()
-    for name, steps, shift in (("mean", 1, 1.0), ("sample", args.sample_steps, 1.0), ("late", args.sample_steps, 3.0)):
-        made = to_pixels(model, torch.cat(list(generate(model, x[:, :context], units, steps, seed=1, shift=shift)), 1))
+    others = data.held_out_actions.clone()
+    others[:, context:] = others[:, context:].roll(1, 0)  # the actions of another clip
+    swapped = {"others' actions": Condition(signals={"actions": others})} if model.config.signals else {}
+    for name in (*SAMPLINGS, *swapped):
+        sampling, under = SAMPLINGS.get(name, SAMPLINGS["sample"]), swapped.get(name, condition)
+        made = to_pixels(model, torch.cat(list(generate(model, x[:, :context], units, sampling, under)), 1))
         psnr = -10 * (made - truth).square().mean((2, 3, 4)).clamp(min=1e-7).log10()
         results[name] = {
             "psnr": [round(float(psnr[:, h - 1].mean()), 2) for h in horizons],
             "contrast": [round(ratio(made, truth, h, lambda z: z), 2) for h in horizons],
             "sharpness": [round(ratio(made, truth, h, detail), 2) for h in horizons],
         }
-        if name == "sample":
-            results["pictures"] = sheet(truth, made, horizons)
+        if name in ("sample", "past at 0.1", "others' actions"):
+            results[f"pictures {name}"] = sheet(truth, made, horizons)
     last = to_pixels(model, x[:, context - 1 : context])
     psnr = -10 * (last - truth).square().mean((2, 3, 4)).clamp(min=1e-7).log10()
     results["copy last"] = [round(float(psnr[:, h - 1].mean()), 2) for h in horizons]
@@ -242,7 +279,8 @@ def run(name: str, data: Data, seed: int, args: argparse.Namespace) -> dict[str,
     scales = tuple(replace(scale, heads=scale.heads * heads // 4) for scale in SCALES[recipe.scales])
     config = ModelConfig(
         width=args.width, depth=args.depth, scales=scales, patch=4, channels=3,
-        latent_mean=data.mean, latent_std=data.std, **recipe.model,
+        latent_mean=data.mean, latent_std=data.std,
+        signals=(SignalConfig("actions", "discrete", data.actions),) if recipe.actions else (), **recipe.model,
     )  # fmt: skip
     torch.manual_seed(seed)
     model = MSCTransformer(config, "auto" if device.type == "cuda" else "sdpa").to(device)
@@ -273,7 +311,6 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=48)
     parser.add_argument("--context", type=int, default=8)
     parser.add_argument("--units", type=int, default=16)
-    parser.add_argument("--sample-steps", type=int, default=16)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--seconds", type=float, default=1e9)
     args = parser.parse_args()
@@ -292,18 +329,17 @@ def main() -> None:
                 continue
             result = run(name, data, seed, args)
             last = result["seconds"]
-            picture = result.pop("pictures")
             from PIL import Image
 
-            Image.fromarray(picture.numpy()).save(
-                args.results.parent / f"{args.videos.name}-{name}-{seed}.png".replace(" ", "_")
-            )
+            for key in [key for key in result if key.startswith("pictures")]:
+                file_name = f"{args.videos.name}-{name}-{seed}{key.removeprefix('pictures')}.png"
+                Image.fromarray(result.pop(key).numpy()).save(args.results.parent / file_name.replace(" ", "_"))
             with args.results.open("a") as file:
                 file.write(json.dumps(result) + "\n")
-            short = {key: result[key]["psnr"] for key in ("mean", "sample", "late")}
-            print(name, seed, result["losses"][-1], result["ms_per_step"], "ms", result["velocity_error"], short,
-                  result["copy last"], "contrast", result["sample"]["contrast"], "sharpness",
-                  result["sample"]["sharpness"], f"{result['seconds']} s", flush=True)  # fmt: skip
+            print(name, seed, result["losses"][-1], result["ms_per_step"], "ms", result["velocity_error"],
+                  "copy last", result["copy last"], f"{result['seconds']} s")  # fmt: skip
+            for key in [key for key in result if isinstance(result[key], dict) and "psnr" in result[key]]:
+                print(f"  {key:16}", *(f"{measure} {result[key][measure]}" for measure in result[key]), flush=True)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch
 from msc.launch.planning import hardware
 from msc.launch.planning.plan import plan_rollout
 from msc.pretrain import cost
-from msc.pretrain.diffusion.sampler import Cache, generate, limit_context
+from msc.pretrain.diffusion.sampler import Cache, Sampling, generate, limit_context
 from msc.pretrain.model.config import ModelConfig
 from msc.pretrain.model.scales import default_scales
 from msc.pretrain.model.transformer import MSCTransformer
@@ -45,7 +45,7 @@ def main() -> None:
     grid, process, cache = (args.side // 2, args.side // 2), psutil.Process(), Cache()
     start = torch.zeros(1, 0, 3, args.side, args.side, device=device)
     before, last, rows = process.memory_info().rss, time.perf_counter(), []
-    for frame, unit in enumerate(generate(model, start, args.frames, args.steps, cache=cache), 1):
+    for frame, unit in enumerate(generate(model, start, args.frames, Sampling(args.steps), cache=cache), 1):
         float(unit.mean())  # waits for a GPU
         now = time.perf_counter()
         # what was just yielded has not joined the past yet

@@ -48,6 +48,7 @@ from msc.parallel.signals import collect_signals
 from msc.pretrain import cost
 from msc.pretrain.diffusion.loss import Loss
 from msc.pretrain.diffusion.rectified_flow import add_noise
+from msc.pretrain.kernels.compile_helpers import limit_kept_activations
 from msc.pretrain.layout_planner import choose_layouts
 from msc.pretrain.model.layers import Block
 from msc.pretrain.model.scales import Scale
@@ -72,7 +73,7 @@ def configure(args: argparse.Namespace, job: dict[str, Any]) -> tuple[Any, Any]:
     parallel = replace(
         base.parallel, sp=job["ranks"], layout=job["layout"], compile=args.compile,
         precision="fp32" if args.device == "cpu" else "bf16",
-        recompute=args.recompute,
+        recompute="full" if args.longest else args.recompute or base.parallel.recompute,
     )  # fmt: skip
     index = replace(ASSUMED_INDEX, frames=job["frames"], height=args.side, width=args.side)
     config = replace(base, model=model, parallel=parallel, train=replace(base.train, batch=1, micro=1))
@@ -154,7 +155,8 @@ def training_step(
         model = parallelize(build_model(config.model, parallel, device, awake), parallel, config.optimizer, 1)
     else:
         with device:  # made there at once: on a CPU large ones take minutes
-            model = MSCTransformer(config.model, parallel.attention, parallel.recompute, awake)
+            model = MSCTransformer(config.model, parallel.attention, parallel.block_recompute, awake)
+        limit_kept_activations(parallel.kept_share)
         model = model.to(device, torch.float32 if parallel.precision == "fp32" else torch.bfloat16)
         for block in model.blocks:
             assert isinstance(block, Block)
@@ -381,8 +383,7 @@ def main() -> None:
     )
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--recompute", choices=["none", "cheap", "full"], default="full", help="what is not kept")
-    parser.add_argument("--keep", dest="recompute", action="store_const", const="none", help="--recompute none")
+    parser.add_argument("--recompute", choices=["none", "cheap", "full"], help="default: as the preset")
     parser.add_argument("--engine", action="store_true", help="whole training steps, with DeepSpeed")
     parser.add_argument("--longest", type=int, nargs="?", const=2**20, metavar="TOKENS",
                         help="train on one clip of so many tokens over all GPUs, recomputed")  # fmt: skip

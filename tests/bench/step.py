@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -43,6 +44,7 @@ from msc.parallel import collectives, fp8
 from msc.parallel.context_parallel import shard_bounds
 from msc.pretrain import cost
 from msc.pretrain.kernels import flex
+from msc.pretrain.kernels.compile_helpers import limit_kept_activations
 from msc.pretrain.kernels.dispatch import Kernel
 from msc.pretrain.model.config import ModelConfig
 from msc.pretrain.model.layers import Block
@@ -50,7 +52,7 @@ from msc.pretrain.model.past_context import PastContext, WholeVideo
 from msc.pretrain.model.recomputation import Recompute
 from msc.pretrain.model.scales import Scale, default_scales
 from msc.pretrain.model.transformer import MSCTransformer
-from msc.pretrain.parallelize import sharded_past_context
+from msc.pretrain.parallelize import ParallelConfig, sharded_past_context
 from msc.pretrain.presets import PRESETS
 from msc.pretrain.tracking.throughput import mfu
 
@@ -74,13 +76,15 @@ def past_context_of(config: ModelConfig, frames: int, part: tuple[int, int] | No
 def training_step(
     config: ModelConfig, frames: int, kernel: Kernel, compiled: bool, recompute: Recompute, in_fp8: bool = False,
     part: tuple[int, int] | None = None, prepare: Callable[[Block], object] = lambda block: None,
-    side: int = SIDE, **options: Any,
+    side: int = SIDE, kept_share: float = 1.0, **options: Any,
 ) -> Callable[[], None]:  # fmt: skip
     """A function that makes one forward and backward pass; on a GPU it returns when all of it is started. prepare:
-    called with every block before it is compiled, with `options` of torch.compile."""
+    called with every block before it is compiled, with `options` of torch.compile. kept_share: of what compiled blocks
+    would keep."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
+    limit_kept_activations(kept_share)
     model = MSCTransformer(config, kernel, recompute)
     torch.nn.init.normal_(model.final.weight, std=0.02)  # of zeros the backward pass would be zeros: faster on a GPU
     model = model.to(device, dtype)
@@ -120,7 +124,8 @@ def measure(
 ) -> dict:  # fmt: skip
     """Median seconds of a step and of the CPU, peak memory in bytes, FLOPs; with `top`, a list of so many kernels."""
     torch._dynamo.reset()
-    step, on_gpu = training_step(config, frames, kernel, compiled, recompute, in_fp8, part), torch.cuda.is_available()
+    how, on_gpu = ParallelConfig(recompute=recompute, compile=compiled), torch.cuda.is_available()
+    step = training_step(config, frames, kernel, compiled, how.block_recompute, in_fp8, part, kept_share=how.kept_share)
     for _ in range(2):
         timed(step)
     if on_gpu:
@@ -162,9 +167,8 @@ def main() -> None:
     parser.add_argument("--frames", type=int, nargs="+", default=[16, 32])
     parser.add_argument("--backends", nargs="+", default=["sdpa"])
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--recompute", choices=["none", "cheap", "full"], help="default: as in the preset")
-    parser.add_argument("--keep", dest="recompute", action="store_const", const="none", help="--recompute none")
-    parser.add_argument("--fp8", action="store_true", help="linear layers by TransformerEngine; not recomputed")
+    parser.add_argument("--recompute", choices=["none", "cheap", "full"], help="default: as the preset")
+    parser.add_argument("--fp8", action="store_true", help="linear layers by TransformerEngine; needs --recompute none")
     parser.add_argument("--part", type=int, nargs=2, metavar=("RANK", "RANKS"), help="as a rank along time")
     parser.add_argument("--depth", type=int, help="fewer layers, for a quick look")
     parser.add_argument("--runs", type=int, default=3)
@@ -299,8 +303,6 @@ def measure_variant(variant: Variant, runs: int, first: bool, side: int) -> dict
     model = replace(PRESETS[variant.preset]().model, channels=16, patch=2, depth=2 if first else variant.layers)
     if "heads" in options:
         model = replace(model, scales=default_scales(int(options["heads"])))
-    if "budget" in options:
-        torch._functorch.config.activation_memory_budget = float(options["budget"])
     if "tiles" in options:
         names = ("BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2", "num_warps", "num_stages")
         tiles = {f"bwd_{name}": int(n) for name, n in zip(names, options["tiles"].split("-"), strict=True)}
@@ -315,7 +317,15 @@ def measure_variant(variant: Variant, runs: int, first: bool, side: int) -> dict
     frames, compiled = variant.tokens // (side // 2) ** 2, "eager" not in options
     prepare = use_scaled_mm if "fp8" in options else lambda block: None
     step = training_step(
-        model, frames, "auto" if on_gpu else "sdpa", compiled, variant.recompute, prepare=prepare, side=side, **how
+        model,
+        frames,
+        "auto" if on_gpu else "sdpa",
+        compiled,
+        variant.recompute,
+        prepare=prepare,
+        side=side,
+        kept_share=float(options.get("budget", 1)),
+        **how,
     )
     timed(step)
     result: dict[str, Any] = {"first": time.perf_counter() - begin}
@@ -429,7 +439,7 @@ def compare(variants: list[Variant], runs: int, limit: float, results: Path | No
         processes = [start(variant, "first", 2) for variant in group]
         for variant, process in zip(group, processes, strict=True):
             result = finish(process)
-            cold[variant.name] = result.get("first", float("nan"))
+            cold[variant.name] = result.get("first", math.nan)
             if "error" in result:
                 print(f"{variant.name}: {result['error']}", flush=True)
     print(f"compiled, {limit - (end - time.monotonic()):.0f} s\n")
@@ -447,11 +457,10 @@ def compare(variants: list[Variant], runs: int, limit: float, results: Path | No
             print(f"| {variant.name} | {'no time left' if row is None else row['error']} |", flush=True)
             continue
         share = mfu(row["flops"] / row["seconds"], row["device"])
-        cold = row["cold"] or float("nan")
         print(
             f"| {variant.name} | {row['seconds']:.4f} | {row['started']:.4f} | "
             f"{'' if share is None else f'{share:.1%}'} | {row['memory'] / 1e9:.2f} | {row['planned'] / 1e9:.2f} "
-            f"| {cold:.0f} | {row['first']:.0f} |",
+            f"| {row['cold'] or math.nan:.0f} | {row['first']:.0f} |",
             flush=True,
         )
 

@@ -29,7 +29,7 @@ from msc.datasets.synthetic import curtains, gaussian_fields, moving_textures, t
 from msc.pretrain import cost
 from msc.pretrain.diffusion.loss import Loss
 from msc.pretrain.diffusion.rectified_flow import add_noise, shift_levels
-from msc.pretrain.diffusion.sampler import generate
+from msc.pretrain.diffusion.sampler import Sampling, generate
 from msc.pretrain.model.config import ModelConfig
 from msc.pretrain.model.layers import Block
 from msc.pretrain.model.noise_gate import Gate, gate_constants
@@ -289,7 +289,7 @@ def asked(model: MSCTransformer, x: Tensor, frame: int, t_q: float, t_c: float, 
 def roll_out(model: MSCTransformer, x: Tensor, units: int, level: float) -> dict[str, list[float]]:
     """Error of generated frames by horizon, and their variance as a share of the true frames'."""
     context = x.shape[1] - units
-    frames = list(generate(model, x[:, :context], units, steps=4, seed=1, context_level=level))
+    frames = list(generate(model, x[:, :context], units, Sampling(4, 1, context_level=level)))
     generated, truth = torch.cat(frames, 1), x[:, context:]
     return {
         "error": (generated - truth).square().mean((0, 2, 3, 4)).tolist(),
