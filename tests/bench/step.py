@@ -12,12 +12,12 @@ R of P that share a clip along time by halos; nothing is sent, what would come i
 
     python tests/bench/step.py --variants base/32/131072/cheap pilot/12/16384/none/graph --limit 400 --results FILE
 
-Compiled multi-scale steps, each variant in a process of its own: preset/layers/tokens/recompute/options. A row is
-printed and added to FILE as soon as it ends; what FILE has is not measured again. At first all are compiled at the same
-time, with two layers, so that each later finds its kernels in torch's cache: seconds to the first step are given cold
-and warm. Options, joined by commas: eager; graph (a CUDA graph of the whole step); overhead (torch's CUDA graphs, block
-by block); autotune, coordinate (torch tunes its kernels); heads=N; budget=B (torch's activation memory budget, 0 to 1);
-fp8 (products by torch._scaled_mm, a scale per tensor); tiles=M1-N1-M2-N2-WARPS-STAGES (FlexAttention, backward).
+Compiled multi-scale steps, each variant in a process of its own: preset/layers/tokens/recompute/options. Some compile
+side by side, by steps of two layers, and are measured one after the other. A row is printed and added to FILE as soon
+as it ends; what FILE has is not measured again. Recomputation "cheap" is here always by operators. Options, joined by
+commas: eager; graph (a CUDA graph of the whole step); overhead (torch's CUDA graphs, block by block); autotune,
+coordinate (torch tunes its kernels); heads=N; budget=B (torch's activation memory budget, 0 to 1); fp8 (products by
+torch._scaled_mm, a scale per tensor); tiles=M1-N1-M2-N2-WARPS-STAGES (FlexAttention, backward).
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import math
-import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -183,13 +183,14 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=400, help="--variants: seconds in all")
     parser.add_argument("--results", type=Path, help="--variants: file of JSON lines")
     parser.add_argument("--side", type=int, default=SIDE, help="latents of a frame's side, for a quick look")
-    parser.add_argument("--measure", choices=["first", "all"], help=argparse.SUPPRESS)  # in a process of a variant
+    parser.add_argument("--at-once", type=int, default=6, help="--variants: that compile side by side")
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)  # in a process of a variant
     args = parser.parse_args()
     if args.measure:
-        print(json.dumps(measure_variant(args.variants[0], args.runs, args.measure == "first", args.side)))
+        measure_variant(args.variants[0], args.runs, args.side)
         return
     if args.variants:
-        compare(args.variants, args.runs, args.limit, args.results, args.side)
+        compare(args.variants, args.runs, args.limit, args.results, args.side, args.at_once)
         return
     if args.trace:
         args.profile = args.profile or 10
@@ -296,11 +297,11 @@ def parse_variant(name: str) -> Variant:
     return Variant(name, preset, int(layers), int(tokens), cast(Recompute, recompute), parsed)
 
 
-def measure_variant(variant: Variant, runs: int, first: bool, side: int) -> dict[str, Any]:
-    """Seconds to the first step, of a step and of the CPU, peak and planned memory in bytes, kernels. first: only the
-    first step of two layers, which compiles all there is to compile."""
+def measure_variant(variant: Variant, runs: int, side: int) -> None:
+    """In a process of its own: compile by a step of two layers, say so, wait for a line, and measure. Prints JSON:
+    seconds until all was compiled; then seconds of a step and of the CPU, peak and planned memory in bytes, kernels."""
     begin, options, on_gpu = time.perf_counter(), variant.options, torch.cuda.is_available()
-    model = replace(PRESETS[variant.preset]().model, channels=16, patch=2, depth=2 if first else variant.layers)
+    model = replace(PRESETS[variant.preset]().model, channels=16, patch=2, depth=variant.layers)
     if "heads" in options:
         model = replace(model, scales=default_scales(int(options["heads"])))
     if "tiles" in options:
@@ -315,23 +316,23 @@ def measure_variant(variant: Variant, runs: int, first: bool, side: int) -> dict
     if "coordinate" in options:
         how["options"] = {"coordinate_descent_tuning": True}
     frames, compiled = variant.tokens // (side // 2) ** 2, "eager" not in options
-    prepare = use_scaled_mm if "fp8" in options else lambda block: None
-    step = training_step(
-        model,
-        frames,
-        "auto" if on_gpu else "sdpa",
-        compiled,
-        variant.recompute,
-        prepare=prepare,
-        side=side,
-        kept_share=float(options.get("budget", 1)),
-        **how,
-    )
-    timed(step)
-    result: dict[str, Any] = {"first": time.perf_counter() - begin}
-    if first:
-        return result
-    timed(step)
+
+    def new_step(layers: int) -> Callable[[], None]:
+        return training_step(
+            replace(model, depth=layers), frames, "auto" if on_gpu else "sdpa", compiled, variant.recompute,
+            prepare=use_scaled_mm if "fp8" in options else lambda block: None, side=side,
+            kept_share=float(options.get("budget", 1)), **how,
+        )  # fmt: skip
+
+    timed(new_step(min(2, variant.layers)))
+    gc.collect()
+    if on_gpu:
+        torch.cuda.empty_cache()
+    print(json.dumps({"compiled": time.perf_counter() - begin}), flush=True)
+    sys.stdin.readline()
+    step = new_step(variant.layers)
+    for _ in range(2):
+        timed(step)
     if "graph" in options:
         step = as_graph(step)
         timed(step)
@@ -339,8 +340,9 @@ def measure_variant(variant: Variant, runs: int, first: bool, side: int) -> dict
         torch.cuda.reset_peak_memory_stats()
     seconds, started = map(statistics.median, zip(*(timed(step) for _ in range(runs)), strict=True))
     value_bytes = 2 if on_gpu else 4
-    kept = cost.activation_bytes(model, cost.Run(frames), side // 2, side // 2, 1, value_bytes, variant.recompute)
-    return result | {
+    recompute: Recompute = "cheap" if "budget" in options else variant.recompute
+    kept = cost.activation_bytes(model, cost.Run(frames), side // 2, side // 2, 1, value_bytes, recompute)
+    result = {
         "seconds": seconds,
         "started": started,
         "memory": torch.cuda.max_memory_allocated() if on_gpu else 0,
@@ -349,6 +351,7 @@ def measure_variant(variant: Variant, runs: int, first: bool, side: int) -> dict
         "device": torch.cuda.get_device_name() if on_gpu else "CPU",
         "kernels": kernels(step, 40) if on_gpu and "graph" not in options else "",
     }
+    print(json.dumps(result), flush=True)
 
 
 def as_graph(step: Callable[[], None]) -> Callable[[], None]:
@@ -404,65 +407,69 @@ class _ScaledMM(torch.autograd.Function):
         return grad_x, grad_weight
 
 
-def compare(variants: list[Variant], runs: int, limit: float, results: Path | None, side: int) -> None:
-    """Measure the variants one after the other."""
-    end, done = time.monotonic() + limit, dict[str, dict[str, Any]]()
+def compare(variants: list[Variant], runs: int, limit: float, results: Path | None, side: int, at_once: int) -> None:
+    """Measure the variants, a group at a time: all of it compile side by side, then they are measured in turn. No group
+    begins that might end after `limit` seconds, as the longest did; the first one always does."""
+    done, begin, longest = set[str](), time.monotonic(), 0.0
     if results is not None and results.exists():
-        done = {row["variant"]: row for row in map(json.loads, results.read_text().splitlines())}
-    print(f"torch {torch.__version__}, {len(variants)} variants", flush=True)
-
-    def start(variant: Variant, what: str, threads: int) -> subprocess.Popen[str]:
-        command = [sys.executable, __file__, "--variants", variant.name, "--measure", what, "--runs", str(runs)]
-        environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": str(threads)}
-        command += ["--side", str(side)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-    def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
-        try:
-            out, errors = process.communicate(timeout=max(1.0, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            return {"error": "no time left"}
-        if process.returncode:
-            lines = [line for line in errors.splitlines() if line.strip()]
-            wrong = [line for line in lines if "Error" in line] or lines or ["?"]
-            return {"error": wrong[-1][:300]}
-        return dict(json.loads(out.splitlines()[-1]))
-
+        done = {json.loads(line)["variant"] for line in results.read_text().splitlines()}
     todo = [variant for variant in variants if variant.name not in done]
-    at_once = max(1, (os.cpu_count() or 2) // 2)
-    cold: dict[str, float] = {}
-    queue = [variant for variant in todo if not variant.tuned]
-    for first in range(0, len(queue), at_once):
-        group = queue[first : first + at_once]
-        processes = [start(variant, "first", 2) for variant in group]
-        for variant, process in zip(group, processes, strict=True):
-            result = finish(process)
-            cold[variant.name] = result.get("first", math.nan)
-            if "error" in result:
-                print(f"{variant.name}: {result['error']}", flush=True)
-    print(f"compiled, {limit - (end - time.monotonic()):.0f} s\n")
-    print("| variant | s per step | of the CPU | MFU | GB | planned | first step, cold | warm |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
-    for variant in variants:
-        row = done.get(variant.name)
-        if row is None and time.monotonic() < end:
-            row = {"variant": variant.name, "cold": cold.get(variant.name), "torch": torch.__version__}
-            row |= finish(start(variant, "all", os.cpu_count() or 1))
-            if results is not None and row.get("error") != "no time left":
-                with results.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-        if row is None or "error" in row:
-            print(f"| {variant.name} | {'no time left' if row is None else row['error']} |", flush=True)
+    print(f"torch {torch.__version__}, {len(todo)} variants, {len(variants) - len(todo)} measured before\n")
+    print("| variant | s per step | of the CPU | MFU | peak GB | planned | s until compiled |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
+    groups = [[variant] for variant in todo if variant.tuned]
+    shared = [variant for variant in todo if not variant.tuned]
+    groups = [shared[i : i + at_once] for i in range(0, len(shared), at_once)] + groups
+    for group in groups:
+        start = time.monotonic()
+        if longest and start - begin + longest > limit:
+            print(f"| {', '.join(variant.name for variant in group)} | no time left |", flush=True)
             continue
-        share = mfu(row["flops"] / row["seconds"], row["device"])
-        print(
-            f"| {variant.name} | {row['seconds']:.4f} | {row['started']:.4f} | "
-            f"{'' if share is None else f'{share:.1%}'} | {row['memory'] / 1e9:.2f} | {row['planned'] / 1e9:.2f} "
-            f"| {row['cold'] or math.nan:.0f} | {row['first']:.0f} |",
-            flush=True,
-        )
+        command = [sys.executable, __file__, "--runs", str(runs), "--side", str(side), "--measure", "--variants"]
+        with ExitStack() as stack:
+            waiting = []
+            for variant in group:
+                errors = stack.enter_context(tempfile.TemporaryFile("w+"))
+                pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
+                process = stack.enter_context(subprocess.Popen([*command, variant.name], text=True, **pipes))
+                waiting.append((variant, process, errors))
+            rows = [{"variant": variant.name, "torch": torch.__version__} for variant in group]
+            for (_, process, _), row in zip(waiting, rows, strict=True):
+                row |= _next_line(process)
+            for (variant, process, errors), row in zip(waiting, rows, strict=True):
+                row |= _next_line(process, go_on=True)
+                if process.wait():
+                    errors.seek(0)
+                    lines = [line.strip() for line in errors if line.strip()]
+                    row["error"] = ([line for line in lines if "Error" in line] or lines or ["?"])[-1][:300]
+                _report(variant, row)
+                if results is not None and "error" not in row:
+                    with results.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+        longest = max(longest, time.monotonic() - start)
+
+
+def _next_line(process: subprocess.Popen[str], go_on: bool = False) -> dict[str, Any]:
+    """JSON that a process prints next; nothing where it has ended."""
+    assert process.stdin is not None and process.stdout is not None
+    if go_on:
+        with suppress(BrokenPipeError):
+            process.stdin.write("\n")
+            process.stdin.flush()
+    return dict(json.loads(process.stdout.readline() or "{}"))
+
+
+def _report(variant: Variant, row: dict[str, Any]) -> None:
+    if "error" in row:
+        print(f"| {variant.name} | {row['error']} |", flush=True)
+        return
+    share = mfu(row["flops"] / row["seconds"], row["device"])
+    print(
+        f"| {variant.name} | {row['seconds']:.4f} | {row['started']:.4f} | "
+        f"{'' if share is None else f'{share:.1%}'} | {row['memory'] / 1e9:.2f} | {row['planned'] / 1e9:.2f} "
+        f"| {row['compiled']:.0f} |",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
