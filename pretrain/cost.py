@@ -104,12 +104,15 @@ def activation_bytes(
     batch: int = 1,
     value_bytes: int = 4,
     recompute: Recompute = "none",
+    kept_share: float = 1.0,
 ) -> int:
     """Most bytes of activations at once, for a run of units with frames of `rows × columns` tokens: what autograd keeps
     for the backward pass and, with recomputation, what one layer at a time has again of its own.
 
     What grows with the tokens is counted exactly for the `sdpa` kernel (tests/test_cost.py counts the tensors);
     what frames and text keep is left out. Parameters are not counted. value_bytes: of weights and activations.
+    kept_share: of what blocks without recomputation of their own would keep besides their input, where a compiler
+    recomputes the rest.
     """
     tokens = batch * run.units * config.frames_per_unit * rows * columns
     whole = layer_activation_bytes(config, run, rows, columns, batch, value_bytes)
@@ -123,6 +126,9 @@ def activation_bytes(
         for scale in config.scales
     )
     ends += 4 * config.head_width * config.frames_per_unit * positions
+    if recompute == "none":
+        inputs = tokens * config.width * value_bytes
+        return config.depth * (inputs + int(kept_share * (whole - inputs))) + ends
     return (config.depth - 1) * kept + whole + ends
 
 

@@ -31,7 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -340,8 +340,8 @@ def measure_variant(variant: Variant, runs: int, side: int) -> None:
         torch.cuda.reset_peak_memory_stats()
     seconds, started = map(statistics.median, zip(*(timed(step) for _ in range(runs)), strict=True))
     value_bytes = 2 if on_gpu else 4
-    recompute: Recompute = "cheap" if "budget" in options else variant.recompute
-    kept = cost.activation_bytes(model, cost.Run(frames), side // 2, side // 2, 1, value_bytes, recompute)
+    how_kept = value_bytes, variant.recompute, float(options.get("budget", 1))
+    kept = cost.activation_bytes(model, cost.Run(frames), side // 2, side // 2, 1, *how_kept)
     result = {
         "seconds": seconds,
         "started": started,
@@ -437,7 +437,8 @@ def compare(variants: list[Variant], runs: int, limit: float, results: Path | No
             for (_, process, _), row in zip(waiting, rows, strict=True):
                 row |= _next_line(process)
             for (variant, process, errors), row in zip(waiting, rows, strict=True):
-                row |= _next_line(process, go_on=True)
+                if "compiled" in row:
+                    row |= _next_line(process, go_on=True)
                 if process.wait():
                     errors.seek(0)
                     lines = [line.strip() for line in errors if line.strip()]
@@ -453,9 +454,8 @@ def _next_line(process: subprocess.Popen[str], go_on: bool = False) -> dict[str,
     """JSON that a process prints next; nothing where it has ended."""
     assert process.stdin is not None and process.stdout is not None
     if go_on:
-        with suppress(BrokenPipeError):
-            process.stdin.write("\n")
-            process.stdin.flush()
+        process.stdin.write("\n")
+        process.stdin.flush()
     return dict(json.loads(process.stdout.readline() or "{}"))
 
 
