@@ -12,6 +12,7 @@ from msc.pretrain import validation
 from msc.pretrain.checkpoints import directory as checkpoint_directory
 from msc.pretrain.checkpoints import initialize_from
 from msc.pretrain.export.export import export
+from msc.pretrain.model.conditioning import SignalConfig
 from msc.pretrain.model.noise_gate import GateConstants
 from msc.pretrain.model.scales import Scale
 from msc.pretrain.model.transformer import MSCTransformer
@@ -172,3 +173,23 @@ def test_initialised_model_computes_the_same_as_its_source(source):
     x, t = torch.randn(1, 6, 3, 16, 16), torch.rand(1, 6)  # another frame size and length than its clips have
     with torch.no_grad():
         assert torch.equal(new.eval()(x, t), models["ema"](x, t))
+
+
+def test_signals_start_from_those_of_a_model_with_the_same(tmp_path):
+    """All of them: the numbers of values must mean the same."""
+    keys = SignalConfig("keys", "discrete", ("left", "right"))
+    other = SignalConfig("keys", "discrete", ("right", "up"))
+    for name, signals in (("with", (keys,)), ("without", ())):
+        fake_checkpoints.write_run(tmp_path / name, signals=signals)
+
+    def lines(start, *signals):
+        config, space = fake_checkpoints.configured(signals=signals)
+        weights = initialize_from.find_weights(tmp_path / start)
+        return "\n".join(initialize_from.describe_differences(weights, config.model, space.autoencoder))
+
+    assert "newly initialised" not in lines("with", keys)
+    for start, signal in (("with", other), ("without", keys)):
+        text = lines(start, signal)
+        assert "newly initialised: signals.0.outer.weight, signals.0.unknown" in text
+        assert "signals are those of the new data" in text
+    assert "not used: signals.0.outer.weight, signals.0.unknown" in lines("with")

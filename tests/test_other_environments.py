@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import venv
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -25,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "small"
-    models = fake_checkpoints.write_run(run, 3, "flat", width=64)
+    models = fake_checkpoints.write_run(run, 3, "flat", width=64, signals=SIGNALS)
     export(run, max_shard_size=60_000)
     return run / "export", models["ema"]
 
@@ -106,8 +105,13 @@ def test_a_diffusers_pipeline_computes_and_samples_the_same(exported, diffusers)
     pipe.set_progress_bar_config(disable=True)
     shift = fake_checkpoints.configured()[0].diffusion.shift
     latents = torch.cat(list(generate(model, torch.zeros(2, 0, 3, 16, 24), 3, Sampling(2, 5, shift))), 1)
-    assert torch.equal(pipe(units=3, batch=2, num_inference_steps=2, seed=5, output_type="latent").frames, latents)
-    frames = pipe(units=3, batch=2, num_inference_steps=2, seed=5).frames
+    how = {"units": 3, "batch": 2, "num_inference_steps": 2, "seed": 5}
+    assert torch.equal(pipe(**how, output_type="latent").frames, latents)
+    raw = {"keys": torch.randn(2, 3, 2), "pose": torch.randn(2, 3, 2)}  # of the three units to come
+    condition = Condition(signals=model.normalise_signals(raw))
+    steered = generate(model, torch.zeros(2, 0, 3, 16, 24), 3, Sampling(2, 5, shift), condition)
+    assert torch.equal(pipe(**how, signals=raw, output_type="latent").frames, torch.cat(list(steered), 1))
+    frames = pipe(**how).frames
     assert frames.shape == (2, 3, 16, 24, 3) and 0 <= frames.min() < frames.max() <= 1
 
 
@@ -171,7 +175,7 @@ def test_torch_export_of_a_denoising_step():
 def test_torch_export_of_a_step_with_a_cached_past():
     from msc.pretrain.diffusion.sampler import Cache, extend_cache
 
-    config = replace(fake_checkpoints.configured(width=64)[0].model, signals=SIGNALS[:1])
+    config = fake_checkpoints.configured(width=64, signals=SIGNALS[:1])[0].model
     model, cache, keys = fake_checkpoints.random_model(config), Cache(), torch.randn(1, 1, 2)
     extend_cache(model, cache, torch.randn(1, 6, 3, 16, 24))
     step, past = Step(model, cache), list(cache._kept.values())

@@ -56,9 +56,11 @@ SMALL = [
 def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
     videos = write_videos(folder / "videos", seed=0, clips=4, frames=20, height=16, width=24)
+    for video, word in zip(videos[1:], ("left", "right", "left"), strict=True):  # of the first they are unknown
+        video.with_suffix(".actions.csv").write_text("action\n" + f"{word}\nup\n" * 10)
     config = ConvertConfig(
         sources=tuple(map(str, videos)), out=str(folder / "shards"), frames=5, height=16, width=24, fps=12.0,
-        stride=2, held_out=0.3, autoencoder="pixels",
+        stride=2, held_out=0.3, autoencoder="pixels", signals=("actions",),
     )  # fmt: skip
     autoencoder = open_autoencoder("pixels")
     convert(config, autoencoder.encode, 1)
@@ -483,7 +485,7 @@ def test_an_interrupted_evaluation_prints_its_results_so_far(finished, monkeypat
         return measured(*arguments)
 
     measured = evaluation.measure
-    monkeypatch.setattr(evaluation, "BATCH", 1)
+    monkeypatch.setattr(evaluation, "MOST_CLIPS", 1)
     monkeypatch.setattr(evaluation, "measure", measure)
     monkeypatch.setattr(evaluation, "open_features", lambda *_: lambda video: video.mean((1, 3, 4)).double())
     text = evaluate(finished, EvaluateConfig(clips=4, steps=1, samples=1, features=Path("network")))
@@ -574,7 +576,6 @@ def test_export_never_replaces_what_is_not_its_own(trained, tmp_path, here):
 
 
 def test_a_short_video_is_continued_from_what_it_has(trained, tmp_path, here):
-    from msc.datasets.synthetic import write_videos
 
     (short,) = write_videos(tmp_path, seed=3, clips=1, frames=3, height=16, width=24)
     done = here("sample", trained, "--video", short, "--context", "2", "--units", "2", "--steps", "1")

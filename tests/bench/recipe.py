@@ -189,18 +189,23 @@ def train(model: MSCTransformer, recipe: Recipe, data: Data, seed: int, args: ar
         loss = Loss().mean(Loss().per_frame(velocity, x, noise), t)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        rate = min((step + 1) / 100, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        spent = (time.perf_counter() - began) / args.train_seconds if step > 20 else 0.0
+        done = max(step / steps, spent)
+        rate = min((step + 1) / 100, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
         optimizer.param_groups[0]["lr"] = recipe.lr * rate
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
             torch._foreach_lerp_(list(average.values()), parameters, 1 - min(0.999, (step + 1) / (step + 10)))
-        if step % 100 == 0 or step == steps - 1:
+        ends = done >= 1 or step == steps - 1
+        if step % 100 == 0 or ends:
             losses.append((step, round(float(loss.detach()), 4), round(float(norm), 3)))
+        if ends:
+            break
     synchronize(device)
     seconds = time.perf_counter() - began
     model.load_state_dict(average, strict=False)
-    return {"losses": losses, "ms_per_step": round(1000 * seconds / max(1, steps - 20), 2)}
+    return {"losses": losses, "ms_per_step": round(1000 * seconds / max(1, step - 19), 2)}
 
 
 def synchronize(device: torch.device) -> None:
@@ -289,6 +294,9 @@ def run(name: str, data: Data, seed: int, args: argparse.Namespace) -> dict[str,
     fresh = MSCTransformer(config, "sdpa").to(device).eval()
     fresh.load_state_dict(model.state_dict())
     size = data.held_out.shape[-2:]
+    if args.save:
+        weights = {key: value.half().cpu() for key, value in fresh.state_dict().items()}
+        torch.save({"config": fresh.config_dict(), "weights": weights}, args.save / f"{name.replace(' ', '_')}.pt")
     return {
         "videos": args.videos.name, "variant": name, "seed": seed, "steps": args.steps, "batch": args.batch,
         "frames": args.frames, "width": args.width, "depth": args.depth,
@@ -304,6 +312,8 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--train-seconds", type=float, default=1e9, help="end earlier, with the schedule")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="keep the averaged weights, in fp16")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--frames", type=int, default=24)
     parser.add_argument("--width", type=int, default=256)
