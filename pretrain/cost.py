@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
 
 import torch
 
 from .model.config import ModelConfig
+from .model.recomputation import Recompute
 from .model.scales import Scale
 from .model.transformer import MSCTransformer
-
-Recompute = Literal["none", "cheap", "full"]
-KEPT_SHARE = 0.5  # of what a compiled block would keep besides its input: torch's activation memory budget
 
 
 @lru_cache(maxsize=64)  # a plan asks for the same model many times
@@ -107,16 +104,19 @@ def activation_bytes(
     batch: int = 1,
     value_bytes: int = 4,
     recompute: Recompute = "none",
+    kept_share: float = 1.0,
 ) -> int:
-    """Bytes that autograd keeps for the backward pass of a run of units with frames of `rows × columns` tokens.
+    """Most bytes of activations at once, for a run of units with frames of `rows × columns` tokens: what autograd keeps
+    for the backward pass and, with recomputation, what one layer at a time has again of its own.
 
     What grows with the tokens is counted exactly for the `sdpa` kernel (tests/test_cost.py counts the tensors);
     what frames and text keep is left out. Parameters are not counted. value_bytes: of weights and activations.
-    With "full" recomputation every layer keeps its input, and one at a time all of its own; with "cheap" its input and
-    KEPT_SHARE of the rest (of compiled blocks; on an H200 1.61 GB of 2.95 a layer of `base` with 65,536 tokens).
+    kept_share: of what blocks without recomputation of their own would keep besides their input, where a compiler
+    recomputes the rest.
     """
     tokens = batch * run.units * config.frames_per_unit * rows * columns
-    layer = _layer_activation_bytes(config, run, rows, columns, batch, value_bytes)
+    whole = layer_activation_bytes(config, run, rows, columns, batch, value_bytes)
+    kept = layer_activation_bytes(config, run, rows, columns, batch, value_bytes, recompute)
     # ends: patches in; the last tokens, these normalised, and the same modulated
     ends = tokens * (config.channels * config.patch**2 + 3 * config.width) * value_bytes
     # cosines and sines of positions, which all layers share
@@ -126,18 +126,36 @@ def activation_bytes(
         for scale in config.scales
     )
     ends += 4 * config.head_width * config.frames_per_unit * positions
-    inputs = tokens * config.width * value_bytes
-    if recompute == "full":
-        return config.depth * inputs + layer + ends
-    kept = inputs + int(KEPT_SHARE * (layer - inputs)) if recompute == "cheap" else layer
-    return config.depth * kept + ends
+    if recompute == "none":
+        inputs = tokens * config.width * value_bytes
+        return config.depth * (inputs + int(kept_share * (whole - inputs))) + ends
+    return (config.depth - 1) * kept + whole + ends
 
 
-def _layer_activation_bytes(
-    config: ModelConfig, run: Run, rows: int, columns: int, batch: int, value_bytes: int
+def layer_activation_bytes(
+    config: ModelConfig,
+    run: Run,
+    rows: int,
+    columns: int,
+    batch: int,
+    value_bytes: int,
+    recompute: Recompute = "none",
 ) -> int:
-    """One block's part of `activation_bytes`."""
+    """Bytes that a block keeps from its forward to its backward pass."""
     tokens = batch * run.units * config.frames_per_unit * rows * columns
+    if recompute == "full":
+        return tokens * config.width * value_bytes
+    if recompute == "cheap":
+        # the input and what products gave: the first projection, the last, both of the feed-forward network
+        values, statistics = tokens * (6 * config.width + config.hidden), 0
+        if config.text_width:  # queries, attention's output, and it projected
+            values += tokens * 3 * config.width
+            statistics += tokens * config.heads
+        for scale in config.scales:
+            kept, sums = _scale_results(scale, config, run, rows, columns)
+            values += batch * kept
+            statistics += batch * sums
+        return values * value_bytes + statistics * 4
     # Both halves: the input, it normalised, it modulated, and the branch's output. Attention: its output before the
     # last projection. Feed-forward: both sides of its nonlinearity. Mean and deviation of both norms.
     values = tokens * (9 * config.width + 2 * config.hidden)
@@ -169,6 +187,19 @@ def _scale_activations(scale: Scale, config: ModelConfig, run: Run, rows: int, c
     if scale.top is not None:  # the chosen blocks, as integers of twice the bytes
         tiles = scale.tiles((rows, columns))
         statistics += 2 * run.units * tiles * scale.heads * min(scale.top, keys * tiles)
+    return values * size * config.head_width, statistics
+
+
+def _scale_results(scale: Scale, config: ModelConfig, run: Run, rows: int, columns: int) -> tuple[int, int]:
+    """(values, fp32 statistics) of one scale that are not recomputed where only the cheap is: attention's output and
+    log-sum-exp, the choice of blocks, and what other ranks sent."""
+    size = config.frames_per_unit * scale.tokens((rows, columns)) * scale.heads
+    before = scale.fresh_before(run.first) + scale.pooled_before(run.first)
+    values, statistics = run.units + 2 * before, run.units * size
+    if scale.top is not None:  # the chosen blocks and their scores, as integers of twice the bytes
+        tiles = scale.tiles((rows, columns))
+        keys = before + scale.finished(run.first, run.units) + run.units * (1 + (config.gate == "logits"))
+        statistics += 4 * run.units * tiles * scale.heads * min(scale.top, keys * tiles)
     return values * size * config.head_width, statistics
 
 

@@ -20,7 +20,6 @@ from msc.parallel.ring import Ring
 from msc.parallel.ulysses import Ulysses
 
 from . import cost
-from .cost import Recompute
 from .kernels.compile_helpers import limit_kept_activations
 from .kernels.dispatch import Kernel, check_kernel
 from .kernels.sdpa import attend_part, differentiate_part
@@ -28,22 +27,26 @@ from .layout_planner import ClipShape, LayoutChoice, ParallelLayout, Rates, chec
 from .model.config import ModelConfig
 from .model.layers import Block
 from .model.past_context import PastContext, WholeVideo
+from .model.recomputation import Recompute
 from .model.transformer import MSCTransformer, OnPartBuilt
 from .optimizer import OptimizerConfig, make_optimizer
+
+# Of what compiled blocks would keep, with "cheap" recomputation: torch's activation memory budget. On an H200 1.61 GB of
+# 2.95 a layer of `base` with 65,536 tokens.
+KEPT_SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
     """sp: ranks of a context-parallel group, which share one video along time; the rest of the world is data parallel.
-    recompute: what the backward pass computes again: "none", "full" (each block from its input: activation
-    checkpointing), or "cheap" (of a compiled block, what saves half of the memory at the least work, by torch's
-    activation memory budget; without compile as "full"). compile: torch.compile per block.
-    timeout: seconds in which all ranks end when one is lost or stalled. stall: seconds in one phase, such as a pass or
-    a checkpoint, after which the whole run counts as hung and is ended (0: never).
-    attention: kernel ("auto", "sdpa", "flex", "flash"; see dispatch.py).
-    layout: the parallel layout of scales ("auto", "halo", "ulysses", "ring"; see layout_planner.py); "auto" takes for
-    each scale the cheapest between ranks that compute flops_per_s, send bytes_per_s, and wait wait_s for each other in
-    a collective."""
+    recompute: what a block computes again for its backward pass ("none", "cheap": all but products and attention,
+    "full"; see recomputation.py); for "cheap" a compiled block does what saves half of the memory at the least work, by
+    torch's activation memory budget. compile: torch.compile per block. timeout: seconds in which all ranks end when one
+    is lost or stalled. stall: seconds in one phase, such as a pass or a checkpoint, after which the whole run counts as
+    hung and is ended (0: never). attention: kernel ("auto", "sdpa", "flex", "flash"; see dispatch.py). layout: the
+    parallel layout of scales ("auto", "halo", "ulysses", "ring"; see layout_planner.py); "auto" takes for each scale
+    the cheapest between ranks that compute flops_per_s, send bytes_per_s, and wait wait_s for each other in a
+    collective."""
 
     sp: int = 1
     precision: Precision = "bf16"
@@ -82,9 +85,14 @@ class ParallelConfig:
         return values
 
     @property
-    def repeats_forward(self) -> bool:
-        """Whether the backward pass repeats each block's forward pass."""
-        return self.recompute == "full" or (self.recompute == "cheap" and not self.compile)
+    def block_recompute(self) -> Recompute:
+        """What blocks do themselves: compiled ones leave what is cheap to the compiler."""
+        return "none" if self.compile and self.recompute == "cheap" else self.recompute
+
+    @property
+    def kept_share(self) -> float:
+        """Of what blocks would keep, where the compiler recomputes the rest."""
+        return KEPT_SHARE if self.compile and self.recompute == "cheap" else 1.0
 
     @property
     def rates(self) -> Rates:
@@ -112,11 +120,11 @@ def clip_shape(model: ModelConfig, config: ParallelConfig, frames: int, height: 
 
 
 def peak_activation_bytes(model: ModelConfig, config: ParallelConfig, clip: ClipShape, micro: int) -> int:
-    """Bytes that the rank with the most keeps for the backward pass of `micro` clips."""
-    recompute: Recompute = "full" if config.repeats_forward else config.recompute
+    """Most bytes of activations on the rank that has most of them, with `micro` clips."""
     edges = shard_bounds(clip.units, config.sp)
     runs = [cost.Run(end - first, first, config.sp > 1) for first, end in zip(edges, edges[1:], strict=False)]
-    return max(cost.activation_bytes(model, run, *clip.grid, micro, clip.value_bytes, recompute) for run in runs)
+    how = micro, clip.value_bytes, config.block_recompute, config.kept_share
+    return max(cost.activation_bytes(model, run, *clip.grid, *how) for run in runs)
 
 
 def own_past_context(
@@ -155,14 +163,14 @@ def build_model(
             on_part_built(name, part)
         shard_parameters(part.to(device), config.zero, config.precision)
 
-    return MSCTransformer(model, config.attention, config.repeats_forward, place_part)
+    return MSCTransformer(model, config.attention, config.block_recompute, place_part)
 
 
 def parallelize(model: MSCTransformer, config: ParallelConfig, optimizer: OptimizerConfig, accumulate: int) -> Any:
     """The DeepSpeed engine that trains `model`, as `build_model` built it on every rank."""
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
     check_kernel(config.attention, model.config.head_width, dtype)
-    limit_kept_activations(cost.KEPT_SHARE if config.recompute == "cheap" else 1.0)
+    limit_kept_activations(config.kept_share)
     for block in model.blocks:
         assert isinstance(block, Block)
         if config.precision == "fp8":

@@ -8,9 +8,9 @@ from functools import partial
 from msc.datasets.loading.mixture import DataConfig
 
 from .config import Config, TrainConfig
-from .cost import Recompute
 from .diffusion.rectified_flow import DiffusionConfig
 from .model.config import ModelConfig
+from .model.recomputation import Recompute
 from .model.scales import Scale, default_scales
 from .optimizer import OptimizerConfig
 from .parallelize import ParallelConfig, ZeroConfig
@@ -45,9 +45,9 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "demo": demo,
     #                       width depth heads patch    lr  zero                 recompute
     "pilot": partial(sized,   768,   12,   12,    2, 3e-4, ZeroConfig(stage=2), "none"),  # about 100 M parameters
-    "base":  partial(sized,  1024,   32,   16,    2, 2e-4, ZeroConfig(stage=2), "cheap"),   # about 400 M
+    "base":  partial(sized,  1024,   32,   16,    2, 2e-4, ZeroConfig(stage=2), "cheap"),  # about 400 M
     "2b":    partial(sized,  2048,   40,   16,    2, 1e-4, ZeroConfig(stage=2), "cheap"),
-    "14b":   partial(sized,  5120,   44,   40,    2, 5e-5, ZeroConfig(stage=3), "cheap"),
+    "14b":   partial(sized,  5120,   44,   40,    2, 5e-5, ZeroConfig(stage=3), "full"),
 }
 # fmt: on
 

@@ -46,7 +46,7 @@ class Case(NamedTuple):
     units: int
     frames_per_unit: int = 1
     gate: str = "logits"
-    recompute: bool = False
+    recompute: str = "none"
     dtype: torch.dtype = torch.float64
     width: int = 64
     known: bool = True  # whether ranks know all noise levels, as in training
@@ -66,7 +66,7 @@ SIGNALS = (
 )
 
 
-def make(scales, units, frames_per_unit, gate="logits", dtype=torch.float64, width=64, kernel="auto", recompute=False):
+def make(scales, units, frames_per_unit, gate="logits", dtype=torch.float64, width=64, kernel="auto", recompute="none"):
     """A model with random weights, the same at every call, its inputs, and a direction for gradients."""
     torch.manual_seed(0)
     constants = tuple(GateConstants(0.5 * i, -0.3 * i) for i in range(len(scales)))

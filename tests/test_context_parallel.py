@@ -37,6 +37,7 @@ def on(backend, ranks):
     return pytest.param(backend, ranks, marks=pytest.mark.gloo if backend == "gloo" else gpus)
 
 
+RECOMPUTE = ["full", "none", "cheap"]
 GROUPS = [on(backend, ranks) for ranks in (2, 4) for backend in ("gloo", "nccl")]
 
 
@@ -98,7 +99,7 @@ def test_sharded_equals_one_process(backend, ranks):
     mixed = [("default", "ulysses+halo+halo"), ("for every layout", "halo+ring+ulysses")]
     kinds += mixed if ranks == 2 else []
     cases = [
-        Case(name, layout, units, frames_per_unit, "logits", name == "default", known=index % 3 > 0)
+        Case(name, layout, units, frames_per_unit, recompute=RECOMPUTE[index % 5 % 3], known=index % 3 > 0)
         for index, ((name, layout), (units, frames_per_unit)) in enumerate(product(kinds, SIZES[ranks]))
     ]
     results = run_ranks(on_a_rank, ranks, backend, cases)
@@ -110,6 +111,19 @@ def test_sharded_equals_one_process(backend, ranks):
         for parameter, expected in grads.items():
             assert expected is not None, f"{parameter} has no gradient"
             close(sum(p[2][parameter] for p in parts), expected, f"{case}: gradient of {parameter}")
+
+
+@pytest.mark.gloo
+def test_recomputation_changes_no_bit_across_ranks():
+    kinds = [("default", "halo"), ("routed", "halo"), ("pooled in time", "halo")]
+    kinds += [("dense", "ulysses"), ("dense", "ring")]
+    cases = [Case(*kind, 6, dtype=torch.float32, recompute=recompute) for kind in kinds for recompute in RECOMPUTE]
+    for results in run_ranks(on_a_rank, 2, "gloo", cases):
+        for index, (out, x_grad, grads, *_) in enumerate(results):
+            full_out, full_x_grad, full_grads, *_ = results[index - index % 3]
+            assert torch.equal(out, full_out) and torch.equal(x_grad, full_x_grad), cases[index]
+            for name, grad in grads.items():
+                assert torch.equal(grad, full_grads[name]), f"{cases[index]}: {name}"
 
 
 @pytest.mark.gloo
@@ -166,7 +180,7 @@ def test_causality_is_bit_identical_on_the_whole_model_across_ranks(backend, ran
 @pytest.mark.gloo
 def test_with_recomputation_a_rank_keeps_no_more_than_the_inputs_of_its_layers():
     """Messages are nodes of the graph that outlive the recomputed block: they must not keep what they carried."""
-    case = Case("default", "halo", 16, recompute=True)
+    case = Case("default", "halo", 16, recompute="full")
     one = 2 * 8 * (4 * 6) * 64 * 8  # two clips, eight units of a rank, tokens, width, bytes
     for kept in run_ranks(kept_on_a_rank, 2, case):
         assert 5 * one <= kept < 6.5 * one  # two layers, three at the end, and what frames keep; it was 12

@@ -214,6 +214,23 @@ def test_compiled_blocks_have_the_gradients_of_eager_ones(gate):
     assert compiled_gradients(tuple(scales), gate, "auto", "cuda", "inductor") < 1e-4
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("recompute", ["cheap", "full"])
+def test_gradients_are_those_without_recomputation(recompute, compiled):
+    scales, found = (Scale(2, 2, 1, 8), Scale(2, 1, 1, None, None, top=1)), []
+    for way in ("none", recompute):
+        torch._dynamo.reset()
+        inputs = make(scales, 8, 1, dtype=torch.float32, width=128, recompute=way)
+        model, *rest = (value.cuda() for value in inputs)
+        if compiled:
+            for block in model.blocks:
+                block.compile()
+        out, x_grad, grads = backward(model, *rest, WholeVideo())
+        found.append([out, x_grad, *grads.values()])
+    for value, expected in zip(found[1], found[0], strict=True):
+        assert (value - expected).norm() <= 1e-4 * expected.norm()
+
+
 @pytest.mark.skipif(not has("transformer_engine"), reason="no TransformerEngine")
 def test_fp8_layers_compute_what_bf16_ones_do():
     """Within what 8 bits hold (e4m3 has 4 significant ones), and every weight gets its gradient."""

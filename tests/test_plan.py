@@ -103,10 +103,10 @@ PILOT, BASE, WIDE = (replace(PRESETS[name]().model, channels=16) for name in ("p
 DENSE, DENSE_BASE = (replace(model, scales=(Scale(model.heads),), gate="none") for model in (PILOT, BASE))
 
 
-def one_step(model, frames, compiled, recompute=False):
+def one_step(model, frames, compiled, recompute="none"):
     index = replace(ASSUMED_INDEX, frames=frames, height=32, width=32)
     config = PRESETS["pilot"]()
-    parallel = replace(config.parallel, compile=compiled, recompute="full" if recompute else "none")
+    parallel = replace(config.parallel, compile=compiled, recompute=recompute)
     config = replace(config, model=model, train=replace(config.train, batch=1), parallel=parallel)
     return make_plan(resolve(config, index), index, H100, 1)
 
@@ -118,12 +118,12 @@ def layers(model, depth):
 @pytest.mark.parametrize(
     ("model", "frames", "compiled", "recompute", "measured"),
     [
-        (PILOT, 64, True, False, 0.0397),
-        (PILOT, 64, False, False, 0.185),
-        (layers(BASE, 24), 256, True, False, 0.3199),
-        (layers(DENSE_BASE, 8), 256, True, False, 0.8221),
-        (layers(DENSE_BASE, 4), 1024, True, False, 6.1814),
-        (layers(BASE, 4), 512, False, True, 0.1972),
+        (PILOT, 64, True, "none", 0.0397),
+        (PILOT, 64, False, "none", 0.185),
+        (layers(BASE, 24), 256, True, "none", 0.3199),
+        (layers(DENSE_BASE, 8), 256, True, "none", 0.8221),
+        (layers(DENSE_BASE, 4), 1024, True, "none", 6.1814),
+        (layers(BASE, 4), 512, False, "full", 0.1972),
     ],
 )
 def test_the_steps_that_constants_were_taken_from_are_predicted(model, frames, compiled, recompute, measured):
@@ -145,22 +145,22 @@ def test_a_step_of_a_small_model_with_windows_in_space_is_predicted():
 @pytest.mark.parametrize(
     ("model", "frames", "compiled", "recompute", "measured", "within"),
     [
-        (DENSE, 64, True, False, 0.0838, 0.11),
-        (layers(BASE, 8), 64, True, False, 0.0330, 0.2),
-        (layers(DENSE_BASE, 8), 64, True, False, 0.0753, 0.11),
-        (layers(BASE, 8), 256, True, False, 0.1102, 0.11),
-        (layers(BASE, 4), 1024, True, False, 0.2201, 0.11),
-        (BASE, 2048, True, True, 4.3796, 0.11),
-        (layers(BASE, 8), 512, True, True, 0.3051, 0.11),
-        (layers(DENSE_BASE, 4), 256, False, True, 0.5312, 0.11),
-        (layers(DENSE_BASE, 4), 512, False, True, 1.9465, 0.11),
-        (layers(WIDE, 8), 256, False, True, 0.5209, 0.11),
-        (layers(WIDE, 8), 512, False, True, 1.0226, 0.11),
-        (layers(BASE, 4), 512, True, False, 0.1042, 0.11),
-        (layers(BASE, 4), 1024, True, False, 0.2080, 0.11),
-        (BASE, 512, True, True, 1.1006, 0.11),
-        (layers(WIDE, 4), 512, False, True, 0.5226, 0.11),
-        (layers(WIDE, 4), 256, True, True, 0.2118, 0.11),
+        (DENSE, 64, True, "none", 0.0838, 0.11),
+        (layers(BASE, 8), 64, True, "none", 0.0330, 0.2),
+        (layers(DENSE_BASE, 8), 64, True, "none", 0.0753, 0.11),
+        (layers(BASE, 8), 256, True, "none", 0.1102, 0.11),
+        (layers(BASE, 4), 1024, True, "none", 0.2201, 0.11),
+        (BASE, 2048, True, "full", 4.3796, 0.11),
+        (layers(BASE, 8), 512, True, "full", 0.3051, 0.11),
+        (layers(DENSE_BASE, 4), 256, False, "full", 0.5312, 0.11),
+        (layers(DENSE_BASE, 4), 512, False, "full", 1.9465, 0.11),
+        (layers(WIDE, 8), 256, False, "full", 0.5209, 0.11),
+        (layers(WIDE, 8), 512, False, "full", 1.0226, 0.11),
+        (layers(BASE, 4), 512, True, "none", 0.1042, 0.11),
+        (layers(BASE, 4), 1024, True, "none", 0.2080, 0.11),
+        (BASE, 512, True, "full", 1.1006, 0.11),
+        (layers(WIDE, 4), 512, False, "full", 0.5226, 0.11),
+        (layers(WIDE, 4), 256, True, "full", 0.2118, 0.11),
     ],
 )
 def test_steps_that_no_constant_was_taken_from_are_foretold(model, frames, compiled, recompute, measured, within):
@@ -171,24 +171,23 @@ def test_steps_that_no_constant_was_taken_from_are_foretold(model, frames, compi
 @pytest.mark.parametrize(
     ("model", "gpus", "frames", "compiled", "recompute", "measured", "within"),
     [
-        (layers(BASE, 4), 2, 512, False, True, 0.1256, 0.02),  # from which the cost of more launches was taken
-        (layers(WIDE, 8), 2, 512, False, True, 0.5499, 0.1),
-        (layers(DENSE_BASE, 4), 2, 512, False, True, 1.0276, 0.1),
-        (layers(BASE, 4), 2, 1024, False, True, 0.2118, 0.1),
-        (layers(BASE, 4), 2, 1024, True, False, 0.1094, 0.1),
-        (layers(BASE, 4), 4, 1024, True, False, 0.0574, 0.1),
-        (layers(BASE, 4), 4, 2048, True, False, 0.1130, 0.1),
-        (BASE, 4, 2048, True, True, 1.1723, 0.1),
-        (layers(WIDE, 4), 2, 512, True, True, 0.2237, 0.1),
-        (layers(WIDE, 4), 4, 1024, True, True, 0.2246, 0.1),
+        (layers(BASE, 4), 2, 512, False, "full", 0.1256, 0.02),  # from which the cost of more launches was taken
+        (layers(WIDE, 8), 2, 512, False, "full", 0.5499, 0.1),
+        (layers(DENSE_BASE, 4), 2, 512, False, "full", 1.0276, 0.1),
+        (layers(BASE, 4), 2, 1024, False, "full", 0.2118, 0.1),
+        (layers(BASE, 4), 2, 1024, True, "none", 0.1094, 0.1),
+        (layers(BASE, 4), 4, 1024, True, "none", 0.0574, 0.1),
+        (layers(BASE, 4), 4, 2048, True, "none", 0.1130, 0.1),
+        (BASE, 4, 2048, True, "full", 1.1723, 0.1),
+        (layers(WIDE, 4), 2, 512, True, "full", 0.2237, 0.1),
+        (layers(WIDE, 4), 4, 1024, True, "full", 0.2246, 0.1),
     ],
 )
 def test_steps_on_several_gpus_are_foretold(model, gpus, frames, compiled, recompute, measured, within):
     """The clip shared along time, as its layout is chosen."""
     index = replace(ASSUMED_INDEX, frames=frames, height=32, width=32)
     config = PRESETS["pilot"]()
-    recomputed = "full" if recompute else "none"
-    parallel = replace(config.parallel, sp=gpus, recompute=recomputed, compile=compiled)
+    parallel = replace(config.parallel, sp=gpus, recompute=recompute, compile=compiled)
     config = replace(config, model=model, train=replace(config.train, batch=1), parallel=parallel)
     seconds = make_plan(resolve(config, index), index, H100, gpus).seconds
     found = sum(value for part, value in seconds.items() if part not in ("gradients", "weights", "update"))
@@ -275,11 +274,11 @@ def test_given_settings_stay():
 
 def test_traffic_of_zero():
     n, p = 1000, 4
-    assert zero_bytes(n, 0, p, False, 2, False) == (2 * 4 * 750, 0)
-    assert zero_bytes(n, 1, p, False, 2, False) == (2 * 4 * 750, 4 * 750)
-    assert zero_bytes(n, 2, p, True, 2, False) == (2 * 2 * 4 * 750, 2 * 750)
-    assert zero_bytes(n, 3, p, True, 2, True) == (2 * 4 * 750, 2 * 3 * 2 * 750)
-    assert zero_bytes(n, 3, 1, True, 2, True) == (0, 0)
+    assert zero_bytes(n, 0, p, False, 2, "none") == (2 * 4 * 750, 0)
+    assert zero_bytes(n, 1, p, False, 2, "none") == (2 * 4 * 750, 4 * 750)
+    assert zero_bytes(n, 2, p, True, 2, "none") == (2 * 2 * 4 * 750, 2 * 750)
+    assert zero_bytes(n, 3, p, True, 2, "full") == (2 * 4 * 750, 2 * 3 * 2 * 750)
+    assert zero_bytes(n, 3, 1, True, 2, "full") == (0, 0)
 
 
 def test_drivers_names():

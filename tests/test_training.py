@@ -149,7 +149,7 @@ def test_the_same_curve_at_any_stage_and_mesh(stage, a_hundred_steps, shards, tm
     """100 optimizer steps in fp32, gradient accumulation and recomputation included."""
     if not room(2):
         pytest.skip("needs two GPUs, or none")
-    settings = ["parallel.recompute=full"] if stage == 1 else []
+    settings = [f"parallel.recompute={('none', 'full', 'cheap', 'none')[stage]}"]
     for dp, sp in [(1, 2), (2, 1), (2, 2), (1, 4)]:
         if room(dp * sp):
             run = tmp_path / f"{dp}x{sp}"
@@ -221,9 +221,11 @@ def test_the_same_curve_in_any_parallel_layout(shards, tmp_path):
     msc_train(shards, tmp_path / "one", scales, steps=10)
     expected = curve(tmp_path / "one")
     for layout in ("halo", "ulysses", "ring"):
-        settings = [scales, f"parallel.layout={layout}", "parallel.recompute=true"]
-        msc_train(shards, tmp_path / layout, *settings, processes=2, sp=2, stage=3, steps=10)
-        same_curve(tmp_path / layout, expected)
+        for recompute in ("cheap", "full"):
+            settings = [scales, f"parallel.layout={layout}", f"parallel.recompute={recompute}"]
+            run = tmp_path / f"{layout}-{recompute}"
+            msc_train(shards, run, *settings, processes=2, sp=2, stage=3, steps=10)
+            same_curve(run, expected)
 
 
 @pytest.mark.gloo

@@ -21,11 +21,14 @@ from msc.pretrain import cost
 from msc.pretrain.config import Config
 from msc.pretrain.layout_planner import ClipShape, ParallelLayout, Rates, choose_layouts, estimates
 from msc.pretrain.model.config import ModelConfig
+from msc.pretrain.model.recomputation import Recompute
 from msc.pretrain.model.scales import spatial_windows
 from msc.pretrain.parallelize import check_parallel, clip_shape, peak_activation_bytes
 
 from . import hardware
 from .hardware import Device
+
+RECOMPUTE: tuple[Recompute, ...] = ("none", "cheap", "full")
 
 
 @dataclass(frozen=True)
@@ -106,9 +109,12 @@ def make_plan(config: Config, index: Index, device: Device, gpus: int) -> Plan:
     count = cost.parameters(model)
     bf16 = parallel.precision != "fp32"
 
-    # One micro-batch of the slowest rank, forward and backward; `recompute_factor`: once more the forward pass
-    recompute_factor = 4 / 3 if parallel.repeats_forward else 1.0
-    passes = efficiency.passes * (1 if parallel.recompute == "none" or parallel.repeats_forward else hardware.CHEAP)
+    # One micro-batch of the slowest rank, forward and backward, of which the forward pass is a third. Recomputation
+    # computes all of it once more, or only what is cheap; of eager blocks FlexAttention too.
+    again = 1 if parallel.recompute == "none" else 4 / 3
+    product_factor = again if parallel.recompute == "full" else 1.0
+    attention_factor = again if parallel.block_recompute != "none" else 1.0
+    cheap_factor = hardware.CHEAP if attention_factor < again else again
     share = -(-units // parallel.sp) / units
     flops = config.train.micro * 3 * share * cost.linear_flops(model, index.frames, index.height, index.width)
     attention = 3.0 * cost.attention_flops(model, index.frames, index.height, index.width)
@@ -119,15 +125,15 @@ def make_plan(config: Config, index: Index, device: Device, gpus: int) -> Plan:
                 for scale, layout in zip(model.scales, layouts, strict=True)]  # fmt: skip
         attending = config.train.micro * model.depth * sum(e.computing for e in each)
         exposed = config.train.micro * model.depth * sum(e.seconds - e.computing for e in each)
-        exposed *= 3 / 2 if parallel.repeats_forward else 1
-        times = 3 if parallel.repeats_forward else 2  # forward, backward, and forward again
+        times = 3 if parallel.recompute == "full" else 2  # forward, backward, and forward again
+        exposed *= times / 2
         sent = times * sum(e.sent for e in each) * clip.value_bytes * model.depth * config.train.micro * accumulate
     micro = {
-        "matrix products": recompute_factor * flops / (peak * efficiency.products),
-        "attention": recompute_factor * attending,
-        "memory traffic": recompute_factor * passes * kept / device.bandwidth,
+        "matrix products": product_factor * flops / (peak * efficiency.products),
+        "attention": attention_factor * attending,
+        "memory traffic": cheap_factor * efficiency.passes * kept / device.bandwidth,
     }
-    launches = recompute_factor * efficiency.launches * attention_calls(model, clip.grid) * model.depth
+    launches = cheap_factor * efficiency.launches * attention_calls(model, clip.grid) * model.depth
     launches *= hardware.SHARDED if parallel.sp > 1 else 1.0
     micro["launches"] = max(0.0, launches - sum(micro.values()))
     computing = sum(micro.values())
@@ -137,9 +143,9 @@ def make_plan(config: Config, index: Index, device: Device, gpus: int) -> Plan:
     # Gradients and weights over all ranks
     wide = gpus > device.node
     far = (device.network if wide else device.link) * hardware.LINKS
-    reduced, gathered = zero_bytes(count, parallel.zero.stage, gpus, bf16, accumulate, parallel.repeats_forward)
+    reduced, gathered = zero_bytes(count, parallel.zero.stage, gpus, bf16, accumulate, parallel.block_recompute)
     reductions = accumulate if parallel.zero.stage >= 2 else 1
-    backward = computing * (3 / 4 if parallel.repeats_forward else 2 / 3)
+    backward = computing * (1 - 1 / (3 * cheap_factor))
     seconds["gradients"] = reductions * max(0.0, reduced / reductions / far - hardware.OVERLAP * backward)
     behind = hardware.OVERLAP * computing * accumulate if parallel.zero.stage == 3 else 0.0
     seconds["weights"] = max(0.0, gathered / far - behind)
@@ -172,7 +178,9 @@ def memory(config: Config, clip: ClipShape, count: int, gpus: int) -> dict[str, 
     return parts
 
 
-def zero_bytes(count: int, stage: int, ranks: int, bf16: bool, accumulate: int, recompute: bool) -> tuple[float, float]:
+def zero_bytes(
+    count: int, stage: int, ranks: int, bf16: bool, accumulate: int, recompute: Recompute
+) -> tuple[float, float]:
     """Bytes that a rank sends in a step for (gradients, weights). Gradients travel in fp32, as deepspeed_zero.py
     asks, and from stage 2 on with every micro-batch; up to stage 2 by all-reduce (DeepSpeed 0.19 all-reduces its
     buckets also where a rank keeps a share only). Stage 3 fetches weights for every pass over the model, stages 1
@@ -182,7 +190,7 @@ def zero_bytes(count: int, stage: int, ranks: int, bf16: bool, accumulate: int, 
     once = count * (ranks - 1) / ranks
     weight = 2 if bf16 else 4
     if stage == 3:
-        return accumulate * 4 * once, accumulate * (3 if recompute else 2) * weight * once
+        return accumulate * 4 * once, accumulate * (2 if recompute == "none" else 3) * weight * once
     return (accumulate if stage == 2 else 1) * 2 * 4 * once, weight * once if stage else 0.0
 
 
@@ -213,7 +221,6 @@ def _variants(config: Config, index: Index, gpus: int, fixed: Sequence[str]) -> 
     parallel, batch = config.parallel, config.train.batch
     lengths = [sp for sp in range(1, min(units, gpus) + 1) if gpus % sp == 0]
     stages = (2, 3) if parallel.precision != "fp32" else (0, 1, 2, 3)
-    modes: list[cost.Recompute] = ["none", "cheap", "full"] if parallel.compile else ["none", "full"]
     for sp in [parallel.sp] if "parallel.sp" in fixed else lengths:
         dp = gpus // sp
         if batch % dp or gpus % sp:
@@ -221,7 +228,7 @@ def _variants(config: Config, index: Index, gpus: int, fixed: Sequence[str]) -> 
         each = batch // dp
         micros = [n for n in range(1, each + 1) if each % n == 0]
         for stage in [parallel.zero.stage] if "parallel.zero.stage" in fixed else stages:
-            for recompute in [parallel.recompute] if "parallel.recompute" in fixed else modes:
+            for recompute in [parallel.recompute] if "parallel.recompute" in fixed else RECOMPUTE:
                 for micro in [config.train.micro] if "train.micro" in fixed else micros:
                     zero = replace(parallel.zero, stage=cast(Literal[0, 1, 2, 3], stage))
                     yield replace(

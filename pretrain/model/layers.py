@@ -20,6 +20,7 @@ from .attention import MultiScaleAttention
 from .attention_inputs import ScaleInputs
 from .config import ModelConfig
 from .past_context import Layer
+from .recomputation import Recompute, recompute_cheap
 
 
 class NoiseEmbedding(nn.Module):
@@ -49,7 +50,9 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        # In two dimensions, in which DeepSpeed at ZeRO-3 does not add the bias in place to what recomputation keeps.
+        rows = x.flatten(0, -2)
+        return self.down(F.gelu(self.up(rows), approximate="tanh")).unflatten(0, x.shape[:-1])
 
 
 class CrossAttention(nn.Module):
@@ -83,9 +86,11 @@ class CrossAttention(nn.Module):
 class Block(nn.Module):
     """Self-attention, optional cross-attention, feed-forward; modulated per frame by its noise level."""
 
-    def __init__(self, config: ModelConfig, shifted: bool):
+    def __init__(self, config: ModelConfig, shifted: bool, recompute: Recompute = "none"):
+        """recompute: recomputation.py; "full" is for the caller to do."""
         super().__init__()
         width = config.width
+        self.recompute = recompute
         self.attention_norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attention = MultiScaleAttention(config, shifted)
         self.cross_attention = CrossAttention(width, config.heads) if config.text_width else None
@@ -94,6 +99,18 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.zeros(6, width))
 
     def forward(
+        self,
+        x_BTHWD: Tensor,
+        modulation_BT6D: Tensor,
+        text: tuple[Tensor, Tensor] | None,
+        inputs: Sequence[ScaleInputs],
+        layer: Layer,
+    ) -> Tensor:
+        if self.recompute == "cheap" and torch.is_grad_enabled():  # here, so that a compiled block has it inside
+            return recompute_cheap(self._forward, x_BTHWD, modulation_BT6D, text, inputs, layer)
+        return self._forward(x_BTHWD, modulation_BT6D, text, inputs, layer)
+
+    def _forward(
         self,
         x_BTHWD: Tensor,
         modulation_BT6D: Tensor,

@@ -14,7 +14,6 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..kernels.dispatch import Kernel
 from .attention_inputs import AttentionInputs
@@ -24,6 +23,7 @@ from .exported_weights import ExportedWeights, open_exported
 from .layers import Block, NoiseEmbedding
 from .output import velocity
 from .past_context import Layer, PastContext, WholeVideo
+from .recomputation import Recompute, recompute_all
 
 M = TypeVar("M", bound=nn.Module)
 OnPartBuilt = Callable[[str, nn.Module], None]  # called with the name and the module of a part of the model
@@ -36,10 +36,11 @@ class MSCTransformer(nn.Module):
         self,
         config: ModelConfig,
         kernel: Kernel = "auto",
-        recompute: bool = False,
+        recompute: Recompute = "none",
         on_part_built: OnPartBuilt | None = None,
     ):
-        """kernel: which computes attention (kernels/dispatch.py). recompute: activation checkpointing per block.
+        """kernel: which computes attention (kernels/dispatch.py). recompute: what blocks do not keep
+        (recomputation.py).
         on_part_built: called with the name and module of every block, and of every layer outside of blocks, as soon as
         it has its first weights: what takes them from elsewhere, or keeps only a rank's share of them, does it there.
         """
@@ -70,7 +71,7 @@ class MSCTransformer(nn.Module):
         self.text = new("text", nn.Linear(config.text_width, width)) if config.text_width else None
         self.blocks = nn.ModuleList()
         for layer in range(config.depth):
-            self.blocks.append(new(f"blocks.{layer}", Block(config, shifted=bool(layer % 2))))
+            self.blocks.append(new(f"blocks.{layer}", Block(config, bool(layer % 2), recompute)))
         self.final_norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.final_modulate = new("final_modulate", nn.Linear(width, 2 * width), zero=True)
         self.final = new("final", nn.Linear(width, tokens), zero=True)
@@ -109,9 +110,8 @@ class MSCTransformer(nn.Module):
         modulation = self.modulate(torch.nn.functional.silu(embedding)).unflatten(-1, (6, -1))
         for number, block in enumerate(self.blocks):
             arguments = (tokens, modulation, text, inputs, Layer(number))
-            if self.recompute and torch.is_grad_enabled():
-                # nothing in a block is random, and to set generators back takes the CPU time
-                tokens = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+            if self.recompute == "full" and torch.is_grad_enabled():
+                tokens = recompute_all(block, *arguments)
             elif past_context.grows:
                 tokens = block._call_impl(*arguments)  # as it is, compiled or not
             else:

@@ -45,9 +45,8 @@ def configure(case: dict[str, Any]) -> Any:
     scales = (Scale(8),) if case.get("dense") else default_scales(8, patch_window=8)
     model = replace(base.model, width=case["width"], depth=case["depth"], scales=scales, patch=2)
     deepspeed_zero = replace(base.parallel.zero, stage=case["stage"], bucket=5_000_000)
-    parallel = replace(
-        base.parallel, sp=case.get("sp", 1), recompute=case.get("recompute", "none"), zero=deepspeed_zero
-    )
+    recompute = case.get("recompute", "none")
+    parallel = replace(base.parallel, sp=case.get("sp", 1), recompute=recompute, zero=deepspeed_zero)
     side, batch = case["side"], case.get("ranks", 1) // case.get("sp", 1)
     index = replace(
         ASSUMED_INDEX, channels=4, frames=case["frames"], height=side, width=side, statistics=Statistics.default(4)

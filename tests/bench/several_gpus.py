@@ -48,6 +48,7 @@ from msc.parallel.signals import collect_signals
 from msc.pretrain import cost
 from msc.pretrain.diffusion.loss import Loss
 from msc.pretrain.diffusion.rectified_flow import add_noise
+from msc.pretrain.kernels.compile_helpers import limit_kept_activations
 from msc.pretrain.layout_planner import choose_layouts
 from msc.pretrain.model.layers import Block
 from msc.pretrain.model.scales import Scale
@@ -154,7 +155,8 @@ def training_step(
         model = parallelize(build_model(config.model, parallel, device, awake), parallel, config.optimizer, 1)
     else:
         with device:  # made there at once: on a CPU large ones take minutes
-            model = MSCTransformer(config.model, parallel.attention, parallel.repeats_forward, awake)
+            model = MSCTransformer(config.model, parallel.attention, parallel.block_recompute, awake)
+        limit_kept_activations(parallel.kept_share)
         model = model.to(device, torch.float32 if parallel.precision == "fp32" else torch.bfloat16)
         for block in model.blocks:
             assert isinstance(block, Block)
