@@ -31,8 +31,8 @@ from .model.recomputation import Recompute
 from .model.transformer import MSCTransformer, OnPartBuilt
 from .optimizer import OptimizerConfig, make_optimizer
 
-# Of what compiled blocks would keep, with "cheap" recomputation: torch's activation memory budget. On an H200 1.61 GB of
-# 2.95 a layer of `base` with 65,536 tokens.
+# Of what compiled blocks would keep, with "cheap" recomputation: torch's activation memory budget. On an H200 1.61 GB
+# of 2.95 a layer of `base` with 65,536 tokens.
 KEPT_SHARE = 0.5
 
 
