@@ -123,8 +123,12 @@ def peak_activation_bytes(model: ModelConfig, config: ParallelConfig, clip: Clip
     """Most bytes of activations on the rank that has most of them, with `micro` clips."""
     edges = shard_bounds(clip.units, config.sp)
     runs = [cost.Run(end - first, first, config.sp > 1) for first, end in zip(edges, edges[1:], strict=False)]
-    how = micro, clip.value_bytes, config.block_recompute, config.kept_share
-    return max(cost.activation_bytes(model, run, *clip.grid, *how) for run in runs)
+    return max(
+        cost.activation_bytes(
+            model, run, *clip.grid, micro, clip.value_bytes, config.block_recompute, config.kept_share
+        )
+        for run in runs
+    )
 
 
 def own_past_context(
