@@ -189,10 +189,13 @@ class RollOut:
         sampling: Sampling,
         rows: Sequence[int] | None = None,
         cache: Cache | None = None,
+        replay: bool = True,
     ) -> None:
         """like: its size (but for T), type and device. rows: number of every video, by default 0, 1, ...; its noise
-        depends on (seed, its number, frame) alone. cache: go on with the past of another roll-out of the same rows."""
+        depends on (seed, its number, frame) alone. cache: go on with the past of another roll-out of the same rows.
+        replay: on a GPU, repeat denoising steps from a CUDA graph; not with weights that ranks gather (ZeRO-3)."""
         self.model, self.sampling, self.cache = model, sampling, Cache() if cache is None else cache
+        self._replay = replay and like_BTCHW.is_cuda and sampling.steps > 1
         self._pass: RepeatedPass | None = None
         self._like, self._rows = like_BTCHW[:, :0], range(len(like_BTCHW)) if rows is None else rows
         if len(self._rows) != len(like_BTCHW):
@@ -219,7 +222,7 @@ class RollOut:
             return sum(changes, given)
 
         velocity = at_level(forward)
-        if self._like.is_cuda and self.sampling.steps > 1:
+        if self._replay:
             velocity = self._pass = RepeatedPass(forward, self._pass)
         x = self._noise(_START)
         for t, lower in pairwise(sampling_levels(self.sampling.steps, self.sampling.shift)):
@@ -253,11 +256,12 @@ def generate(
     *,
     rows: Sequence[int] | None = None,
     cache: Cache | None = None,
+    replay: bool = True,
 ) -> Iterator[Tensor]:
     """Yield `units` new units `[B, F, C, H, W]` that continue normalised latents, one after another.
 
     The context may hold no frames (T = 0). condition: its signals are those of the context's frames and the new ones;
-    beyond their end they are unknown. rows, cache: see `RollOut`; once the iterator has ended, the cache holds
+    beyond their end they are unknown. rows, cache, replay: see `RollOut`; once the iterator has ended, the cache holds
     everything up to the last unit. Raises ValueError at once where the arguments do not fit each other or the model.
     """
     sampling, condition = sampling or Sampling(), condition or Condition()
@@ -269,7 +273,7 @@ def generate(
             raise ValueError(f"guidance is {sampling.guidance:g}, but there is neither text nor a label to guide by")
         if name and name not in condition.signals:
             raise ValueError(f"there is a guidance of {name!r}, but no such signal to guide by")
-    roll_out = RollOut(model, context_BTCHW, sampling, rows, cache)
+    roll_out = RollOut(model, context_BTCHW, sampling, rows, cache, replay)
 
     def of_unit(number: int) -> Condition:
         return padded(condition.of_frames(slice(number * per_unit, (number + 1) * per_unit)), per_unit)

@@ -50,7 +50,8 @@ def write_preview(
     context, units = half_of_clip(x.shape[1], config.model.frames_per_unit)
     condition = condition_of(batch, model).to(builder.device)
     model.eval()
-    new = list(generate(model, x[:, :context], units, Sampling(steps=8, shift=builder.noise.shift), condition))
+    sampling = Sampling(steps=8, shift=builder.noise.shift)
+    new = list(generate(model, x[:, :context], units, sampling, condition, replay=False))  # weights may be sharded
     model.train()
     if rank != clip or not new:
         return []
