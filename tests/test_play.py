@@ -102,7 +102,7 @@ def test_a_new_game_begins_on_request_and_another_player_waits(game):
 
 def test_without_the_token_nobody_plays(game):
     async def body(client):
-        for path in ("/", "/?token=wrong", "/play", "/play?token="):
+        for path in ("/", "/?token=wrong", "/?token=%C3%A9", "/play", "/play?token="):
             assert (await client.get(path)).status == 403
         assert "msc play" in await (await client.get("/?token=secret")).text()
 

@@ -140,7 +140,7 @@ def application(game: Game, name: str, token: str) -> web.Application:
     playing = asyncio.Lock()
 
     def check_token(request: web.Request) -> None:
-        if not secrets.compare_digest(request.query.get("token", ""), token):
+        if not secrets.compare_digest(request.query.get("token", "").encode(), token.encode()):
             raise web.HTTPForbidden(text="the address lacks the token that msc play printed")
 
     async def page(request: web.Request) -> web.Response:
