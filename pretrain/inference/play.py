@@ -14,7 +14,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,7 @@ class Game:
         latents = model.normalise(context.encoded[: context.frames])[None]
         shift = frame_shift(trained.config.diffusion, *latents.shape[-2:])
         sampling = Sampling(request.steps, request.seed, shift, request.context_level)
-        limited = TrainedModel(**{**vars(trained), "model": model})
-        return Game(limited, latents, context.condition.to(trained.device), sampling)
+        return Game(replace(trained, model=model), latents, context.condition.to(trained.device), sampling)
 
     @property
     def signals(self) -> list[SignalConfig]:
@@ -87,7 +86,7 @@ class Game:
     def frames(self, seed: int, held: Callable[[], Held]) -> Iterator[tuple[Tensor, float]]:
         """Frames uint8 `[H, W, 3]` of the context and then new ones without end, and the seconds that each took."""
         model, per_unit = self.trained.model, self.trained.config.model.frames_per_unit
-        roll_out = RollOut(model, self.latents, Sampling(**{**vars(self.sampling), "seed": seed}))
+        roll_out = RollOut(model, self.latents, replace(self.sampling, seed=seed))
 
         def units() -> Iterator[Tensor]:
             known = self.latents.split(per_unit, 1) if self.latents.shape[1] else ()
