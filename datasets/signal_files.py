@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def read_signal(place: Location, name: str = "") -> Table:
         return _table(_read_columns(content, suffix))
     except ImportError:
         raise ValueError(f"{name}: reading Parquet needs pyarrow: pip install pyarrow, or write CSV") from None
-    except Exception as error:  # NumPy's and pyarrow's parsers raise all kinds; MemoryError for a size that is claimed
+    except Exception as error:  # NumPy's and pyarrow's parsers raise all kinds
         if isinstance(error, OSError) and error.errno:  # of the disk; pyarrow's own, of a damaged file, have no number
             raise
         raise ValueError(f"{name}: {str(error).partition(chr(10))[0][:300] or 'is damaged'}") from None
@@ -96,6 +97,11 @@ def _read_columns(content: bytes, suffix: str) -> dict[str, Any]:
 
 def _read_array(content: bytes) -> dict[str, np.ndarray]:
     """The columns of an array in NumPy's format; pickles are not read."""
+    file = io.BytesIO(content)
+    first = np.lib.format.read_magic(file) == (1, 0)
+    shape, _, dtype = (np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0)(file)
+    if not dtype.hasobject and math.prod(shape) * dtype.itemsize > len(content):  # numpy would allocate what it claims
+        raise ValueError("claims more than it holds")
     array = np.load(io.BytesIO(content), allow_pickle=False)
     if isinstance(array, np.ndarray) and array.dtype.names and array.ndim == 1:
         return {name: array[name] for name in array.dtype.names}

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 from msc.datasets.shards.index import Index
 from msc.pretrain import cost
@@ -27,8 +27,6 @@ from msc.pretrain.parallelize import check_parallel, clip_shape, peak_activation
 
 from . import hardware
 from .hardware import Device
-
-RECOMPUTE: tuple[Recompute, ...] = ("none", "cheap", "full")
 
 
 @dataclass(frozen=True)
@@ -228,7 +226,7 @@ def _variants(config: Config, index: Index, gpus: int, fixed: Sequence[str]) -> 
         each = batch // dp
         micros = [n for n in range(1, each + 1) if each % n == 0]
         for stage in [parallel.zero.stage] if "parallel.zero.stage" in fixed else stages:
-            for recompute in [parallel.recompute] if "parallel.recompute" in fixed else RECOMPUTE:
+            for recompute in [parallel.recompute] if "parallel.recompute" in fixed else get_args(Recompute):
                 for micro in [config.train.micro] if "train.micro" in fixed else micros:
                     zero = replace(parallel.zero, stage=cast(Literal[0, 1, 2, 3], stage))
                     yield replace(
