@@ -3,13 +3,15 @@
     python tests/bench/recipe.py RESULTS.jsonl --videos FOLDER --variants demo velocity prefix --seconds 500
     python tests/bench/recipe.py RESULTS.jsonl --mazes 8000 --frames 128 --size 48 48 --batch 8 \
         --variants memory-dense memory-window memory-pooled memory-routed --samplings mean sample
+    python tests/bench/recipe.py RESULTS.jsonl --videos FOLDER --run RUN --context 16 --units 128
 
 FOLDER holds videos already of the size to train on (multiples of 16 pixels), and for recipes that take actions a file
 NAME.actions.csv beside each: a header, and the action that led to every frame. With --mazes, so many ray-cast mazes, a
 new one for every clip: half of the walks turn round in the middle and come back, and all that are held out. These are
 continued from the turn on: what is seen h frames later was last seen 2 h frames ago. Every run trains one model,
 continues held-out clips, and appends a line to RESULTS.jsonl; runs found there are not repeated, and none is started
-that would not end within --seconds.
+that would not end within --seconds. With --run, a pixel model that `msc train` trained is examined, on videos that it
+did not see.
 """
 
 from __future__ import annotations
@@ -34,12 +36,13 @@ from msc.pretrain import cost
 from msc.pretrain.diffusion.loss import Loss
 from msc.pretrain.diffusion.rectified_flow import DiffusionConfig, add_noise, noise_levels
 from msc.pretrain.diffusion.sampler import Sampling, generate
+from msc.pretrain.inference.load import open_run
 from msc.pretrain.model.conditioning import Condition, SignalConfig
 from msc.pretrain.model.config import ModelConfig
 from msc.pretrain.model.scales import Scale
 from msc.pretrain.model.transformer import MSCTransformer
 
-HORIZONS = (1, 2, 4, 8, 16, 32, 48, 64)
+HORIZONS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128)
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9, 0.99)  # of the frame after a clean past
 FINE, MIDDLE = Scale(2, 1, 1, 2, 8), Scale(1, 2, 1, 8)
 SCALES: dict[str, tuple[Scale, ...]] = {
@@ -364,6 +367,17 @@ def run(name: str, data: Data, seed: int, args: argparse.Namespace) -> dict[str,
     }  # fmt: skip
 
 
+def run_of(folder: Path, data: Data, args: argparse.Namespace) -> dict[str, Any]:
+    """A trained run, examined."""
+    began = time.perf_counter()
+    model = open_run(folder).model
+    columns = model.config.signals[0].columns if model.config.signals else ()
+    if columns and columns != data.actions:
+        raise SystemExit(f"the run's actions are {columns}, those of the videos {data.actions}")
+    return {"videos": args.videos.name, "variant": str(folder), "seed": 0, "losses": [None], "ms_per_step": 0,
+            **examine(model, data, args), "seconds": round(time.perf_counter() - began, 1)}  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("results", type=Path)
@@ -371,6 +385,7 @@ def main() -> None:
     made.add_argument("--videos", type=Path)
     made.add_argument("--mazes", type=int, metavar="CLIPS")
     parser.add_argument("--size", type=int, nargs=2, default=(48, 48), metavar=("H", "W"), help="of mazes")
+    parser.add_argument("--run", type=Path, help="examine this one")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=2000)
@@ -406,15 +421,15 @@ def main() -> None:
     source = "mazes" if args.mazes else args.videos.name
     last = 0.0
     for seed in args.seeds:
-        for name in args.variants:
+        for name in [str(args.run)] if args.run else args.variants:
             if (source, name, seed) in done or time.monotonic() - began + last > args.seconds:
                 continue
-            result = run(name, data, seed, args)
+            result = run_of(args.run, data, args) if args.run else run(name, data, seed, args)
             last = result["seconds"]
             from PIL import Image
 
             for key in [key for key in result if key.startswith("pictures")]:
-                file_name = f"{source}-{name}-{seed}{key.removeprefix('pictures')}.png"
+                file_name = f"{source}-{Path(name).name}-{seed}{key.removeprefix('pictures')}.png"
                 Image.fromarray(result.pop(key).numpy()).save(args.results.parent / file_name.replace(" ", "_"))
             with args.results.open("a") as file:
                 file.write(json.dumps(result) + "\n")
