@@ -306,8 +306,7 @@ def examine(model: MSCTransformer, data: Data, args: argparse.Namespace) -> dict
             "contrast": [round(ratio(made, truth, h, lambda z: z), 2) for h in horizons],
             "sharpness": [round(ratio(made, truth, h, detail), 2) for h in horizons],
         }
-        if name in ("mean", "sample", "past at 0.1", OTHERS):
-            results[f"pictures {name}"] = sheet(truth, made, horizons)
+        results[f"pictures {name}"] = sheet(truth, made, horizons)
     last = to_pixels(model, x[:, context - 1 : context])
     psnr = -10 * (last - truth).square().mean((2, 3, 4)).clamp(min=1e-7).log10()
     results["copy last"] = [round(float(psnr[:, h - 1].mean()), 2) for h in horizons]
