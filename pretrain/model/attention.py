@@ -62,13 +62,14 @@ class MultiScaleAttention(nn.Module):
         # how often keys are normalised depends on which groups a rank completes.
         self.q_gain = nn.Parameter(torch.ones(config.head_width))
         self.k_gain = nn.Parameter(torch.ones(config.head_width))
-        self.delta = nn.Parameter(torch.zeros(config.heads)) if config.gate == "logits" else None
+        # The gate's δ of every head, padded: see check_alignment in parallelize.py.
+        self.delta = nn.Parameter(torch.zeros(-(-config.heads // 8) * 8)) if config.gate == "logits" else None
 
     def forward(self, x_BTHWD: Tensor, inputs: Sequence[ScaleInputs], layer: Layer = FIRST) -> Tensor:
         qkv = self.qkv(x_BTHWD).unflatten(-1, (3, self.config.heads, self.config.head_width))
         frames = x_BTHWD.shape[1]
         sizes = [scale.heads for scale in self.config.scales]
-        deltas = [None] * len(sizes) if self.delta is None else self.delta.split(sizes)
+        deltas = [None] * len(sizes) if self.delta is None else self.delta[: self.config.heads].split(sizes)
         groups = zip(qkv.split(sizes, dim=-2), inputs, deltas, strict=True)
         # The past of all scales is on its way while own queries and keys are placed; only then is it waited for.
         own_units = [self._own_units((layer, i), *group) for i, group in enumerate(groups)]
