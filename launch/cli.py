@@ -286,6 +286,7 @@ def add_model_commands(command: Command) -> None:
     add("--weights", choices=("ema", "raw", "both"), help="averaged or last weights (default: ema)")
     add("--dtype", choices=("fp32", "bf16", "fp16"), help="what they are stored in (fp32)")
     add("--max-shard-size", type=bytes_of, metavar="SIZE", help="of a file, such as 5GB (the default)")
+    add("--layout", choices=("msc", "diffusers"), help="diffusers: as diffusers' own class of a published model (msc)")
     add("--checkpoint", metavar="N|PATH", help="step or folder (default: the newest)")
     add("--push-to-hub", metavar="REPO", help="upload it to the Hugging Face Hub; new ones are private")
 

@@ -24,9 +24,9 @@ from msc.datasets.text_table import text_table
 
 from . import cost
 from .checkpoints import directory as checkpoint_directory
-from .checkpoints import initialize_from
+from .checkpoints import initialize_from, pretrained
 from .config import Config, dump, flat
-from .diffusion.autoencoder import open_autoencoder
+from .diffusion.autoencoder import DIFFUSERS, open_autoencoder
 from .layout_planner import layout_table
 from .model.conditioning import SignalConfig
 from .model.config import check_clip
@@ -44,7 +44,7 @@ def resolve(config: Config, index: Index) -> Config:
     """Fill in what the shards determine: channels and their moments, gate constants, labels and text.
 
     ValueError where the configuration contradicts them. Moments and gate constants that are set stay: a model may go on
-    with those it was trained with.
+    with those it was trained with. A published model gets latents as diffusers' autoencoder gives them.
     """
     model = config.model
     from_shards: dict[str, Any] = {
@@ -54,17 +54,19 @@ def resolve(config: Config, index: Index) -> Config:
         if (setting := getattr(model, name)) not in (0, value):
             paths = ", ".join(shard_set.path for shard_set in config.data.sets)
             raise ValueError(f"model.{name} is {setting}, but the shards in {paths} have {value}")
+    mean, std = tuple(index.statistics.mean), tuple(index.statistics.std)
+    if pretrained.is_pretrained(config.train.init_from) and index.autoencoder.startswith(DIFFUSERS):
+        # Autoencoders of diffusers give latents as their pipeline's transformer expects them.
+        mean, std = (0.0,) * index.channels, (1.0,) * index.channels
     model = replace(
         model,
         **from_shards,
-        latent_mean=model.latent_mean or tuple(index.statistics.mean),
-        latent_std=model.latent_std or tuple(index.statistics.std),
+        latent_mean=model.latent_mean or mean,
+        latent_std=model.latent_std or std,
         gate_constants=model.gate_constants or gate_constants(model.scales, model.patch, index.statistics),
         signals=model.signals or signal_configs(config.data.signals, index),
     )
-    train = config.train
-    if train.init_from:
-        train = replace(train, init_from=str(Path(train.init_from).absolute()))
+    train = replace(config.train, init_from=pretrained.absolute(config.train.init_from))
     return replace(config, model=model, data=absolute_paths(config.data), train=train)
 
 

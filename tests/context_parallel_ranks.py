@@ -18,7 +18,7 @@ from msc.parallel.context_parallel import shard_bounds
 from msc.pretrain.kernels import rectangle
 from msc.pretrain.model import attention, rope
 from msc.pretrain.model.conditioning import Condition, SignalConfig
-from msc.pretrain.model.config import ModelConfig
+from msc.pretrain.model.config import LayerConfig, ModelConfig
 from msc.pretrain.model.noise_gate import GateConstants
 from msc.pretrain.model.scales import Scale
 from msc.pretrain.model.transformer import MSCTransformer
@@ -50,6 +50,7 @@ class Case(NamedTuple):
     dtype: torch.dtype = torch.float64
     width: int = 64
     known: bool = True  # whether ranks know all noise levels, as in training
+    layers: LayerConfig | None = None
 
     @property
     def scales(self):
@@ -57,7 +58,7 @@ class Case(NamedTuple):
 
     def make(self, kernel="auto"):
         sizes = self.units, self.frames_per_unit
-        return make(self.scales, *sizes, self.gate, self.dtype, self.width, kernel, self.recompute)
+        return make(self.scales, *sizes, self.gate, self.dtype, self.width, kernel, self.recompute, self.layers)
 
 
 SIGNALS = (
@@ -66,13 +67,16 @@ SIGNALS = (
 )
 
 
-def make(scales, units, frames_per_unit, gate="logits", dtype=torch.float64, width=64, kernel="auto", recompute="none"):
+def make(
+    scales, units, frames_per_unit, gate="logits", dtype=torch.float64, width=64, kernel="auto", recompute="none",
+    layers=None,
+):  # fmt: skip
     """A model with random weights, the same at every call, its inputs, and a direction for gradients."""
     torch.manual_seed(0)
     constants = tuple(GateConstants(0.5 * i, -0.3 * i) for i in range(len(scales)))
     config = ModelConfig(
         width=width, depth=2, scales=scales, patch=1, channels=2, frames_per_unit=frames_per_unit, gate=gate,
-        gate_constants=constants, classes=3, text_width=5, signals=SIGNALS,
+        gate_constants=constants, classes=3, text_width=5, signals=SIGNALS, layers=layers or LayerConfig(),
     )  # fmt: skip
     model = MSCTransformer(config, kernel, recompute)
     with torch.no_grad():

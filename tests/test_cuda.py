@@ -21,6 +21,7 @@ from msc.pretrain.evaluation import metrics
 from msc.pretrain.kernels import flash, rectangle
 from msc.pretrain.kernels.dispatch import attend
 from msc.pretrain.model import rope
+from msc.pretrain.model.config import LayerConfig
 from msc.pretrain.model.layers import CrossAttention
 from msc.pretrain.model.past_context import WholeVideo
 from msc.pretrain.model.scales import Scale
@@ -182,7 +183,7 @@ def test_gradients_in_bf16_err_no_more_than_on_a_cpu(backend):
 @pytest.mark.parametrize("tokens", [3, 64, 192])
 def test_gradients_through_text_equal_the_float64_reference(tokens):
     torch.manual_seed(0)
-    exact = CrossAttention(64, 4).double()
+    exact = CrossAttention(64, 4, LayerConfig()).double()
     x, text = torch.randn(2, 5, 4, 6, 64).double(), torch.randn(2, tokens, 64).double()
     seen = torch.rand(2, tokens) < 0.7
     seen[:, 0] = True

@@ -1,4 +1,5 @@
-"""Initialisation from existing weights: `train.init_from` names a folder of `msc export`, or another run.
+"""Initialisation from existing weights: `train.init_from` names a folder of `msc export`, another run, or
+"diffusers:FOLDER", a published model (pretrained.py).
 
 What fixes the shapes of the transformer's layers must be the same. Everything else may differ and is logged:
 resolution, clip length, scales (also one dense scale against many), windows, gate.
@@ -17,15 +18,17 @@ import torch
 import yaml
 from torch import nn
 
-from ..model.config import ModelConfig
+from ..model.config import LayerConfig, ModelConfig
 from ..model.exported_weights import ExportedWeights, Shapes, abbreviated, open_exported
 from ..model.transformer import MSCTransformer, OnPartBuilt
 from ..run_folder import RunFolder
 from ..typed_values import read
 from .directory import CheckpointMeta, latest
 from .format import ParameterReader
+from .pretrained import Pretrained, is_pretrained, open_pretrained
 
 FIXED = ("width", "depth", "heads", "hidden", "patch", "channels")
+FIXED_LAYERS = tuple(field.name for field in dataclasses.fields(LayerConfig) if field.name != "rope_steps")
 OF_THE_DATA = ("latent_mean", "latent_std", "gate_constants", "signals")
 
 
@@ -37,7 +40,7 @@ class InitialWeights:
     config: ModelConfig
     autoencoder: str
     shapes: Shapes
-    open: Callable[[], AbstractContextManager[ParameterReader | ExportedWeights]]
+    open: Callable[[], AbstractContextManager[ParameterReader | ExportedWeights | Pretrained]]
 
     def transferable(self, config: ModelConfig, shapes: Shapes) -> set[str]:
         """Names of the tensors that a new model with `shapes` takes: those of the same shape, but a head's gate offset
@@ -59,10 +62,16 @@ class InitialWeights:
         }
 
 
-def find_weights(place: Path, newest: Path | None = None) -> InitialWeights:
+def find_weights(place: str | Path, newest: Path | None = None) -> InitialWeights:
     """Open a run or an export without loading its weights; FileNotFoundError or ValueError if they cannot be used.
 
     newest: the checkpoint to take of a run, which must be the same on all ranks; None: its latest."""
+    if is_pretrained(str(place)):
+        pretrained = open_pretrained(str(place))
+        what = f"the published weights in {pretrained.folder}"
+        autoencoder = pretrained.autoencoder
+        return InitialWeights(what, pretrained.config, autoencoder, pretrained.shapes, lambda: nullcontext(pretrained))
+    place = Path(place)
     folder = RunFolder(place)
     if folder.exists():
         settings = yaml.safe_load(folder.config.read_text())
@@ -88,6 +97,8 @@ def find_weights(place: Path, newest: Path | None = None) -> InitialWeights:
 def describe_differences(weights: InitialWeights, config: ModelConfig, autoencoder: str) -> list[str]:
     """What a run with this model takes from `weights` and what not, in lines; ValueError if they do not fit."""
     values = [(name, getattr(weights.config, name), getattr(config, name)) for name in FIXED]
+    there, here = weights.config.layers, config.layers
+    values += [(f"layers.{name}", getattr(there, name), getattr(here, name)) for name in FIXED_LAYERS]
     if wrong := [f"model.{name} is {here} here and {there} there" for name, there, here in values if there != here]:
         raise ValueError(
             f"train.init_from: {', '.join(wrong)}; {weights.what} can only start a model of the same shape"
@@ -117,7 +128,7 @@ def _shapes(config: ModelConfig) -> Shapes:
 
 @contextmanager
 def open_initial_weights(
-    place: Path, config: ModelConfig, autoencoder: str, newest: Path | None = None
+    place: str | Path, config: ModelConfig, autoencoder: str, newest: Path | None = None
 ) -> Iterator[tuple[list[str], OnPartBuilt]]:
     """The lines of `describe_differences`, and a function that copies the weights into a part of a new model, given
     the part's name ("" for all of it): a rank reads one part at a time."""

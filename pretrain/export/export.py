@@ -11,9 +11,9 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from msc.datasets.files import (
 
 from ..checkpoints import directory as checkpoint_directory
 from ..checkpoints import format as checkpoint_format
+from ..checkpoints import pretrained
 from ..checkpoints.directory import CheckpointMeta
 from ..config import Config
 from ..inference.load import read_run
@@ -42,6 +43,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KEYS = {"ema": "ema", "raw": "weight"}  # their names in a checkpoint
 PART = 1 << 23  # elements read, converted and written at a time
 MAX_SHARD_SIZE = 5_000_000_000  # bytes
+Layout = Literal["msc", "diffusers"]
 Parts = Callable[[str, int], Iterator[Tensor]]  # (name, elements) -> the tensor's values, flattened, in parts
 
 
@@ -60,12 +62,13 @@ class Source:
 
 def export(
     run: Path, out: Path | None = None, weights: str = "ema", dtype: str = "fp32",
-    max_shard_size: int = MAX_SHARD_SIZE, step: str | None = None, push_to: str | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE, step: str | None = None, push_to: str | None = None, layout: Layout = "msc",
 ) -> str:  # fmt: skip
     """Write the weights of a run's newest checkpoint (or that of `step`) as safetensors; returns a report.
 
     weights: "ema", "raw" or "both". max_shard_size: bytes, above which they are split into files with an index.
-    push_to: repository of the Hugging Face Hub to upload the folder to afterwards; a new one is private.
+    push_to: repository of the Hugging Face Hub to upload the folder to afterwards; a new one is private. layout:
+    "diffusers" writes the transformer of a published model that the run started from, as diffusers' own class.
     All tensors are read back and compared. Weights that are not split are also loaded with
     `MSCTransformer.from_pretrained` and must give bit-identical outputs if they are in fp32.
     """
@@ -76,6 +79,8 @@ def export(
     sets = ("ema", "raw") if weights == "both" else (weights,)
     with checkpoint_directory.held(run, step) as path, partial_folder(folder) as partial:
         source = open_source(path, config)
+        if layout == "diffusers":
+            return export_to_diffusers(source, config, folder, partial, weights, dtype, max_shard_size)
         facts = describe(config, space, source.meta, sets, dtype)
         report = [f"{source.elements:,} parameters of step {source.meta.step:,} in {dtype} written to {folder}"]
         free, needed = free_bytes(folder), len(sets) * DTYPES[dtype].itemsize * source.elements
@@ -101,6 +106,35 @@ def export(
     if push_to is not None:
         report.append(model_card.push(folder, push_to, f"step {source.meta.step}"))
     return "\n".join(report)
+
+
+def export_to_diffusers(
+    source: Source, config: Config, folder: Path, partial: Path, weights: str, dtype: str, max_shard_size: int
+) -> str:
+    """Write a transformer that diffusers' class of its family loads; returns a report."""
+    if reason := pretrained.unsupported(config.model):
+        raise ValueError(f"the model of {source.path.parents[1]} is none of diffusers': {reason}")
+    if weights == "both":
+        raise ValueError("a folder of diffusers holds one set of weights: export ema or raw")
+    origins = pretrained.sources(config.model)
+    if left := sorted(source.shapes.keys() - {origin.name for origin in origins.values()}):
+        raise ValueError(f"the model has what diffusers' class has not: {abbreviated(left)}")
+    theirs = replace(source, shapes={name: origin.part.shape for name, origin in origins.items()})
+
+    def parts(reader: checkpoint_format.ParameterReader, key: str, kind: torch.dtype, name: str, _: int) -> Any:
+        origin = origins[name]
+        numel = math.prod(source.shapes[origin.name])
+        ours = torch.cat(list(converted_parts(reader, key, kind, origin.name, numel)))
+        yield origin.of(ours.view(source.shapes[origin.name])).flatten()
+
+    write_atomically(partial / "config.json", json.dumps(pretrained.settings_of(config.model), indent=1).encode())
+    files = write_weights(partial, pretrained.STEM, theirs, weights, DTYPES[dtype], max_shard_size, parts)
+    publish_folder(partial, folder)
+    kind = pretrained.settings_of(config.model)["_class_name"]
+    return (
+        f"{source.elements:,} parameters of step {source.meta.step:,} in {dtype} written to {folder} as {kind}, in "
+        f"{len(files)} files: every tensor read again and compared"
+    )
 
 
 def open_source(path: Path, config: Config) -> Source:
@@ -140,15 +174,19 @@ def describe(
     }
 
 
-def write_weights(folder: Path, stem: str, source: Source, weights: str, dtype: torch.dtype, limit: int) -> list[str]:
-    """Write and compare all tensors; returns the names of the files. Several get an index."""
+def write_weights(
+    folder: Path, stem: str, source: Source, weights: str, dtype: torch.dtype, limit: int,
+    read_parts: Callable[..., Iterator[Tensor]] | None = None,
+) -> list[str]:  # fmt: skip
+    """Write and compare all tensors; returns the names of the files. Several get an index. read_parts: instead of
+    `converted_parts`."""
     groups = split({name: math.prod(shape) * dtype.itemsize for name, shape in source.shapes.items()}, limit)
     files = [f"{stem}-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
     files = files if len(groups) > 1 else [f"{stem}.safetensors"]
     for file, names in zip(files, groups, strict=True):
         # A new reader for every file: what was read through a memory map stays in memory while it is open.
         with checkpoint_format.ParameterReader(source.path) as reader:
-            parts = functools.partial(converted_parts, reader, KEYS[weights], dtype)
+            parts = functools.partial(read_parts or converted_parts, reader, KEYS[weights], dtype)
             shapes = {name: source.shapes[name] for name in names}
             write_file(folder / file, shapes, parts, dtype)
             compare_file(folder / file, shapes, parts, dtype)

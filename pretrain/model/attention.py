@@ -16,6 +16,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..kernels import routed
 from ..kernels.dispatch import Attend, KeyBlocks, attend
@@ -24,7 +25,7 @@ from .attention_inputs import ScaleInputs
 from .config import ModelConfig
 from .noise_gate import log_gate
 from .past_context import Layer
-from .rope import UNROTATED, Rope, normalise_and_rotate, unrotated_channels
+from .rope import UNROTATED, Rope, normalise_and_rotate, rotate, unrotated_channels
 from .scales import Scale, spatial_windows
 
 FIRST = Layer(0)
@@ -56,17 +57,21 @@ class MultiScaleAttention(nn.Module):
         super().__init__()
         self.config = config
         self.shifted = shifted
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
-        self.out = nn.Linear(config.width, config.width, bias=False)
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.layers.bias)
+        self.out = nn.Linear(config.width, config.width, bias=config.layers.bias)
         # Parameters of this module, not submodules: ZeRO-3 gathers per module call, in step on all ranks, and
         # how often keys are normalised depends on which groups a rank completes.
-        self.q_gain = nn.Parameter(torch.ones(config.head_width))
-        self.k_gain = nn.Parameter(torch.ones(config.head_width))
+        normalised = config.head_width if config.layers.qk_norm == "head" else config.width
+        self.q_gain = nn.Parameter(torch.ones(normalised))
+        self.k_gain = nn.Parameter(torch.ones(normalised))
         # The gate's δ of every head, padded: see check_alignment in parallelize.py.
         self.delta = nn.Parameter(torch.zeros(-(-config.heads // 8) * 8)) if config.gate == "logits" else None
 
     def forward(self, x_BTHWD: Tensor, inputs: Sequence[ScaleInputs], layer: Layer = FIRST) -> Tensor:
-        qkv = self.qkv(x_BTHWD).unflatten(-1, (3, self.config.heads, self.config.head_width))
+        qkv = project(self.qkv, x_BTHWD)
+        if self.config.layers.qk_norm == "width":
+            qkv = self._normalise_all_heads(qkv)
+        qkv = qkv.unflatten(-1, (3, self.config.heads, self.config.head_width))
         frames = x_BTHWD.shape[1]
         sizes = [scale.heads for scale in self.config.scales]
         deltas = [None] * len(sizes) if self.delta is None else self.delta[: self.config.heads].split(sizes)
@@ -80,7 +85,22 @@ class MultiScaleAttention(nn.Module):
             if own.inputs.placement is not None:
                 out = own.inputs.placement.leave(out)
             outs.append(repeat_space(out.reshape(out.shape[0], frames, *out.shape[3:]), own.inputs.scale.space))
-        return self.out(torch.cat(outs, dim=-2).flatten(-2))
+        return project(self.out, torch.cat(outs, dim=-2).flatten(-2))
+
+    def _normalise_all_heads(self, qkv: Tensor) -> Tensor:
+        """With queries and keys `[..., D]` of root mean square 1 over all heads, times a gain per channel."""
+        q, k, v = qkv.chunk(3, -1)
+        q, k = (
+            F.rms_norm(x, (self.config.width,), gain, self.config.layers.qk_eps)
+            for x, gain in ((q, self.q_gain), (k, self.k_gain))
+        )
+        return torch.cat((q, k, v), -1)
+
+    def _rotate(self, x: Tensor, gain: Tensor, rope: Rope, bias: Tensor | None) -> Tensor:
+        """Queries or keys, normalised by head where all heads are not yet, at their positions."""
+        if self.config.layers.qk_norm == "width":
+            return rotate(x, rope, bias)
+        return normalise_and_rotate(x, gain, rope, bias)
 
     def _own_units(
         self, key: tuple[Layer, int], qkv_BTHW3hd: Tensor, inputs: ScaleInputs, delta_h: Tensor | None
@@ -96,7 +116,7 @@ class MultiScaleAttention(nn.Module):
         # The gate's log g is added to the logits by channels of a head that carry no position; no kernel needs to know
         # of it, and no head grows wider: the query holds 1 there, a key √d · log g (see _place_keys).
         query_bias = None if delta_h is None else q.new_ones(1, 1, 1, UNROTATED)
-        q = normalise_and_rotate(q.squeeze(-3), self.q_gain, inputs.rope_own, query_bias)
+        q = self._rotate(q.squeeze(-3), self.q_gain, inputs.rope_own, query_bias)
         k, v = self._place_keys(kv, inputs.rope_own, inputs.log_snr_own, delta_h)
         k_own = k
         if delta_h is not None:
@@ -166,7 +186,15 @@ class MultiScaleAttention(nn.Module):
             bias = log_gate(log_snr_BT, delta_h).unsqueeze(-1) * self.config.head_width**0.5
             coarse = bias.to(k.dtype)  # a coarse and a fine half, so that bf16 keeps it to 2^-16
             key_bias = torch.cat((coarse, bias - coarse), -1)
-        return normalise_and_rotate(k, self.k_gain, rope, key_bias), v
+        return self._rotate(k, self.k_gain, rope, key_bias), v
+
+
+def project(layer: nn.Module, x: Tensor) -> Tensor:
+    """A linear layer; one with a bias in two dimensions, in which DeepSpeed at ZeRO-3 does not add it in place to what
+    recomputation keeps."""
+    if layer.bias is None:
+        return layer(x)
+    return layer(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
 
 def pool_space(x_BTHW: Tensor, space: int) -> Tensor:

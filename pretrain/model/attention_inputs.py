@@ -18,7 +18,7 @@ from ..kernels.routed import Routes
 from .config import ModelConfig
 from .noise_gate import UNMEASURED, GateConstants, log_snr, pooled_log_snr
 from .past_context import PastContext, Placement, WholeVideo
-from .rope import Rope, rope_angles
+from .rope import Rope, RopeLayout
 from .scales import Scale
 
 UnitRun = tuple[int, int]  # neighbouring units, first to end
@@ -109,7 +109,9 @@ class AttentionInputs:
         tables = _rope_tables if lasting else _rope_tables.__wrapped__
         blocks_and_masks = _blocks_and_masks if lasting else _blocks_and_masks.__wrapped__
         dtype = torch.float64 if t_BT.dtype == torch.float64 else torch.float32
-        axes = config.frames_per_unit, scale.space, grid, config.head_width, config.rope_theta, dtype, device
+        offset = sum(other.heads for other in config.scales[:index])
+        heads = range(offset, offset + scale.heads)[placement.heads if placement is not None else slice(None)]
+        axes = config.frames_per_unit, scale.space, grid, _rope_layout(config, heads), dtype, device
 
         log_snr_past = log_snr_own = log_snr_groups = None
         if noise is not None:
@@ -145,6 +147,12 @@ class AttentionInputs:
             log_snr_own=log_snr_own,
             log_snr_groups=log_snr_groups,
         )
+
+
+def _rope_layout(config: ModelConfig, heads: range) -> RopeLayout:
+    layers = config.layers
+    own = (heads, config.width, layers.rope_steps) if layers.rope == "ltx" else ()  # else all heads share one table
+    return RopeLayout(layers.rope, config.head_width, config.rope_theta, *own)
 
 
 def _joined(parts: list[Tensor], axis: int) -> Tensor:
@@ -198,7 +206,7 @@ def _blocks_and_masks(
 @torch.inference_mode(False)
 def _rope_tables(
     runs: tuple[UnitRun, ...], step: int, frames_per_unit: int, space: int, grid: tuple[int, int],
-    head_width: int, theta: float, dtype: torch.dtype, device: torch.device,
+    layout: RopeLayout, dtype: torch.dtype, device: torch.device,
 ) -> Rope:  # fmt: skip
     """Of the frames in runs of units, every `step` of them as one at their centre."""
 
@@ -207,4 +215,4 @@ def _rope_tables(
 
     frames = _joined([centres(first * frames_per_unit, end * frames_per_unit, step) for first, end in runs], 0)
     rows, columns = (centres(0, side, space) for side in grid)
-    return rope_angles((frames, rows, columns), head_width, theta, dtype)
+    return layout.tables((frames, rows, columns), dtype)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from .conditioning import SignalConfig
 from .noise_gate import Gate, GateConstants, without_correlations
@@ -14,7 +14,50 @@ from .output import Prediction
 from .scales import Scale, check_scales
 
 MAX_SIGNALS = 16
+RopeKind = Literal["msc", "wan", "ltx"]
 LARGEST = 1 << 20  # of any size: far beyond models that can be trained, and small enough for a clear error
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """Where the layers of published models differ from ours, whose are the defaults (checkpoints/pretrained.py).
+
+    bias: whether the projections of both attentions have one.
+    norm: of what enters self-attention and feed-forward.
+    cross_norm: whether what attends to text is normalised.
+    qk_norm: of queries and keys: "head", every head by itself, after pooling; "width", all heads together, before.
+    qk_eps: added to the mean square of that (to that of single heads of self-attention 1e-6).
+    text_hidden: whether two layers embed text, not one.
+    text_tokens: how many tokens of a text are attended to, zeros past its end included (0: its own).
+    final_table: whether the last modulation is the frame's embedding plus a table, not a linear layer of it.
+    rope: how channels share positions out (rope.py).
+    rope_steps: seconds, rows and columns of pixels from a latent to the next, for "ltx".
+    """
+
+    bias: bool = False
+    norm: Literal["layer", "rms"] = "layer"
+    cross_norm: bool = True
+    qk_norm: Literal["head", "width"] = "head"
+    qk_eps: float = 1e-6
+    text_hidden: bool = False
+    text_tokens: int = 0
+    final_table: bool = False
+    rope: RopeKind = "msc"
+    rope_steps: tuple[float, float, float] = (1.0, 1.0, 1.0)
+
+    def __post_init__(self):
+        allowed = {"norm": ("layer", "rms"), "qk_norm": ("head", "width"), "rope": get_args(RopeKind)}
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(
+                    f"model.layers.{name} is {getattr(self, name)!r}; it must be one of {', '.join(values)}"
+                )
+        if not 0 <= self.text_tokens <= LARGEST:
+            raise ValueError(
+                f"model.layers.text_tokens is {self.text_tokens}; it must be at least 0, at most {LARGEST:,}"
+            )
+        if not 0 < self.qk_eps < 1 or not all(0 < step < math.inf for step in self.rope_steps):
+            raise ValueError("model.layers.qk_eps must lie between 0 and 1, rope_steps be positive and finite")
 
 
 @dataclass(frozen=True)
@@ -24,6 +67,7 @@ class ModelConfig:
     prediction: what the output layer gives (output.py).
     gate: "logits" adds the noise gate to the logits of past keys, "none" leaves it out (noise_gate.py).
     classes: number of class labels (0: none). text_width: width of text embeddings (0: none).
+    layers: where its layers are those of a published model, to start from its weights (train.init_from).
     The last five are taken from the shards when training starts and travel with the weights: latent channels, their
     mean and standard deviation, the gate's constants per scale, and the per-frame signals.
     """
@@ -39,6 +83,7 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     classes: int = 0
     text_width: int = 0
+    layers: LayerConfig = field(default_factory=LayerConfig)
     channels: int = 0
     latent_mean: tuple[float, ...] = ()
     latent_std: tuple[float, ...] = ()
@@ -80,6 +125,8 @@ class ModelConfig:
             raise ValueError(
                 f"model.prediction is {self.prediction!r}; it must be one of {', '.join(get_args(Prediction))}"
             )
+        if self.layers.rope == "ltx" and self.gate != "none":
+            raise ValueError("model.layers.rope is 'ltx', which leaves no channels for a gate: set model.gate=none")
         if self.width % self.heads:
             raise ValueError(f"model.width {self.width} does not divide by the scales' {self.heads} heads")
         if self.head_width < 8 or self.head_width % 2:

@@ -152,8 +152,9 @@ def check_sizes(config: ModelConfig, shapes: Shapes, path: Path) -> None:
     }
     if config.classes or "label.weight" in shapes:
         expected["label.weight"] = ("classes", (config.classes + 1, width) if config.classes else ())
-    if config.text_width or "text.weight" in shapes:
-        expected["text.weight"] = ("text_width", (width, config.text_width) if config.text_width else ())
+    text = "text.up.weight" if config.layers.text_hidden else "text.weight"
+    if config.text_width or text in shapes:
+        expected[text] = ("text_width", (width, config.text_width) if config.text_width else ())
     for name, (setting, shape) in expected.items():
         stored = shapes.get(name, () if setting in ("classes", "text_width") else shape)
         if stored != shape:

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from ..kernels.compile_helpers import allow_many_shapes
 from ..kernels.rectangle import scaled_dot_product
-from .attention import MultiScaleAttention
+from .attention import MultiScaleAttention, project
 from .attention_inputs import ScaleInputs
-from .config import ModelConfig
+from .config import LayerConfig, ModelConfig
 from .past_context import Layer
 from .recomputation import Recompute, recompute_cheap
 
@@ -43,11 +43,24 @@ class NoiseEmbedding(nn.Module):
         return self.outer(F.silu(self.inner(features)))
 
 
+class ModulationTable(nn.Module):
+    """Shift and scale that are a frame's embedding plus a row each: `[..., D] -> [..., 2 D]`."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2, width))
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        return (embedding.unsqueeze(-2) + self.weight).flatten(-2)
+
+
 class FeedForward(nn.Module):
-    def __init__(self, width: int, hidden: int):
+    """Two linear layers, `[..., width] -> [..., out]` (None: width)."""
+
+    def __init__(self, width: int, hidden: int, out: int | None = None):
         super().__init__()
         self.up = nn.Linear(width, hidden)
-        self.down = nn.Linear(hidden, width)
+        self.down = nn.Linear(hidden, out or width)
 
     def forward(self, x: Tensor) -> Tensor:
         # In two dimensions, in which DeepSpeed at ZeRO-3 does not add the bias in place to what recomputation keeps.
@@ -58,29 +71,31 @@ class FeedForward(nn.Module):
 class CrossAttention(nn.Module):
     """Attention of video tokens to text embeddings `[B, L, D]` (already projected to the model's width).
 
-    `seen_BL` (bool) is False for padding, which then has no part in the result; True at least once per row.
+    `seen_BL` (bool) is False for padding, which then has no part in the result; True at least once per row. None: there
+    is no padding.
     """
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, layers: LayerConfig):
         super().__init__()
         self.heads = heads
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.q = nn.Linear(width, width, bias=False)
-        self.kv = nn.Linear(width, 2 * width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
-        self.q_norm = nn.RMSNorm(width // heads, eps=1e-6)
-        self.k_norm = nn.RMSNorm(width // heads, eps=1e-6)
+        self.norm = nn.LayerNorm(width, eps=1e-6) if layers.cross_norm else nn.Identity()
+        self.q = nn.Linear(width, width, bias=layers.bias)
+        self.kv = nn.Linear(width, 2 * width, bias=layers.bias)
+        self.out = nn.Linear(width, width, bias=layers.bias)
+        self.normalised = width // heads if layers.qk_norm == "head" else width  # channels that are normalised together
+        self.q_norm = nn.RMSNorm(self.normalised, eps=layers.qk_eps)
+        self.k_norm = nn.RMSNorm(self.normalised, eps=layers.qk_eps)
 
-    def forward(self, x_BTHWD: Tensor, text_BLD: Tensor, seen_BL: Tensor) -> Tensor:
-        q = self.q(self.norm(x_BTHWD)).flatten(1, 3).unflatten(-1, (self.heads, -1))
-        k, v = self.kv(text_BLD).unflatten(-1, (2, self.heads, -1)).unbind(-3)
+    def forward(self, x_BTHWD: Tensor, text_BLD: Tensor, seen_BL: Tensor | None) -> Tensor:
+        q = project(self.q, self.norm(x_BTHWD)).flatten(1, 3)
+        k, v = project(self.kv, text_BLD).chunk(2, -1)
+        q = self.q_norm(q.unflatten(-1, (-1, self.normalised))).flatten(-2)
+        k = self.k_norm(k.unflatten(-1, (-1, self.normalised))).flatten(-2)
         out = scaled_dot_product(
-            self.q_norm(q).transpose(1, 2),
-            self.k_norm(k).transpose(1, 2),
-            v.transpose(1, 2),
-            seen_BL[:, None, None],
+            *(x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v)),
+            None if seen_BL is None else seen_BL[:, None, None],
         )
-        return self.out(out.transpose(1, 2).flatten(-2)).reshape(x_BTHWD.shape)
+        return project(self.out, out.transpose(1, 2).flatten(-2)).reshape(x_BTHWD.shape)
 
 
 class Block(nn.Module):
@@ -91,10 +106,11 @@ class Block(nn.Module):
         super().__init__()
         width = config.width
         self.recompute = recompute
-        self.attention_norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        norm = nn.LayerNorm if config.layers.norm == "layer" else nn.RMSNorm
+        self.attention_norm = norm(width, elementwise_affine=False, eps=1e-6)
         self.attention = MultiScaleAttention(config, shifted)
-        self.cross_attention = CrossAttention(width, config.heads) if config.text_width else None
-        self.feed_forward_norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.cross_attention = CrossAttention(width, config.heads, config.layers) if config.text_width else None
+        self.feed_forward_norm = norm(width, elementwise_affine=False, eps=1e-6)
         self.feed_forward = FeedForward(width, config.hidden)
         self.modulation = nn.Parameter(torch.zeros(6, width))
 
@@ -102,7 +118,7 @@ class Block(nn.Module):
         self,
         x_BTHWD: Tensor,
         modulation_BT6D: Tensor,
-        text: tuple[Tensor, Tensor] | None,
+        text: tuple[Tensor, Tensor | None] | None,
         inputs: Sequence[ScaleInputs],
         layer: Layer,
     ) -> Tensor:
@@ -114,7 +130,7 @@ class Block(nn.Module):
         self,
         x_BTHWD: Tensor,
         modulation_BT6D: Tensor,
-        text: tuple[Tensor, Tensor] | None,
+        text: tuple[Tensor, Tensor | None] | None,
         inputs: Sequence[ScaleInputs],
         layer: Layer,
     ) -> Tensor:

@@ -6,6 +6,7 @@ A pooled token sits at the centre of what it covers, so that scales share one co
 from __future__ import annotations
 
 import importlib.util
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 TRITON = importlib.util.find_spec("triton") is not None
 EPS = 1e-6  # of the mean square
+LTX_WHOLE = 20.0, 2048.0, 2048.0  # seconds and pixels that LTX-Video counts as one unit of position
 UNROTATED = (
     2  # channels of a head that carry no position, half of them at the end of each half: there is the gate's bias
 )
@@ -35,15 +37,49 @@ class Rope:
         return self.cos.shape[0]
 
 
+@dataclass(frozen=True)
+class RopeLayout:
+    """Which channels of a head turn with which position, and how fast: "msc" and "wan" by `rope_angles`, "ltx" by
+    `rope_angles_of_all_heads`, which needs to know which `heads` of a model of `width` channels these are, and the
+    `steps` from a frame, row and column to the next."""
+
+    kind: str
+    head_width: int
+    theta: float
+    heads: range = range(0)
+    width: int = 0
+    steps: tuple[float, float, float] = (1.0, 1.0, 1.0)
+
+    def tables(self, positions: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype = torch.float32) -> Rope:
+        """For tokens at the product of three axes' positions (in frames, rows and columns)."""
+        if self.kind == "ltx":
+            frames, rows, columns = (
+                at.to(dtype) * step / whole for at, step, whole in zip(positions, self.steps, LTX_WHOLE, strict=True)
+            )
+            return rope_angles_of_all_heads(
+                (frames, rows, columns), self.heads, self.width, self.head_width, self.theta
+            )
+        return rope_angles(positions, self.head_width, self.theta, dtype, self.kind == "wan")
+
+
 def rope_angles(
-    positions: tuple[Tensor, Tensor, Tensor], head_width: int, theta: float, dtype: torch.dtype = torch.float32
+    positions: tuple[Tensor, Tensor, Tensor],
+    head_width: int,
+    theta: float,
+    dtype: torch.dtype = torch.float32,
+    last_pair_rotates: bool = False,
 ) -> Rope:
     """Tables for tokens at the product of three axes' positions (in frames, rows and columns).
 
-    The pairs of channels that rotate are divided evenly among time, height and width, time first.
+    The pairs of channels that rotate are divided evenly among time, height and width, time first; what is left over
+    goes to the first axes. With `last_pair_rotates` all of it goes to time, also the last pair, which becomes the
+    slowest of time (Wan): what a gate takes is then what changes least.
     """
     pairs = (head_width - UNROTATED) // 2
     shares = [pairs // 3 + (axis < pairs % 3) for axis in range(3)]
+    if last_pair_rotates:
+        share = head_width // 6
+        shares = [head_width // 2 - 2 * share, share, share]
     sizes = [len(position) for position in positions]
     cos, sin = [], []
     for axis, (position, share) in enumerate(zip(positions, shares, strict=True)):
@@ -54,9 +90,46 @@ def rope_angles(
         angles = (position.double()[:, None] * speeds).reshape(shape)
         cos.append(angles.cos().to(dtype).expand(*sizes, 1, share))
         sin.append(angles.sin().to(dtype).expand(*sizes, 1, share))
+    if last_pair_rotates:
+        for tables in (cos, sin):
+            tables[0], last = tables[0].split((shares[0] - 1, 1), -1)
+            tables.append(last)
+        return Rope(torch.cat(cos, -1), torch.cat(sin, -1))
     cos.append(cos[0].new_ones(()).expand(*sizes, 1, UNROTATED // 2))
     sin.append(sin[0].new_zeros(()).expand(*sizes, 1, UNROTATED // 2))
     return Rope(torch.cat(cos, -1), torch.cat(sin, -1))
+
+
+def rope_angles_of_all_heads(
+    positions: tuple[Tensor, Tensor, Tensor],
+    heads: range,
+    width: int,
+    head_width: int,
+    theta: float,
+) -> Rope:
+    """Tables `[T, H, W, heads, d/2]` whose frequencies run through all heads of a model, from `π` to `π · theta` a unit
+    of position, three axes taking turns (LTX-Video). The first pairs, which do not divide by three, do not rotate.
+
+    All in the positions' type: of the fast ones fp32 loses digits, but the published weights were trained so.
+    """
+    pairs, count = width // 2, width // 6
+    like = positions[0]
+    speeds = theta ** torch.linspace(0, 1, count, dtype=like.dtype, device=like.device) * math.pi / 2
+    sizes, angles = [len(position) for position in positions], []
+    for axis, position in enumerate(positions):
+        shape = [1, 1, 1, count]
+        shape[axis] = len(position)
+        angles.append(((2 * position - 1)[:, None] * speeds).reshape(shape).expand(*sizes, count))
+    still = like.new_zeros(*sizes, pairs - 3 * count)
+    of_heads = torch.cat((still, torch.stack(angles, -1).flatten(-2)), -1).unflatten(-1, (-1, head_width // 2))
+    of_heads = of_heads[..., heads.start : heads.stop, :]
+    return Rope(of_heads.cos(), of_heads.sin())
+
+
+def rotate(x_BTHWhd: Tensor, rope: Rope, bias_BThc: Tensor | None = None) -> Tensor:
+    """`normalise_and_rotate` of what is normalised already, by autograd's operations."""
+    bias = None if bias_BThc is None else bias_BThc[:, :, None, None]
+    return plain(x_BTHWhd.flatten(1, -5), None, rope.cos, rope.sin, bias).unflatten(1, x_BTHWhd.shape[1:-4])
 
 
 def normalise_and_rotate(x_BTHWhd: Tensor, gain_d: Tensor, rope: Rope, bias_BThc: Tensor | None = None) -> Tensor:
@@ -85,10 +158,12 @@ def normalise_and_rotate(x_BTHWhd: Tensor, gain_d: Tensor, rope: Rope, bias_BThc
     return out.unflatten(1, frames)
 
 
-def plain(x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None) -> Tensor:
-    """The same by autograd's operations; bias `[B, T, 1, 1, h, channels]`."""
+def plain(x: Tensor, gain: Tensor | None, cos: Tensor, sin: Tensor, bias: Tensor | None) -> Tensor:
+    """The same by autograd's operations; bias `[B, T, 1, 1, h, channels]`. Without a gain nothing is normalised."""
     exact = x.to(cos.dtype)
-    a, b = (exact * (exact.square().mean(-1, keepdim=True) + EPS).rsqrt() * gain).chunk(2, -1)
+    if gain is not None:
+        exact = exact * (exact.square().mean(-1, keepdim=True) + EPS).rsqrt() * gain
+    a, b = exact.chunk(2, -1)
     halves = torch.stack((a * cos - b * sin, a * sin + b * cos), -2)
     if bias is not None:
         ends = bias.to(cos.dtype).unflatten(-1, (2, -1))

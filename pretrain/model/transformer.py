@@ -20,7 +20,7 @@ from .attention_inputs import AttentionInputs
 from .conditioning import Condition, SignalEmbedding
 from .config import ModelConfig
 from .exported_weights import ExportedWeights, open_exported
-from .layers import Block, NoiseEmbedding
+from .layers import Block, FeedForward, ModulationTable, NoiseEmbedding
 from .output import velocity
 from .past_context import Layer, PastContext, WholeVideo
 from .recomputation import Recompute, recompute_all
@@ -68,12 +68,17 @@ class MSCTransformer(nn.Module):
         self.signals = nn.ModuleList()
         for number, signal in enumerate(config.signals):
             self.signals.append(new(f"signals.{number}", SignalEmbedding(signal, width)))
-        self.text = new("text", nn.Linear(config.text_width, width)) if config.text_width else None
+        self.text = None
+        if config.text_width:
+            hidden = config.layers.text_hidden
+            text = FeedForward(config.text_width, width, width) if hidden else nn.Linear(config.text_width, width)
+            self.text = new("text", text)
         self.blocks = nn.ModuleList()
         for layer in range(config.depth):
             self.blocks.append(new(f"blocks.{layer}", Block(config, bool(layer % 2), recompute)))
         self.final_norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.final_modulate = new("final_modulate", nn.Linear(width, 2 * width), zero=True)
+        final_modulate = ModulationTable(width) if config.layers.final_table else nn.Linear(width, 2 * width)
+        self.final_modulate = new("final_modulate", final_modulate, zero=True)
         self.final = new("final", nn.Linear(width, tokens), zero=True)
 
     def forward(
@@ -97,16 +102,7 @@ class MSCTransformer(nn.Module):
         tokens = self.embed(patchify(x_BTCHW, config.patch).to(kind))
         inputs = self.attention_inputs.prepare(t_BT, (tokens.shape[2], tokens.shape[3]), past_context, all_t_BT)
         embedding = self._frame_embedding(t_BT, condition)
-        text = None
-        if self.text is not None:
-            text_BLE = condition.text
-            if text_BLE is None:
-                text_BLE = x_BTCHW.new_zeros(x_BTCHW.shape[0], 1, config.text_width)
-            # Clips' texts differ in length and are padded with zeros. A dropped text is a single zero token,
-            # however long its row, so that it is the same in every batch.
-            seen_BL = (text_BLE != 0).any(-1)
-            seen_BL = torch.cat((torch.ones_like(seen_BL[:, :1]), seen_BL[:, 1:]), 1)
-            text = (self.text(text_BLE.to(kind)), seen_BL)
+        text = None if self.text is None else self._text(condition.text, x_BTCHW)
         modulation = self.modulate(torch.nn.functional.silu(embedding)).unflatten(-1, (6, -1))
         for number, block in enumerate(self.blocks):
             arguments = (tokens, modulation, text, inputs, Layer(number))
@@ -119,6 +115,22 @@ class MSCTransformer(nn.Module):
         shift, scale = self.final_modulate(embedding)[:, :, None, None].chunk(2, -1)
         output = self.final(self.final_norm(tokens) * (1 + scale) + shift)
         return velocity(config.prediction, x_BTCHW, t_BT, unpatchify(output, config.patch, config.channels))
+
+    def _text(self, text_BLE: Tensor | None, x_BTCHW: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Embedded text `[B, L, D]` of videos x, and which of its tokens `[B, L]` are attended to (None: all)."""
+        assert self.text is not None
+        if text_BLE is None:
+            text_BLE = x_BTCHW.new_zeros(x_BTCHW.shape[0], 1, self.config.text_width)
+        text_BLE, tokens = text_BLE.to(self.embed.weight.dtype), self.config.layers.text_tokens
+        if tokens:
+            if text_BLE.shape[1] > tokens:
+                raise ValueError(f"a text has {text_BLE.shape[1]} tokens; model.layers.text_tokens is {tokens}")
+            return self.text(torch.nn.functional.pad(text_BLE, (0, 0, 0, tokens - text_BLE.shape[1]))), None
+        # Clips' texts differ in length and are padded with zeros. A dropped text is a single zero token,
+        # however long its row, so that it is the same in every batch.
+        seen_BL = (text_BLE != 0).any(-1)
+        seen_BL = torch.cat((torch.ones_like(seen_BL[:, :1]), seen_BL[:, 1:]), 1)
+        return self.text(text_BLE), seen_BL
 
     def _frame_embedding(self, t_BT: Tensor, condition: Condition) -> Tensor:
         """What modulates a frame, `[B, T, D]`: its noise level, the class of its clip, its signals."""

@@ -1,0 +1,262 @@
+"""Published models: their weights in ours compute the same, by configuration become causal, and go back unchanged."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import NamedTuple
+
+import fake_checkpoints
+import pytest
+import torch
+from context_parallel_ranks import Case, backward, on_a_rank
+from gloo_ranks import run_ranks
+
+from msc.pretrain.checkpoints import initialize_from, pretrained
+from msc.pretrain.export.export import export
+from msc.pretrain.model.conditioning import Condition
+from msc.pretrain.model.past_context import WholeVideo
+from msc.pretrain.model.scales import Scale
+from msc.pretrain.model.transformer import MSCTransformer
+
+diffusers = pytest.importorskip("diffusers")
+
+T, C, H, W, E = 3, 3, 8, 12, 10
+MULTI_SCALE = (Scale(2, 1, 1, 1, 4), Scale(1, 2, 1, 2), Scale(1, 2, 2, None))
+
+
+def wan(**settings):
+    made = {
+        "num_attention_heads": 4, "attention_head_dim": 16, "in_channels": C, "out_channels": C, "text_dim": E,
+        "ffn_dim": 96, "num_layers": 2, "rope_max_seq_len": 64, **settings,
+    }  # fmt: skip
+    return diffusers.WanTransformer3DModel(**made)
+
+
+def ltx(**settings):
+    made = {
+        "num_attention_heads": 4, "attention_head_dim": 16, "in_channels": C, "out_channels": C,
+        "cross_attention_dim": 64, "caption_channels": E, "num_layers": 2, **settings,
+    }  # fmt: skip
+    return diffusers.LTXVideoTransformer3DModel(**made)
+
+
+def run_wan(model, x, t, text):
+    """Velocity of x `[B, T, C, H, W]` by diffusers' class, whose time steps are those of patches."""
+    if t.ndim == 2:
+        t = t.repeat_interleave(H // 2 * (W // 2), 1)
+    padded = torch.nn.functional.pad(text, (0, 0, 0, 512 - text.shape[1]))
+    return model(x.transpose(1, 2), 1000 * t, padded).sample.transpose(1, 2)
+
+
+def run_ltx(model, x, t, text):
+    t = (t if t.ndim == 2 else t[:, None].expand(-1, T)).repeat_interleave(H * W, 1)
+    seen = (text != 0).any(-1).float()
+    tokens = x.permute(0, 1, 3, 4, 2).flatten(1, 3)
+    out = model(tokens, text, 1000 * t, seen, T, H, W, (8 / 25, 32, 32)).sample
+    return out.reshape(-1, T, H, W, C).permute(0, 1, 4, 2, 3)
+
+
+class Published(NamedTuple):
+    model: torch.nn.Module
+    place: str
+    run: object
+
+
+@pytest.fixture(scope="module", params=["wan", "ltx"])
+def published(request, tmp_path_factory):
+    """A model of diffusers with random values everywhere, saved in several files."""
+    torch.manual_seed(0)
+    model = {"wan": wan, "ltx": ltx}[request.param]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder, max_shard_size="200KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return Published(model, f"diffusers:{folder}", {"wan": run_wan, "ltx": run_ltx}[request.param])
+
+
+def ours(place, **changes):
+    """Our model with its weights, as training would start it."""
+    config = replace(pretrained.open_pretrained(place).config, **changes)
+    model = MSCTransformer(config)
+    with initialize_from.open_initial_weights(place, config, "unknown") as (lines, fill):
+        fill("", model)
+    return model.eval(), lines
+
+
+def clip():
+    torch.manual_seed(1)
+    text = torch.randn(2, 9, E)
+    text[1, 6:] = 0  # shorter, and padded
+    return torch.randn(2, T, C, H, W), torch.tensor([0.3, 0.9]), text
+
+
+@torch.no_grad()
+def test_full_attention_gives_the_output_of_diffusers(published):
+    model, _ = ours(published.place, frames_per_unit=T)
+    x, t, text = clip()
+    expected = published.run(published.model, x, t, text)
+    torch.testing.assert_close(model(x, t[:, None].expand(2, T), Condition(text)), expected, rtol=1e-5, atol=1e-5)
+    assert expected.std() > 0.3  # and that says something
+    t = torch.rand(2, T)  # of every frame its own
+    torch.testing.assert_close(
+        model(x, t, Condition(text)), published.run(published.model, x, t, text), rtol=1e-5, atol=1e-5
+    )
+
+
+@torch.no_grad()
+def test_in_bf16_it_is_as_far_from_fp32_as_diffusers_is(published):
+    model, _ = ours(published.place, frames_per_unit=T)
+    x, t, text = clip()
+    exact, levels = published.run(published.model, x, t, text), t[:, None].expand(2, T)
+    rounded = model.bfloat16()(x, levels, Condition(text))
+    theirs = type(published.model).from_pretrained(
+        published.place.removeprefix("diffusers:"), torch_dtype=torch.bfloat16
+    )
+    half = published.run(theirs.eval(), x.bfloat16(), t, text.bfloat16()).float()
+    assert (rounded - exact).abs().mean() < 1.5 * (half - exact).abs().mean()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scales", [(Scale(4),), MULTI_SCALE], ids=["dense", "multi-scale"])
+def test_causal_by_configuration_alone(published, scales):
+    model, _ = ours(published.place, scales=scales)
+    x, _, text = clip()
+    t = torch.rand(2, T)
+    out, later = model(x, t, Condition(text)), x.clone()
+    later[:, 2] += 1
+    changed = model(later, t, Condition(text))
+    assert torch.equal(out[:, :2], changed[:, :2]) and not torch.allclose(out[:, 2], changed[:, 2])
+    if len(scales) == 1:  # the first frame sees itself alone, as in diffusers' model of one frame
+        expected = published.run(published.model, x, t, text)
+        assert not torch.allclose(out, expected, atol=1e-2)
+
+
+@torch.no_grad()
+def test_a_gate_can_take_the_slowest_channels_of_time(published):
+    """Of Wan: with clean frames it is open, and only those channels of all heads are gone. LTX has none to spare."""
+    if "ltx" in published.place:
+        with pytest.raises(ValueError, match="leaves no channels for a gate"):
+            ours(published.place, gate="logits")
+        return
+    model, lines = ours(published.place, gate="logits")
+    x, _, text = clip()
+    hidden = x.clone()
+    hidden[:, 0] += 1
+    noise = torch.tensor([[1.0, 0.5, 0.5]]).expand(2, T)
+    assert torch.allclose(model(x, noise, Condition(text))[:, 1:], model(hidden, noise, Condition(text))[:, 1:])
+    assert "newly initialised: blocks.0.attention.delta, blocks.1.attention.delta" in lines
+
+
+def test_all_weights_are_taken_and_said_by_name(published):
+    model, lines = ours(published.place)
+    assert lines == [f"starting from the published weights in {published.place.removeprefix('diffusers:')}"]
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in published.model.parameters())
+
+
+def test_weights_go_back_unchanged(published):
+    model, _ = ours(published.place)
+    state, expected = model.state_dict(), published.model.state_dict()
+    sources = pretrained.sources(model.config)
+    assert sources.keys() == expected.keys()
+    assert all(torch.equal(source.of(state[source.name]), expected[name]) for name, source in sources.items())
+    again = type(published.model).from_config(pretrained.settings_of(model.config))
+    assert {name: value.shape for name, value in again.state_dict().items()} == {
+        name: value.shape for name, value in expected.items()
+    }
+
+
+def test_a_run_is_exported_as_the_class_of_diffusers(published, tmp_path):
+    """Averaged weights of a run, in several files, as diffusers loads them: the same function of a whole clip."""
+    config = pretrained.open_pretrained(published.place).config
+    names = ("layers", "width", "depth", "scales", "patch", "mlp_ratio", "gate", "prediction", "text_width")
+    models = fake_checkpoints.write_run(
+        tmp_path / "run", 2, "flat", **{name: getattr(config, name) for name in names}, frames_per_unit=3
+    )
+    report = export(tmp_path / "run", tmp_path / "out", layout="diffusers", max_shard_size=200_000)
+    assert type(published.model).__name__ in report and len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    back = type(published.model).from_pretrained(tmp_path / "out")
+    _, t, text = clip()
+    x = torch.randn(2, T, C, H, W)
+    with torch.no_grad():
+        expected = models["ema"](x, t[:, None].expand(2, T), Condition(text))
+        torch.testing.assert_close(published.run(back, x, t, text), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_models_of_ours_are_not_exported_as_those_of_diffusers(tmp_path):
+    fake_checkpoints.write_run(tmp_path / "run")
+    with pytest.raises(ValueError, match="none of diffusers': model.layers.rope is 'msc'"):
+        export(tmp_path / "run", layout="diffusers")
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("recompute", ["none", "cheap", "full"])
+def test_sharded_equals_one_process(recompute):
+    """Outputs and all gradients, whatever travels: halo, Ulysses (which divides the heads), ring."""
+    cases = [
+        Case(name, layout, 6, recompute=recompute, gate=gate, layers=layers)
+        for layers, gate in (
+            (pretrained.WAN_LAYERS, "logits"),
+            (pretrained.WAN_LAYERS, "none"),
+            (pretrained.LTX_LAYERS, "none"),
+        )
+        for name, layout in (("dense", "ring"), ("dense", "ulysses"), ("default", "halo"))
+    ]
+    ranks = run_ranks(on_a_rank, 2, "gloo", cases)
+    for index, case in enumerate(cases):
+        model, *inputs = case.make()
+        out, x_grad, grads = backward(model, *inputs, WholeVideo())
+        parts = [rank[index] for rank in ranks]
+        torch.testing.assert_close(torch.cat([part[0] for part in parts], 1), out)
+        torch.testing.assert_close(torch.cat([part[1] for part in parts], 1), x_grad)
+        for name, grad in grads.items():
+            torch.testing.assert_close(sum(part[2][name] for part in parts), grad, msg=lambda m: f"{name}: {m}")  # noqa: B023
+
+
+def test_missing_and_left_over_tensors_are_named(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    wan().save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    state["blocks.0.extra"] = state.pop("blocks.1.ffn.net.2.bias")
+    save_file(state, path)
+    with pytest.raises(ValueError, match=r"missing: blocks.1.ffn.net.2.bias; left over: blocks.0.extra"):
+        pretrained.open_pretrained(f"diffusers:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"qk_norm": None}, "qk_norm is None; only 'rms_norm_across_heads' can be taken"),
+        ({"patch_size": [2, 2, 2]}, r"patch_size is \[2, 2, 2\]; only \[1, 2, 2\] can be taken"),
+        ({"_class_name": "CogVideoXTransformer3DModel"}, "only WanTransformer3DModel and LTXVideo.* can be taken"),
+        ({"num_layers": None}, "does not describe a WanTransformer3DModel"),
+    ],
+)
+def test_what_layers_cannot_express_is_refused(settings, message, tmp_path):
+    wan().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **settings}))
+    with pytest.raises(ValueError, match=message):
+        pretrained.open_pretrained(f"diffusers:{tmp_path}")
+
+
+def test_other_layers_are_refused_by_name(published):
+    config = pretrained.open_pretrained(published.place).config
+    other = replace(config, layers=replace(config.layers, bias=False, rope="msc"))
+    with pytest.raises(ValueError, match=r"model.layers.bias is False here and True there, model.layers.rope is msc"):
+        initialize_from.describe_differences(initialize_from.find_weights(published.place), other, "pixels")
+
+
+def test_a_rank_reads_one_tensor_at_a_time(published, monkeypatch):
+    read = []
+    tensor = pretrained.Pretrained.tensor
+    monkeypatch.setattr(pretrained.Pretrained, "tensor", lambda self, name: read.append(name) or tensor(self, name))
+    config = pretrained.open_pretrained(published.place).config
+    with initialize_from.open_initial_weights(published.place, config, "pixels") as (_, fill):
+        model = MSCTransformer(config, on_part_built=lambda name, part: (fill(name, part), read.append(f"/{name}")))
+    assert read.index("/blocks.0") < read.index("blocks.1.modulation")
+    assert sorted(name for name in read if name[0] != "/") == sorted(model.state_dict())
