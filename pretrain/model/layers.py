@@ -114,6 +114,7 @@ class CrossAttention(nn.Module):
         q = self._normalise(self.q_norm, project(self.q, self.norm(x_BTHWD)).flatten(1, 3))
         out = self._attend(q, self.kv, self.k_norm, text.text_BLD, text.seen_BL)
         if self.image_kv is not None:
+            assert self.image_k_norm is not None and text.image_BLD is not None
             out = out + self._attend(q, self.image_kv, self.image_k_norm, text.image_BLD)
         return project(self.out, out.transpose(1, 2).flatten(-2)).reshape(x_BTHWD.shape)
 
