@@ -41,12 +41,12 @@ def ltx(**settings):
     return diffusers.LTXVideoTransformer3DModel(**made)
 
 
-def run_wan(model, x, t, text):
+def run_wan(model, x, t, text, image=None):
     """Velocity of x `[B, T, C, H, W]` by diffusers' class, whose time steps are those of patches."""
     if t.ndim == 2:
         t = t.repeat_interleave(H // 2 * (W // 2), 1)
     padded = torch.nn.functional.pad(text, (0, 0, 0, 512 - text.shape[1]))
-    return model(x.transpose(1, 2), 1000 * t, padded).sample.transpose(1, 2)
+    return model(x.transpose(1, 2), 1000 * t, padded, image).sample.transpose(1, 2)
 
 
 def run_ltx(model, x, t, text):
@@ -65,16 +65,22 @@ class Published(NamedTuple):
 
 @pytest.fixture(scope="module", params=["wan", "ltx"])
 def published(request, tmp_path_factory):
-    """A model of diffusers with random values everywhere, saved in several files."""
+    """A model of diffusers, saved in several files."""
     torch.manual_seed(0)
-    model = {"wan": wan, "ltx": ltx}[request.param]().eval()
+    model = {"wan": wan, "ltx": ltx}[request.param]()
+    folder = tmp_path_factory.mktemp(request.param)
+    place = save(model, folder)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return Published(model, place, {"wan": run_wan, "ltx": run_ltx}[request.param])
+
+
+def save(model, folder):
+    """With random values everywhere, as what starts at zero or one would hide mistakes; its place."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    folder = tmp_path_factory.mktemp(request.param)
-    model.save_pretrained(folder, max_shard_size="200KB")
-    assert len(list(folder.glob("*.safetensors"))) > 1
-    return Published(model, f"diffusers:{folder}", {"wan": run_wan, "ltx": run_ltx}[request.param])
+    model.eval().save_pretrained(folder, max_shard_size="200KB")
+    return f"diffusers:{folder}"
 
 
 def ours(place, **changes):
@@ -104,6 +110,35 @@ def test_full_attention_gives_the_output_of_diffusers(published):
     torch.testing.assert_close(
         model(x, t, Condition(text)), published.run(published.model, x, t, text), rtol=1e-5, atol=1e-5
     )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("images", [{}, {"image_dim": 20, "added_kv_proj_dim": 64}], ids=["2.2", "2.1"])
+def test_image_to_video_gives_the_output_of_diffusers(images, tmp_path):
+    """A mask of 4 channels and the latents of the image beside the noisy ones; of 2.1 also the image's embedding."""
+    theirs = wan(in_channels=2 * C + 4, **images)
+    place = save(theirs, tmp_path)
+    model, lines = ours(place, frames_per_unit=T)
+    assert not [line for line in lines if "initialised" in line or "not used" in line]
+    x, t, text = clip()
+    given, image = torch.randn(2, T, C + 4, H, W), torch.randn(2, 5, 20) if images else None
+    expected = run_wan(theirs, torch.cat((x, given), 2), t, text, image)
+    out = model(x, t[:, None].expand(2, T), Condition(text, given=given, image=image))
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    state, sources = model.state_dict(), pretrained.sources(model.config)
+    assert all(
+        torch.equal(sources[name].of(state[sources[name].name]), value) for name, value in theirs.state_dict().items()
+    )
+
+    # what is given follows from the noise levels where it is not said: the first frame here
+    levels = torch.tensor([[0.0, 0.5, 0.5]]).expand(2, T)
+    first = torch.cat((torch.ones(2, 1, 4, H, W), x[:, :1]), 2)
+    given = torch.cat((first, torch.zeros(2, T - 1, C + 4, H, W)), 1)
+    said = model(x, levels, Condition(text, given=given, image=image))
+    assert torch.equal(model(x, levels, Condition(text, image=image)), said)
+    if images:
+        _, lines = ours(place, layers=replace(model.config.layers, image_width=0))
+        assert any(line.startswith("not used: blocks.0.cross_attention.image_k_norm.weight") for line in lines)
 
 
 @torch.no_grad()

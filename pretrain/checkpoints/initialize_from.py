@@ -28,7 +28,11 @@ from .format import ParameterReader
 from .pretrained import Pretrained, is_pretrained, open_pretrained
 
 FIXED = ("width", "depth", "heads", "hidden", "patch", "channels")
-FIXED_LAYERS = tuple(field.name for field in dataclasses.fields(LayerConfig) if field.name != "rope_steps")
+FIXED_LAYERS = tuple(
+    field.name
+    for field in dataclasses.fields(LayerConfig)
+    if field.name not in ("rope_steps", "text_tokens", "image_width")
+)
 OF_THE_DATA = ("latent_mean", "latent_std", "gate_constants", "signals")
 
 

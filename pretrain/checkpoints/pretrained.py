@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -200,9 +200,12 @@ def wan_config(settings: Mapping[str, Any]) -> ModelConfig:
         settings, patch_size=[1, patch[1], patch[1]], freq_dim=256, cross_attn_norm=True, eps=1e-6,
         qk_norm="rms_norm_across_heads",
     )  # fmt: skip
-    channels = settings["in_channels"]
-    require(settings, out_channels=channels, image_dim=None, added_kv_proj_dim=None)
-    return dense_config(settings, WAN_LAYERS, settings["ffn_dim"], settings["text_dim"], channels, patch[1])
+    width = settings["num_attention_heads"] * settings["attention_head_dim"]
+    images = settings.get("image_dim") or 0
+    require(settings, pos_embed_seq_len=None, added_kv_proj_dim=width if images else None)
+    channels = settings.get("out_channels") or settings["in_channels"]
+    layers = replace(WAN_LAYERS, given_channels=settings["in_channels"] - channels, image_width=images)
+    return dense_config(settings, layers, settings["ffn_dim"], settings["text_dim"], channels, patch[1])
 
 
 def ltx_config(settings: Mapping[str, Any]) -> ModelConfig:
@@ -223,12 +226,13 @@ def dense_config(
     return ModelConfig(
         width=width, depth=settings["num_layers"], scales=(Scale(heads),), patch=patch, mlp_ratio=hidden / width,
         gate="none", prediction="velocity", text_width=text_width, layers=layers, channels=channels,
+        latent_mean=(0.0,) * channels, latent_std=(1.0,) * channels,
     )  # fmt: skip
 
 
 def wan_parts(config: ModelConfig) -> Parts:
     width, patch = config.width, config.patch
-    embedding = Part("patch_embedding.weight", (width, config.channels, 1, patch, patch))
+    embedding = Part("patch_embedding.weight", (width, config.patch_values // patch**2, 1, patch, patch))
     return {
         "embed.weight": (embedding,),
         "embed.bias": (Part("patch_embedding.bias", (width,)),),
@@ -236,7 +240,25 @@ def wan_parts(config: ModelConfig) -> Parts:
             config, "condition_embedder.time_embedder", "condition_embedder.time_proj",
             "condition_embedder.text_embedder", "blocks", "ffn", (1,),
         ),
+        **(image_parts(config) if config.layers.image_width else {}),
     }  # fmt: skip
+
+
+def image_parts(config: ModelConfig) -> Parts:
+    """Of Wan 2.1's image to video."""
+    width, images, theirs = config.width, config.layers.image_width, "condition_embedder.image_embedder"
+    parts = {
+        **norm("image.norm_in", f"{theirs}.norm1", images),
+        **linear("image.up", f"{theirs}.ff.net.0.proj", images, images),
+        **linear("image.down", f"{theirs}.ff.net.2", width, images),
+        **norm("image.norm_out", f"{theirs}.norm2", width),
+    }
+    for layer in range(config.depth):
+        ours, theirs = f"blocks.{layer}.cross_attention", f"blocks.{layer}.attn2"
+        both = (linear("", f"{theirs}.add_{name}_proj", width, width) for name in ("k", "v"))
+        parts |= joined(f"{ours}.image_kv", *both)
+        parts[f"{ours}.image_k_norm.weight"] = (Part(f"{theirs}.norm_added_k.weight", (width,)),)
+    return parts
 
 
 def ltx_parts(config: ModelConfig) -> Parts:
@@ -291,8 +313,7 @@ def common_parts(
             **linear(f"{ours}.feed_forward.down", f"{theirs}.{feed_forward}.net.2", width, config.hidden),
         }
         if config.layers.cross_norm:
-            for name in ("weight", "bias"):
-                parts[f"{ours}.cross_attention.norm.{name}"] = (Part(f"{theirs}.norm2.{name}", (width,)),)
+            parts |= norm(f"{ours}.cross_attention.norm", f"{theirs}.norm2", width)
     return parts
 
 
@@ -301,6 +322,10 @@ def linear(ours: str, theirs: str, out: int, width: int, rows: Tensor | None = N
         f"{ours}.weight": (Part(f"{theirs}.weight", (out, width), rows),),
         f"{ours}.bias": (Part(f"{theirs}.bias", (out,), rows),),
     }
+
+
+def norm(ours: str, theirs: str, width: int) -> Parts:
+    return {f"{ours}.{name}": (Part(f"{theirs}.{name}", (width,)),) for name in ("weight", "bias")}
 
 
 def joined(ours: str, *layers: Parts) -> Parts:
@@ -331,10 +356,11 @@ def settings_of(config: ModelConfig) -> dict[str, Any]:
     """config.json of a model of ours, as diffusers reads it."""
     same = {
         "_class_name": KINDS[config.layers.rope], "num_attention_heads": config.heads,
-        "attention_head_dim": config.head_width, "in_channels": config.channels, "out_channels": config.channels,
-        "num_layers": config.depth,
+        "attention_head_dim": config.head_width, "out_channels": config.channels, "num_layers": config.depth,
+        "in_channels": config.channels + config.layers.given_channels,
     }  # fmt: skip
     if config.layers.rope == "ltx":
         return {**same, "cross_attention_dim": config.width, "caption_channels": config.text_width}
     return {**same, "patch_size": [1, config.patch, config.patch], "text_dim": config.text_width,
-            "ffn_dim": config.hidden}  # fmt: skip
+            "ffn_dim": config.hidden, "image_dim": config.layers.image_width or None,
+            "added_kv_proj_dim": config.width if config.layers.image_width else None}  # fmt: skip

@@ -27,27 +27,34 @@ class Condition:
 
     text: embeddings `[B, L, E]`, zeros where dropped or padded. labels: class numbers `[B]`, `classes` meaning none.
     signals: by name, normalised (`MSCTransformer.normalise_signals`), `[B, T, video frames per frame * columns]`; NaN
-    in frames where a signal is unknown.
+    in frames where a signal is unknown. Of models with `layers.given_channels` and `layers.image_width` also given:
+    mask and latents `[B, T, given channels, H, W]` (default: the frames without noise), and image: embeddings
+    `[B, L, E]`.
     """
 
     text: Tensor | None = None
     labels: Tensor | None = None
     signals: Mapping[str, Tensor] = field(default_factory=dict)
+    given: Tensor | None = None
+    image: Tensor | None = None
 
     def __bool__(self) -> bool:
-        return self.text is not None or self.labels is not None or bool(self.signals)
+        values = self.text, self.labels, self.given, self.image
+        return any(value is not None for value in values) or bool(self.signals)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Condition:
         """With every tensor changed."""
-        text, labels = (None if value is None else change(value) for value in (self.text, self.labels))
-        return Condition(text, labels, {name: change(value) for name, value in self.signals.items()})
+        values = self.text, self.labels, self.given, self.image
+        text, labels, given, image = (None if value is None else change(value) for value in values)
+        return Condition(text, labels, {name: change(value) for name, value in self.signals.items()}, given, image)
 
     def to(self, device: torch.device | str) -> Condition:
         return self.map(lambda value: value.to(device, non_blocking=True))
 
     def of_frames(self, frames: slice) -> Condition:
         """For some of the frames."""
-        return replace(self, signals={name: value[:, frames] for name, value in self.signals.items()})
+        given = None if self.given is None else self.given[:, frames]
+        return replace(self, signals={name: value[:, frames] for name, value in self.signals.items()}, given=given)
 
     def without_text(self, classes: int) -> Condition:
         """With text and class unknown."""

@@ -29,6 +29,8 @@ class LayerConfig:
     qk_eps: added to the mean square of that (to that of single heads of self-attention 1e-6).
     text_hidden: whether two layers embed text, not one.
     text_tokens: how many tokens of a text are attended to, zeros past its end included (0: its own).
+    given_channels: further channels of the input: a mask, then the latents that are given (Wan's image to video).
+    image_width: of image embeddings that are attended to beside the text (0: none).
     final_table: whether the last modulation is the frame's embedding plus a table, not a linear layer of it.
     rope: how channels share positions out (rope.py).
     rope_steps: seconds, rows and columns of pixels from a latent to the next, for "ltx".
@@ -41,6 +43,8 @@ class LayerConfig:
     qk_eps: float = 1e-6
     text_hidden: bool = False
     text_tokens: int = 0
+    given_channels: int = 0
+    image_width: int = 0
     final_table: bool = False
     rope: RopeKind = "msc"
     rope_steps: tuple[float, float, float] = (1.0, 1.0, 1.0)
@@ -52,10 +56,11 @@ class LayerConfig:
                 raise ValueError(
                     f"model.layers.{name} is {getattr(self, name)!r}; it must be one of {', '.join(values)}"
                 )
-        if not 0 <= self.text_tokens <= LARGEST:
-            raise ValueError(
-                f"model.layers.text_tokens is {self.text_tokens}; it must be at least 0, at most {LARGEST:,}"
-            )
+        for name in ("text_tokens", "given_channels", "image_width"):
+            if not 0 <= getattr(self, name) <= LARGEST:
+                raise ValueError(
+                    f"model.layers.{name} is {getattr(self, name)}; it must be at least 0 and at most {LARGEST:,}"
+                )
         if not 0 < self.qk_eps < 1 or not all(0 < step < math.inf for step in self.rope_steps):
             raise ValueError("model.layers.qk_eps must lie between 0 and 1, rope_steps be positive and finite")
 
@@ -125,6 +130,12 @@ class ModelConfig:
             raise ValueError(
                 f"model.prediction is {self.prediction!r}; it must be one of {', '.join(get_args(Prediction))}"
             )
+        if self.channels and 0 < self.layers.given_channels < self.channels:
+            raise ValueError(
+                f"model.layers.given_channels is {self.layers.given_channels}; it holds latents of {self.channels}"
+            )
+        if self.layers.image_width and not self.text_width:
+            raise ValueError("model.layers.image_width needs text (model.text_width), which it is attended to beside")
         if self.layers.rope == "ltx" and self.gate != "none":
             raise ValueError("model.layers.rope is 'ltx', which leaves no channels for a gate: set model.gate=none")
         if self.width % self.heads:
@@ -146,6 +157,11 @@ class ModelConfig:
     @property
     def hidden(self) -> int:
         return int(self.width * self.mlp_ratio)
+
+    @property
+    def patch_values(self) -> int:
+        """Numbers of the input that make up one token."""
+        return (self.channels + self.layers.given_channels) * self.patch**2
 
     @staticmethod
     def from_earlier_version(values: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -147,7 +147,7 @@ def check_sizes(config: ModelConfig, shapes: Shapes, path: Path) -> None:
     depends on: a model of any other size is not built at all."""
     width = config.width
     expected: dict[str, tuple[str, tuple[int, ...]]] = {
-        "embed.weight": ("width, channels and patch", (width, config.channels * config.patch**2)),
+        "embed.weight": ("width, channels and patch", (width, config.patch_values)),
         "blocks.0.feed_forward.up.weight": ("mlp_ratio", (config.hidden, width)),
     }
     if config.classes or "label.weight" in shapes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,12 +68,32 @@ class FeedForward(nn.Module):
         return self.down(F.gelu(self.up(rows), approximate="tanh")).unflatten(0, x.shape[:-1])
 
 
-class CrossAttention(nn.Module):
-    """Attention of video tokens to text embeddings `[B, L, D]` (already projected to the model's width).
+class ImageEmbedding(nn.Module):
+    """Embedding of an image's tokens, `[B, L, E] -> [B, L, D]`: two linear layers between norms (Wan 2.1)."""
 
-    `seen_BL` (bool) is False for padding, which then has no part in the result; True at least once per row. None: there
-    is no padding.
-    """
+    def __init__(self, image_width: int, width: int):
+        super().__init__()
+        self.norm_in = nn.LayerNorm(image_width)
+        self.up = nn.Linear(image_width, image_width)
+        self.down = nn.Linear(image_width, width)
+        self.norm_out = nn.LayerNorm(width)
+
+    def forward(self, image_BLE: Tensor) -> Tensor:
+        return self.norm_out(self.down(F.gelu(self.up(self.norm_in(image_BLE)))))
+
+
+class Text(NamedTuple):
+    """What video tokens attend to: embedded text `[B, L, D]`; `seen` `[B, L]`, False for padding, which then has no
+    part in the result, and True at least once a row (None: there is no padding); an embedded image, if the model knows
+    any."""
+
+    text_BLD: Tensor
+    seen_BL: Tensor | None
+    image_BLD: Tensor | None
+
+
+class CrossAttention(nn.Module):
+    """Attention of video tokens to text, and, of its own, to an image."""
 
     def __init__(self, width: int, heads: int, layers: LayerConfig):
         super().__init__()
@@ -85,17 +105,30 @@ class CrossAttention(nn.Module):
         self.normalised = width // heads if layers.qk_norm == "head" else width  # channels that are normalised together
         self.q_norm = nn.RMSNorm(self.normalised, eps=layers.qk_eps)
         self.k_norm = nn.RMSNorm(self.normalised, eps=layers.qk_eps)
+        self.image_kv = self.image_k_norm = None
+        if layers.image_width:
+            self.image_kv = nn.Linear(width, 2 * width, bias=layers.bias)
+            self.image_k_norm = nn.RMSNorm(self.normalised, eps=layers.qk_eps)
 
-    def forward(self, x_BTHWD: Tensor, text_BLD: Tensor, seen_BL: Tensor | None) -> Tensor:
-        q = project(self.q, self.norm(x_BTHWD)).flatten(1, 3)
-        k, v = project(self.kv, text_BLD).chunk(2, -1)
-        q = self.q_norm(q.unflatten(-1, (-1, self.normalised))).flatten(-2)
-        k = self.k_norm(k.unflatten(-1, (-1, self.normalised))).flatten(-2)
-        out = scaled_dot_product(
-            *(x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v)),
-            None if seen_BL is None else seen_BL[:, None, None],
-        )
+    def forward(self, x_BTHWD: Tensor, text: Text) -> Tensor:
+        q = self._normalise(self.q_norm, project(self.q, self.norm(x_BTHWD)).flatten(1, 3))
+        out = self._attend(q, self.kv, self.k_norm, text.text_BLD, text.seen_BL)
+        if self.image_kv is not None:
+            assert self.image_k_norm is not None and text.image_BLD is not None
+            out = out + self._attend(q, self.image_kv, self.image_k_norm, text.image_BLD)
         return project(self.out, out.transpose(1, 2).flatten(-2)).reshape(x_BTHWD.shape)
+
+    def _attend(
+        self, q_BhNd: Tensor, kv: nn.Module, norm: nn.Module, text_BLD: Tensor, seen_BL: Tensor | None = None
+    ) -> Tensor:
+        k, v = project(kv, text_BLD).chunk(2, -1)
+        k, v = self._normalise(norm, k), v.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return scaled_dot_product(q_BhNd, k, v, None if seen_BL is None else seen_BL[:, None, None])
+
+    def _normalise(self, norm: nn.Module, x_BND: Tensor) -> Tensor:
+        """Queries or keys by head, `[B, h, N, d]`."""
+        x_BND = norm(x_BND.unflatten(-1, (-1, self.normalised))).flatten(-2)
+        return x_BND.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class Block(nn.Module):
@@ -118,7 +151,7 @@ class Block(nn.Module):
         self,
         x_BTHWD: Tensor,
         modulation_BT6D: Tensor,
-        text: tuple[Tensor, Tensor | None] | None,
+        text: Text | None,
         inputs: Sequence[ScaleInputs],
         layer: Layer,
     ) -> Tensor:
@@ -130,7 +163,7 @@ class Block(nn.Module):
         self,
         x_BTHWD: Tensor,
         modulation_BT6D: Tensor,
-        text: tuple[Tensor, Tensor | None] | None,
+        text: Text | None,
         inputs: Sequence[ScaleInputs],
         layer: Layer,
     ) -> Tensor:
@@ -141,7 +174,7 @@ class Block(nn.Module):
         x = x_BTHWD + gate_a * self.attention(h, inputs, layer)
         if self.cross_attention is not None:
             assert text is not None
-            x = x + self.cross_attention(x, *text)
+            x = x + self.cross_attention(x, text)
         h = self.feed_forward_norm(x) * (1 + scale_f) + shift_f
         return x + gate_f * self.feed_forward(h)
 

@@ -20,7 +20,7 @@ from .attention_inputs import AttentionInputs
 from .conditioning import Condition, SignalEmbedding
 from .config import ModelConfig
 from .exported_weights import ExportedWeights, open_exported
-from .layers import Block, FeedForward, ModulationTable, NoiseEmbedding
+from .layers import Block, FeedForward, ImageEmbedding, ModulationTable, NoiseEmbedding, Text
 from .output import velocity
 from .past_context import Layer, PastContext, WholeVideo
 from .recomputation import Recompute, recompute_all
@@ -48,7 +48,7 @@ class MSCTransformer(nn.Module):
         if config.channels < 1:
             raise ValueError("model.channels is 0; it is taken from the shards' index when training starts")
         self.config, self.kernel, self.recompute = config, kernel, recompute
-        width, tokens = config.width, config.channels * config.patch**2
+        width = config.width
 
         def new(name: str, module: M, zero: bool = False) -> M:
             init_weights(module, config.depth)
@@ -58,7 +58,7 @@ class MSCTransformer(nn.Module):
                 on_part_built(name, module)
             return module
 
-        self.embed = new("embed", nn.Linear(tokens, width))
+        self.embed = new("embed", nn.Linear(config.patch_values, width))
         self.noise = new("noise", NoiseEmbedding(width))
         self.modulate = new("modulate", nn.Linear(width, 6 * width), zero=True)
         self.label = None
@@ -73,13 +73,15 @@ class MSCTransformer(nn.Module):
             hidden = config.layers.text_hidden
             text = FeedForward(config.text_width, width, width) if hidden else nn.Linear(config.text_width, width)
             self.text = new("text", text)
+        images = config.layers.image_width
+        self.image = new("image", ImageEmbedding(images, width)) if images else None
         self.blocks = nn.ModuleList()
         for layer in range(config.depth):
             self.blocks.append(new(f"blocks.{layer}", Block(config, bool(layer % 2), recompute)))
         self.final_norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         final_modulate = ModulationTable(width) if config.layers.final_table else nn.Linear(width, 2 * width)
         self.final_modulate = new("final_modulate", final_modulate, zero=True)
-        self.final = new("final", nn.Linear(width, tokens), zero=True)
+        self.final = new("final", nn.Linear(width, config.channels * config.patch**2), zero=True)
 
     def forward(
         self,
@@ -99,10 +101,11 @@ class MSCTransformer(nn.Module):
         config, past_context = self.config, past_context or WholeVideo()
         condition = condition or Condition()
         kind = self.embed.weight.dtype
-        tokens = self.embed(patchify(x_BTCHW, config.patch).to(kind))
+        given = (self._given(x_BTCHW, t_BT, condition),) if config.layers.given_channels else ()
+        tokens = self.embed(patchify(torch.cat((x_BTCHW, *given), 2) if given else x_BTCHW, config.patch).to(kind))
         inputs = self.attention_inputs.prepare(t_BT, (tokens.shape[2], tokens.shape[3]), past_context, all_t_BT)
         embedding = self._frame_embedding(t_BT, condition)
-        text = None if self.text is None else self._text(condition.text, x_BTCHW)
+        text = None if self.text is None else self._text(condition, x_BTCHW)
         modulation = self.modulate(torch.nn.functional.silu(embedding)).unflatten(-1, (6, -1))
         for number, block in enumerate(self.blocks):
             arguments = (tokens, modulation, text, inputs, Layer(number))
@@ -116,21 +119,34 @@ class MSCTransformer(nn.Module):
         output = self.final(self.final_norm(tokens) * (1 + scale) + shift)
         return velocity(config.prediction, x_BTCHW, t_BT, unpatchify(output, config.patch, config.channels))
 
-    def _text(self, text_BLE: Tensor | None, x_BTCHW: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Embedded text `[B, L, D]` of videos x, and which of its tokens `[B, L]` are attended to (None: all)."""
+    def _given(self, x_BTCHW: Tensor, t_BT: Tensor, condition: Condition) -> Tensor:
+        """Mask and latents of what is given of every frame: all of a frame without noise, nothing of others."""
+        if condition.given is not None:
+            return condition.given.to(x_BTCHW.dtype)
+        clean = (t_BT == 0)[:, :, None, None, None].to(x_BTCHW.dtype)
+        masks = self.config.layers.given_channels - self.config.channels
+        return torch.cat((clean.expand(-1, -1, masks, *x_BTCHW.shape[3:]), clean * x_BTCHW), 2)
+
+    def _text(self, condition: Condition, x_BTCHW: Tensor) -> Text:
+        """What videos x attend to; a zero token where it is unknown."""
         assert self.text is not None
-        if text_BLE is None:
-            text_BLE = x_BTCHW.new_zeros(x_BTCHW.shape[0], 1, self.config.text_width)
-        text_BLE, tokens = text_BLE.to(self.embed.weight.dtype), self.config.layers.text_tokens
+
+        def known(value_BLE: Tensor | None, width: int) -> Tensor:
+            value_BLE = x_BTCHW.new_zeros(x_BTCHW.shape[0], 1, width) if value_BLE is None else value_BLE
+            return value_BLE.to(self.embed.weight.dtype)
+
+        text_BLE, tokens = known(condition.text, self.config.text_width), self.config.layers.text_tokens
+        image = None if self.image is None else self.image(known(condition.image, self.config.layers.image_width))
         if tokens:
             if text_BLE.shape[1] > tokens:
                 raise ValueError(f"a text has {text_BLE.shape[1]} tokens; model.layers.text_tokens is {tokens}")
-            return self.text(torch.nn.functional.pad(text_BLE, (0, 0, 0, tokens - text_BLE.shape[1]))), None
+            text_BLE = torch.nn.functional.pad(text_BLE, (0, 0, 0, tokens - text_BLE.shape[1]))
+            return Text(self.text(text_BLE), None, image)
         # Clips' texts differ in length and are padded with zeros. A dropped text is a single zero token,
         # however long its row, so that it is the same in every batch.
         seen_BL = (text_BLE != 0).any(-1)
         seen_BL = torch.cat((torch.ones_like(seen_BL[:, :1]), seen_BL[:, 1:]), 1)
-        return self.text(text_BLE), seen_BL
+        return Text(self.text(text_BLE), seen_BL, image)
 
     def _frame_embedding(self, t_BT: Tensor, condition: Condition) -> Tensor:
         """What modulates a frame, `[B, T, D]`: its noise level, the class of its clip, its signals."""
