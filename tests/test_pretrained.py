@@ -12,12 +12,14 @@ import torch
 from context_parallel_ranks import Case, backward, on_a_rank
 from gloo_ranks import run_ranks
 
+from msc.pretrain import cost
 from msc.pretrain.checkpoints import initialize_from, pretrained
 from msc.pretrain.export.export import export
 from msc.pretrain.model.conditioning import Condition
 from msc.pretrain.model.past_context import WholeVideo
 from msc.pretrain.model.scales import Scale
 from msc.pretrain.model.transformer import MSCTransformer
+from msc.pretrain.presets import PRESETS
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -248,6 +250,37 @@ def test_sharded_equals_one_process(recompute):
         torch.testing.assert_close(torch.cat([part[1] for part in parts], 1), x_grad)
         for name, grad in grads.items():
             torch.testing.assert_close(sum(part[2][name] for part in parts), grad, msg=lambda m: f"{name}: {m}")  # noqa: B023
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "elements"),
+    [
+        ("wan-1.3b", {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}, 1_418_996_800),
+        ("wan-14b", {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}, 14_288_491_584),
+        (
+            "wan-ti2v-5b",
+            {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30, "in_channels": 48, "out_channels": 48},
+            4_999_787_712,
+        ),
+        ("ltx-2b", {}, 1_923_385_472),
+    ],
+)
+def test_presets_are_of_the_published_shapes(name, settings, elements):
+    """Tensor by tensor those of diffusers' class, whose defaults are the rest of the published configurations."""
+    kind = diffusers.LTXVideoTransformer3DModel if name == "ltx-2b" else diffusers.WanTransformer3DModel
+    with torch.device("meta"):
+        theirs = kind(**{"rope_max_seq_len": 8, **settings} if name != "ltx-2b" else {}).state_dict()
+    preset = PRESETS[name]().model
+    channels = settings.get("in_channels", 128 if name == "ltx-2b" else 16)
+    model = replace(preset, channels=channels, text_width=4096)
+    with torch.device("meta"):
+        shapes = MSCTransformer(model).shapes()
+    sources = pretrained.sources(model)
+    assert {key: source.part.shape for key, source in sources.items()} == {
+        key: tuple(value.shape) for key, value in theirs.items()
+    }
+    assert shapes.keys() == {source.name for source in sources.values()}
+    assert sum(value.numel() for value in theirs.values()) == elements == cost.parameters(model)
 
 
 def test_missing_and_left_over_tensors_are_named(tmp_path):
