@@ -181,6 +181,20 @@ def parallelize(model: MSCTransformer, config: ParallelConfig, optimizer: Optimi
             fp8.convert_linear_layers(block, skip=["cross_attention.kv"])  # acts on text, of any length
         if config.compile:
             block.compile()
-    return make_engine(
+    engine = make_engine(
         model, make_optimizer(model, optimizer), config.zero, config.precision, accumulate, optimizer.clip
     )
+    if config.compile:
+        check_alignment(model.blocks)
+    return engine
+
+
+def check_alignment(blocks: nn.Module) -> None:
+    """ValueError if a block's parameter does not begin at a multiple of 16 bytes. All blocks share their compiled
+    kernels, which take parameters to lie as the first block's did; DeepSpeed lays them end to end in one buffer."""
+    for name, parameter in blocks.named_parameters():
+        if parameter.data_ptr() % 16:
+            raise ValueError(
+                f"the parameter blocks.{name} does not begin at a multiple of 16 bytes, as compiled blocks need it: "
+                "make model.width, and model.width times model.mlp_ratio, multiples of 8, or set parallel.compile=false"
+            )

@@ -177,3 +177,12 @@ def rotate(x: Tensor, position, theta: float) -> Tensor:
     a, b = x[..., :pairs], x[..., half : half + pairs]
     rest_a, rest_b = x[..., pairs:half], x[..., half + pairs :]
     return torch.cat((a * cos - b * sin, rest_a, b * cos + a * sin, rest_b), -1)
+
+
+def lay_end_to_end(model, groups):
+    """Every group's parameters in one bf16 buffer, one behind the other, as DeepSpeed's ZeRO 1 and 2 lay them."""
+    model.bfloat16()
+    for group in groups:
+        flat = torch.cat([p.detach().flatten() for p in group["params"]])
+        for p, part in zip(group["params"], flat.split([p.numel() for p in group["params"]]), strict=True):
+            p.data = part.view_as(p)

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from context_parallel_ranks import SCALES, backward, change_after, compiled_gradients, in_double, make
+from reference import lay_end_to_end
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
@@ -24,6 +25,7 @@ from msc.pretrain.model.config import LayerConfig
 from msc.pretrain.model.layers import CrossAttention
 from msc.pretrain.model.past_context import WholeVideo
 from msc.pretrain.model.scales import Scale
+from msc.pretrain.optimizer import OptimizerConfig, make_optimizer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -213,6 +215,17 @@ def test_compiled_blocks_have_the_gradients_of_eager_ones(gate):
     """
     scales = [replace(scale, patch_window=None) for scale in SCALES["default"]]
     assert compiled_gradients(tuple(scales), gate, "auto", "cuda", "inductor") < 1e-4
+
+
+def test_compiled_blocks_train_with_parameters_in_one_buffer():
+    """All layers share kernels, which take parameters to be aligned as the first layer's were."""
+    model, x, t, condition, _ = make((Scale(6, 2),), 4, 1, dtype=torch.float32, width=96)
+    model.cuda()
+    lay_end_to_end(model, make_optimizer(model, OptimizerConfig()).param_groups)
+    for block in model.blocks:
+        block.compile()
+    model(x.cuda(), t.cuda(), condition.to("cuda")).square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("compiled", [False, True])

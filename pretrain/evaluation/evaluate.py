@@ -32,8 +32,8 @@ from .frechet import check_enough, frechet, open_features
 from .held_out_loss import BIN_NAMES, BINS, HELD_OUT_SEED, by_context, by_noise, by_position
 from .rollouts import Rollouts, Rows, continuations
 
-LEAST_CLIPS, MOST_CLIPS = 4, 64  # of a batch
-VALUES = 1 << 25  # tokens x width of a batch
+LEAST_CLIPS, MOST_CLIPS = 4, 128  # of a batch
+VALUES = {"cpu": 1 << 25, "cuda": 1 << 28}  # tokens x width of a batch, by device: some 10 GB on a GPU
 
 
 @dataclass(frozen=True)
@@ -167,10 +167,10 @@ def measure_clips(
 
 
 def clips_at_once(trained: TrainedModel, shards: Shards) -> int:
-    """As many as VALUES activations allow: a roll-out of few takes as long as one of many."""
+    """As many as VALUES activations allow: on a GPU a roll-out of few takes as long as one of many."""
     model = trained.config.model
     tokens = max(shape.frames * cost.tokens_per_frame(model, shape.height, shape.width) for shape in shards.shapes)
-    return min(max(LEAST_CLIPS, VALUES // (tokens * model.width)), MOST_CLIPS)
+    return min(max(LEAST_CLIPS, VALUES[trained.device.type] // (tokens * model.width)), MOST_CLIPS)
 
 
 def measure(trained: TrainedModel, inputs: BatchInputs, clips: Sequence[int], rollouts: Rollouts | None) -> Rows:

@@ -64,7 +64,8 @@ class MultiScaleAttention(nn.Module):
         normalised = config.head_width if config.layers.qk_norm == "head" else config.width
         self.q_gain = nn.Parameter(torch.ones(normalised))
         self.k_gain = nn.Parameter(torch.ones(normalised))
-        self.delta = nn.Parameter(torch.zeros(config.heads)) if config.gate == "logits" else None
+        # The gate's δ of every head, padded: see check_alignment in parallelize.py.
+        self.delta = nn.Parameter(torch.zeros(-(-config.heads // 8) * 8)) if config.gate == "logits" else None
 
     def forward(self, x_BTHWD: Tensor, inputs: Sequence[ScaleInputs], layer: Layer = FIRST) -> Tensor:
         qkv = project(self.qkv, x_BTHWD)
@@ -73,7 +74,7 @@ class MultiScaleAttention(nn.Module):
         qkv = qkv.unflatten(-1, (3, self.config.heads, self.config.head_width))
         frames = x_BTHWD.shape[1]
         sizes = [scale.heads for scale in self.config.scales]
-        deltas = [None] * len(sizes) if self.delta is None else self.delta.split(sizes)
+        deltas = [None] * len(sizes) if self.delta is None else self.delta[: self.config.heads].split(sizes)
         groups = zip(qkv.split(sizes, dim=-2), inputs, deltas, strict=True)
         # The past of all scales is on its way while own queries and keys are placed; only then is it waited for.
         own_units = [self._own_units((layer, i), *group) for i, group in enumerate(groups)]

@@ -1,11 +1,17 @@
 """Which recipe makes the best video: noise levels, prediction and scales compared on small pixel models, on one GPU.
 
     python tests/bench/recipe.py RESULTS.jsonl --videos FOLDER --variants demo velocity prefix --seconds 500
+    python tests/bench/recipe.py RESULTS.jsonl --mazes 8000 --frames 128 --size 48 48 --batch 8 \
+        --variants memory-dense memory-window memory-pooled memory-routed --samplings mean sample
+    python tests/bench/recipe.py RESULTS.jsonl --videos FOLDER --run RUN --context 16 --units 128
 
 FOLDER holds videos already of the size to train on (multiples of 16 pixels), and for recipes that take actions a file
-NAME.actions.csv beside each: a header, and the action that led to every frame. Every run trains one model, continues
-held-out clips, and appends a line to RESULTS.jsonl; runs found there are not repeated, and none is started that would
-not end within --seconds.
+NAME.actions.csv beside each: a header, and the action that led to every frame. With --mazes, so many ray-cast mazes, a
+new one for every clip: half of the walks turn round in the middle and come back, and all that are held out. These are
+continued from the turn on: what is seen h frames later was last seen 2 h frames ago. Every run trains one model,
+continues held-out clips, and appends a line to RESULTS.jsonl; runs found there are not repeated, and none is started
+that would not end within --seconds. With --run, a pixel model that `msc train` trained is examined, on videos that it
+did not see.
 """
 
 from __future__ import annotations
@@ -15,6 +21,7 @@ import copy
 import csv
 import json
 import math
+import os
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,16 +31,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from msc.datasets.maze import ACTIONS, Walks, ray_cast_maze
 from msc.pretrain import cost
 from msc.pretrain.diffusion.loss import Loss
 from msc.pretrain.diffusion.rectified_flow import DiffusionConfig, add_noise, noise_levels
 from msc.pretrain.diffusion.sampler import Sampling, generate
+from msc.pretrain.inference.load import open_run
 from msc.pretrain.model.conditioning import Condition, SignalConfig
 from msc.pretrain.model.config import ModelConfig
 from msc.pretrain.model.scales import Scale
 from msc.pretrain.model.transformer import MSCTransformer
 
-HORIZONS = (1, 2, 4, 8, 16, 32, 48, 64)
+HORIZONS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128)
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9, 0.99)  # of the frame after a clean past
 FINE, MIDDLE = Scale(2, 1, 1, 2, 8), Scale(1, 2, 1, 8)
 SCALES: dict[str, tuple[Scale, ...]] = {
@@ -42,6 +51,8 @@ SCALES: dict[str, tuple[Scale, ...]] = {
     "routed tiles": (FINE, MIDDLE, Scale(1, patch_window=8, top=8)),
     "dense": (Scale(4),),
     "local": (Scale(4, window=2),),
+    "window": (Scale(4, window=32),),
+    "routed blocks": (FINE, MIDDLE, Scale(1, patch_window=3, top=32)),
 }
 
 
@@ -78,12 +89,16 @@ VARIANTS: dict[str, Recipe] = {
     "actions, x": Recipe(actions=True, model={"prediction": "x"}),
     "actions, prefix": Recipe(actions=True, diffusion=PREFIX),
     "actions, routed tiles": Recipe("routed tiles", True, PREFIX),
-}
+    **{f"memory-{name.split()[0]}": Recipe(name, True, PREFIX, {"prediction": "x"})
+       for name in ("pooled", "routed blocks", "dense", "window", "local")},
+}  # fmt: skip
 # of the continuations: the mean (a single step), more or fewer steps, more of them at high noise, a noisy past
 SAMPLINGS = {
     "mean": Sampling(1), "sample": Sampling(16), "4 steps": Sampling(4), "late": Sampling(16, shift=3.0),
     "past at 0.1": Sampling(16, context_level=0.1),
 }  # fmt: skip
+
+OTHERS = "others' actions"
 
 
 def read_video(path: Path) -> Tensor:
@@ -159,6 +174,26 @@ def load(folder: Path, frames: int, held_frames: int, held_out: int, device: tor
     return Data(clips, *held(chosen), names, mean, std)
 
 
+def walks(seed: int, clips: int, frames: int, size: tuple[int, int], out_and_back: float) -> Walks:
+    torch.set_num_threads(1)
+    return ray_cast_maze(seed, clips, frames, *size, out_and_back=out_and_back, texels=4)
+
+
+def load_mazes(clips: int, frames: int, size: tuple[int, int], held_out: int, device: torch.device) -> Data:
+    """As many clips, in parts made side by side; those that are held out are other mazes."""
+    each = 50
+    parts = [(seed, each, frames, size, 0.5) for seed in range(-(-clips // each))]
+    with torch.multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+        made = pool.starmap(walks, [*parts, (10**6, held_out, frames, size, 1.0)], chunksize=1)
+    actions = [torch.eye(len(ACTIONS))[part.actions] for part in made]
+    train = Clips([part.video.flatten(0, 1) for part in made[:-1]], [part.flatten(0, 1) for part in actions[:-1]],
+                  frames, device)  # fmt: skip
+    train.starts = torch.arange(len(parts) * each) * frames
+    held = made[-1].video.to(device).float() / 127.5 - 1
+    mean, std = (tuple(x.tolist()) for x in (held.mean((0, 1, 3, 4)), held.std((0, 1, 3, 4))))
+    return Data(train, held, actions[-1].to(device), ACTIONS, mean, std)
+
+
 def train(model: MSCTransformer, recipe: Recipe, data: Data, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Trains in place; returns the average of the weights, and how it went."""
     device = data.held_out.device
@@ -170,6 +205,7 @@ def train(model: MSCTransformer, recipe: Recipe, data: Data, seed: int, args: ar
     chosen = torch.Generator().manual_seed(seed)
     steps, began = args.steps, 0.0
     losses: list[tuple[int, float, float]] = []
+    looks: dict[int, list[float]] = {}
     for step in range(steps):
         if step == 20:
             synchronize(device)
@@ -200,12 +236,39 @@ def train(model: MSCTransformer, recipe: Recipe, data: Data, seed: int, args: ar
         ends = done >= 1 or step == steps - 1
         if step % 100 == 0 or ends:
             losses.append((step, round(float(loss.detach()), 4), round(float(norm), 3)))
+        if step in args.look_at:
+            synchronize(device)
+            paused = time.perf_counter()
+            looks[step] = look(model, average, data, args)
+            print(step, f"{paused - began:.0f} s", losses[-1], looks[step], flush=True)
+            synchronize(device)
+            began += time.perf_counter() - paused
         if ends:
             break
     synchronize(device)
     seconds = time.perf_counter() - began
     model.load_state_dict(average, strict=False)
-    return {"losses": losses, "ms_per_step": round(1000 * seconds / max(1, step - 19), 2)}
+    return {"losses": losses, "looks": looks, "steps": step + 1, "train_seconds": round(seconds, 1),
+            "ms_per_step": round(1000 * seconds / max(1, step - 19), 2)}  # fmt: skip
+
+
+@torch.no_grad()
+def look(model: MSCTransformer, average: dict[str, Tensor], data: Data, args: argparse.Namespace) -> list[float]:
+    """PSNR of the mean prediction by horizon, of the average as it is now, on a few held-out clips."""
+    fresh = MSCTransformer(model.config, "sdpa").to(data.held_out.device).eval()
+    fresh.load_state_dict(average, strict=False)
+    return continued(fresh, data, args, Sampling(1), Condition(signals={"actions": data.held_out_actions[:16]}))[1]
+
+
+def continued(
+    model: MSCTransformer, data: Data, args: argparse.Namespace, sampling: Sampling, condition: Condition
+) -> tuple[Tensor, list[float]]:
+    """What follows on the first frames of held-out clips, as pixels `[B, T, C, H, W]`, and its PSNR by horizon."""
+    x = model.normalise(data.held_out[: len(condition.signals["actions"])])
+    units = x.shape[1] - args.context
+    made = to_pixels(model, torch.cat(list(generate(model, x[:, : args.context], units, sampling, condition)), 1))
+    psnr = -10 * (made - to_pixels(model, x[:, args.context :])).square().mean((2, 3, 4)).clamp(min=1e-7).log10()
+    return made, [round(float(psnr[:, h - 1].mean()), 2) for h in HORIZONS if h <= units]
 
 
 def synchronize(device: torch.device) -> None:
@@ -234,18 +297,16 @@ def examine(model: MSCTransformer, data: Data, args: argparse.Namespace) -> dict
     began = time.perf_counter()
     others = data.held_out_actions.clone()
     others[:, context:] = others[:, context:].roll(1, 0)  # the actions of another clip
-    swapped = {"others' actions": Condition(signals={"actions": others})} if model.config.signals else {}
-    for name in (*SAMPLINGS, *swapped):
+    swapped = {OTHERS: Condition(signals={"actions": others})} if model.config.signals else {}
+    for name in [name for name in (*SAMPLINGS, *swapped) if name in args.samplings]:
         sampling, under = SAMPLINGS.get(name, SAMPLINGS["sample"]), swapped.get(name, condition)
-        made = to_pixels(model, torch.cat(list(generate(model, x[:, :context], units, sampling, under)), 1))
-        psnr = -10 * (made - truth).square().mean((2, 3, 4)).clamp(min=1e-7).log10()
+        made, psnr = continued(model, data, args, sampling, under)
         results[name] = {
-            "psnr": [round(float(psnr[:, h - 1].mean()), 2) for h in horizons],
+            "psnr": psnr,
             "contrast": [round(ratio(made, truth, h, lambda z: z), 2) for h in horizons],
             "sharpness": [round(ratio(made, truth, h, detail), 2) for h in horizons],
         }
-        if name in ("sample", "past at 0.1", "others' actions"):
-            results[f"pictures {name}"] = sheet(truth, made, horizons)
+        results[f"pictures {name}"] = sheet(truth, made, horizons)
     last = to_pixels(model, x[:, context - 1 : context])
     psnr = -10 * (last - truth).square().mean((2, 3, 4)).clamp(min=1e-7).log10()
     results["copy last"] = [round(float(psnr[:, h - 1].mean()), 2) for h in horizons]
@@ -298,17 +359,32 @@ def run(name: str, data: Data, seed: int, args: argparse.Namespace) -> dict[str,
         weights = {key: value.half().cpu() for key, value in fresh.state_dict().items()}
         torch.save({"config": fresh.config_dict(), "weights": weights}, args.save / f"{name.replace(' ', '_')}.pt")
     return {
-        "videos": args.videos.name, "variant": name, "seed": seed, "steps": args.steps, "batch": args.batch,
+        "videos": "mazes" if args.mazes else args.videos.name, "variant": name, "seed": seed, "batch": args.batch,
         "frames": args.frames, "width": args.width, "depth": args.depth,
         "tflop_per_step": args.batch * cost.step_flops(config, args.frames, *size) / 1e12, **trained,
         **examine(fresh, data, args), "seconds": round(time.perf_counter() - began, 1),
     }  # fmt: skip
 
 
+def run_of(folder: Path, data: Data, args: argparse.Namespace) -> dict[str, Any]:
+    """A trained run, examined."""
+    began = time.perf_counter()
+    model = open_run(folder).model
+    columns = model.config.signals[0].columns if model.config.signals else ()
+    if columns and columns != data.actions:
+        raise SystemExit(f"the run's actions are {columns}, those of the videos {data.actions}")
+    return {"videos": args.videos.name, "variant": str(folder), "seed": 0, "losses": [None], "ms_per_step": 0,
+            **examine(model, data, args), "seconds": round(time.perf_counter() - began, 1)}  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("results", type=Path)
-    parser.add_argument("--videos", type=Path, required=True)
+    made = parser.add_mutually_exclusive_group(required=True)
+    made.add_argument("--videos", type=Path)
+    made.add_argument("--mazes", type=int, metavar="CLIPS")
+    parser.add_argument("--size", type=int, nargs=2, default=(48, 48), metavar=("H", "W"), help="of mazes")
+    parser.add_argument("--run", type=Path, help="examine this one")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=2000)
@@ -321,9 +397,15 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=48)
     parser.add_argument("--context", type=int, default=8)
     parser.add_argument("--units", type=int, default=16)
+    parser.add_argument("--samplings", nargs="+", default=[*SAMPLINGS, OTHERS], choices=[*SAMPLINGS, OTHERS])
+    parser.add_argument(
+        "--look-at", type=int, nargs="*", default=(), metavar="STEP", help="the mean's PSNR after these"
+    )
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--seconds", type=float, default=1e9)
     args = parser.parse_args()
+    if args.mazes:
+        args.context = args.frames // 2
     began = time.monotonic()
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -331,18 +413,22 @@ def main() -> None:
     if args.results.is_file():
         lines = [json.loads(line) for line in args.results.read_text().splitlines()]
         done = {(line["videos"], line["variant"], line["seed"]) for line in lines}
-    data = load(args.videos, args.frames, args.context + args.units, args.held_out, device)
+    if args.mazes:
+        data = load_mazes(args.mazes, args.frames, tuple(args.size), args.held_out, device)
+    else:
+        data = load(args.videos, args.frames, args.context + args.units, args.held_out, device)
+    source = "mazes" if args.mazes else args.videos.name
     last = 0.0
     for seed in args.seeds:
-        for name in args.variants:
-            if (args.videos.name, name, seed) in done or time.monotonic() - began + last > args.seconds:
+        for name in [str(args.run)] if args.run else args.variants:
+            if (source, name, seed) in done or time.monotonic() - began + last > args.seconds:
                 continue
-            result = run(name, data, seed, args)
+            result = run_of(args.run, data, args) if args.run else run(name, data, seed, args)
             last = result["seconds"]
             from PIL import Image
 
             for key in [key for key in result if key.startswith("pictures")]:
-                file_name = f"{args.videos.name}-{name}-{seed}{key.removeprefix('pictures')}.png"
+                file_name = f"{source}-{Path(name).name}-{seed}{key.removeprefix('pictures')}.png"
                 Image.fromarray(result.pop(key).numpy()).save(args.results.parent / file_name.replace(" ", "_"))
             with args.results.open("a") as file:
                 file.write(json.dumps(result) + "\n")
