@@ -29,7 +29,7 @@ from .config import Config, dump, flat
 from .diffusion.autoencoder import DIFFUSERS, open_autoencoder
 from .layout_planner import layout_table
 from .model.conditioning import SignalConfig
-from .model.config import check_clip
+from .model.config import ModelConfig, check_clip
 from .model.noise_gate import gate_constants, without_correlations
 from .parallelize import check_fp8, check_parallel, clip_shape, peak_activation_bytes
 from .run_folder import RunFolder
@@ -169,6 +169,14 @@ ASSUMED_INDEX = Index(
 )  # fmt: skip
 
 
+def assumed_index(model: ModelConfig) -> Index:
+    """Of clips that a model can take, where there are no shards yet."""
+    channels = model.channels or ASSUMED_INDEX.channels
+    return replace(
+        ASSUMED_INDEX, channels=channels, statistics=Statistics.default(channels), has_text=model.text_width or None
+    )  # fmt: skip
+
+
 def check_same_model(config: Config, before: dict[str, Any]) -> None:
     """ValueError if a run would go on with another model, seed or start than `before`, its saved flat settings."""
     now = flat(config)
@@ -185,7 +193,7 @@ def check_same_model(config: Config, before: dict[str, Any]) -> None:
 
 def describe(config: Config, processes: int = 1) -> str:
     """The resolved configuration and what it costs, for `--dry-run`."""
-    shards = open_shards(config.data) if config.data.shards else single_set("", ASSUMED_INDEX)
+    shards = open_shards(config.data) if config.data.shards else single_set("", assumed_index(config.model))
     if config.data.shards:
         check_shard_sizes(shards)
     config = resolve(config, shards.index)
