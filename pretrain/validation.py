@@ -55,8 +55,9 @@ def resolve(config: Config, index: Index) -> Config:
             paths = ", ".join(shard_set.path for shard_set in config.data.sets)
             raise ValueError(f"model.{name} is {setting}, but the shards in {paths} have {value}")
     mean, std = tuple(index.statistics.mean), tuple(index.statistics.std)
-    if pretrained.is_pretrained(config.train.init_from) and index.autoencoder.startswith(DIFFUSERS):
-        # Autoencoders of diffusers give latents as their pipeline's transformer expects them.
+    if model.layers.rope != "msc" and index.autoencoder.startswith(DIFFUSERS):
+        # A published model's layers, in every stage of adapting them: autoencoders of diffusers give latents as their
+        # pipeline's transformer expects them.
         mean, std = (0.0,) * index.channels, (1.0,) * index.channels
     model = replace(
         model,

@@ -12,7 +12,8 @@ import torch
 from context_parallel_ranks import Case, backward, on_a_rank
 from gloo_ranks import run_ranks
 
-from msc.pretrain import cost
+from msc.datasets.statistics import Statistics
+from msc.pretrain import cost, validation
 from msc.pretrain.checkpoints import initialize_from, pretrained
 from msc.pretrain.export.export import export
 from msc.pretrain.model.conditioning import Condition
@@ -226,6 +227,16 @@ def test_models_of_ours_are_not_exported_as_those_of_diffusers(tmp_path):
     fake_checkpoints.write_run(tmp_path / "run")
     with pytest.raises(ValueError, match="none of diffusers': model.layers.rope is 'msc'"):
         export(tmp_path / "run", layout="diffusers")
+
+
+def test_latents_are_taken_as_diffusers_normalises_them():
+    """Which its autoencoders do by their published moments; those measured on the shards are of no use then."""
+    measured = replace(Statistics.default(16), mean=[0.5] * 16, std=[2.0] * 16)
+    index = replace(validation.ASSUMED_INDEX, has_text=4096, statistics=measured)
+    config = PRESETS["wan-1.3b"]()
+    assert validation.resolve(config, index).model.latent_std == (2.0,) * 16  # of latents from elsewhere
+    model = validation.resolve(config, replace(index, autoencoder="diffusers:wan")).model
+    assert model.latent_mean == (0.0,) * 16 and model.latent_std == (1.0,) * 16
 
 
 @pytest.mark.gloo
