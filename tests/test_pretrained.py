@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import fake_checkpoints
@@ -12,9 +15,13 @@ import torch
 from context_parallel_ranks import Case, backward, on_a_rank
 from gloo_ranks import run_ranks
 
+from msc.datasets.prepare.convert import ConvertConfig, convert
 from msc.datasets.statistics import Statistics
+from msc.datasets.synthetic import write_videos
 from msc.pretrain import cost, validation
 from msc.pretrain.checkpoints import initialize_from, pretrained
+from msc.pretrain.diffusion.autoencoder import open_autoencoder
+from msc.pretrain.diffusion.sampler import Cache, extend_cache
 from msc.pretrain.export.export import export
 from msc.pretrain.model.conditioning import Condition
 from msc.pretrain.model.past_context import WholeVideo
@@ -290,6 +297,49 @@ def test_presets_are_of_the_published_shapes(name, settings, elements):
     }
     assert shapes.keys() == {source.name for source in sources.values()}
     assert sum(value.numel() for value in theirs.values()) == elements == cost.parameters(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("layers", "gate"), [(pretrained.WAN_LAYERS, "logits"), (pretrained.LTX_LAYERS, "none")], ids=["wan", "ltx"]
+)
+def test_cached_steps_equal_the_full_forward(layers, gate):
+    model, x, _, condition, _ = Case("default", "halo", 7, gate=gate, layers=layers).make()
+    t = torch.zeros(2, 7, dtype=x.dtype)
+    full, cache = model(x, t, condition), Cache()
+    for units in (slice(0, 3), slice(3, 4), slice(4, 7)):
+        own = model(x[:, units], t[:, units], condition.of_frames(units), cache)
+        torch.testing.assert_close(own, full[:, units], rtol=1e-10, atol=1e-10)
+        extend_cache(model, cache, x[:, units], condition.of_frames(units), 0.0)
+
+
+@pytest.mark.gloo
+@pytest.mark.slow
+def test_training_with_zero_3_along_time_has_the_curve_of_one_process(tmp_path):
+    """From the weights of a Wan without text, which says what it leaves out; and the run goes back to diffusers."""
+    write_videos(tmp_path / "videos", 0, clips=12, frames=4, height=16, width=24)
+    save(wan(num_layers=1), tmp_path / "wan")
+    config = ConvertConfig(
+        sources=(str(tmp_path / "videos"),), out=str(tmp_path / "shards"), frames=4, height=16, width=24, fps=12.0,
+        held_out=0.3, autoencoder="pixels",
+    )  # fmt: skip
+    convert(config, open_autoencoder("pixels").encode, 1)
+    settings = [
+        f"data.shards={tmp_path / 'shards'}", f"train.init_from=diffusers:{tmp_path / 'wan'}", "model.width=64",
+        "model.depth=1", "model.patch=2", "model.mlp_ratio=1.5", "model.scales=[{heads: 2, window: 1}, {heads: 2}]",
+        "model.gate=none", "model.prediction=velocity", "train.clips=16", "train.micro=1", "train.evaluate=0",
+        "train.report=1", "checkpoint.every=4", "parallel.recompute=full",
+        "model.layers={bias: true, qk_norm: width, text_hidden: true, final_table: true, rope: wan}",
+    ]  # fmt: skip
+    curves = []
+    for name, more in (("one", []), ("two", ["--processes", "2", "parallel.sp=2", "parallel.zero.stage=3"])):
+        words = ["train", "--preset", "demo", "--run", str(tmp_path / name), *settings, *more]
+        done = subprocess.run([Path(sys.executable).with_name("msc"), *words], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "starting from the published weights" in done.stderr and "not used: blocks.0.cross" in done.stderr
+        lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        curves.append(torch.tensor([[line["loss"], line["grad_norm"]] for line in lines], dtype=torch.float64))
+    torch.testing.assert_close(*curves, rtol=1e-5, atol=0)
 
 
 def test_missing_and_left_over_tensors_are_named(tmp_path):
