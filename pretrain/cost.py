@@ -159,6 +159,8 @@ def layer_activation_bytes(
     # Both halves: the input, it normalised, it modulated, and the branch's output. Attention: its output before the
     # last projection. Feed-forward: both sides of its nonlinearity. Mean and deviation of both norms.
     values = tokens * (9 * config.width + 2 * config.hidden)
+    if config.layers.qk_norm == "width":  # queries and keys normalised, and values beside them
+        values += tokens * 3 * config.width
     statistics = tokens * 4
     if config.text_width:  # input, it normalised, the queries raw, normalised and with their gain, the output
         values += tokens * 6 * config.width

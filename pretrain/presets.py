@@ -7,9 +7,10 @@ from functools import partial
 
 from msc.datasets.loading.mixture import DataConfig
 
+from .checkpoints.pretrained import LTX_LAYERS, WAN_LAYERS
 from .config import Config, TrainConfig
 from .diffusion.rectified_flow import DiffusionConfig
-from .model.config import ModelConfig
+from .model.config import LayerConfig, ModelConfig
 from .model.recomputation import Recompute
 from .model.scales import Scale, default_scales
 from .optimizer import OptimizerConfig
@@ -40,6 +41,22 @@ def sized(width: int, depth: int, heads: int, patch: int, lr: float, zero: ZeroC
     )
 
 
+def adapted(
+    width: int, hidden: int, depth: int, heads: int, patch: int, channels: int, layers: LayerConfig, zero: ZeroConfig
+) -> Config:
+    """The first stage from a published model: dense and causal (docs/pretrained.md)."""
+    return Config(
+        model=ModelConfig(
+            width=width, depth=depth, scales=(Scale(heads),), patch=patch, mlp_ratio=hidden / width, gate="none",
+            prediction="velocity", text_width=4096, layers=layers, channels=channels,
+        ),
+        diffusion=DiffusionConfig(shift=5.0, clean=0.0, prefix=0.5),
+        optimizer=OptimizerConfig(lr=1e-5, warmup=1_000, decay="constant", ema_halflife=2_000),
+        parallel=ParallelConfig(recompute="full", compile=True, zero=zero),
+        train=TrainConfig(clips=320_000, batch=64),
+    )  # fmt: skip
+
+
 # fmt: off
 PRESETS: dict[str, Callable[[], Config]] = {
     "demo": demo,
@@ -48,6 +65,11 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "base":  partial(sized,  1024,   32,   16,    2, 2e-4, ZeroConfig(stage=2), "cheap"),  # about 400 M
     "2b":    partial(sized,  2048,   40,   16,    2, 1e-4, ZeroConfig(stage=2), "cheap"),
     "14b":   partial(sized,  5120,   44,   40,    2, 5e-5, ZeroConfig(stage=3), "full"),
+    # published models, for train.init_from   width hidden depth heads patch channels
+    "wan-1.3b":    partial(adapted, 1536,  8960,   30,   12,    2,      16, WAN_LAYERS, ZeroConfig(stage=2)),
+    "wan-14b":     partial(adapted, 5120, 13824,   40,   40,    2,      16, WAN_LAYERS, ZeroConfig(stage=3)),
+    "wan-ti2v-5b": partial(adapted, 3072, 14336,   30,   24,    2,      48, WAN_LAYERS, ZeroConfig(stage=3)),
+    "ltx-2b":      partial(adapted, 2048,  8192,   28,   32,    1,     128, LTX_LAYERS, ZeroConfig(stage=2)),
 }
 # fmt: on
 

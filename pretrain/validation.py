@@ -29,7 +29,7 @@ from .config import Config, dump, flat
 from .diffusion.autoencoder import DIFFUSERS, open_autoencoder
 from .layout_planner import layout_table
 from .model.conditioning import SignalConfig
-from .model.config import check_clip
+from .model.config import ModelConfig, check_clip
 from .model.noise_gate import gate_constants, without_correlations
 from .parallelize import check_fp8, check_parallel, clip_shape, peak_activation_bytes
 from .run_folder import RunFolder
@@ -55,8 +55,9 @@ def resolve(config: Config, index: Index) -> Config:
             paths = ", ".join(shard_set.path for shard_set in config.data.sets)
             raise ValueError(f"model.{name} is {setting}, but the shards in {paths} have {value}")
     mean, std = tuple(index.statistics.mean), tuple(index.statistics.std)
-    if pretrained.is_pretrained(config.train.init_from) and index.autoencoder.startswith(DIFFUSERS):
-        # Autoencoders of diffusers give latents as their pipeline's transformer expects them.
+    if model.layers.rope != "msc" and index.autoencoder.startswith(DIFFUSERS):
+        # A published model's layers, in every stage of adapting them: autoencoders of diffusers give latents as their
+        # pipeline's transformer expects them.
         mean, std = (0.0,) * index.channels, (1.0,) * index.channels
     model = replace(
         model,
@@ -169,6 +170,14 @@ ASSUMED_INDEX = Index(
 )  # fmt: skip
 
 
+def assumed_index(model: ModelConfig) -> Index:
+    """Of clips that a model can take, where there are no shards yet."""
+    channels = model.channels or ASSUMED_INDEX.channels
+    return replace(
+        ASSUMED_INDEX, channels=channels, statistics=Statistics.default(channels), has_text=model.text_width or None
+    )  # fmt: skip
+
+
 def check_same_model(config: Config, before: dict[str, Any]) -> None:
     """ValueError if a run would go on with another model, seed or start than `before`, its saved flat settings."""
     now = flat(config)
@@ -185,7 +194,7 @@ def check_same_model(config: Config, before: dict[str, Any]) -> None:
 
 def describe(config: Config, processes: int = 1) -> str:
     """The resolved configuration and what it costs, for `--dry-run`."""
-    shards = open_shards(config.data) if config.data.shards else single_set("", ASSUMED_INDEX)
+    shards = open_shards(config.data) if config.data.shards else single_set("", assumed_index(config.model))
     if config.data.shards:
         check_shard_sizes(shards)
     config = resolve(config, shards.index)

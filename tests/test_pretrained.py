@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import fake_checkpoints
@@ -12,12 +15,19 @@ import torch
 from context_parallel_ranks import Case, backward, on_a_rank
 from gloo_ranks import run_ranks
 
+from msc.datasets.prepare.convert import ConvertConfig, convert
+from msc.datasets.statistics import Statistics
+from msc.datasets.synthetic import write_videos
+from msc.pretrain import cost, validation
 from msc.pretrain.checkpoints import initialize_from, pretrained
+from msc.pretrain.diffusion.autoencoder import open_autoencoder
+from msc.pretrain.diffusion.sampler import Cache, extend_cache
 from msc.pretrain.export.export import export
 from msc.pretrain.model.conditioning import Condition
 from msc.pretrain.model.past_context import WholeVideo
 from msc.pretrain.model.scales import Scale
 from msc.pretrain.model.transformer import MSCTransformer
+from msc.pretrain.presets import PRESETS
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -226,6 +236,16 @@ def test_models_of_ours_are_not_exported_as_those_of_diffusers(tmp_path):
         export(tmp_path / "run", layout="diffusers")
 
 
+def test_latents_are_taken_as_diffusers_normalises_them():
+    """Which its autoencoders do by their published moments; those measured on the shards are of no use then."""
+    measured = replace(Statistics.default(16), mean=[0.5] * 16, std=[2.0] * 16)
+    index = replace(validation.ASSUMED_INDEX, has_text=4096, statistics=measured)
+    config = PRESETS["wan-1.3b"]()
+    assert validation.resolve(config, index).model.latent_std == (2.0,) * 16  # of latents from elsewhere
+    model = validation.resolve(config, replace(index, autoencoder="diffusers:wan")).model
+    assert model.latent_mean == (0.0,) * 16 and model.latent_std == (1.0,) * 16
+
+
 @pytest.mark.gloo
 @pytest.mark.parametrize("recompute", ["none", "cheap", "full"])
 def test_sharded_equals_one_process(recompute):
@@ -248,6 +268,78 @@ def test_sharded_equals_one_process(recompute):
         torch.testing.assert_close(torch.cat([part[1] for part in parts], 1), x_grad)
         for name, grad in grads.items():
             torch.testing.assert_close(sum(part[2][name] for part in parts), grad, msg=lambda m: f"{name}: {m}")  # noqa: B023
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "elements"),
+    [
+        ("wan-1.3b", {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}, 1_418_996_800),
+        ("wan-14b", {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}, 14_288_491_584),
+        (
+            "wan-ti2v-5b",
+            {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30, "in_channels": 48, "out_channels": 48},
+            4_999_787_712,
+        ),
+        ("ltx-2b", {}, 1_923_385_472),
+    ],
+)
+def test_presets_are_of_the_published_shapes(name, settings, elements):
+    """Tensor by tensor those of diffusers' class, whose defaults are the rest of the published configurations."""
+    kind = diffusers.LTXVideoTransformer3DModel if name == "ltx-2b" else diffusers.WanTransformer3DModel
+    with torch.device("meta"):
+        theirs = kind(**{"rope_max_seq_len": 8, **settings} if name != "ltx-2b" else {}).state_dict()
+    model = PRESETS[name]().model
+    with torch.device("meta"):
+        shapes = MSCTransformer(model).shapes()
+    sources = pretrained.sources(model)
+    assert {key: source.part.shape for key, source in sources.items()} == {
+        key: tuple(value.shape) for key, value in theirs.items()
+    }
+    assert shapes.keys() == {source.name for source in sources.values()}
+    assert sum(value.numel() for value in theirs.values()) == elements == cost.parameters(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("layers", "gate"), [(pretrained.WAN_LAYERS, "logits"), (pretrained.LTX_LAYERS, "none")], ids=["wan", "ltx"]
+)
+def test_cached_steps_equal_the_full_forward(layers, gate):
+    model, x, _, condition, _ = Case("default", "halo", 7, gate=gate, layers=layers).make()
+    t = torch.zeros(2, 7, dtype=x.dtype)
+    full, cache = model(x, t, condition), Cache()
+    for units in (slice(0, 3), slice(3, 4), slice(4, 7)):
+        own = model(x[:, units], t[:, units], condition.of_frames(units), cache)
+        torch.testing.assert_close(own, full[:, units], rtol=1e-10, atol=1e-10)
+        extend_cache(model, cache, x[:, units], condition.of_frames(units), 0.0)
+
+
+@pytest.mark.gloo
+@pytest.mark.slow
+def test_training_with_zero_3_along_time_has_the_curve_of_one_process(tmp_path):
+    """From the weights of a Wan without text, which says what it leaves out; and the run goes back to diffusers."""
+    write_videos(tmp_path / "videos", 0, clips=12, frames=4, height=16, width=24)
+    save(wan(num_layers=1), tmp_path / "wan")
+    config = ConvertConfig(
+        sources=(str(tmp_path / "videos"),), out=str(tmp_path / "shards"), frames=4, height=16, width=24, fps=12.0,
+        held_out=0.3, autoencoder="pixels",
+    )  # fmt: skip
+    convert(config, open_autoencoder("pixels").encode, 1)
+    settings = [
+        f"data.shards={tmp_path / 'shards'}", f"train.init_from=diffusers:{tmp_path / 'wan'}", "model.width=64",
+        "model.depth=1", "model.patch=2", "model.mlp_ratio=1.5", "model.scales=[{heads: 2, window: 1}, {heads: 2}]",
+        "model.gate=none", "model.prediction=velocity", "train.clips=16", "train.micro=1", "train.evaluate=0",
+        "train.report=1", "checkpoint.every=4", "parallel.recompute=full",
+        "model.layers={bias: true, qk_norm: width, text_hidden: true, final_table: true, rope: wan}",
+    ]  # fmt: skip
+    curves = []
+    for name, more in (("one", []), ("two", ["--processes", "2", "parallel.sp=2", "parallel.zero.stage=3"])):
+        words = ["train", "--preset", "demo", "--run", str(tmp_path / name), *settings, *more]
+        done = subprocess.run([Path(sys.executable).with_name("msc"), *words], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "starting from the published weights" in done.stderr and "not used: blocks.0.cross" in done.stderr
+        lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        curves.append(torch.tensor([[line["loss"], line["grad_norm"]] for line in lines], dtype=torch.float64))
+    torch.testing.assert_close(*curves, rtol=1e-5, atol=0)
 
 
 def test_missing_and_left_over_tensors_are_named(tmp_path):

@@ -14,7 +14,7 @@ from msc.datasets.shards.index import Index
 from msc.pretrain.config import Config
 from msc.pretrain.model.config import check_clip
 from msc.pretrain.tracking.plan_deviation import PlannedStep
-from msc.pretrain.validation import ASSUMED_INDEX, costliest_index, resolve
+from msc.pretrain.validation import assumed_index, costliest_index, resolve
 
 from . import hardware
 from .hardware import Device
@@ -30,7 +30,7 @@ def report_plan(
 ) -> str:  # fmt: skip
     """The report on a configuration. fixed: keys set by the user, which stay. price: per GPU and hour, in any
     currency. units: also plan a roll-out of that many units, each denoised in `steps`. out: JSON file to write."""
-    shards = open_shards(config.data) if config.data.sets else single_set("", ASSUMED_INDEX)
+    shards = open_shards(config.data) if config.data.sets else single_set("", assumed_index(config.model))
     config = resolve(config, shards.index)
     index = costliest_index(config, shards)
     check_clip(config.model, index.frames, index.height, index.width)

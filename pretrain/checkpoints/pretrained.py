@@ -42,10 +42,6 @@ class Part:
     shape: tuple[int, ...]
     rows: Tensor | None = None
 
-    @property
-    def count(self) -> int:
-        return math.prod(self.shape)
-
 
 Parts = dict[str, tuple[Part, ...]]  # of every tensor of ours, theirs, one after another
 
@@ -132,25 +128,29 @@ def open_pretrained(place: str) -> Pretrained:
 
 def tensor_files(folder: Path) -> tuple[dict[str, Path], Shapes]:
     """Where each tensor of a folder of diffusers is, and its shape, from the files' headers."""
-    index = folder / f"{STEM}.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [f"{STEM}.safetensors"]
+    index, names = folder / f"{STEM}.safetensors.index.json", [f"{STEM}.safetensors"]
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index} has no weight_map of files beside it")
+        names = sorted(set(map(str, weight_map.values())))
     files, shapes = {}, {}
     for name in names:
-        path = folder / Path(str(name)).name
+        path = folder / Path(name).name
         if not path.is_file():
             raise FileNotFoundError(f"{folder} is not whole: {path.name} is missing (weights must be safetensors)")
         with open_safetensors(path) as opened:
             for key in opened.keys():  # noqa: SIM118 - not a dict
-                files[key], shapes[key] = path, tuple(opened.get_slice(key).get_shape())
+                if "norm_added_q" not in key:  # in files of some versions, used by none: diffusers ignores it as well
+                    files[key], shapes[key] = path, tuple(opened.get_slice(key).get_shape())
     return files, shapes
 
 
 def joined_shape(parts: tuple[Part, ...]) -> tuple[int, ...]:
-    """Shape of our tensor: theirs without dimensions before or after the two that a matrix has."""
-    shape = parts[0].shape
-    rows = 2 if shape[0] == 1 else 1  # a table of modulations has a batch dimension
-    first = math.prod(shape[:rows])
-    return (first * len(parts), *([parts[0].count // first] if len(shape) > 1 else []))
+    """Shape of our tensor: their rows one after another, each flattened, and of a table `[1, rows, D]` its own."""
+    shape = parts[0].shape[1:] if parts[0].shape[0] == 1 else parts[0].shape
+    rows = len(parts) * shape[0]
+    return (rows, math.prod(shape[1:])) if len(shape) > 1 else (rows,)
 
 
 def unsupported(config: ModelConfig) -> str:
@@ -168,8 +168,7 @@ class Source:
 
     def of(self, ours: Tensor) -> Tensor:
         """Their tensor."""
-        rows = math.prod(self.part.shape) // math.prod(ours.shape[1:])
-        value = ours[self.first : self.first + rows]
+        value = ours[self.first : self.first + joined_shape((self.part,))[0]]
         if self.part.rows is not None:
             value = value[self.part.rows.argsort()]
         return value.reshape(self.part.shape).contiguous()

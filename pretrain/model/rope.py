@@ -127,9 +127,13 @@ def rope_angles_of_all_heads(
 
 
 def rotate(x_BTHWhd: Tensor, rope: Rope, bias_BThc: Tensor | None = None) -> Tensor:
-    """`normalise_and_rotate` of what is normalised already, by autograd's operations."""
-    bias = None if bias_BThc is None else bias_BThc[:, :, None, None]
-    return plain(x_BTHWhd.flatten(1, -5), None, rope.cos, rope.sin, bias).unflatten(1, x_BTHWhd.shape[1:-4])
+    """`normalise_and_rotate` of what is normalised already; keeps nothing but the tables for the way back."""
+    bias, x = None if bias_BThc is None else bias_BThc[:, :, None, None], x_BTHWhd.flatten(1, -5)
+    if torch.compiler.is_compiling():
+        out = plain(x, None, rope.cos, rope.sin, bias)
+    else:
+        out = _Rotate.apply(x, rope.cos, rope.sin, bias)
+    return out.unflatten(1, x_BTHWhd.shape[1:-4])
 
 
 def normalise_and_rotate(x_BTHWhd: Tensor, gain_d: Tensor, rope: Rope, bias_BThc: Tensor | None = None) -> Tensor:
@@ -189,10 +193,7 @@ class _NormaliseAndRotate(torch.autograd.Function):
         x, gain, cos, sin, inverse = ctx.saved_tensors
         grad, grad_bias = grads[0].to(cos.dtype, copy=True), None
         if ctx.bias is not None:
-            (*shape, channels), dtype = ctx.bias
-            ends = unrotated_channels(grad)
-            grad_bias = ends.sum_to_size(*shape, 2, channels // 2).flatten(-2).to(dtype, copy=True)
-            ends.zero_()
+            grad_bias = _take_bias_gradient(grad, *ctx.bias)
         grad = _rotate(grad, cos, -sin)
         unit = x * inverse
         product = grad * unit
@@ -200,6 +201,34 @@ class _NormaliseAndRotate(torch.autograd.Function):
         along = (product @ gain.to(product.dtype)).unsqueeze(-1).mul_(inverse).div_(-x.shape[-1])
         grad_x = grad.mul_(gain).mul_(inverse).addcmul_(unit, along)
         return grad_x.to(x.dtype), grad_gain.to(gain.dtype), None, None, grad_bias
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None) -> Tensor:
+        out = _rotate(x.to(cos.dtype, copy=True), cos, sin)
+        if bias is not None:
+            unrotated_channels(out).copy_(bias.unflatten(-1, (2, -1)))
+        ctx.save_for_backward(cos, sin)
+        ctx.bias = None if bias is None else (bias.shape, bias.dtype)
+        return out.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        grad, grad_bias = grads[0].to(cos.dtype, copy=True), None
+        if ctx.bias is not None:
+            grad_bias = _take_bias_gradient(grad, *ctx.bias)
+        return _rotate(grad, cos, -sin).to(grads[0].dtype), None, None, grad_bias
+
+
+def _take_bias_gradient(grad: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The gradient of a bias of this shape, whose channels of `grad` become zero."""
+    ends = unrotated_channels(grad)
+    grad_bias = ends.sum_to_size(*shape[:-1], 2, shape[-1] // 2).flatten(-2).to(dtype, copy=True)
+    ends.zero_()
+    return grad_bias
 
 
 def unrotated_channels(x_d: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -47,7 +48,9 @@ def levels(count: int, per_frame: bool) -> Tensor:
     return torch.randn(count, FRAMES if per_frame else 1).sigmoid().expand(-1, FRAMES)
 
 
-def train(model: nn.Module, velocity: Velocity, data: Tensor, lr: float, per_frame: bool, go_on: Callable[[int], bool]):
+def train(
+    model: nn.Module, velocity: Velocity, data: Tensor, lr: float, per_frame: bool, go_on: Callable[[int], bool]
+) -> int:
     optimizer, step = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01), 0
     while go_on(step):
         for group in optimizer.param_groups:
@@ -64,7 +67,7 @@ def train(model: nn.Module, velocity: Velocity, data: Tensor, lr: float, per_fra
 def bidirectional(folder: Path, data: Tensor, minutes: float) -> int:
     """Train diffusers' class and save it; returns the steps."""
     torch.manual_seed(0)
-    model = WanTransformer3DModel(
+    model: Any = WanTransformer3DModel(
         patch_size=(1, PATCH, PATCH), num_attention_heads=4, attention_head_dim=32, in_channels=3, out_channels=3,
         text_dim=8, ffn_dim=512, num_layers=4,
     )  # fmt: skip
@@ -78,7 +81,9 @@ def bidirectional(folder: Path, data: Tensor, minutes: float) -> int:
     return steps
 
 
-def causal(folder: Path, scales: tuple[Scale, ...], start: bool, data: Tensor, held_out: Tensor, steps: int, lr: float):
+def causal(
+    folder: Path, scales: tuple[Scale, ...], start: bool, data: Tensor, held_out: Tensor, steps: int, lr: float
+) -> dict[int, float]:
     """Held-out losses of a causal model by step, from the weights in `folder` or from random ones."""
     place = f"diffusers:{folder}"
     config = open_pretrained(place).config
