@@ -76,6 +76,11 @@ class ParallelConfig:
         if not self.stall >= 0:
             raise ValueError(f"parallel.stall is {self.stall}; it must be positive, or 0 for no limit")
         check_zero(self.zero, self.precision)
+        if not can_recompute(self.recompute, self.zero.stage, self.compile):
+            raise ValueError(
+                "parallel.recompute=cheap at ZeRO stage 3 needs parallel.compile=true, as gathering parameters again "
+                "confuses torch's selective checkpointing; use full, or stage 2"
+            )
 
     @staticmethod
     def from_earlier_version(values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -97,6 +102,10 @@ class ParallelConfig:
     @property
     def rates(self) -> Rates:
         return Rates(self.bytes_per_s, self.flops_per_s, self.wait_s)
+
+
+def can_recompute(recompute: Recompute, stage: int, compiled: bool) -> bool:
+    return recompute != "cheap" or compiled or stage < 3
 
 
 def check_parallel(config: ParallelConfig, model: ModelConfig, world: int, units: int) -> int:

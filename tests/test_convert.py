@@ -277,7 +277,7 @@ def test_clips_are_encoded_on_a_gpu_where_there_is_one(tmp_path, monkeypatch, gp
         converting, "convert",
         lambda config, encode, factor, **how: encode(SimpleNamespace(to=places.append)) or SimpleNamespace(text="done"),
     )  # fmt: skip
-    assert cli.main(["convert", "a.mp4", "--out", str(tmp_path / "out"), "--part", "0/2"]) == 0
+    assert cli.main(["convert", "a.mp4", "--out", str(tmp_path), "--size", "8x8", "--fps", "9", "--part", "0/2"]) == 0
     device = "cuda" if gpus else "cpu"
     assert places == [device, torch.float32, device], "in fp32 on GPUs, too"
 

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from msc.pretrain import config
 from msc.pretrain.model.past_context import WholeVideo
+from msc.pretrain.parallelize import ParallelConfig, ZeroConfig
 
 
 class Calls(TorchDispatchMode):
@@ -85,3 +86,9 @@ def test_settings_of_earlier_versions_are_read(value, expected):
 def test_another_word_is_an_error():
     with pytest.raises(ValueError, match="parallel.recompute.*some.*none.*cheap.*full"):
         config.load(overrides=["parallel.recompute=some"])
+
+
+def test_cheap_recomputation_is_refused_where_parameters_are_gathered_in_between():
+    with pytest.raises(ValueError, match=r"recompute=cheap at ZeRO stage 3 needs parallel\.compile=true"):
+        ParallelConfig(recompute="cheap", zero=ZeroConfig(stage=3))
+    assert ParallelConfig(recompute="cheap", compile=True, zero=ZeroConfig(stage=3)).kept_share < 1

@@ -221,10 +221,10 @@ def test_the_same_curve_in_any_parallel_layout(shards, tmp_path):
     msc_train(shards, tmp_path / "one", scales, steps=10)
     expected = curve(tmp_path / "one")
     for layout in ("halo", "ulysses", "ring"):
-        for recompute in ("cheap", "full"):
+        for recompute, stage in (("cheap", 2), ("full", 3)):
             settings = [scales, f"parallel.layout={layout}", f"parallel.recompute={recompute}"]
             run = tmp_path / f"{layout}-{recompute}"
-            msc_train(shards, run, *settings, processes=2, sp=2, stage=3, steps=10)
+            msc_train(shards, run, *settings, processes=2, sp=2, stage=stage, steps=10)
             same_curve(run, expected)
 
 

@@ -23,7 +23,7 @@ from msc.pretrain.layout_planner import ClipShape, ParallelLayout, Rates, choose
 from msc.pretrain.model.config import ModelConfig
 from msc.pretrain.model.recomputation import Recompute
 from msc.pretrain.model.scales import spatial_windows
-from msc.pretrain.parallelize import check_parallel, clip_shape, peak_activation_bytes
+from msc.pretrain.parallelize import can_recompute, check_parallel, clip_shape, peak_activation_bytes
 
 from . import hardware
 from .hardware import Device
@@ -227,6 +227,8 @@ def _variants(config: Config, index: Index, gpus: int, fixed: Sequence[str]) -> 
         micros = [n for n in range(1, each + 1) if each % n == 0]
         for stage in [parallel.zero.stage] if "parallel.zero.stage" in fixed else stages:
             for recompute in [parallel.recompute] if "parallel.recompute" in fixed else get_args(Recompute):
+                if not can_recompute(recompute, stage, parallel.compile):
+                    continue
                 for micro in [config.train.micro] if "train.micro" in fixed else micros:
                     zero = replace(parallel.zero, stage=cast(Literal[0, 1, 2, 3], stage))
                     yield replace(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from msc.datasets.files import write_atomically
 from msc.datasets.loading.held_out import held_out_batches, held_out_counts
-from msc.datasets.loading.mixture import Shards, open_shards
+from msc.datasets.loading.mixture import Shards, check_shard_sizes, open_shards
 
 from .. import cost
 from ..batch_inputs import BatchInputs, InputBuilder, NoiseSource
@@ -67,6 +67,7 @@ def evaluate(run: Path, request: EvaluateConfig) -> str:
     """
     trained = open_run(run, request.weights, request.checkpoint)
     shards = open_shards(trained.config.data)
+    check_shard_sizes(shards)
     models = {"": trained}
     if request.against is not None:
         models[OTHER_RUN] = open_run(request.against, request.weights)

@@ -26,6 +26,7 @@ from ..model.conditioning import Condition
 from ..model.config import check_clip
 from ..model.exported_weights import read_export_config
 from ..model.transformer import MSCTransformer
+from ..typed_values import read
 
 
 class PipelineTransformer(MSCTransformer, ModelMixin):
@@ -114,7 +115,8 @@ class MSCPipeline(DiffusionPipeline):
             autoencoder.check(autoencoder.video_frames(1), height, width)
             context = torch.zeros(batch, 0, model.config.channels, height // factor, width // factor, device=device)
         check_clip(model.config, *(context.shape[i] for i in (1, 3, 4)))
-        shift = frame_shift(DiffusionConfig(**self.config["diffusion"]), *context.shape[-2:])
+        diffusion = read(DiffusionConfig, self.config["diffusion"], "diffusion", "the pipeline's configuration")
+        shift = frame_shift(diffusion, *context.shape[-2:])
         condition = Condition(text, labels, model.normalise_signals(signals or {})).to(device)
         how = Sampling(num_inference_steps, seed, shift, **sampling)
         new = generate(model, context, units, how, condition)

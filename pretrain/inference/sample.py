@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from msc.datasets.loading.dataloader import Batch
 from msc.datasets.loading.held_out import held_out_clip
-from msc.datasets.loading.mixture import open_shards
+from msc.datasets.loading.mixture import check_shard_sizes, open_shards
 from msc.datasets.video import decode_frames, frame_indices, probe
 
 from ..batch_inputs import condition_of, latents_of
@@ -196,7 +196,9 @@ def read_context(trained: TrainedModel, request: SampleConfig) -> Context:
     if video is not None:
         batch, name, source = read_video(trained, video, units * per_unit), video.stem, str(video)
     elif clip is not None:
-        batch = held_out_clip(open_shards(trained.config.data), clip)
+        shards = open_shards(trained.config.data)
+        check_shard_sizes(shards)
+        batch = held_out_clip(shards, clip)
         name, source = f"clip{clip}", f"held-out clip {clip}"
     else:
         empty = torch.zeros(0, model.config.channels, space.height, space.width, device=trained.device)
