@@ -131,11 +131,16 @@ def add_data_commands(command: Command) -> None:
     add("sources", nargs="+", metavar="SOURCE", help="video, folder, tar or list (.txt .csv .jsonl …)")
     add("--out", required=True, type=Path, metavar="DIR", help="folder for the shards")
     add("--frames", type=positive, metavar="N", help="video frames of a clip")
-    add("--size", type=shape("HEIGHTxWIDTH", "256x448"), metavar="HxW", help="height and width of the clips in pixels")
+    add(
+        "--size",
+        type=shape("HEIGHTxWIDTH", "256x448"),
+        metavar="HxW",
+        help="of the clips in pixels (default: near the videos')",
+    )
     text = "a shape of clips, may be given several times: each video goes to the nearest"
     bucket = shape("FRAMESxHEIGHTxWIDTH", "32x256x448")
     add("--bucket", type=bucket, action="append", metavar="FRAMESxHxW", help=text)
-    add("--fps", type=float, metavar="F", help="frames per second of the clips")
+    add("--fps", type=float, metavar="F", help="frames per second of the clips (as the videos)")
     add("--stride", type=positive, metavar="N", help="video frames between two clips' starts")
     add("--held-out", type=float, metavar="SHARE", help="kept from training: video ends, or short videos")
     add("--autoencoder", metavar="SPEC", help="pixels, haar[:TxHxW] or diffusers:FOLDER")

@@ -36,14 +36,22 @@ def options_for(function: Callable[..., Any], args: Namespace, **options: Any) -
 def convert(args: Namespace) -> None:
     import torch
 
+    from msc.datasets.prepare.clip_defaults import choose_clip_defaults
     from msc.datasets.prepare.convert import ConvertConfig
     from msc.datasets.prepare.convert import convert as convert_videos
+    from msc.datasets.prepare.sources import find_sources
     from msc.pretrain.diffusion.autoencoder import open_autoencoder
     from msc.pretrain.diffusion.text_encoder import open_text_encoder
 
-    height, width = args.size or (None, None)
     if args.bucket and (args.size or args.frames):
         raise ValueError("--bucket names frames and size of its clips: leave out --frames and --size")
+    if args.fps is None or (args.size is None and not args.bucket):
+        chosen = choose_clip_defaults(find_sources(tuple(args.sources)).sources, args.fps, args.size)
+        args.fps = chosen.fps
+        if not args.bucket:
+            args.size = (chosen.height, chosen.width)
+            log.info("clips: %s", chosen.text)
+    height, width = args.size or (None, None)
     config = ConvertConfig(
         **options_for(
             ConvertConfig, args, sources=tuple(args.sources), out=str(args.out), buckets=tuple(args.bucket or ()),

@@ -17,15 +17,16 @@ from torch import nn
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """lr: peak learning rate; warmup: clips until it is reached; decay: its shape to the end of the run,
-    where `final` times the peak is left. weight_decay applies to matrices only. clip: largest gradient norm
-    (0: no clipping). ema_halflife: clips until a weight's share in the average has halved (0: no average)."""
+    """lr: peak learning rate; warmup: clips until it is reached (None: a twentieth of the run, at most 10,000); decay:
+    its shape to the end of the run, where `final` times the peak is left. weight_decay applies to matrices only. clip:
+    largest gradient norm (0: no clipping). ema_halflife: clips until a weight's share in the average has halved (0: no
+    average)."""
 
     lr: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.01
-    warmup: int = 10_000
+    warmup: int | None = None
     decay: Literal["constant", "cosine", "linear"] = "cosine"
     final: float = 0.1
     clip: float = 1.0
@@ -42,7 +43,7 @@ class OptimizerConfig:
             )
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"optimizer.weight_decay is {self.weight_decay}; it must be finite and not negative")
-        if self.warmup < 0 or self.ema_halflife < 0 or not self.clip >= 0:
+        if (self.warmup or 0) < 0 or self.ema_halflife < 0 or not self.clip >= 0:
             raise ValueError(
                 f"optimizer.warmup ({self.warmup}), ema_halflife ({self.ema_halflife}) and clip ({self.clip}) "
                 "must not be negative"
@@ -51,9 +52,10 @@ class OptimizerConfig:
 
 def learning_rate(config: OptimizerConfig, clock: int, clips: int) -> float:
     """Learning rate when `clock` of `clips` clips have been seen."""
-    if clock < config.warmup:
-        return config.lr * (clock + 1) / (config.warmup + 1)
-    done = min(1.0, (clock - config.warmup) / max(1, clips - config.warmup))
+    warmup = min(10_000, clips // 20) if config.warmup is None else config.warmup
+    if clock < warmup:
+        return config.lr * (clock + 1) / (warmup + 1)
+    done = min(1.0, (clock - warmup) / max(1, clips - warmup))
     shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[config.decay]
     return config.lr * (config.final + (1 - config.final) * shape)
 

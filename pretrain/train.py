@@ -35,7 +35,7 @@ from .checkpoints import directory as checkpoint_directory
 from .checkpoints import format as checkpoint_format
 from .checkpoints import initialize_from, rollback
 from .checkpoints.async_writer import CheckpointWriter
-from .config import Config, dump, flat
+from .config import Config, dump, flat, plain
 from .diffusion.autoencoder import open_autoencoder
 from .diffusion.loss import Loss
 from .evaluation.held_out_loss import LossByNoise, held_out_losses
@@ -102,6 +102,8 @@ def _train(
     mesh = make_mesh(world.world_size, config.parallel.sp, world.device.type)
     if warning := placement_warning(control_plane.gather_objects(socket.gethostname()), config.parallel.sp):
         log.info(warning)
+    if world.device.type == "cpu" and config.parallel.precision != "fp32":
+        log.info("parallel.precision is %s, on a CPU several times slower than fp32", config.parallel.precision)
     batch_size, accumulate = config.train.batch, config.train.accumulate(mesh.dp)
 
     # --- the model: the same on every rank until DeepSpeed shards it -----------------------------------------
@@ -119,6 +121,11 @@ def _train(
     history = spike_guard.History.read(checkpoint.guard if checkpoint else None)
     if checkpoint:
         writer.step = step  # it need not be written again
+        log.info("resuming from step %d: %d of %d clips seen", step, clock, config.train.clips)
+        now = plain(flat(config))
+        if changed := [name for name, value in plain(checkpoint.config).items() if now.get(name, value) != value]:
+            was = [f"{name} {checkpoint.config[name]} -> {now[name]}" for name in changed]
+            log.info("settings that changed since then: %s", "; ".join(was))
     writer.reserve(engine)
     if world.is_rank_0:
         order = order_settings(config, shards)
@@ -304,7 +311,11 @@ def _train(
         if done and config.train.evaluate:
             held_out_evaluation()
         state = "FINISHED" if done else "KILLED"
-        if not done:
+        if done:
+            log.info(
+                "finished at step %d; next: msc evaluate %s, msc sample %s, msc export %s", step, *[folder.path] * 3
+            )
+        else:
             log.info("stopped at step %d, saved; go on with: msc train --resume --run %s", step, folder.path)
         return 0 if done else REQUEUE
     except KeyboardInterrupt:

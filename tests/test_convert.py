@@ -19,6 +19,7 @@ from msc.datasets.loading.mixture import single_set
 from msc.datasets.loading.shard_reader import ShardReader
 from msc.datasets.prepare import clip_extraction, shard_writer
 from msc.datasets.prepare import convert as converting
+from msc.datasets.prepare.clip_defaults import choose_clip_defaults, clip_size
 from msc.datasets.prepare.clip_ranges import held_out_border, split_into_clips, split_ranges
 from msc.datasets.prepare.convert import ConvertConfig, convert
 from msc.datasets.prepare.progress import count_finished_groups
@@ -484,3 +485,27 @@ def test_frame_rates_may_be_fractions(tmp_path, videos):
     assert index.fps == pytest.approx(11.988, abs=1e-3)
     assert report.seconds == pytest.approx(sum(report.clips.values()) * 8 / 11.988, rel=1e-3)
     assert ShardReader(tmp_path / "out", index, "train").read(0)[1].shape == (8, 3, 16, 24)
+
+
+def test_size_and_rate_are_those_of_most_videos(tmp_path, capsys):
+    write_videos(tmp_path / "a", 0, 3, 60, 66, 88, fps=9)
+    write_videos(tmp_path / "b", 1, 1, 60, 48, 64, fps=25)
+    (tmp_path / "a" / "broken.mp4").write_text("no video")
+    sources = find_sources((str(tmp_path),)).sources
+    chosen = choose_clip_defaults(sources)
+    assert chosen[:3] == (9.0, 64, 80) and "66x88 at 9 fps" in chosen.text
+    assert cli.main(["convert", str(tmp_path), "--out", str(tmp_path / "out"), "--frames", "8", "--held-out", "0"]) == 0
+    index = read_index(tmp_path / "out")
+    assert (index.fps, index.video_height, index.video_width) == (9.0, 64, 80)
+    given = choose_clip_defaults(sources, 12.0, (32, 32))
+    assert given[:3] == (12.0, 32, 32)
+    with pytest.raises(ValueError, match=r"broken.mp4.*give --size and --fps"):
+        choose_clip_defaults(find_sources((str(tmp_path / "a" / "broken.mp4"),)).sources)
+
+
+@pytest.mark.parametrize(
+    ("video", "clip"),
+    [((1080, 1920), (256, 448)), ((48, 64), (48, 64)), ((9, 500), (16, 496)), ((640, 360), (448, 256))],
+)
+def test_default_sizes_suit_the_presets(video, clip):
+    assert clip_size(*video) == clip

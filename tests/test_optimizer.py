@@ -21,6 +21,9 @@ def test_learning_rate_warms_up_and_decays_by_clips_not_steps():
     assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
     assert rates[-1] == pytest.approx(0.1)
     assert learning_rate(OptimizerConfig(lr=1.0, warmup=0, decay="constant"), 500, 1000) == 1.0
+    for clips, warmup in ((1000, 50), (10**7, 10_000)):  # by default it follows the run's length
+        rates = [learning_rate(OptimizerConfig(lr=1.0), clock, clips) for clock in (warmup // 2, warmup)]
+        assert rates == [pytest.approx(0.5, abs=0.02), 1.0]
     assert learning_rate(OptimizerConfig(lr=1.0, warmup=0, decay="linear", final=0.0), 500, 1000) == 0.5
 
 

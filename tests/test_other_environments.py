@@ -185,15 +185,30 @@ def test_torch_export_of_a_step_with_a_cached_past():
     torch.testing.assert_close(graph.module()(x, t, past, keys), expected, rtol=1e-5, atol=1e-5)
 
 
+class SteeredStep(torch.nn.Module):
+    """A denoising step of a whole clip under a signal."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, t, keys):
+        return self.model(x, t, Condition(signals={"keys": keys}))
+
+
 @pytest.mark.slow  # a minute and more of the exporter's
 def test_onnx_of_a_denoising_step(tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
-    model = fake_checkpoints.random_model(fake_checkpoints.configured(width=64, depth=1)[0].model)
-    model.blocks[0].attention.shifted = True  # as in every second layer: windows of several sizes
-    x, t = torch.randn(1, 3, 3, 16, 24), torch.rand(1, 3)  # more layers and frames of the same operations take minutes
-    torch.onnx.export(model, (x, t), dynamo=True, verbose=False).save(tmp_path / "step.onnx")
+    config = fake_checkpoints.configured(width=64, depth=1, signals=SIGNALS[:1])[0].model
+    step = SteeredStep(fake_checkpoints.random_model(config))
+    step.model.blocks[0].attention.shifted = True  # as in every second layer: windows of several sizes
+    # more layers and frames of the same operations take minutes
+    inputs = torch.randn(1, 3, 3, 16, 24), torch.rand(1, 3), torch.randn(1, 3, 2)
+    torch.onnx.export(step, inputs, dynamo=True, verbose=False).save(tmp_path / "step.onnx")
     session = runtime.InferenceSession(tmp_path / "step.onnx")
-    named = {one.name: value.numpy() for one, value in zip(session.get_inputs(), (x, t), strict=True)}
+    named = {one.name: value.numpy() for one, value in zip(session.get_inputs(), inputs, strict=True)}
     with torch.no_grad():
-        torch.testing.assert_close(torch.from_numpy(session.run(None, named)[0]), model(x, t), rtol=1e-4, atol=1e-3)
+        expected = step(*inputs)
+    torch.testing.assert_close(torch.from_numpy(session.run(None, named)[0]), expected, rtol=1e-4, atol=1e-3)
+    assert (expected - step(*inputs[:2], -inputs[2])).abs().max() > 1e-2  # it listens

@@ -22,6 +22,7 @@ from typing import Any
 import pydantic
 import torch
 from safetensors.torch import load
+from torch import Tensor
 
 from ..files import check_replaceable, locked, publish_folder, write_atomically
 from ..shards.index import STORES, Index, Sample, Shape, read_part, scan, write_index
@@ -88,29 +89,17 @@ def convert(
     began = time.monotonic()
     out = Path(config.out).expanduser().resolve()
     check_replaceable(out, config.overwrite, proof="index.json")
-    requests = config.signal_requests
-    listing = find_sources(config.sources, [request.name for request in requests])
-    for request in requests:
-        if not any(name == request.name for source in listing.sources for name, *_ in source.signals):
-            raise ValueError(
-                f"signal {request.name}: no video has it; beside {listing.sources[0].name}, say, a file "
-                f"{Path(listing.sources[0].name).stem}.{request.name}.csv (or {', '.join(SUFFIXES[1:])}) was looked for"
-            )
+    listing = find_sources(config.sources, [request.name for request in config.signal_requests])
+    _check_listing(config, listing, embed)
     if pieces := _describe_pieces(config, listing.sources):
         log.info(pieces)  # now, as names may mislead
-    if bool(config.text) != (embed is not None):
-        raise ValueError("text and embed must be given together")
-    if embed is not None and not any(source.caption for source in listing.sources):
-        raise ValueError(f"text is {config.text}, but no source has a caption: give a manifest with captions")
-    shapes, channels = _latent_shapes(
-        config, encode, temporal_factor
-    )  # before any work, so that wrong sizes are refused here
     no_text = torch.zeros_like(embed("a")[:1]) if embed is not None else None  # like a text that is dropped
+    index = _index_without_shards(config, listing, encode, temporal_factor, no_text)  # refuses wrong sizes
     groups = group_sources(listing.sources, config.clips_per_shard)
-    plan = _plan(config, listing)
     exclusive = part is None
     with conversion_folder(out, exclusive) as partial_out:
         check_replaceable(out, config.overwrite, proof="index.json")  # another may have published it meanwhile
+        plan = _plan(config, listing)
         check_plan(partial_out, plan, exclusive and not merge, config.overwrite)
         records = {n: record for n in range(len(groups)) if (record := read_group(partial_out, n)) is not None}
         own_groups = [n for n in range(len(groups)) if part is None or n % part[1] == part[0]]
@@ -124,37 +113,27 @@ def convert(
         with process_folder(partial_out, exclusive) as own:
             if not (partial_out / WORK / "plan.json").is_file():
                 write_shared_json(own, partial_out / WORK / "plan.json", plan)
-            signals = _plan_signals(requests, listing.sources, partial_out, own)
+            signals = _plan_signals(config.signal_requests, listing.sources, partial_out, own)
             writer = ShardWriter(config, encode, embed, no_text, listing.sources, partial_out, own, signals)
             records |= writer.write_groups(own_groups, groups, records)
         if part is not None:
             results = [result for n in todo for result in records[n].results]
             elapsed = time.monotonic() - began
             return _part_report(config, part, results, len(records), len(groups), elapsed)
-        ordered = [records[n] for n in range(len(groups))]
-        results = [result for record in ordered for result in record.results]
+        results = [result for n in range(len(groups)) for result in records[n].results]
         check_unreadable(config, [result for result in results if result.unreadable], len(results))
         try:
             _check_clips(config, results)
         except ValueError:
             shutil.rmtree(partial_out, ignore_errors=True)  # nothing worth continuing
             raise
-        index = Index(
-            store=config.kind,
-            autoencoder=config.autoencoder,
-            temporal_factor=temporal_factor,
-            channels=channels,
-            **dataclasses.asdict(shapes[0]),
-            buckets=tuple(shapes) if len(shapes) > 1 else (),
-            fps=config.fps,
-            splits={split: [shard for record in ordered for shard in record.shards[split]] for split in SPLITS},
-            statistics=Statistics.default(channels),
-            settings=_settings(config) | ({"labels": list(listing.names)} if listing.names else {}),
+        index = dataclasses.replace(
+            index,
+            splits={split: [shard for n in range(len(groups)) for shard in records[n].shards[split]]
+                    for split in SPLITS},
             skipped=sum(bool(result.skipped) for result in results),
-            has_text=no_text.shape[1] if no_text is not None else None,
-            classes=listing.classes,
             signals=tuple(plan.signal for plan in signals),
-        )
+        )  # fmt: skip
         index = dataclasses.replace(index, signals=measure_signals(partial_out, index))
         index = dataclasses.replace(index, statistics=_measure_shards(partial_out, index, encode, config.workers))
         lines = [f"{x.name}: {reason}\n" for x in results for reason in (*x.left_out, x.skipped) if reason]
@@ -164,6 +143,41 @@ def convert(
     shutil.rmtree(out / WORK)
     converted, elapsed = sum(len(groups[n]) for n in todo), time.monotonic() - began
     return _report(config, out, index, pieces, listing.sources, results, converted, elapsed)
+
+
+def _check_listing(config: ConvertConfig, listing: Listing, embed: Embed | None) -> None:
+    """ValueError where signals or captions that are asked for are missing."""
+    for request in config.signal_requests:
+        if not any(name == request.name for source in listing.sources for name, *_ in source.signals):
+            raise ValueError(
+                f"signal {request.name}: no video has it; beside {listing.sources[0].name}, say, a file "
+                f"{Path(listing.sources[0].name).stem}.{request.name}.csv (or {', '.join(SUFFIXES[1:])}) was looked for"
+            )
+    if bool(config.text) != (embed is not None):
+        raise ValueError("text and embed must be given together")
+    if embed is not None and not any(source.caption for source in listing.sources):
+        raise ValueError(f"text is {config.text}, but no source has a caption: give a manifest with captions")
+
+
+def _index_without_shards(
+    config: ConvertConfig, listing: Listing, encode: Encode, temporal_factor: int, no_text: Tensor | None
+) -> Index:
+    """What the index says whatever the videos hold. ValueError for sizes that cannot be read back."""
+    shapes, channels = _latent_shapes(config, encode, temporal_factor)
+    return Index(
+        store=config.kind,
+        autoencoder=config.autoencoder,
+        temporal_factor=temporal_factor,
+        channels=channels,
+        **dataclasses.asdict(shapes[0]),
+        buckets=tuple(shapes) if len(shapes) > 1 else (),
+        fps=config.fps,
+        splits={split: [] for split in SPLITS},
+        statistics=Statistics.default(channels),
+        settings=_settings(config) | ({"labels": list(listing.names)} if listing.names else {}),
+        has_text=no_text.shape[1] if no_text is not None else None,
+        classes=listing.classes,
+    )
 
 
 def _plan_signals(

@@ -152,12 +152,12 @@ class Track:
             sums = np.concatenate((np.zeros((1, signal.width)), new.cumsum(0, np.float64)))[ends - ends[0]]
             mean = np.diff(sums, axis=0) / np.maximum(counts, 1)[:, None]
             return np.where(counts[:, None] > 0, mean, current).astype(np.float32)
-        found = np.zeros((frames, signal.width), np.int64)
+        numbers = np.zeros((frames, signal.width), np.int64)
         tick, number = (
             (np.arange(frames), current) if signal.take == "last" else (np.arange(frames).repeat(counts), new)
         )
-        np.add.at(found, (tick[number >= 0], number[number >= 0]), 1)
-        return found.clip(max=MAX_COUNT).astype(np.uint8)
+        np.add.at(numbers, (tick[number >= 0], number[number >= 0]), 1)
+        return numbers.clip(max=MAX_COUNT).astype(np.uint8)
 
     def lost(self, first: int, last: int) -> int:
         """How many rows the ticks [first, last) leave out, as they lie between frames."""

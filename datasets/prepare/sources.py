@@ -135,15 +135,15 @@ def _sources_of(argument: str, signals: Sequence[str]) -> Iterator[Entry]:
 def _signals_of(source: Source, names: Sequence[str]) -> tuple[tuple[str, str, Location], ...]:
     """The files of a source's signals: those that came with it, or else those beside it. ValueError where one signal
     has several."""
-    found = {name: [own for own in source.signals if own[0] == name] for name in names}
+    files = {name: [own for own in source.signals if own[0] == name] for name in names}
     if isinstance(source.path, Path):
         for name in names:
             beside = [source.path.with_name(f"{source.path.stem}.{name}{suffix}") for suffix in SIGNAL_SUFFIXES]
-            found[name] = found[name] or [(name, path.name, path) for path in beside if path.exists()]
-    for own in found.values():
+            files[name] = files[name] or [(name, path.name, path) for path in beside if path.exists()]
+    for own in files.values():
         if len(own) > 1:
-            raise ValueError(f"{source.name}: {' and '.join(file for _, file, _ in own)} are one signal: remove one")
-    return tuple(one for own in found.values() for one in own)
+            raise ValueError(f"{source.name}: {' and '.join(name for _, name, _ in own)} are one signal: remove one")
+    return tuple(one for own in files.values() for one in own)
 
 
 def _draw(name: str) -> float:
@@ -251,8 +251,8 @@ def _tar_sources(tar: Path, signals: Sequence[str]) -> Iterator[Entry]:
                     metadata["group"] = _recording(key) or key
         own: dict[str, list[tuple[str, str, Location]]] = {}
         for one, signal in product(dict.fromkeys((key, stem)), signals):
-            if found := [place for suffix in SIGNAL_SUFFIXES if (place := f"{one}.{signal}{suffix}") in files]:
-                own[signal] = [(signal, place.rpartition("/")[2], files[place]) for place in found]
+            if places := [place for suffix in SIGNAL_SUFFIXES if (place := f"{one}.{signal}{suffix}") in files]:
+                own[signal] = [(signal, place.rpartition("/")[2], files[place]) for place in places]
         source = Source(
             f"{tar.name}/{name}", member, **{**metadata, "label": None}, signals=tuple(chain(*own.values()))
         )

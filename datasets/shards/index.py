@@ -212,7 +212,7 @@ def index_content(folder: str | Path) -> bytes:
 
 
 def count_values(content: bytes) -> int:
-    """At least the number of values that JSON holds, found without the memory that they take."""
+    """At least the number of values that JSON holds, without the memory that they take."""
     return 1 + sum(map(content.count, (b",", b"[", b"{")))
 
 

@@ -1,4 +1,4 @@
-"""Tables of contents: `NAME.toc` beside the shard `NAME.tar`, from which its samples are found with one read.
+"""Tables of contents: `NAME.toc` beside the shard `NAME.tar`, which gives the place of its samples in one read.
 
 Scanning a shard reads its headers one by one, slowly on a network file system; that is the fallback where the table is
 missing or invalid. A table is bound to its shard by the SHA-256 in the index, and held to the same rules as headers.

@@ -2,7 +2,7 @@
 
     pip install vizdoom av
     python examples/doom/record.py --out doom --minutes 20
-    msc convert doom --out shards --frames 32 --size 48x64 --fps 11.667 --signal actions --signal pose,kind=pose
+    msc convert doom --out shards --frames 48 --signal actions --signal pose,kind=pose
 
 `doom-SEED-000.mp4` comes with `.actions.csv`, a row a frame: the action that led to it, and `.pose.csv`: position in
 map units (a player is 32 wide) and heading. Some episodes walk back by the inverse of all actions, unless a corner

@@ -176,11 +176,11 @@ class Source:
 
 def sources(config: ModelConfig) -> dict[str, Source]:
     """Of each of their tensors, where it lies in ours."""
-    found = {}
+    by_name = {}
     for name, parts in FAMILIES[KINDS[config.layers.rope]][1](config).items():
         for number, part in enumerate(parts):
-            found[part.name] = Source(name, number * joined_shape((part,))[0], part)
-    return found
+            by_name[part.name] = Source(name, number * joined_shape((part,))[0], part)
+    return by_name
 
 
 # The families: our configuration of theirs, and the parts of our tensors ------------------------------------------
