@@ -313,6 +313,19 @@ def test_cached_steps_equal_the_full_forward(layers, gate):
         extend_cache(model, cache, x[:, units], condition.of_frames(units), 0.0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layers", "gate"), [(pretrained.WAN_LAYERS, "logits"), (pretrained.LTX_LAYERS, "none")], ids=["wan", "ltx"]
+)
+def test_compiled_blocks_are_one_graph_with_the_same_gradients(layers, gate):
+    model, *inputs = Case("default", "halo", 3, gate=gate, layers=layers).make()
+    expected = backward(model, *inputs, WholeVideo())
+    model.zero_grad(set_to_none=True)
+    for block in model.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(backward(model, *inputs, WholeVideo()), expected)
+
+
 @pytest.mark.gloo
 @pytest.mark.slow
 def test_training_with_zero_3_along_time_has_the_curve_of_one_process(tmp_path):
