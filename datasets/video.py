@@ -168,6 +168,7 @@ class VideoReader:
     def __init__(self, source: Source, name: str = "", threads: int = 0, max_frames: int = 0) -> None:
         self.name = name or ("video" if isinstance(source, bytes) else str(source))
         self._source, self._threads, self._max_frames = source, threads, max_frames or MAX_FRAMES
+        self._scaler = VideoReformatter()  # one for all frames: setting it up costs more than using it
         self._ours = isinstance(source, bytes)
         self._file = ExitStack()
         self._begins_inside = False  # inside a group of pictures
@@ -198,7 +199,6 @@ class VideoReader:
         if not shown:
             return
         aspect = self._stream.sample_aspect_ratio or Fraction(1)
-        scaler = VideoReformatter()  # one for all frames: setting it up costs more than using it
         position = 0
         with _errors_named(self.name):
             for number, frame in enumerate(self._decode(shown[0], shown[-1]), shown[0]):
@@ -206,7 +206,7 @@ class VideoReader:
                     continue
                 if frame.is_corrupt:
                     raise ValueError(f"{self.name}: is damaged at {self._seconds(number)}")
-                array = _to_array(scaler, frame, size, aspect, crop, self.name)
+                array = _to_array(self._scaler, frame, size, aspect, crop, self.name)
                 while position < len(shown) and number == shown[position]:
                     yield array
                     position += 1
@@ -386,7 +386,7 @@ def encode_mp4(video: Tensor, fps: float | Fraction, crf: int = 10) -> bytes:
         scaler = VideoReformatter()
         for i, rgb in enumerate(video.permute(0, 2, 3, 1).contiguous().numpy()):
             frame = av.VideoFrame.from_ndarray(rgb, format="rgb24")
-            frame = scaler.reformat(frame, format="yuv444p", dst_colorspace=Colorspace.ITU709)
+            frame = scaler.reformat(frame, format="yuv444p", dst_colorspace=Colorspace.ITU709, threads=1)
             frame.pts = i
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -483,6 +483,7 @@ def _to_array(
             interpolation=Interpolation.AREA if scale < 1 else Interpolation.BICUBIC,
             dst_color_trc=ColorTrc.BT709 if is_hdr else None,
             dst_color_primaries=ColorPrimaries.BT709 if is_hdr else None,
+            threads=1,  # there are workers beside; and for small pictures threads take longer than the work
         ).to_ndarray()
     except OSError as error:
         if error.errno != errno.EOPNOTSUPP:
